@@ -1,0 +1,199 @@
+"""What can run here, why not if not, and the choice behind `impl="auto"`.
+
+Each backend answers an operator with None (it can run) or a sentence (why it cannot). The table `AUTO` then picks among
+those that can, by measured size limits; `python -m anomem.env` prints both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from anomem.errors import ArgumentError
+from anomem.validation import require_choice
+
+Impl = Literal["auto", "reference", "triton", "native"]
+IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
+OPERATORS = (
+    "retrieve",
+    "shrink",
+    "nt_xent",
+    "info_nce",
+    "gather",
+    "variance",
+    "deviation_map",
+    "usage",
+)
+_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce")
+_NATIVE_CUDA_OPERATORS = ("retrieve", "gather", "variance", "deviation_map")
+
+
+class Problem(NamedTuple):
+    """One call, as far as the choice of an implementation depends on it."""
+
+    operator: str
+    device: str
+    """Device type: "cpu" or "cuda"."""
+    dtype: torch.dtype
+    features: int
+    """d, the length of a row."""
+    rows: int = 0
+    """N queries, or rows of one group."""
+    columns: int = 0
+    """M prototypes, or columns of one group."""
+    groups: int = 1
+    """G."""
+
+
+class Rule(NamedTuple):
+    """One line of the auto table: on this device this implementation is taken where `applies` says so."""
+
+    operator: str
+    device: str
+    implementation: str
+    where: str
+    """The condition in words."""
+    reason: str
+    applies: Callable[[Problem], bool]
+
+
+def _always(problem: Problem) -> bool:
+    return True
+
+
+AUTO: tuple[Rule, ...] = ()
+
+
+def obstacle(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:
+    """Why this implementation cannot run this operator here, or None if it can.
+
+    Args:
+        operator: one of `OPERATORS`.
+        implementation: "reference", "triton" or "native".
+        device: device type of the tensors.
+        dtype: their dtype.
+        features: length of a row.
+    """
+    if implementation == "reference":
+        return None
+    if implementation == "triton":
+        return _triton_obstacle(operator, device, dtype, features)
+    return _native_obstacle(operator, device, dtype)
+
+
+def for_part(operator: str, device: str, impl: Impl) -> Impl:
+    """What to ask one operator of a larger computation for, when the whole was asked to use `impl`.
+
+    A whole training run with `impl="triton"` means Triton wherever there is a Triton kernel: the operators that have
+    none choose by "auto". An operator that has a kernel which cannot run here still raises.
+    """
+    if impl == "triton" and operator not in _TRITON_OPERATORS:
+        return "auto"
+    if impl == "native" and device == "cuda" and operator not in _NATIVE_CUDA_OPERATORS:
+        return "auto"
+    return impl
+
+
+def choose(problem: Problem, impl: str) -> str:
+    """The implementation that will run a call.
+
+    Args:
+        problem: the call.
+        impl: what the user asked for.
+
+    Returns:
+        "reference", "triton" or "native".
+
+    Raises:
+        ArgumentError: `impl` is no implementation, or the one asked for cannot run here (there is no silent fallback).
+    """
+    require_choice(impl, "impl", IMPLEMENTATIONS)
+    if impl == "auto":
+        return explain(problem)[0]
+    why_not = _constant_obstacle(problem.operator, impl, problem.device, problem.dtype, problem.features)
+    if why_not is not None:
+        runnable = [
+            name
+            for name in IMPLEMENTATIONS[1:]
+            if _constant_obstacle(problem.operator, name, problem.device, problem.dtype, problem.features) is None
+        ]
+        raise ArgumentError(
+            "impl",
+            f"an implementation that can run {problem.operator} here ({', '.join(runnable)})",
+            repr(impl),
+            why_not,
+        )
+    return impl
+
+
+def explain(problem: Problem) -> tuple[str, str]:
+    """What `impl="auto"` takes for a call, and why.
+
+    Returns:
+        (implementation, reason).
+    """
+    for rule in AUTO:
+        if (
+            rule.operator == problem.operator
+            and rule.device == problem.device
+            and rule.applies(problem)
+            and _constant_obstacle(
+                problem.operator, rule.implementation, problem.device, problem.dtype, problem.features
+            )
+            is None
+        ):
+            return rule.implementation, f"{rule.where}: {rule.reason}"
+    return "reference", "no kernel that runs here was measured to be faster at this size"
+
+
+def table(device: str, dtype: torch.dtype = torch.float32, features: int = 128) -> Iterator[tuple[str, str, str]]:
+    """Every operator × implementation with "runs" or the reason why not, for printing.
+
+    Yields:
+        (operator, implementation, "runs" or the obstacle).
+    """
+    for operator in OPERATORS:
+        for implementation in IMPLEMENTATIONS[1:]:
+            yield operator, implementation, obstacle(operator, implementation, device, dtype, features) or "runs"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_obstacle(
+    operator: str, implementation: str, device: str, dtype: torch.dtype, features: int
+) -> str | None:
+    # Loading a library cannot be traced; its outcome does not change within a process.
+    return obstacle(operator, implementation, device, dtype, features)
+
+
+def _native_obstacle(operator: str, device: str, dtype: torch.dtype) -> str | None:
+    from anomem.ops import native
+
+    if device == "cuda" and operator not in _NATIVE_CUDA_OPERATORS:
+        return f"the native library has no CUDA kernel for {operator}"
+    if device == "cpu" and dtype == torch.float16:
+        return "the native CPU kernels take float32, bfloat16 and float64, not float16"
+    if device == "cuda" and dtype == torch.float64:
+        return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
+    return native.obstacle(device)
+
+
+def _triton_obstacle(operator: str, device: str, dtype: torch.dtype, features: int) -> str | None:
+    if operator not in _TRITON_OPERATORS:
+        return f"there is no Triton kernel for {operator}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it comes with the CUDA builds of torch)"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "Triton runs CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
+    if device not in ("cpu", "cuda"):
+        return f"the Triton kernels run on CUDA devices, not on {device}"
+    if dtype == torch.float64:
+        return "the Triton kernels take float32, bfloat16 and float16, not float64"
+    if importlib.util.find_spec("anomem.kernels") is None:
+        return "anomem.kernels is not installed"
+    reason: str | None = importlib.import_module("anomem.kernels").support(operator, dtype, features)
+    return reason

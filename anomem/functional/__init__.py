@@ -1,0 +1,34 @@
+"""The documented functions: each validates its arguments, picks an implementation and calls it.
+
+Conventions. `N` queries, `M` prototypes, `d` features, `G` groups, `B` images. Kernels accumulate in float32 (float64
+for float64); outputs shaped like features have the input's dtype, losses and log-sums are float32 (float64). Under
+`torch.autocast` inputs are first cast to its dtype, as for a matrix product.
+
+`impl` is "auto" (a table of measured choices, printed by `python -m anomem.env`), "reference", "triton" or "native";
+naming one that cannot run here raises `anomem.errors.ArgumentError` with the reason.
+"""
+
+from anomem.functional.contrast import info_nce, nt_xent
+from anomem.functional.deviations import deviation, deviation_map
+from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.retrieval import hopfield_retrieve, memory_diagnostics
+from anomem.functional.sampling import gather_positions, variance_hinge
+from anomem.reference.losses import margin_loss, scale_weights
+from anomem.reference.positions import sample_positions
+from anomem.reference.usage import MemoryDiagnostics
+
+__all__ = [
+    "MemoryDiagnostics",
+    "contrasted_memory_loss",
+    "deviation",
+    "deviation_map",
+    "gather_positions",
+    "hopfield_retrieve",
+    "info_nce",
+    "margin_loss",
+    "memory_diagnostics",
+    "nt_xent",
+    "sample_positions",
+    "scale_weights",
+    "variance_hinge",
+]

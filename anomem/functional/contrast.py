@@ -1,0 +1,156 @@
+"""NT-Xent and its rectangular form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from anomem import backends
+from anomem.backends import Impl
+from anomem.functional.precision import accumulator, autocast_inputs, scalar, unit_inner_stride, without_autocast
+from anomem.reference.contrast import info_nce_rows, nt_xent_rows
+from anomem.validation import (
+    REDUCTIONS,
+    require,
+    require_choice,
+    require_index,
+    require_positive_number,
+    require_same_kind,
+    require_tensor,
+    shape_of,
+)
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def nt_xent(
+    z: Tensor,
+    z_pair: Tensor,
+    *,
+    temperature: float | Tensor = 0.2,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """NT-Xent between two views (SimCLR, Chen et al. 2020, Eq. 1), for one batch or many groups of batches at once.
+
+    Per group U = [z; z_pair], rows L2-normalised, N = 2B, and
+    l_i = logsumexp_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau. No [N, N] matrix is kept by the fused implementations.
+
+    Args:
+        z: [B, d] or [G, B, d]; need not be normalised.
+        z_pair: the same shape; row k of `z` and row k of `z_pair` are positives.
+        temperature: tau > 0, a number or a learned 0-dim tensor.
+        reduction: "mean" over all groups and rows, "sum", or "none".
+        impl: which implementation; see the package.
+
+    Returns:
+        0-dim, or [(G,) 2B] for "none": the losses of `z`'s rows, then of `z_pair`'s; float32 (float64 for float64).
+        A group of one pair has loss 0.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+    """
+    require_tensor(z, "z", (2, 3), "[B, d] or [G, B, d]")
+    require_tensor(z_pair, "z_pair", (2, 3), "[B, d] or [G, B, d]")
+    require(z.shape == z_pair.shape, "z_pair", f"the shape of `z`, {shape_of(z)}", shape_of(z_pair))
+    require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", f"shape {shape_of(z)}")
+    require_positive_number(temperature, "temperature")
+    require_choice(reduction, "reduction", REDUCTIONS)
+    z, z_pair = autocast_inputs(z, z_pair)
+    require_same_kind(z_pair, "z_pair", z, "z")
+    grouped = z.dim() == 3
+    views = (z, z_pair) if grouped else (z[None], z_pair[None])
+    groups, batch, features = views[0].shape
+    problem = backends.Problem(
+        "nt_xent", z.device.type, z.dtype, features, rows=2 * batch, columns=2 * batch, groups=groups
+    )
+    chosen = backends.choose(problem, impl)
+    if chosen == "reference":
+        dtype = accumulator(z)
+        with without_autocast(z.device.type):
+            rows = nt_xent_rows(views[0].to(dtype), views[1].to(dtype), temperature)
+    else:
+        from anomem.ops import contrast
+
+        learned, tau = scalar(temperature, z)
+        rows = contrast.nt_xent(unit_inner_stride(views[0]), unit_inner_stride(views[1]), learned, tau, chosen)
+    return _reduce(rows if grouped else rows[0], reduction)
+
+
+def info_nce(
+    rows: Tensor,
+    columns: Tensor,
+    positive: Tensor,
+    exclude: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """The rectangular contrast (InfoNCE, van den Oord et al. 2018): each row finds its column among all columns.
+
+    l_i = logsumexp_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau, rows and columns L2-normalised. With
+    rows = columns, exclude = self and positive = the other view this is NT-Xent, row by row.
+
+    Args:
+        rows: [R, d] or [G, R, d].
+        columns: [C, d] or [G, C, d].
+        positive: [R] int64, index of each row's column, the same in every group.
+        exclude: [R] int64, a column each row does not see (itself); None to see all.
+        temperature: tau > 0, a number or a learned 0-dim tensor.
+        reduction: "mean" over all groups and rows, "sum", or "none".
+        impl: which implementation; see the package.
+
+    Returns:
+        0-dim, or [(G,) R] for "none"; float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: a wrong shape, dtype, device, name or number, an index out of range (checked where it costs no
+            synchronisation), or an implementation that cannot run here.
+    """
+    require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
+    require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
+    same = rows.dim() == columns.dim() and rows.shape[-1] == columns.shape[-1] and rows.shape[:-2] == columns.shape[:-2]
+    require(same, "columns", f"groups and features as `rows`, {shape_of(rows)}", shape_of(columns))
+    require(columns.shape[-2] > 0 and columns.shape[-1] > 0, "columns", "at least one column", shape_of(columns))
+    for index, name in ((positive, "positive"), (exclude, "exclude")):
+        if index is None and name == "exclude":
+            continue
+        require_index(index, name, "[R]", (1,), columns.shape[-2], "columns")
+        assert index is not None
+        count = rows.shape[-2]
+        require(index.shape[0] == count, name, f"[{count}], one index per row", shape_of(index))
+        require(index.device == rows.device, name, f"the device of `rows` ({rows.device})", index.device)
+    require_positive_number(temperature, "temperature")
+    require_choice(reduction, "reduction", REDUCTIONS)
+    rows, columns = autocast_inputs(rows, columns)
+    require_same_kind(columns, "columns", rows, "rows")
+    grouped = rows.dim() == 3
+    left, right = (rows, columns) if grouped else (rows[None], columns[None])
+    problem = backends.Problem(
+        "info_nce",
+        rows.device.type,
+        rows.dtype,
+        left.shape[2],
+        rows=left.shape[1],
+        columns=right.shape[1],
+        groups=left.shape[0],
+    )
+    chosen = backends.choose(problem, impl)
+    if chosen == "reference":
+        dtype = accumulator(rows)
+        with without_autocast(rows.device.type):
+            loss = info_nce_rows(left.to(dtype), right.to(dtype), positive, exclude, temperature)
+    else:
+        from anomem.ops import contrast
+
+        learned, tau = scalar(temperature, rows)
+        loss = contrast.info_nce(left.contiguous(), right.contiguous(), positive, exclude, learned, tau, chosen)
+    return _reduce(loss if grouped else loss[0], reduction)
+
+
+def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "mean":
+        return rows.mean()
+    return rows.sum() if reduction == "sum" else rows

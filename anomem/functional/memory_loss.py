@@ -1,0 +1,98 @@
+"""The loss of one scale of stage 1, composed of the fused operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anomem import backends
+from anomem.backends import Impl
+from anomem.functional.contrast import nt_xent
+from anomem.functional.retrieval import hopfield_retrieve
+from anomem.functional.sampling import variance_hinge
+from anomem.reference.losses import Negatives
+from anomem.reference.normalize import Normalize
+from anomem.validation import require, require_choice, require_tensor, shape_of
+
+
+def contrasted_memory_loss(
+    z: Tensor,
+    z_pair: Tensor,
+    prototypes: Tensor,
+    *,
+    is_normal: Tensor | None = None,
+    values: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    steps: int = 1,
+    normalize: Normalize = "layer",
+    temperature: float | Tensor = 0.2,
+    negatives: Negatives = "image",
+    symmetric: bool = True,
+    variance_gamma: float = 1.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """L_COM and L_V of one scale (AnoMem Eqs. 2 to 4): means over the n sampled positions.
+
+    L_COM is NT-Xent between one view's vectors and what the memory returns for the other's (for labelled anomalies:
+    the other view itself). Both directions share one retrieval and one contrast: the views are stacked, so a scale
+    costs two kernel launches each way whatever n is.
+
+    Args:
+        z: [n, B, d], sampled vectors of one view, B ≥ 2.
+        z_pair: [n, B, d], the same positions of the other view.
+        prototypes: [M, d].
+        is_normal: [B] bool, y_k = 1; None when every image is normal.
+        values: [M, d]; with beta, steps and normalize as in `hopfield_retrieve`.
+        temperature: tau > 0.
+        negatives: "image" (other images at the same position), "position" (other positions of the same image) or the
+            sum of "both".
+        symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
+        variance_gamma: target standard deviation of the variance term; 1 for raw, 1/sqrt(d) for unit vectors.
+        impl: which implementation; parts for which the named one has no kernel choose by "auto".
+
+    Returns:
+        (L_COM, L_V), both 0-dim, float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: a wrong shape, dtype or name, or fewer than two images.
+    """
+    require_tensor(z, "z", (3,), "[n, B, d]")
+    require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
+    require(z.shape == z_pair.shape, "z_pair", f"the shape of `z`, {shape_of(z)}", shape_of(z_pair))
+    require_choice(negatives, "negatives", ("image", "position", "both"))
+    require(z.shape[0] > 0, "z", "at least one sampled position", f"shape {shape_of(z)}")
+    require(
+        z.shape[1] >= 2,
+        "z",
+        "at least two images in the batch",
+        f"shape {shape_of(z)}",
+        "the contrast needs a negative",
+    )
+    if is_normal is not None:
+        right = is_normal.dtype == torch.bool and is_normal.shape == z.shape[1:2]
+        require(right, "is_normal", f"bool [{z.shape[1]}]", f"{is_normal.dtype} {shape_of(is_normal)}")
+
+    # View v is contrasted with the memory's answer to the other view.
+    views = torch.cat([z, z_pair]) if symmetric else z  # [n or 2n, B, d]
+    asked = torch.cat([z_pair, z]) if symmetric else z_pair
+    read = hopfield_retrieve(asked, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, impl=impl)
+    if is_normal is not None:
+        read = torch.where(is_normal[:, None], read, asked.to(read.dtype))
+
+    def contrast(left: Tensor, right: Tensor) -> Tensor:
+        return nt_xent(left, right, temperature=temperature, impl=impl)
+
+    views = views.to(read.dtype)
+    loss = z.new_zeros((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    if negatives != "position":
+        loss = loss + contrast(views, read)
+    if negatives != "image":
+        loss = loss + contrast(_by_image(views, symmetric), _by_image(read, symmetric))
+    return loss, variance_hinge(read, gamma=variance_gamma, impl=backends.for_part("variance", read.device.type, impl))
+
+
+def _by_image(x: Tensor, symmetric: bool) -> Tensor:
+    """Group by image and direction instead of by position: [k·n, B, d] -> [k·B, n, d], k = 2 when symmetric."""
+    directions = 2 if symmetric else 1
+    split = x.reshape(directions, -1, *x.shape[1:])  # [k, n, B, d]
+    return split.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,105 @@
+"""Gather of sampled positions and the variance hinge."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from anomem import backends
+from anomem.backends import Impl
+from anomem.functional.precision import accumulator
+from anomem.reference.positions import gather_positions as reference_gather
+from anomem.reference.variance import variance_hinge as reference_variance
+from anomem.validation import (
+    require,
+    require_choice,
+    require_index,
+    require_positive_number,
+    require_tensor,
+    shape_of,
+)
+
+
+def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool = False, impl: Impl = "auto") -> Tensor:
+    """The vectors of a feature map at sampled positions, one group per position (Algorithm 1, line 3).
+
+    Args:
+        feature_map: [B, C, H, W], NCHW or channels-last.
+        positions: [n] int64 flat indices h·W + w for all images, or [B, n] for each image. Repeated positions are
+            allowed; their gradients add up.
+        normalize: L2-normalise each vector in the same pass.
+        impl: which implementation; see the package.
+
+    Returns:
+        [n, B, C] in the map's dtype.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype or device, a position out of range (checked where that is free), or an
+            implementation that cannot run here.
+    """
+    require_tensor(feature_map, "feature_map", (4,), "[B, C, H, W]")
+    batch, channels, height, width = feature_map.shape
+    require_index(positions, "positions", "[n] or [B, n]", (1, 2), height * width, "positions h·W + w")
+    if positions.dim() == 2:
+        require(positions.shape[0] == batch, "positions", f"[{batch}, n], a row per image", shape_of(positions))
+    same_device = positions.device == feature_map.device
+    require(same_device, "positions", f"the device of `feature_map` ({feature_map.device})", positions.device)
+    problem = backends.Problem(
+        "gather",
+        feature_map.device.type,
+        feature_map.dtype,
+        channels,
+        rows=batch,
+        columns=height * width,
+        groups=positions.shape[-1],
+    )
+    if backends.choose(problem, impl) == "reference":
+        return reference_gather(feature_map, positions, normalize=normalize)
+    from anomem.ops import sampling
+
+    return sampling.gather_positions(feature_map, positions.contiguous(), normalize)
+
+
+def variance_hinge(
+    x: Tensor,
+    *,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    reduction: Literal["mean", "none"] = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """The variance term: (1/d) Σ_j max(0, gamma − sqrt(Var_k(x_kj) + eps)) (VICReg, Bardes et al. 2022, Eq. 1).
+
+    Args:
+        x: [B, d] or [G, B, d], B ≥ 2; the unbiased variance is over B.
+        gamma: target standard deviation > 0, in the unit of x.
+        eps: > 0, keeps the square root differentiable.
+        reduction: "mean" over the groups, or "none".
+        impl: which implementation; see the package.
+
+    Returns:
+        0-dim, or [G] for "none" (0-dim for a two-axis x); float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: a wrong shape, dtype or number, fewer than two rows, or an implementation that cannot run here.
+    """
+    require_tensor(x, "x", (2, 3), "[B, d] or [G, B, d]")
+    require(x.shape[-2] >= 2, "x", "at least two rows to have a variance", f"shape {shape_of(x)}")
+    require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", f"shape {shape_of(x)}")
+    for value, name in ((gamma, "gamma"), (eps, "eps")):
+        require_positive_number(value, name)
+        require(not isinstance(value, Tensor), name, "a number", "a tensor")
+    require_choice(reduction, "reduction", ("mean", "none"))
+    grouped = x if x.dim() == 3 else x[None]
+    groups, batch, features = grouped.shape
+    problem = backends.Problem("variance", x.device.type, x.dtype, features, rows=batch, groups=groups)
+    if backends.choose(problem, impl) == "reference":
+        loss = reference_variance(grouped.to(accumulator(x)), gamma, eps)
+    else:
+        from anomem.ops import sampling
+
+        loss = sampling.variance_hinge(grouped.contiguous(), float(gamma), float(eps))
+    if reduction == "mean":
+        return loss.mean()
+    return loss if x.dim() == 3 else loss[0]

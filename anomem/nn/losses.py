@@ -1,0 +1,160 @@
+"""The losses as modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from anomem import functional as F
+from anomem.backends import Impl
+from anomem.nn.memory import HopfieldMemory
+from anomem.reference.losses import Negatives
+from anomem.validation import require, require_choice, require_number, require_positive_number
+
+
+class _Temperature(nn.Module):
+    """A temperature that is a constant, or learned through its logarithm so that it stays positive."""
+
+    def __init__(self, temperature: float, learned: bool) -> None:
+        super().__init__()
+        require_positive_number(temperature, "temperature")
+        require(
+            not isinstance(temperature, Tensor), "temperature", "a number", "a tensor", "use learn_temperature=True"
+        )
+        self.constant = float(temperature)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learned else None
+
+    def forward(self) -> float | Tensor:
+        return self.constant if self.log_temperature is None else self.log_temperature.exp()
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent (SimCLR): `criterion(z0, z1)` equals `lightly.loss.NTXentLoss(temperature)` without a memory bank.
+
+    Args:
+        temperature: tau > 0; lightly's default of 0.5.
+        learn_temperature: make log tau a parameter.
+        impl: which implementation; see `anomem.functional`.
+
+    Shape:
+        z0, z1 [B, d] or [G, B, d] -> 0-dim.
+    """
+
+    def __init__(self, temperature: float = 0.5, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.temperature = _Temperature(temperature, learn_temperature)
+        self.impl: Impl = impl
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Mean loss over all rows of both views."""
+        return F.nt_xent(z0, z1, temperature=self.temperature(), impl=self.impl)
+
+
+class InfoNCELoss(nn.Module):
+    """The rectangular contrast: row i's column is i unless `positive` says otherwise (CLIP-, MoCo-type use).
+
+    Args:
+        temperature: tau > 0.
+        learn_temperature: make log tau a parameter.
+        impl: which implementation; see `anomem.functional`.
+
+    Shape:
+        rows [(G,) R, d], columns [(G,) C, d], positive [R] -> 0-dim.
+    """
+
+    def __init__(self, temperature: float = 0.07, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.temperature = _Temperature(temperature, learn_temperature)
+        self.impl: Impl = impl
+
+    def forward(
+        self, rows: Tensor, columns: Tensor, positive: Tensor | None = None, exclude: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss over all rows."""
+        if positive is None:
+            positive = torch.arange(rows.shape[-2], device=rows.device)
+        return F.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
+
+
+class VarianceHinge(nn.Module):
+    """The hinge on the standard deviation over the batch (VICReg).
+
+    Args:
+        gamma: target standard deviation > 0.
+        eps: > 0, inside the square root.
+        impl: which implementation; see `anomem.functional`.
+
+    Shape:
+        x [B, d] or [G, B, d] -> 0-dim.
+    """
+
+    def __init__(self, gamma: float = 1.0, eps: float = 1e-4, *, impl: Impl = "auto") -> None:
+        super().__init__()
+        require_positive_number(gamma, "gamma")
+        require_positive_number(eps, "eps")
+        self.gamma = gamma
+        self.eps = eps
+        self.impl: Impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean hinge over groups and features."""
+        return F.variance_hinge(x, gamma=self.gamma, eps=self.eps, impl=self.impl)
+
+
+class ContrastedMemoryLoss(nn.Module):
+    """L_COM + lambda_V · L_V of one scale (the bracket of AnoMem Eq. 4), given that scale's memory.
+
+    Args:
+        temperature: tau of the contrast.
+        variance_weight: lambda_V ≥ 0; the paper finds no sensitivity from 0.01 to 0.1.
+        negatives: "image", "position" or "both".
+        symmetric: contrast both ways and take the mean.
+        impl: which implementation; see `anomem.functional`.
+
+    Shape:
+        z, z_pair [n, B, d] -> 0-dim.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        variance_weight: float = 0.05,
+        *,
+        negatives: Negatives = "image",
+        symmetric: bool = True,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        require_positive_number(temperature, "temperature")
+        require_number(variance_weight, "variance_weight")
+        require(variance_weight >= 0, "variance_weight", "a number ≥ 0", variance_weight)
+        require_choice(negatives, "negatives", ("image", "position", "both"))
+        self.temperature = temperature
+        self.variance_weight = variance_weight
+        self.negatives: Negatives = negatives
+        self.symmetric = symmetric
+        self.impl: Impl = impl
+
+    def forward(
+        self, z: Tensor, z_pair: Tensor, memory: HopfieldMemory, is_normal: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(total, L_COM, L_V), the last two for the log; `is_normal` [B] bool, None when all are."""
+        contrast, variance = F.contrasted_memory_loss(
+            z,
+            z_pair,
+            memory.prototypes,
+            is_normal=is_normal,
+            values=memory.values,
+            beta=memory.beta,
+            steps=memory.steps,
+            normalize=memory.normalize,
+            temperature=self.temperature,
+            negatives=self.negatives,
+            symmetric=self.symmetric,
+            # A unit vector's coordinates have a standard deviation of at most 1/sqrt(d).
+            variance_gamma=z.shape[-1] ** -0.5 if memory.normalize == "l2" else 1.0,
+            impl=self.impl,
+        )
+        return contrast + self.variance_weight * variance, contrast, variance

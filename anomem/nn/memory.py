@@ -1,0 +1,125 @@
+"""A memory of learned prototypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomem import backends
+from anomem import functional as F
+from anomem.backends import Impl
+from anomem.reference.normalize import Normalize
+from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number, shape_of
+
+
+class HopfieldMemory(nn.Module):
+    """Learned prototypes read by modern-Hopfield retrieval (AnoMem Eq. 1; Ramsauer et al. 2021).
+
+    Stands where hflayers' `HopfieldLayer` runs in static single-head mode (no projections, no affine): patterns are
+    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes.
+
+    Args:
+        features: d, length of a query.
+        prototypes: M, how many patterns are stored.
+        beta: inverse temperature; 1/sqrt(d) when None.
+        steps: number of reads ≥ 1; all but the last update the query.
+        normalize: "layer", "l2" or "none".
+        learn_beta: make beta a parameter.
+        value_features: dv of a separate, learned value matrix; None reads the normalised prototypes.
+        shrink: MemAE's hard-shrinkage threshold; 0 is off.
+        impl: which implementation; see `anomem.functional`.
+
+    Shape:
+        query [..., d] -> [..., d] (or [..., dv]).
+
+    Attributes:
+        prototypes: [M, d] parameter, drawn from N(0, 1).
+        values: [M, dv] parameter or None.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        prototypes: int,
+        *,
+        beta: float | None = None,
+        steps: int = 1,
+        normalize: Normalize = "layer",
+        learn_beta: bool = False,
+        value_features: int | None = None,
+        shrink: float = 0.0,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        require_count(features, "features", 1)
+        require_count(prototypes, "prototypes", 1)
+        require_count(steps, "steps", 1)
+        require_choice(normalize, "normalize", NORMALIZE)
+        require_number(shrink, "shrink")
+        if beta is None:
+            beta = features**-0.5
+        require_number(beta, "beta")
+        if value_features is not None:
+            require_count(value_features, "value_features", 1)
+        self.steps = steps
+        self.normalize = normalize
+        self.shrink = float(shrink)
+        self.impl: Impl = impl
+        self.prototypes = nn.Parameter(torch.empty(prototypes, features))
+        self.values = None if value_features is None else nn.Parameter(torch.empty(prototypes, value_features))
+        self.beta: float | Tensor = nn.Parameter(torch.tensor(float(beta))) if learn_beta else float(beta)
+        self._initial_beta = float(beta)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw prototypes (and values) from N(0, 1) and set beta back."""
+        with torch.no_grad():
+            self.prototypes.normal_()
+            if self.values is not None:
+                self.values.normal_()
+            if isinstance(self.beta, nn.Parameter):
+                self.beta.fill_(self._initial_beta)
+
+    @torch.no_grad()
+    def fill(self, features: Tensor, generator: torch.Generator | None = None) -> None:
+        """Replace the prototypes by distinct rows of a feature set, drawn at random.
+
+        Args:
+            features: [N, d], N ≥ 1. With fewer rows than prototypes, rows repeat.
+            generator: source of randomness, on the device of `features`.
+        """
+        width = self.prototypes.shape[1]
+        right = features.dim() == 2 and features.shape[1] == width and features.shape[0] > 0
+        require(right, "features", f"[N, {width}] with N ≥ 1", shape_of(features))
+        count, have = self.prototypes.shape[0], features.shape[0]
+        order = torch.randperm(have, generator=generator, device=features.device)
+        self.prototypes.copy_(features[order[torch.arange(count, device=features.device) % have]])
+
+    def forward(self, query: Tensor) -> Tensor:
+        """What the memory returns for each query: [..., d] -> [..., d] (or [..., dv])."""
+        return F.hopfield_retrieve(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
+
+    def energy(self, query: Tensor) -> Tensor:
+        """−lse/beta, the Hopfield energy up to terms in |q|²: [..., d] -> [...]."""
+        _, lse = F.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **self._options())
+        return -lse / self.beta
+
+    def deviation(self, query: Tensor) -> Tensor:
+        """norm(q) − HF(q): [..., d] -> [..., d]."""
+        return F.deviation(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
+
+    def diagnostics(self, query: Tensor) -> F.MemoryDiagnostics:
+        """Usage of the prototypes over a set of queries [..., d]."""
+        impl = backends.for_part("usage", query.device.type, self.impl)
+        return F.memory_diagnostics(query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=impl)
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for `print(module)`."""
+        count, features = self.prototypes.shape
+        beta = "learned" if isinstance(self.beta, Tensor) else f"{self.beta:.4g}"
+        return f"{features}, {count}, beta={beta}, steps={self.steps}, normalize={self.normalize!r}"
+
+    def _options(self) -> dict[str, Any]:
+        return {"values": self.values, "beta": self.beta, "steps": self.steps, "normalize": self.normalize}

@@ -1,0 +1,42 @@
+"""Loading of the C++ library, once, when the first native operator is wanted."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from anomem.ops import library  # noqa: F401  the schemas must be registered before their implementations
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_HOW = "run `make build` (needs a C++ compiler and ninja)"
+
+
+@functools.cache
+def obstacle(device: str) -> str | None:
+    """Why the native kernels cannot run on this kind of device, or None; loads the library to find out.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return _load("_C.so", _HOW)
+    if device == "cuda":
+        if torch.version.cuda is None:
+            return "this torch has no CUDA"
+        return _load("_C_cuda.so", "run `make build` where nvcc and a CUDA build of torch are")
+    return f"the native library has no kernels for {device} tensors"
+
+
+@functools.cache
+def _load(file: str, how: str) -> str | None:
+    path = _PACKAGE / file
+    if not path.exists():
+        return f"anomem/{file} is not built; {how}"
+    try:
+        # A second copy of the same registrations aborts the process: the cache makes this the only load.
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"anomem/{file} does not load with torch {torch.__version__}: {error}"
+    return None

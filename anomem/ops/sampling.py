@@ -1,0 +1,169 @@
+"""Gather of sampled positions and the variance hinge: the memory-bound operators of the native library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomem.ops import batching, composite
+from anomem.ops.library import accumulator, define, empty
+
+
+def _gather_forward_fake(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    batch, channels = feature_map.shape[:2]
+    count = positions.shape[-1]
+    dtype = accumulator(feature_map)
+    inv_norm = empty(feature_map, count, batch, dtype=dtype) if normalize else empty(feature_map, 0, dtype=dtype)
+    return empty(feature_map, count, batch, channels), inv_norm
+
+
+def _gather_backward_fake(
+    dout: Tensor,
+    out: Tensor,
+    inv_norm: Tensor,
+    positions: Tensor,
+    map_shape: list[int],
+    channels_last: bool,
+    normalize: bool,
+) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(map_shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format)
+
+
+def _variance_forward_fake(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    groups, _, features = x.shape
+    dtype = accumulator(x)
+    return (
+        empty(x, groups, dtype=dtype),
+        empty(x, groups, features, dtype=dtype),
+        empty(x, groups, features, dtype=dtype),
+    )
+
+
+def _variance_backward_fake(dloss: Tensor, x: Tensor, mean: Tensor, std: Tensor, gamma: float) -> Tensor:
+    return empty(x, *x.shape)
+
+
+define(
+    "native_gather_fwd",
+    "(Tensor map, Tensor positions, bool normalize) -> (Tensor out, Tensor inv_norm)",
+    _gather_forward_fake,
+)
+define(
+    "native_gather_bwd",
+    "(Tensor dout, Tensor out, Tensor inv_norm, Tensor positions, SymInt[] map_shape, bool channels_last, "
+    "bool normalize) -> Tensor",
+    _gather_backward_fake,
+)
+define(
+    "native_variance_fwd",
+    "(Tensor x, float gamma, float eps) -> (Tensor loss, Tensor mean, Tensor std)",
+    _variance_forward_fake,
+)
+define(
+    "native_variance_bwd",
+    "(Tensor dloss, Tensor x, Tensor mean, Tensor std, float gamma) -> Tensor",
+    _variance_backward_fake,
+)
+
+
+def gather_positions(feature_map: Tensor, positions: Tensor, normalize: bool) -> Tensor:
+    """Native gather: [B, C, H, W] and [n] or [B, n] int64 -> [n, B, C]."""
+    out: Tensor = _Gather.apply(feature_map, positions, normalize)[0]
+    return out
+
+
+def variance_hinge(x: Tensor, gamma: float, eps: float) -> Tensor:
+    """Native variance hinge: [G, B, d] contiguous -> [G] in the accumulation dtype."""
+    loss: Tensor = _Variance.apply(x, gamma, eps)[0]
+    return loss
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+        out, inv_norm = torch.ops.anomem.native_gather_fwd(feature_map, positions, normalize)
+        return out, inv_norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        feature_map, positions, ctx.normalize = inputs
+        out, inv_norm = output
+        ctx.mark_non_differentiable(inv_norm)
+        ctx.set_materialize_grads(False)
+        ctx.map_shape = feature_map.shape
+        ctx.channels_last = (
+            feature_map.is_contiguous(memory_format=torch.channels_last) and not feature_map.is_contiguous()
+        )
+        # Without normalisation the gradient needs nothing but the positions; the output is saved only with it.
+        # A double backward needs the map again, which its producer keeps alive anyway.
+        kept = (feature_map, out) if ctx.normalize else (None, None)
+        ctx.save_for_backward(*kept, positions, inv_norm)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return None, None, None
+        feature_map, out, positions, inv_norm = ctx.saved_tensors
+        if composite.wants_graph():
+            return _gather_gradient(dout, feature_map, positions, ctx.map_shape, ctx.normalize), None, None
+        dout = dout.contiguous()
+        dmap = torch.ops.anomem.native_gather_bwd(
+            dout, dout if out is None else out, inv_norm, positions, ctx.map_shape, ctx.channels_last, ctx.normalize
+        )
+        return dmap, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return batching.one_by_one(_Gather.apply, info.batch_size, in_dims, args)
+
+
+def _gather_gradient(
+    dout: Tensor, feature_map: Tensor | None, positions: Tensor, map_shape: torch.Size, normalize: bool
+) -> Tensor:
+    """The gather's gradient through the reference. Without normalisation the gather is linear, so any map will do."""
+    from anomem.reference import gather_positions as reference
+
+    if feature_map is None:
+        feature_map = dout.new_zeros(map_shape).requires_grad_()
+    picked = reference(feature_map, positions, normalize=normalize)
+    return torch.autograd.grad(picked, feature_map, dout, create_graph=True)[0]
+
+
+class _Variance(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        loss, mean, std = torch.ops.anomem.native_variance_fwd(x, gamma, eps)
+        return loss, mean, std
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.gamma, ctx.eps = inputs
+        _, mean, std = output
+        ctx.mark_non_differentiable(mean, std)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean, std)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dloss is None:
+            return None, None, None
+        x, mean, std = ctx.saved_tensors
+        if composite.wants_graph():
+            from anomem.reference import variance_hinge as reference
+
+            gamma, eps, dtype = ctx.gamma, ctx.eps, accumulator(x)
+            grads = composite.differentiable_gradients(
+                lambda x: reference(x.to(dtype), gamma, eps), (x,), (True,), (dloss,)
+            )
+            return grads[0], None, None
+        dx = torch.ops.anomem.native_variance_bwd(dloss.contiguous(), x, mean, std, ctx.gamma)
+        return dx, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        x = args[0].movedim(in_dims[0], 0)  # [V, G, B, d]
+        outs = _Variance.apply(x.flatten(0, 1).contiguous(), *args[1:])
+        return tuple(out.unflatten(0, x.shape[:2]) for out in outs), (0,) * len(outs)

@@ -1,0 +1,96 @@
+"""Memory retrieval, Eq. (1) of AnoMem: the read of a modern Hopfield network (Ramsauer et al. 2021, Eq. 10)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anomem.reference.normalize import Normalize, normalize_rows
+
+
+class Retrieval(NamedTuple):
+    """What one read of the memory gives."""
+
+    out: Tensor
+    """[..., dv], what the memory returns for each query."""
+    lse: Tensor
+    """[...], logsumexp over the prototypes of beta·q·k; −lse/beta is the Hopfield energy up to terms in |q|²."""
+    weights: Tensor
+    """[..., M], the retrieval weights that multiplied the values (after shrinkage, if any)."""
+
+
+def hopfield_retrieve(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    values: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    steps: int = 1,
+    normalize: Normalize = "layer",
+    shrink: float = 0.0,
+    log_prior: Tensor | None = None,
+) -> Retrieval:
+    """HF(q) = softmax(beta · norm(q) norm(K)ᵀ) V, row by row; V = norm(K) unless given.
+
+    Args:
+        query: [..., d].
+        prototypes: [M, d], the stored patterns K.
+        values: [M, dv], read instead of the normalised prototypes.
+        beta: inverse temperature, a number or a 0-dim tensor; 1/sqrt(d) when None.
+        steps: number of reads; all but the last update the state, q ← softmax(beta q Kᵀ) K.
+        normalize: what is done to query and prototypes first; "none" leaves both alone.
+        shrink: hard-shrinkage threshold on the weights (MemAE, Gong et al. 2019, Eq. 7); 0 keeps the softmax.
+        log_prior: [..., M], added to the logits of the last read (`log pi(prototype | position)`).
+
+    Returns:
+        `Retrieval(out, lse, weights)`; `lse` is of the logits of the last read, before any shrinkage.
+    """
+    state = normalize_rows(query, normalize)  # [..., d]
+    keys = normalize_rows(prototypes, normalize)  # [M, d]
+    if beta is None:
+        beta = query.shape[-1] ** -0.5
+    for _ in range(steps - 1):
+        state = torch.softmax(beta * (state @ keys.mT), dim=-1) @ keys
+    logits = beta * (state @ keys.mT)  # [..., M]
+    if log_prior is not None:
+        logits = logits + log_prior
+    lse = torch.logsumexp(logits, dim=-1)  # [...]
+    weights = torch.softmax(logits, dim=-1)  # [..., M]
+    if shrink > 0:
+        weights = shrink_weights(weights, shrink)
+    return Retrieval(weights @ (keys if values is None else values), lse, weights)
+
+
+def shrink_weights(weights: Tensor, threshold: float) -> Tensor:
+    """Hard shrinkage with renormalisation (MemAE, Gong et al. 2019, Eqs. 6–7).
+
+    w ← relu(w − t) · w / (|w − t| + 1e-12), then w ← w / max(Σ w, 1e-12). A row all of whose weights are at or below
+    the threshold becomes zero: such a query retrieves nothing.
+
+    Args:
+        weights: [..., M], non-negative, rows sum to 1.
+        threshold: t ≥ 0; MemAE recommends 1/M to 3/M.
+
+    Returns:
+        [..., M], rows sum to 1 or to 0.
+    """
+    excess = weights - threshold
+    kept = torch.relu(excess) * weights / (excess.abs() + 1e-12)
+    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def weights_entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of each row of weights, with 0 · log 0 = 0.
+
+    Args:
+        weights: [..., M].
+
+    Returns:
+        [...].
+    """
+    # xlogy's slope is infinite at 0, where a shrunk weight sits; the entropy's own slope there is multiplied by the
+    # zero slope of the shrinkage, so the zero is taken out before the logarithm.
+    safe = torch.where(weights > 0, weights, torch.ones_like(weights))
+    return -(weights * safe.log()).sum(dim=-1)

@@ -1,0 +1,51 @@
+"""How a memory is used: the figures by which a collapsed memory is seen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anomem.reference.normalize import Normalize, l2_normalize
+from anomem.reference.retrieval import hopfield_retrieve, weights_entropy
+
+
+class MemoryDiagnostics(NamedTuple):
+    """Usage of a memory over a set of N queries."""
+
+    usage: Tensor
+    """[M] int64, how many queries have this prototype as their strongest."""
+    mass: Tensor
+    """[M], mean retrieval weight of each prototype; sums to 1."""
+    entropy: Tensor
+    """[], mean entropy of one query's weights, in nats."""
+    perplexity: Tensor
+    """[], exp(entropy): over how many prototypes one query spreads. Near M: soft averaging."""
+    effective: Tensor
+    """[], exp of the entropy of `mass`: how many prototypes carry the whole set. Near 1: collapse."""
+    mean_length: Tensor
+    """[], |mean over queries of HF(q)/|HF(q)||, 0 to 1. Near 1: every query retrieves the same thing."""
+
+
+def memory_diagnostics(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    beta: float | Tensor | None = None,
+    normalize: Normalize = "layer",
+) -> MemoryDiagnostics:
+    """Usage counts, assignment entropy and effective number of prototypes.
+
+    Args:
+        query: [N, d], N ≥ 1.
+        prototypes: [M, d].
+        beta: as in `hopfield_retrieve`.
+        normalize: as in `hopfield_retrieve`.
+    """
+    read = hopfield_retrieve(query, prototypes, beta=beta, normalize=normalize)
+    usage = torch.bincount(read.weights.argmax(dim=-1), minlength=prototypes.shape[0])
+    mass = read.weights.mean(dim=0)
+    entropy = weights_entropy(read.weights).mean()
+    mean_length = torch.linalg.vector_norm(l2_normalize(read.out).mean(dim=0))
+    return MemoryDiagnostics(usage, mass, entropy, entropy.exp(), weights_entropy(mass).exp(), mean_length)

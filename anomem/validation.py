@@ -1,0 +1,120 @@
+"""One shape, dtype and device contract for every operator, whichever backend runs it.
+
+Nothing here reads the contents of a tensor on an accelerator: a check must not wait for the device. Index tensors are
+checked by value where that is free (CPU tensors outside of tracing); on an accelerator the kernels guard themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anomem.errors import ArgumentError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORMALIZE = ("layer", "l2", "none")
+REDUCTIONS = ("mean", "sum", "none")
+DISTANCES = ("cosine", "l2")
+
+
+def require(condition: bool, argument: str, expected: str, received: object, hint: str | None = None) -> None:
+    """Raise `ArgumentError` unless the condition holds."""
+    if not condition:
+        raise ArgumentError(argument, expected, received, hint)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A tensor's shape as the docstrings write it: "[4, 16]"."""
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def require_tensor(tensor: object, argument: str, dims: Sequence[int], layout: str) -> None:
+    """A floating tensor with one of the given numbers of axes.
+
+    Args:
+        tensor: what the caller passed.
+        argument: its name.
+        dims: allowed numbers of axes; an empty sequence allows one and more.
+        layout: the shape in words, for the message: "[M, d]".
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(argument, f"a tensor {layout}", type(tensor).__name__)
+    right = tensor.dim() in dims if dims else tensor.dim() >= 1
+    require(right, argument, f"a tensor {layout}", f"shape {shape_of(tensor)}")
+    require(tensor.dtype in FLOATS, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+
+
+def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:
+    """Two tensors on one device and of one dtype."""
+    require(
+        tensor.device == other.device, argument, f"the device of `{other_argument}` ({other.device})", tensor.device
+    )
+    require(
+        tensor.dtype == other.dtype,
+        argument,
+        f"the dtype of `{other_argument}` ({other.dtype})",
+        tensor.dtype,
+        "convert one of them, or call under torch.autocast",
+    )
+
+
+def require_choice(value: object, argument: str, choices: Sequence[str]) -> None:
+    """One of a few names."""
+    require(value in choices, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
+
+
+def require_positive_number(value: float | Tensor, argument: str) -> None:
+    """A finite number > 0, or a 0-dim floating tensor (a learned one: its value is not read)."""
+    require_number(value, argument)
+    if not isinstance(value, Tensor):
+        require(value > 0, argument, "a number > 0", value)
+
+
+def require_number(value: float | Tensor, argument: str) -> None:
+    """A finite number, or a 0-dim floating tensor (whose value is not read)."""
+    if isinstance(value, Tensor):
+        require(value.dim() == 0, argument, "a number or a 0-dim tensor", f"shape {shape_of(value)}")
+        require(value.is_floating_point(), argument, "a floating tensor", value.dtype)
+        return
+    require(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        argument,
+        "a finite number or a 0-dim tensor",
+        repr(value),
+    )
+
+
+def require_count(value: object, argument: str, at_least: int) -> None:
+    """An integer with a lower bound."""
+    right = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    require(right, argument, f"an integer ≥ {at_least}", repr(value))
+
+
+def require_index(index: object, argument: str, layout: str, dims: Sequence[int], size: int, axis: str) -> None:
+    """An int64 tensor whose values lie in [0, size).
+
+    Args:
+        index: what the caller passed.
+        argument: its name.
+        layout: its shape in words.
+        dims: allowed numbers of axes.
+        size: length of the indexed axis.
+        axis: that axis in words, for the message.
+    """
+    if not isinstance(index, Tensor):
+        raise ArgumentError(argument, f"an int64 tensor {layout}", type(index).__name__)
+    require(index.dim() in dims, argument, f"an int64 tensor {layout}", f"shape {shape_of(index)}")
+    require(index.dtype == torch.int64, argument, "int64", index.dtype)
+    if index.numel() and values_are_free(index):
+        low, high = (int(v) for v in torch.aminmax(index))
+        require(low >= 0 and high < size, argument, f"indices from 0 to {size - 1} ({axis})", f"{low} to {high}")
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no trace."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
