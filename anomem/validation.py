@@ -7,7 +7,7 @@ checked by value where that is free (CPU tensors outside of tracing); on an acce
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,30 @@ REDUCTIONS = ("mean", "sum", "none")
 DISTANCES = ("cosine", "l2")
 
 
-def require(condition: bool, argument: str, expected: str, received: object, hint: str | None = None) -> None:
-    """Raise `ArgumentError` unless the condition holds."""
-    if not condition:
-        raise ArgumentError(argument, expected, received, hint)
+def require(
+    condition: bool,
+    argument: str,
+    expected: str | Callable[[], str],
+    received: object,
+    hint: str | None = None,
+) -> None:
+    """Raise `ArgumentError` unless the condition holds.
+
+    Args:
+        condition: what must be true.
+        argument: name of the argument as the caller spells it.
+        expected: what would have been right; a function where the text must be put together, so that a good call
+            formats nothing (and `torch.compile` has nothing to format).
+        received: what came; a tensor is shown as its shape, a function is called.
+        hint: what to do about it.
+    """
+    if condition:
+        return
+    if isinstance(received, Tensor):
+        received = f"shape {shape_of(received)}"
+    elif callable(received):
+        received = received()
+    raise ArgumentError(argument, expected if isinstance(expected, str) else expected(), received, hint)
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -43,19 +63,22 @@ def require_tensor(tensor: object, argument: str, dims: Sequence[int], layout: s
     if not isinstance(tensor, Tensor):
         raise ArgumentError(argument, f"a tensor {layout}", type(tensor).__name__)
     right = tensor.dim() in dims if dims else tensor.dim() >= 1
-    require(right, argument, f"a tensor {layout}", f"shape {shape_of(tensor)}")
+    require(right, argument, lambda: f"a tensor {layout}", tensor)
     require(tensor.dtype in FLOATS, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
 
 
 def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:
     """Two tensors on one device and of one dtype."""
     require(
-        tensor.device == other.device, argument, f"the device of `{other_argument}` ({other.device})", tensor.device
+        tensor.device == other.device,
+        argument,
+        lambda: f"the device of `{other_argument}` ({other.device})",
+        tensor.device,
     )
     require(
         tensor.dtype == other.dtype,
         argument,
-        f"the dtype of `{other_argument}` ({other.dtype})",
+        lambda: f"the dtype of `{other_argument}` ({other.dtype})",
         tensor.dtype,
         "convert one of them, or call under torch.autocast",
     )
@@ -63,7 +86,7 @@ def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argume
 
 def require_choice(value: object, argument: str, choices: Sequence[str]) -> None:
     """One of a few names."""
-    require(value in choices, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
+    require(value in choices, argument, lambda: "one of " + ", ".join(repr(c) for c in choices), lambda: repr(value))
 
 
 def require_positive_number(value: float | Tensor, argument: str) -> None:
@@ -76,21 +99,18 @@ def require_positive_number(value: float | Tensor, argument: str) -> None:
 def require_number(value: float | Tensor, argument: str) -> None:
     """A finite number, or a 0-dim floating tensor (whose value is not read)."""
     if isinstance(value, Tensor):
-        require(value.dim() == 0, argument, "a number or a 0-dim tensor", f"shape {shape_of(value)}")
+        require(value.dim() == 0, argument, "a number or a 0-dim tensor", value)
         require(value.is_floating_point(), argument, "a floating tensor", value.dtype)
         return
-    require(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-        argument,
-        "a finite number or a 0-dim tensor",
-        repr(value),
-    )
+    # Comparisons rather than math.isfinite: under torch.compile the number may be symbolic.
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    require(right, argument, "a finite number or a 0-dim tensor", lambda: repr(value))
 
 
 def require_count(value: object, argument: str, at_least: int) -> None:
     """An integer with a lower bound."""
     right = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    require(right, argument, f"an integer ≥ {at_least}", repr(value))
+    require(right, argument, lambda: f"an integer ≥ {at_least}", lambda: repr(value))
 
 
 def require_index(index: object, argument: str, layout: str, dims: Sequence[int], size: int, axis: str) -> None:
@@ -106,11 +126,16 @@ def require_index(index: object, argument: str, layout: str, dims: Sequence[int]
     """
     if not isinstance(index, Tensor):
         raise ArgumentError(argument, f"an int64 tensor {layout}", type(index).__name__)
-    require(index.dim() in dims, argument, f"an int64 tensor {layout}", f"shape {shape_of(index)}")
+    require(index.dim() in dims, argument, lambda: f"an int64 tensor {layout}", index)
     require(index.dtype == torch.int64, argument, "int64", index.dtype)
     if index.numel() and values_are_free(index):
         low, high = (int(v) for v in torch.aminmax(index))
-        require(low >= 0 and high < size, argument, f"indices from 0 to {size - 1} ({axis})", f"{low} to {high}")
+        require(
+            low >= 0 and high < size,
+            argument,
+            lambda: f"indices from 0 to {size - 1} ({axis})",
+            lambda: f"{low} to {high}",
+        )
 
 
 def values_are_free(tensor: Tensor) -> bool:

@@ -53,8 +53,8 @@ def nt_xent(
     """
     require_tensor(z, "z", (2, 3), "[B, d] or [G, B, d]")
     require_tensor(z_pair, "z_pair", (2, 3), "[B, d] or [G, B, d]")
-    require(z.shape == z_pair.shape, "z_pair", f"the shape of `z`, {shape_of(z)}", shape_of(z_pair))
-    require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", f"shape {shape_of(z)}")
+    require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
+    require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
     require_positive_number(temperature, "temperature")
     require_choice(reduction, "reduction", REDUCTIONS)
     z, z_pair = autocast_inputs(z, z_pair)
@@ -112,16 +112,11 @@ def info_nce(
     require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
     require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
     same = rows.dim() == columns.dim() and rows.shape[-1] == columns.shape[-1] and rows.shape[:-2] == columns.shape[:-2]
-    require(same, "columns", f"groups and features as `rows`, {shape_of(rows)}", shape_of(columns))
-    require(columns.shape[-2] > 0 and columns.shape[-1] > 0, "columns", "at least one column", shape_of(columns))
-    for index, name in ((positive, "positive"), (exclude, "exclude")):
-        if index is None and name == "exclude":
-            continue
-        require_index(index, name, "[R]", (1,), columns.shape[-2], "columns")
-        assert index is not None
-        count = rows.shape[-2]
-        require(index.shape[0] == count, name, f"[{count}], one index per row", shape_of(index))
-        require(index.device == rows.device, name, f"the device of `rows` ({rows.device})", index.device)
+    require(same, "columns", lambda: f"groups and features as `rows`, {shape_of(rows)}", columns)
+    require(columns.shape[-2] > 0 and columns.shape[-1] > 0, "columns", "at least one column", columns)
+    _check_index(positive, "positive", rows, columns)
+    if exclude is not None:
+        _check_index(exclude, "exclude", rows, columns)
     require_positive_number(temperature, "temperature")
     require_choice(reduction, "reduction", REDUCTIONS)
     rows, columns = autocast_inputs(rows, columns)
@@ -148,6 +143,13 @@ def info_nce(
         learned, tau = scalar(temperature, rows)
         loss = contrast.info_nce(left.contiguous(), right.contiguous(), positive, exclude, learned, tau, chosen)
     return _reduce(loss if grouped else loss[0], reduction)
+
+
+def _check_index(index: Tensor, name: str, rows: Tensor, columns: Tensor) -> None:
+    require_index(index, name, "[R]", (1,), columns.shape[-2], "columns")
+    count = rows.shape[-2]
+    require(index.shape[0] == count, name, lambda: f"[{count}], one index per row", index)
+    require(index.device == rows.device, name, lambda: f"the device of `rows` ({rows.device})", index.device)
 
 
 def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:

@@ -49,7 +49,7 @@ def deviation(
         ArgumentError: as `hopfield_retrieve`.
     """
     if isinstance(values, Tensor) and isinstance(query, Tensor):
-        require(values.shape[-1] == query.shape[-1], "values", f"[M, {query.shape[-1]}]", shape_of(values))
+        require(values.shape[-1] == query.shape[-1], "values", lambda: f"[M, {query.shape[-1]}]", values)
     retrieved = hopfield_retrieve(
         query,
         prototypes,
@@ -99,9 +99,9 @@ def deviation_map(
     require_tensor(feature_map, "feature_map", (4,), "[B, d, H, W]")
     require_tensor(prototypes, "prototypes", (2,), "[M, d]")
     features = feature_map.shape[1]
-    require(features > 0, "feature_map", "[B, d, H, W] with d ≥ 1", f"shape {shape_of(feature_map)}")
+    require(features > 0, "feature_map", "[B, d, H, W] with d ≥ 1", feature_map)
     right_shape = prototypes.shape[1] == features and prototypes.shape[0] > 0
-    require(right_shape, "prototypes", f"[M, {features}] with M ≥ 1", shape_of(prototypes))
+    require(right_shape, "prototypes", lambda: f"[M, {features}] with M ≥ 1", prototypes)
     require_choice(normalize, "normalize", NORMALIZE)
     require_choice(distance, "distance", DISTANCES)
     require_count(steps, "steps", 1)
@@ -112,12 +112,12 @@ def deviation_map(
     if values is not None:
         require_tensor(values, "values", (2,), "[M, d]")
         require_same_kind(values, "values", feature_map, "feature_map")
-        require(values.shape == prototypes.shape, "values", shape_of(prototypes), shape_of(values))
+        require(values.shape == prototypes.shape, "values", lambda: shape_of(prototypes), values)
     batch, _, height, width = feature_map.shape
     if log_prior is not None:
         require_tensor(log_prior, "log_prior", (2,), "[H·W, M]")
         wanted = (height * width, prototypes.shape[0])
-        require(tuple(log_prior.shape) == wanted, "log_prior", f"[{wanted[0]}, {wanted[1]}]", shape_of(log_prior))
+        require(tuple(log_prior.shape) == wanted, "log_prior", lambda: f"[{wanted[0]}, {wanted[1]}]", log_prior)
     if beta is None:
         beta = features**-0.5
     problem = backends.Problem(
@@ -130,7 +130,7 @@ def deviation_map(
     )
     if steps > 1 and impl == "auto":
         impl = "reference"
-    require(steps == 1 or impl == "reference", "steps", f"1 for impl={impl!r}", steps, 'use impl="reference"')
+    require(steps == 1 or impl == "reference", "steps", lambda: f"1 for impl={impl!r}", steps, 'use impl="reference"')
     chosen = backends.choose(problem, impl)
     dtype = accumulator(feature_map)
     with torch.no_grad(), without_autocast(feature_map.device.type):

@@ -58,19 +58,19 @@ def contrasted_memory_loss(
     """
     require_tensor(z, "z", (3,), "[n, B, d]")
     require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
-    require(z.shape == z_pair.shape, "z_pair", f"the shape of `z`, {shape_of(z)}", shape_of(z_pair))
+    require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
     require_choice(negatives, "negatives", ("image", "position", "both"))
-    require(z.shape[0] > 0, "z", "at least one sampled position", f"shape {shape_of(z)}")
+    require(z.shape[0] > 0, "z", "at least one sampled position", z)
     require(
         z.shape[1] >= 2,
         "z",
         "at least two images in the batch",
-        f"shape {shape_of(z)}",
+        z,
         "the contrast needs a negative",
     )
     if is_normal is not None:
         right = is_normal.dtype == torch.bool and is_normal.shape == z.shape[1:2]
-        require(right, "is_normal", f"bool [{z.shape[1]}]", f"{is_normal.dtype} {shape_of(is_normal)}")
+        require(right, "is_normal", lambda: f"bool [{z.shape[1]}]", lambda: f"{is_normal.dtype} {shape_of(is_normal)}")
 
     # View v is contrasted with the memory's answer to the other view.
     views = torch.cat([z, z_pair]) if symmetric else z  # [n or 2n, B, d]

@@ -23,7 +23,6 @@ from anomem.validation import (
     require_number,
     require_same_kind,
     require_tensor,
-    shape_of,
 )
 
 
@@ -99,7 +98,7 @@ def hopfield_retrieve(
         require_tensor(values, "values", (2,), "[M, dv]")
         require_same_kind(values, "values", query, "query")
         rows = prototypes.shape[0]
-        require(values.shape[0] == rows, "values", f"[{rows}, dv], one row per prototype", shape_of(values))
+        require(values.shape[0] == rows, "values", lambda: f"[{rows}, dv], one row per prototype", values)
     if beta is None:
         beta = query.shape[-1] ** -0.5
 
@@ -144,7 +143,7 @@ def memory_diagnostics(
     query, prototypes = autocast_inputs(query.detach(), prototypes.detach())
     require_same_kind(prototypes, "prototypes", query, "query")
     flat = query.reshape(-1, query.shape[-1])  # [N, d]
-    require(flat.shape[0] > 0, "query", "at least one row", f"shape {shape_of(query)}")
+    require(flat.shape[0] > 0, "query", "at least one row", query)
     if beta is None:
         beta = query.shape[-1] ** -0.5
     chosen = backends.choose(_problem("usage", flat, prototypes), impl)
@@ -168,13 +167,13 @@ def _check(query: Tensor, prototypes: Tensor, beta: float | Tensor | None, norma
     require_tensor(query, "query", (), "[..., d]")
     require_tensor(prototypes, "prototypes", (2,), "[M, d]")
     features = query.shape[-1]
-    require(features > 0, "query", "[..., d] with d ≥ 1", f"shape {shape_of(query)}")
-    require(prototypes.shape[1] == features, "prototypes", f"[M, {features}] as query's rows", shape_of(prototypes))
-    require(prototypes.shape[0] > 0, "prototypes", "at least one row", f"shape {shape_of(prototypes)}")
+    require(features > 0, "query", "[..., d] with d ≥ 1", query)
+    require(prototypes.shape[1] == features, "prototypes", lambda: f"[M, {features}] as query's rows", prototypes)
+    require(prototypes.shape[0] > 0, "prototypes", "at least one row", prototypes)
     require(
         prototypes.device == query.device,
         "prototypes",
-        f"the device of `query` ({query.device})",
+        lambda: f"the device of `query` ({query.device})",
         prototypes.device,
     )
     require_choice(normalize, "normalize", NORMALIZE)

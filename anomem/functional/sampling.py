@@ -17,7 +17,6 @@ from anomem.validation import (
     require_index,
     require_positive_number,
     require_tensor,
-    shape_of,
 )
 
 
@@ -42,9 +41,9 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
     batch, channels, height, width = feature_map.shape
     require_index(positions, "positions", "[n] or [B, n]", (1, 2), height * width, "positions h·W + w")
     if positions.dim() == 2:
-        require(positions.shape[0] == batch, "positions", f"[{batch}, n], a row per image", shape_of(positions))
+        require(positions.shape[0] == batch, "positions", lambda: f"[{batch}, n], a row per image", positions)
     same_device = positions.device == feature_map.device
-    require(same_device, "positions", f"the device of `feature_map` ({feature_map.device})", positions.device)
+    require(same_device, "positions", lambda: f"the device of `feature_map` ({feature_map.device})", positions.device)
     problem = backends.Problem(
         "gather",
         feature_map.device.type,
@@ -85,8 +84,8 @@ def variance_hinge(
         ArgumentError: a wrong shape, dtype or number, fewer than two rows, or an implementation that cannot run here.
     """
     require_tensor(x, "x", (2, 3), "[B, d] or [G, B, d]")
-    require(x.shape[-2] >= 2, "x", "at least two rows to have a variance", f"shape {shape_of(x)}")
-    require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", f"shape {shape_of(x)}")
+    require(x.shape[-2] >= 2, "x", "at least two rows to have a variance", x)
+    require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", x)
     for value, name in ((gamma, "gamma"), (eps, "eps")):
         require_positive_number(value, name)
         require(not isinstance(value, Tensor), name, "a number", "a tensor")

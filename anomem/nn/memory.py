@@ -11,7 +11,7 @@ from anomem import backends
 from anomem import functional as F
 from anomem.backends import Impl
 from anomem.reference.normalize import Normalize
-from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number, shape_of
+from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number
 
 
 class HopfieldMemory(nn.Module):
@@ -92,19 +92,23 @@ class HopfieldMemory(nn.Module):
         """
         width = self.prototypes.shape[1]
         right = features.dim() == 2 and features.shape[1] == width and features.shape[0] > 0
-        require(right, "features", f"[N, {width}] with N ≥ 1", shape_of(features))
+        require(right, "features", lambda: f"[N, {width}] with N ≥ 1", features)
         count, have = self.prototypes.shape[0], features.shape[0]
         order = torch.randperm(have, generator=generator, device=features.device)
         self.prototypes.copy_(features[order[torch.arange(count, device=features.device) % have]])
 
     def forward(self, query: Tensor) -> Tensor:
         """What the memory returns for each query: [..., d] -> [..., d] (or [..., dv])."""
-        return F.hopfield_retrieve(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
+        read: Tensor = F.hopfield_retrieve(
+            query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options()
+        )
+        return read
 
     def energy(self, query: Tensor) -> Tensor:
         """−lse/beta, the Hopfield energy up to terms in |q|²: [..., d] -> [...]."""
         _, lse = F.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **self._options())
-        return -lse / self.beta
+        energy: Tensor = -lse / self.beta
+        return energy
 
     def deviation(self, query: Tensor) -> Tensor:
         """norm(q) − HF(q): [..., d] -> [..., d]."""

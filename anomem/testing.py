@@ -1,0 +1,107 @@
+"""How a kernel is held to the truth, shared by tests and benchmarks.
+
+The rule (`assert_within_budget`): against float64, a kernel may err at most twice as much as plain PyTorch does in the
+same dtype, plus a band of a few units in the last place for how the result itself is rounded. No tolerance is written by
+hand. Inputs are drawn in the low dtype and promoted, so both see the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers that are exactly representable in `dtype`.
+
+    Args:
+        shape: of the result.
+        dtype: of the result.
+        seed: of an own generator.
+        scale: standard deviation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference, measured in the largest magnitude of the exact result (1 if that is zero)."""
+    if exact.numel() == 0:
+        return 0.0
+    unit = float(exact.abs().max()) or 1.0
+    return float((actual.double() - exact).abs().max()) / unit
+
+
+def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "result", ulps: float = 4.0) -> None:
+    """Hold a kernel's result to twice plain PyTorch's error plus a rounding band.
+
+    Args:
+        actual: what the kernel gave.
+        plain: the reference in the same dtype.
+        exact: the reference in float64.
+        name: for the message.
+        ulps: width of the band, in units in the last place of the largest magnitude.
+
+    Raises:
+        AssertionError: wrong shape or dtype, a non-finite value where the exact one is finite or the reverse, or an
+            error beyond the budget.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
+    finite = exact.isfinite()
+    assert torch.equal(actual.isfinite().cpu(), finite.cpu()), f"{name}: finite where it should not be, or the reverse"
+    zero = torch.zeros((), dtype=torch.float64, device=exact.device)
+    truth = torch.where(finite, exact, zero)
+    mine, theirs = (error(torch.where(finite, x.double(), zero), truth) for x in (actual, plain))
+    budget = 2 * theirs + ulps * torch.finfo(actual.dtype).eps
+    assert mine <= budget, (
+        f"{name}: error {mine:.3g} of the largest magnitude, budget {budget:.3g} (plain {theirs:.3g})"
+    )
+
+
+def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Outputs and gradients of a function under fixed upstream gradients.
+
+    Args:
+        function: differentiable in every input that is a floating tensor.
+        inputs: leaves; copies are made.
+
+    Returns:
+        The outputs, then one gradient per floating input.
+    """
+    leaves = [
+        x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    ]
+    outputs = function(*leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    upstream = [draw(*out.shape, seed=17 + i).to(out) for i, out in enumerate(outputs)]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wanted, upstream)]
+
+
+def compare(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    ulps: float = 4.0,
+) -> None:
+    """Forward and backward of a kernel against the reference, by the budget.
+
+    Args:
+        kernel: the function under test.
+        reference: the specification; run in the inputs' dtype and in float64.
+        inputs: tensors (None and integer tensors are passed through).
+        ulps: width of the rounding band.
+    """
+
+    def promoted(x: Tensor | None) -> Tensor | None:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    actual = gradients(kernel, inputs)
+    plain = gradients(reference, inputs)
+    exact = gradients(reference, [promoted(x) for x in inputs])
+    assert len(actual) == len(exact), f"{len(actual)} results, expected {len(exact)}"
+    for i, (mine, theirs, truth) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_within_budget(mine, theirs.to(mine.dtype), truth, f"result {i}", ulps)
