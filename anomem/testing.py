@@ -1,8 +1,8 @@
 """How a kernel is held to the truth, shared by tests and benchmarks.
 
-The rule (`assert_within_budget`): against float64, a kernel may err at most twice as much as plain PyTorch does in the
-same dtype, plus a band of a few units in the last place for how the result itself is rounded. No tolerance is written by
-hand. Inputs are drawn in the low dtype and promoted, so both see the same numbers.
+The rule (`assert_within_budget`): against float64, a kernel may err at most twice as much as plain PyTorch does in
+the same dtype, plus a band of a few units in the last place for how the result itself is rounded. No tolerance is
+written by hand. Inputs are drawn in the low dtype and promoted, so both see the same numbers.
 """
 
 from __future__ import annotations

@@ -34,11 +34,12 @@ def l2_normalize(x: Tensor) -> Tensor:
     Returns:
         [..., d].
     """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # The clamp has zero slope below the bound, so a zero row would still pass dy / 1e-12. A where on both sides of
-    # the division keeps its gradient at zero, in the second derivative too.
+    length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    # The norm has no derivative at zero. A where on both sides of it keeps a zero row's gradient at zero, in the
+    # second derivative too.
     nonzero = (length > L2_EPS) | length.isnan()
-    unit = x / torch.where(nonzero, length, torch.ones_like(length))
+    safe = torch.where(nonzero, x, torch.ones_like(x))
+    unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
     return torch.where(nonzero, unit, torch.zeros_like(unit))
 
 

@@ -1,0 +1,142 @@
+"""Builds `anomem/_C.so` (CPU) and `anomem/_C_cuda.so` (CUDA) on the LibTorch stable ABI; metadata is in pyproject.toml.
+
+`ANOMEM_BUILD` chooses what is built:
+
+- `auto` (default): both, as far as torch, a C++ compiler and nvcc are found; what cannot be built is said and left out.
+- `cpu`, `cuda`: the CPU module, or both; anything missing is an error.
+- `none`: no native code. The package then runs on its reference and, on GPUs, on Triton.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# The oldest torch whose stable ABI the library is built against; it runs on this one and every later one.
+TORCH_TARGET = "0x020b000000000000"
+
+
+class CannotBuild(Exception):
+    """Why a module cannot be built on this machine."""
+
+
+def extensions() -> tuple[list[Extension], Any]:
+    """The modules to build and the command that builds them."""
+    wanted = os.environ.get("ANOMEM_BUILD", "auto")
+    if wanted not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"ANOMEM_BUILD: expected auto, cpu, cuda or none, received {wanted!r}")
+    if wanted == "none":
+        return [], build_ext
+    modules = []
+    for make, needed in ((cpu_module, True), (cuda_module, wanted == "cuda")):
+        if wanted == "cpu" and make is cuda_module:
+            continue
+        try:
+            modules.append(make())
+        except CannotBuild as reason:
+            if wanted != "auto" and needed:
+                sys.exit(f"ANOMEM_BUILD={wanted}: {reason}")
+            print(f"anomem: {reason}", file=sys.stderr)
+    if not modules:
+        return [], build_ext
+    from torch.utils.cpp_extension import BuildExtension
+
+    return modules, BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=shutil.which("ninja") is not None)
+
+
+def cpu_module() -> Extension:
+    """`anomem._C`: operator implementations for CPU tensors; links torch_cpu only."""
+    include, libraries = torch_paths()
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise CannotBuild(f"no C++ compiler ({compiler}) found, so the CPU kernels are left out")
+    sanitize = os.environ.get("ANOMEM_SANITIZE")
+    flags = ["-g1", "-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+    return Extension(
+        "anomem._C",
+        sources=sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+        include_dirs=[str(ROOT / "csrc"), *include],
+        library_dirs=libraries,
+        libraries=["torch_cpu"],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+        # No -ffast-math: NaN and inf must come out as the reference gives them.
+        extra_compile_args={"cxx": ["-std=c++17", "-fvisibility=hidden", "-Wall", "-fno-math-errno", *flags]},
+        extra_link_args=[f"-fsanitize={sanitize}"] if sanitize else [],
+    )
+
+
+def cuda_module() -> Extension:
+    """`anomem._C_cuda`: operator implementations for CUDA tensors; links torch_cuda and the static CUDA runtime."""
+    include, libraries = torch_paths()
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        raise CannotBuild("this torch has no CUDA, so the CUDA kernels are left out")
+    if cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
+        raise CannotBuild("nvcc was not found (PATH or CUDA_HOME), so the CUDA kernels are left out")
+    theirs = re.search(r"release (\d+)", os.popen(f"{cpp_extension.CUDA_HOME}/bin/nvcc --version").read())
+    if theirs is None or theirs.group(1) != torch.version.cuda.split(".")[0]:
+        found = f"CUDA {theirs.group(1)}" if theirs else "an unreadable version"
+        raise CannotBuild(
+            f"nvcc is of {found} and torch of CUDA {torch.version.cuda}, so the CUDA kernels are left out"
+        )
+    # Without a default torch looks for a GPU at build time; the PTX serves what comes after sm_90.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    home = Path(cpp_extension.CUDA_HOME)
+    return Extension(
+        "anomem._C_cuda",
+        sources=sources("csrc/cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
+        library_dirs=[*libraries, str(home / "lib64")],
+        libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
+        extra_compile_args={
+            "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden"],
+            "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden"],
+        },
+    )
+
+
+def torch_paths() -> tuple[list[str], list[str]]:
+    """Include and library directories of the installed torch."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise CannotBuild(
+            f"torch cannot be imported here ({error}), so no native code is built: install torch first and then "
+            "anomem with --no-build-isolation"
+        ) from error
+    return cpp_extension.include_paths(), cpp_extension.library_paths()
+
+
+def sources(*patterns: str) -> list[str]:
+    """Source files, relative to the project as setuptools wants them."""
+    found = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+    if not found:
+        raise CannotBuild(f"no source matches {', '.join(patterns)}")
+    return found
+
+
+if __name__ == "__main__":
+    ext_modules, command = extensions()
+    packages = [
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in sorted((ROOT / "anomem").rglob("__init__.py"))
+        if "kernels" not in path.parts
+    ]
+    setup(
+        packages=[*packages, "anomem.kernels"],
+        package_dir={"anomem": "anomem", "anomem.kernels": "kernels"},
+        package_data={"anomem": ["py.typed"]},
+        ext_modules=ext_modules,
+        cmdclass={"build_ext": command},
+    )

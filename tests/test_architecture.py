@@ -1,0 +1,111 @@
+"""The arrows of the house: who may import whom, and what `import anomem` must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "anomem"
+
+# Which parts of anomem each part may import, at any level of nesting. Parts not named here may import nothing.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    "errors": set(),
+    "reference": set(),
+    "kernels": set(),
+    "validation": {"errors"},
+    "backends": {"errors", "validation", "ops", "kernels"},
+    "ops": {"reference", "kernels"},
+    "functional": {"backends", "errors", "ops", "reference", "validation"},
+    "nn": {"backends", "errors", "functional", "reference", "validation"},
+    "testing": {"reference", "errors"},
+    "env": {"__init__", "backends"},
+    "data": {"errors", "validation"},
+    "augment": {"errors", "validation"},
+    "models": {"backends", "errors", "functional", "nn", "reference", "validation"},
+    "evaluate": {
+        "augment", "backends", "data", "errors", "functional", "models", "nn", "reference", "validation",
+    },
+    "plots": {"data", "errors", "evaluate", "functional", "models", "nn", "reference", "validation"},
+    "train": {
+        "__init__", "augment", "backends", "data", "errors", "evaluate", "functional", "models", "nn", "reference",
+        "validation",
+    },
+    "cli": {
+        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "functional", "models", "nn", "plots",
+        "reference", "train", "validation",
+    },
+    "demo": {
+        "augment", "cli", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
+        "validation",
+    },
+}  # fmt: skip
+# What a part may import from outside at its top level, where that is the point of the part.
+ONLY_TORCH = {"reference": {"torch"}, "kernels": {"torch", "triton"}}
+# Slow or optional packages that no module may import at its top level, except where they are the module's business.
+LAZY = {"sklearn", "skimage", "matplotlib", "tensorboard", "triton", "PIL", "scipy"}
+LAZY_EXCEPTIONS = {"triton": {"kernels"}, "matplotlib": {"plots"}}
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(part of the house, file) of every module of the package and of the kernels."""
+    files = [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")]
+    files = [(part, path) for part, path in files if part != "kernels"]
+    return files + [("kernels", path) for path in (ROOT / "kernels").rglob("*.py")]
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names a file imports, `from a import b` as a.b."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(("part", "path"), modules(), ids=lambda value: str(value).replace(str(ROOT), ""))
+def test_arrows_point_one_way(part: str, path: Path) -> None:
+    assert part in ALLOWED, f"{part} is not part of the house: give it a place in ALLOWED"
+    for name in imports(path):
+        if name.split(".")[0] != "anomem":
+            continue
+        target = [*name.split("."), "__init__"][1]
+        if not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists() and target != "kernels":
+            target = "__init__"
+        assert target == part or target in ALLOWED[part], f"{path.name} imports {name}: {part} may not see {target}"
+
+
+@pytest.mark.parametrize(("part", "path"), modules(), ids=lambda value: str(value).replace(str(ROOT), ""))
+def test_outside_imports_are_few_and_lazy(part: str, path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path, top_level_only=True)} - {"anomem"}
+    if part in ONLY_TORCH:
+        assert outside - set(sys.stdlib_module_names) <= ONLY_TORCH[part], outside
+    for name in outside & LAZY:
+        assert part in LAZY_EXCEPTIONS.get(name, set()), f"{path.name} imports {name} at its top level"
+
+
+def test_importing_anomem_is_cheap() -> None:
+    code = (
+        "import sys, anomem; heavy = {'torch', 'triton', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'import anomem loads {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_layers_load_no_kernel() -> None:
+    code = (
+        "import sys, anomem.nn, anomem.functional, torch; "
+        "loaded = [m for m in sys.modules if m.startswith('anomem.kernels')] + list(torch.ops.loaded_libraries); "
+        "sys.exit(f'importing the layers loads {loaded}' if loaded else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
