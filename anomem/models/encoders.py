@@ -35,6 +35,7 @@ class MultiScaleEncoder(nn.Module):
         [B, C, H, W] -> S maps [B, C_s, H_s, W_s], fine to coarse.
 
     Attributes:
+        image_size: (H, W).
         names: names of the S scales, fine to coarse.
         channels: C_s of each.
         sizes: (H_s, W_s) of each at `image_size`.
@@ -54,6 +55,7 @@ class MultiScaleEncoder(nn.Module):
         last = max(order.index(name) for name in scales)
         self.names = tuple(name for name in order if name in scales)
         self.stages = nn.ModuleDict({name: stages[name] for name in order[: last + 1]})
+        self.image_size = image_size
         shapes = self._probe(image_size, channels)
         self.channels = tuple(shape[0] for shape in shapes)
         self.sizes = tuple((shape[1], shape[2]) for shape in shapes)

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a 1×1 shortcut, halving the resolution (He et al. 2016, figure 5 left).
+    """Two 3×3 convolutions beside a 1×1 shortcut, halving the resolution.
+
+    The activation comes first and none last: a scale's map keeps both signs, without which LayerNorm and the cosine
+    see half of it (on digits the plain deviation loses ten points of AUROC).
 
     Args:
         channels_in: C.
@@ -31,9 +34,10 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(branch + shortcut)."""
-        activated: Tensor = (self.branch(x) + self.shortcut(x)).relu()
-        return activated
+        """branch(relu(x)) + shortcut(relu(x))."""
+        activated = x.relu()
+        total: Tensor = self.branch(activated) + self.shortcut(activated)
+        return total
 
 
 def small_stages(channels: int) -> dict[str, nn.Module]:
@@ -43,9 +47,9 @@ def small_stages(channels: int) -> dict[str, nn.Module]:
         channels: C of the image.
 
     Returns:
-        Stages in order: "stem", "block1", "block2", "block3"; about 78 000 parameters.
+        Stages in order: "stem", "block1", "block2", "block3"; 77 392 parameters for C = 1.
     """
-    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
     return {
         "stem": stem,
         "block1": ResidualBlock(16, 16),

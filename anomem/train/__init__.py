@@ -1,7 +1,7 @@
 """Training: configuration, both stages, checkpoints and run directories."""
 
 from anomem.train.config import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig
-from anomem.train.run import load_run, model_for, resume, train, train_task
+from anomem.train.run import load_run, load_scorer, model_for, resume, train, train_task
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
@@ -14,6 +14,7 @@ __all__ = [
     "Stage2Config",
     "TrainConfig",
     "load_run",
+    "load_scorer",
     "model_for",
     "resume",
     "train",

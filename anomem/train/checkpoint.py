@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,17 @@ from anomem.errors import UserError
 from anomem.validation import shape_of
 
 FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    """Gradient steps done."""
+    tensors: dict[str, Tensor]
+    """On the CPU."""
+    about: dict[str, Any]
+    """Plain values kept beside them."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -43,7 +54,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def save_checkpoint(directory: Path, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+def save_checkpoint(
+    directory: Path, name: str, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+) -> None:
     """Write a checkpoint, then drop the one it replaces.
 
     Args:
@@ -51,20 +64,21 @@ def save_checkpoint(directory: Path, name: str, step: int, tensors: Mapping[str,
         name: of the checkpoint, "stage1".
         step: gradient steps done.
         tensors: what to keep.
+        about: plain values to keep beside them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = f"{name}-{step:08d}.safetensors"
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write_atomically(directory / file, content)
-    note = {"format": FORMAT, "step": step, "tensors": file}
+    note = {"format": FORMAT, "step": step, "tensors": file, "about": dict(about or {})}
     write_atomically(directory / f"{name}.json", json.dumps(note, indent=2).encode())
     for old in directory.glob(f"{name}-*.safetensors"):
         if old.name != file:
             old.unlink()
 
 
-def load_checkpoint(directory: Path, name: str) -> tuple[int, dict[str, Tensor]] | None:
-    """Step and tensors (on the CPU) of a checkpoint, or None where there is none.
+def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
+    """A checkpoint, or None where there is none.
 
     Args:
         directory: where checkpoints lie.
@@ -86,7 +100,7 @@ def load_checkpoint(directory: Path, name: str) -> tuple[int, dict[str, Tensor]]
     if version != FORMAT:
         raise UserError(f"the checkpoint {note_file} has format {version}, expected {FORMAT}; train the run anew")
     try:
-        return step, load_file(file)
+        return Checkpoint(step, load_file(file), dict(note.get("about", {})))
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"the checkpoint {file} is truncated or damaged ({error}); delete {note_file} to start this stage anew"

@@ -24,7 +24,7 @@ class LossConfig:
     """Other images at the same position, other positions of the same image, or both."""
     symmetric: bool = True
     """Contrast both ways and take the mean."""
-    ratio: float = 0.25
+    ratio: float = 1.0
     """r_s: part of a map's positions sampled in a step."""
     max_positions: int = 8
     """Cap on the sampled positions of a scale."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from anomem.data import Task, load_task
 from anomem.errors import UserError
@@ -60,8 +59,8 @@ def resume(path: Path, *, quiet: bool = False) -> Path:
     return run.path
 
 
-def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
-    """A finished run with its task and scorer, on the run's device.
+def load_scorer(path: Path) -> Scorer:
+    """The scorer of a finished run, on the run's device; needs none of the data it was trained on.
 
     Args:
         path: the run directory.
@@ -74,12 +73,30 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     if found is None:
         raise UserError(f"the run {path} is not finished; continue it with `anomem train --resume {path}`")
     prepare(config)
-    task = load_task(config.data).to(device_of(config.run))
-    model = model_for(config, task)
+    about = found.about
+    channels = int(about["channels"])
+    height, width = about["image_size"]
+    # Mean and deviation of the images come with the tensors.
+    model = build_model(config.model, (height, width), channels, [0.0] * channels, [1.0] * channels)
+    model.to(device_of(config.run))
     head = head_for(config, model) if has_stage2(config) else None
-    scorer = Scorer(model, alignment(config, task), config.score, head)
-    load_module(scorer, found[1], "", run.checkpoints / f"{SCORER}.json")
-    return run, config, task, scorer
+    scorer = Scorer(model, about["alignment"], config.score, head)
+    load_module(scorer, found.tensors, "", run.checkpoints / f"{SCORER}.json")
+    return scorer
+
+
+def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
+    """A finished run with its task and scorer, on the run's device.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        UserError: as `load_scorer`, or the data are not there.
+    """
+    scorer = load_scorer(path)
+    run, config = RunDirectory.open(path)
+    return run, config, load_task(config.data).to(device_of(config.run)), scorer
 
 
 def prepare(config: TrainConfig) -> None:
@@ -143,17 +160,14 @@ def has_stage2(config: TrainConfig) -> bool:
     return config.stage2.enabled and (config.data.outlier_ratio > 0 or config.synthetic_outliers > 0)
 
 
-def alignment(config: TrainConfig, task: Task) -> str:
-    """The detector's alignment, where "auto" asks the task."""
-    if config.score.alignment != "auto":
-        return config.score.alignment
-    return "per_position" if task.aligned else "pooled"
-
-
 def _complete(run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem, quiet: bool) -> None:
     if not quiet:
         print(f"{task.name}: {len(task.train)} training images, {len(task.test)} test images")
         print(describe(model), flush=True)
     scorer = train_task(config, task.to(model.mean.device), model, run, quiet=quiet)
-    tensors: dict[str, Tensor] = scorer.state_dict()
-    save_checkpoint(run.checkpoints, SCORER, config.optimizer.steps, tensors)
+    about = {
+        "image_size": list(task.train.size),
+        "channels": task.train.channels,
+        "alignment": scorer.detector.alignment,
+    }
+    save_checkpoint(run.checkpoints, SCORER, config.optimizer.steps, scorer.state_dict(), about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from anomem.errors import UserError
 from anomem.train.checkpoint import load_checkpoint, load_training, save_checkpoint, training_tensors
 from anomem.train.config import RunConfig
+from anomem.train.rundir import RunDirectory
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -46,7 +46,7 @@ class StageState:
         modules: what is trained.
         optimizer: over their parameters.
         generator: the stage's only source of randomness besides the order of the images.
-        directory: of the checkpoints; None keeps none.
+        run: whose checkpoint it is; None keeps none.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class StageState:
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
-        directory: Path | None,
+        run: RunDirectory | None,
     ) -> None:
         self.name, self.modules, self.optimizer, self.generator = name, modules, optimizer, generator
-        self.directory = directory
+        self.directory = None if run is None else run.checkpoints
 
     def restore(self) -> int:
         """Go on from the checkpoint if there is one; returns the number of steps done.
@@ -69,9 +69,8 @@ class StageState:
         found = None if self.directory is None else load_checkpoint(self.directory, self.name)
         if found is None or self.directory is None:
             return 0
-        step, tensors = found
-        load_training(tensors, self.modules, self.optimizer, self.generator, self.directory / f"{self.name}.json")
-        return step
+        load_training(found.tensors, self.modules, self.optimizer, self.generator, self.directory / f"{self.name}.json")
+        return found.step
 
     def save(self, done: int, steps: int, every: int) -> None:
         """Write the checkpoint where it is due: every `every` steps (0: never) and after the last one.

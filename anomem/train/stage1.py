@@ -47,7 +47,7 @@ def train_stage1(
     criterion = scale_criterion(config.loss, config.model.impl)
     weights = [*model.encoder.parameters(), *model.projections.parameters()]
     optimizer = build_optimizer(settings, weights, model.memories.parameters())
-    state = StageState("stage1", {"model": model}, optimizer, generator, run and run.checkpoints)
+    state = StageState("stage1", {"model": model}, optimizer, generator, run)
     start = state.restore()
     model.train()
     with Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet) as monitor:

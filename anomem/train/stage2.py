@@ -64,7 +64,7 @@ def train_stage2(
     generator = torch.Generator(device).manual_seed(config.run.seed + 1)
     views_of = Views(config, is_normal, generator)
     optimizer = build_optimizer(settings, head.parameters())
-    state = StageState("stage2", {"head": head}, optimizer, generator, run and run.checkpoints)
+    state = StageState("stage2", {"head": head}, optimizer, generator, run)
     start = state.restore()
     model.eval()
     head.train()
