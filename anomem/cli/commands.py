@@ -37,7 +37,7 @@ def evaluate(command: Evaluate) -> None:
     from anomem.train.run import load_run
 
     run, config, task, scorer = load_run(command.run)
-    controls = {name: control(name, config, task) for name in command.controls}
+    controls = {str(name): control(name, config, task) for name in command.controls}
     try:
         metrics = report(
             scorer, task, config.augment, seed=config.run.seed, controls=controls, with_baselines=command.baselines

@@ -37,9 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = _parse(arguments)
-        {Train: commands.train, Evaluate: commands.evaluate, Score: commands.score, Plot: commands.plot}[type(command)](
-            command
-        )
+        if isinstance(command, Train):
+            commands.train(command)
+        elif isinstance(command, Evaluate):
+            commands.evaluate(command)
+        elif isinstance(command, Score):
+            commands.score(command)
+        else:
+            commands.plot(command)
     except UserError as error:
         print(f"anomem: {error}", file=sys.stderr)
         return 2
@@ -53,15 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Any:
+def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
-    commands = (
+    kinds: Any = (
         Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
-    return tyro.cli(commands, args=arguments, prog="anomem", description="Anomaly detection with contrasted memories.")
+    about = "Anomaly detection with contrasted memories."
+    command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+    return command
 
 
 def _starting_point(arguments: list[str]) -> TrainConfig:

@@ -104,7 +104,7 @@ class Monitor:
     ) -> None:
         try:
             if kind is None:
-                self._flush()
+                self.flush()
         finally:
             if self.progress is not None:
                 self.progress.stop()
@@ -131,7 +131,7 @@ class Monitor:
             rate: its learning rate.
             values: what to log.
         """
-        self._flush()
+        self.flush()
         now = time.perf_counter()
         row = {
             "stage": self.stage,
@@ -143,7 +143,7 @@ class Monitor:
         self.pending = (row, tuple(values), _Late(torch.stack([v.detach().float() for v in values.values()])))
         self.images, self.last = 0, now
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Read and write the row whose values were left on the device when it was due."""
         if self.pending is None:
             return

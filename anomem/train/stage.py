@@ -72,16 +72,22 @@ class StageState:
         load_training(found.tensors, self.modules, self.optimizer, self.generator, self.directory / f"{self.name}.json")
         return found.step
 
-    def save(self, done: int, steps: int, every: int) -> None:
-        """Write the checkpoint where it is due: every `every` steps (0: never) and after the last one.
+    def due(self, done: int, steps: int, every: int) -> bool:
+        """Whether the checkpoint is due: every `every` steps (0: never) and after the last one.
 
         Args:
             done: steps done.
             steps: steps of the stage.
             every: steps between checkpoints.
         """
-        due = done == steps or (every > 0 and done % every == 0)
-        if due and self.directory is not None:
-            save_checkpoint(
-                self.directory, self.name, done, training_tensors(self.modules, self.optimizer, self.generator)
-            )
+        return self.directory is not None and (done == steps or (every > 0 and done % every == 0))
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint.
+
+        Args:
+            done: steps done.
+        """
+        if self.directory is not None:
+            tensors = training_tensors(self.modules, self.optimizer, self.generator)
+            save_checkpoint(self.directory, self.name, done, tensors)

@@ -65,5 +65,7 @@ def train_stage1(
             if monitor.due(step, len(batch)):
                 rate = learning_rate(settings, step)
                 monitor.log(step, rate, {"loss": loss, **terms, **memory_figures(model, sampled)})
-            state.save(step + 1, settings.steps, config.run.checkpoint_every)
+            if state.due(step + 1, settings.steps, config.run.checkpoint_every):
+                monitor.flush()
+                state.save(step + 1)
     model.eval()

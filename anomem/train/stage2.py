@@ -82,5 +82,7 @@ def train_stage2(
             apply_gradients(optimizer, settings, step)
             if monitor.due(step, len(batch)):
                 monitor.log(step, learning_rate(settings, step), {"loss": loss})
-            state.save(step + 1, settings.steps, config.run.checkpoint_every)
+            if state.due(step + 1, settings.steps, config.run.checkpoint_every):
+                monitor.flush()
+                state.save(step + 1)
     head.eval()
