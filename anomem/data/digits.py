@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from anomem.data.config import DataConfig
 from anomem.data.images import ImageSet
+from anomem.data.optional import optional
 from anomem.data.task import Task, one_against_all, stratified_split
 
 
@@ -19,7 +20,8 @@ def load_digits(size: int = 16) -> ImageSet:
     Returns:
         Images [1797, 1, size, size] uint8.
     """
-    from sklearn.datasets import load_digits as bundled
+    with optional("the data set digits"):
+        from sklearn.datasets import load_digits as bundled
 
     data = bundled()
     images = torch.from_numpy(data.images).float()[:, None] / 16  # ink from 0 to 16

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from anomem.validation import require, require_count, require_index
+from anomem.errors import UserError
+from anomem.validation import require, require_count, require_index, shape_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -137,19 +138,53 @@ class StreamedImages:
         _check(order, batch_size, len(self))
         parts = order.cpu().split(batch_size)
         pinned = self.device.type == "cuda"
-        # Indices travel with the images: DataLoader delivers in order, so zipping the parts is enough.
-        loader: DataLoader[Tensor] = DataLoader(
-            self.dataset,
-            batch_sampler=[part.tolist() for part in parts],
+        # One item of the loader is one batch; the loader keeps the order, so the parts can be zipped to it.
+        loader: DataLoader[Tensor | UserError] = DataLoader(
+            _Stacks(self.dataset),
+            sampler=[part.tolist() for part in parts],
+            batch_size=None,
             num_workers=self.workers,
             pin_memory=pinned,
         )
         for images, part in zip(loader, parts, strict=True):
+            if isinstance(images, UserError):
+                raise images
             yield images.to(self.device, non_blocking=pinned), part.to(self.device, non_blocking=pinned)
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same data set, delivered on another device."""
         return StreamedImages(self.dataset, self.workers, device)
+
+
+class _Stacks(Dataset[Any]):
+    """Batches of a data set by lists of indices; an error is handed over whole, not as a worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Tensor]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> Tensor | UserError:
+        try:
+            return stack(self.dataset, indices)
+        except UserError as error:
+            return error
+
+
+def stack(dataset: Dataset[Tensor], indices: Sequence[int]) -> Tensor:
+    """Images [n, C, H, W] of a data set.
+
+    Raises:
+        ArgumentError: images of different shapes.
+    """
+    images = [dataset[i] for i in indices]
+    for i, image in zip(indices, images, strict=True):
+        require(
+            image.shape == images[0].shape,
+            "dataset",
+            lambda: f"images of one shape, {shape_of(images[0])} as image {indices[0]}",
+            lambda image=image, i=i: f"{shape_of(image)} for image {i}",
+            "set `image_size`",
+        )
+    return torch.stack(images)
 
 
 class Picked(Dataset[Tensor]):
@@ -183,7 +218,7 @@ def resident_or_streamed(dataset: Dataset[Tensor], resident_megabytes: float, wo
     require(count > 0, "dataset", "at least one image", "none")
     if count * dataset[0].numel() > resident_megabytes * 2**20:
         return StreamedImages(dataset, workers)
-    return ResidentImages(torch.stack([dataset[i] for i in range(count)]))
+    return ResidentImages(stack(dataset, range(count)))
 
 
 def channel_statistics(images: Images, count: int, at_most: int = 2048) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,6 +9,7 @@ from anomem.data.config import DataConfig
 from anomem.data.convert import resize, resize_masks
 from anomem.data.defects import DEFECTS, add_defect
 from anomem.data.images import ResidentImages
+from anomem.data.optional import optional
 from anomem.data.task import Task, assemble, class_index, generator, outlier_count
 from anomem.validation import require, require_choice, require_count
 
@@ -21,7 +22,8 @@ PATCH = 64
 
 def photograph(name: str) -> Tensor:
     """One bundled photograph in grey: [H, W] uint8."""
-    from skimage import data
+    with optional("the data set textures"):
+        from skimage import data
 
     pixels = torch.from_numpy(getattr(data, name)())
     if pixels.dim() == 3:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.data import Images, Task
+from anomem.data.optional import optional
 from anomem.validation import require
 
 
@@ -39,11 +40,12 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
         (200 trees).
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
-    from sklearn.ensemble import IsolationForest
-    from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
-    from sklearn.svm import OneClassSVM
+    with optional("the comparison with shallow baselines"):
+        from sklearn.ensemble import IsolationForest
+        from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+        from sklearn.svm import OneClassSVM
 
     train, test = (x.flatten(1).numpy() for x in (_normals(task, seed, at_most), pixels(task.test)))
     neighbours = NearestNeighbors(n_neighbors=min(3, len(train))).fit(train)
