@@ -34,9 +34,9 @@ def training_batches(
     step = start
     while step < steps:
         epoch, offset = divmod(step, per_epoch)
-        orders = [
-            _permutation(len(images), seed, e)[: per_epoch * size] for e in range(epoch, epoch + epochs_per_chunk)
-        ]
+        needed = -(-(offset + steps - step) // per_epoch)
+        epochs = range(epoch, epoch + min(needed, epochs_per_chunk))
+        orders = [_permutation(len(images), seed, e)[: per_epoch * size] for e in epochs]
         order = torch.cat(orders)[offset * size :][: (steps - step) * size]
         for batch, index in images.batches(order, size):
             yield step, batch, index

@@ -80,7 +80,7 @@ class Monitor:
         self.images = 0
         self.began = self.last = time.perf_counter()
         self.writer = _tensorboard(run) if config.tensorboard and run is not None else None
-        if run is not None:
+        if run is not None and start < steps:  # a stage that is complete has rows of later ones after its own
             run.keep_rows(stage, start)
         self.progress: Progress | None = None
         if not quiet and sys.stdout.isatty():

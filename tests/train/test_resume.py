@@ -54,7 +54,8 @@ def assert_same_run(first: Path, second: Path) -> None:
             assert torch.equal(mine[key], theirs[key]), f"{name}: {key}"
     timing = ("seconds", "images_per_second")
     timeless = [
-        [{k: v for k, v in row.items() if k not in timing} for row in RunDirectory(run).rows()] for run in (first, second)
+        [{k: v for k, v in row.items() if k not in timing} for row in RunDirectory(run).rows()]
+        for run in (first, second)
     ]
     assert timeless[0] == timeless[1]
 
