@@ -28,14 +28,12 @@ def preset(name: str) -> TrainConfig:
     require_choice(name, "preset", NAMES)
     augment = AugmentConfig.for_dataset(name)
     if name == "digits":
-        return TrainConfig(
-            data=DataConfig(dataset="digits", normal="3"), augment=augment, optimizer=OptimizerConfig(steps=120)
-        )
+        return TrainConfig(data=DataConfig(dataset="digits", normal="3"), augment=augment, prototypes_from="normal")
     if name == "textures":
         return TrainConfig(
             data=DataConfig(dataset="textures", normal="brick"),
             augment=augment,
-            optimizer=OptimizerConfig(steps=120, batch_size=64),
+            optimizer=OptimizerConfig(steps=40, batch_size=64),
         )
     long = OptimizerConfig(steps=1000, batch_size=1024, learning_rate=0.1, warmup=50)
     stage2 = Stage2Config(optimizer=replace(Stage2Config().optimizer, steps=300))
