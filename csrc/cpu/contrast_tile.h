@@ -8,10 +8,11 @@ namespace anomem::cpu::ANOMEM_ISA {
 
 constexpr int64_t largest_tile = 128;
 
-// Logits are kept in base 2: s · factor, with factor = log2(e) / tau.
+// Logits are kept in base 2: s · (factor + rest), with factor + rest = log2(e) / tau. The rounding of one factor alone
+// would shift every logit by 2^-24 of 1/tau.
 template <class T>
 struct Scale {
-  T factor;
+  T factor, rest;
   // Unit rows bound the logits by 1/tau, which therefore can stand for the row maximum wherever 2^(2 log2(e) / tau) is
   // far from the ends of the range (float: tau ≥ 0.029; the distance leaves room for upstream gradients up to 2^26).
   // Below that temperature the maximum is found on the way.
@@ -21,6 +22,7 @@ struct Scale {
   explicit Scale(double tau) {
     const double base2 = log2e<double> / tau;
     factor = T(base2);
+    rest = T(base2 - double(factor));
     fixed_shift = tau > 0 && 2 * base2 <= double(-exp2_lowest<T>) - 26;
     shift = fixed_shift ? factor : T(0);
   }
@@ -113,12 +115,12 @@ constexpr T no_peak = T(-1e30);
 template <class T, bool masked, class Keep>
 ANOMEM_INLINE void add_exponentials(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
                                     int64_t row, int64_t column, vec<T>* row_sum, vec<T> (&column_sum)[2]) {
-  const vec<T> factor = broadcast(scale.factor), shift = broadcast(-scale.shift);
+  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
 #pragma GCC unroll 8
   for (int i = 0; i < Block<T>::height; ++i) {
     vec<T> e[2];
     for (int h = 0; h < 2; ++h) {
-      e[h] = exp2_in_range(multiply_add(s[i][h], factor, shift));
+      e[h] = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
       if (masked) e[h] = keep.template lanes<T>(row + i, column_index<T>(column + h * lanes<T>)) ? e[h] : vec<T>{};
       column_sum[h] += e[h];
     }
@@ -164,7 +166,7 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
       for (int r = 0; r < Block<T>::height; ++r) {
         for (int h = 0; h < 2; ++h) {
           const auto mask = keep.template lanes<T>(row + r, column_index<T>(column + h * lanes<T>));
-          s[r][h] = mask ? s[r][h] * broadcast(scale.factor) : broadcast(T(-INFINITY));
+          s[r][h] = mask ? multiply_add(s[r][h], broadcast(scale.factor), s[r][h] * broadcast(scale.rest)) : broadcast(T(-INFINITY));
           top[h] = larger(top[h], s[r][h]);
         }
         const vec<T> peak = larger(larger(row_peak[i + r], s[r][0]), s[r][1]);
@@ -195,7 +197,8 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
 template <class T>
 struct RowWeights {
   const T* weight;  // [rows, padded with zeros]
-  const T* lse;     // [rows, padded] in base 2, read without a fixed shift only
+  const T* lse;     // [2, rows, padded] in base 2, rounded, then what the rounding left; read without a fixed shift only
+  int64_t padded;
 };
 
 // The weights of one register block: W = P_ij w_i, plus P_ji w_j if `both`, and 0 where `keep` says so.
@@ -203,23 +206,25 @@ template <class T, bool fixed_shift, bool both, bool masked, class Keep>
 ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
                                  int64_t row, int64_t column, const RowWeights<T>& rows, const RowWeights<T>& columns,
                                  T* to, int64_t stride) {
-  const vec<T> factor = broadcast(scale.factor), shift = broadcast(-scale.shift);
+  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const int64_t j = column + h * lanes<T>;
     const vec<T> theirs = both ? load(columns.weight + j) : vec<T>{};
     const vec<T> their_lse = both && !fixed_shift ? load(columns.lse + j) : vec<T>{};
+    const vec<T> their_rest = both && !fixed_shift ? load(columns.lse + columns.padded + j) : vec<T>{};
 #pragma GCC unroll 8
     for (int i = 0; i < Block<T>::height; ++i) {
       const vec<T> mine = broadcast(rows.weight[row + i]);
       vec<T> weight;
       if (fixed_shift) {
-        const vec<T> e = exp2_in_range(multiply_add(s[i][h], factor, shift));
+        const vec<T> e = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
         weight = e * (both ? mine + theirs : mine);
       } else {
-        const vec<T> logit = s[i][h] * factor;
-        weight = mine * exp2_or_zero(logit - broadcast(rows.lse[row + i]));
-        if (both) weight += theirs * exp2_or_zero(logit - their_lse);
+        const vec<T> small = s[i][h] * rest;
+        const vec<T> my_lse = broadcast(rows.lse[row + i]), my_rest = broadcast(rows.lse[rows.padded + row + i]);
+        weight = mine * exp2_or_zero(multiply_add(s[i][h], factor, -my_lse) + (small - my_rest));
+        if (both) weight += theirs * exp2_or_zero(multiply_add(s[i][h], factor, -their_lse) + (small - their_rest));
       }
       if (masked) weight = keep.template lanes<T>(row + i, column_index<T>(j)) ? weight : vec<T>{};
       store(to + i * stride + h * lanes<T>, weight);

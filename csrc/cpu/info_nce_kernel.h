@@ -60,13 +60,14 @@ struct InfoNceForwardRun {
     for (int64_t i = 0; i < mine.count; ++i) {
       const int64_t row = mine.first + i, positive = arguments.positive[row];
       const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
-      const T logit = hidden ? T(-INFINITY)
+      const double logit = hidden ? -INFINITY
                              : dot(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
-                                   T(arguments.tau);
-      const T shift = scale.fixed_shift ? T(1 / arguments.tau) : peak[i] / log2e<T>;
+                                   arguments.tau;
+      const double shift = double(scale.fixed_shift ? scale.shift : peak[i]) / log2e<double>;
       // One visible column: it is the positive, and the loss is exactly 0.
-      lse[row] = visible() == 1 && !hidden ? logit : shift + std::log(sum[i]);
-      loss[row] = lse[row] - logit;
+      const double exact = visible() == 1 && !hidden ? logit : shift + std::log(double(sum[i]));
+      lse[row] = T(exact);
+      loss[row] = T(exact - logit);
     }
   }
 
@@ -96,7 +97,7 @@ struct InfoNceBackwardRun {
         padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
 
   // Of a group's place in the wave, for rows and columns: [padded / width, d, width], [wide / width, padded, width],
-  // [padded, wide]; then for the rows twice [padded].
+  // [padded, wide]; then for the rows three times [padded].
   T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
   }
@@ -123,17 +124,15 @@ struct InfoNceBackwardRun {
     const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      const T base2 = real ? lse_in[i] * log2e<T> : T(0);
-      lse(place)[i] = base2;
-      weight(place)[i] = !real ? T(0) : scale.fixed_shift ? dloss(group)[i] * std::exp2(scale.shift - base2)
-                                                          : dloss(group)[i];
+      row_weight(scale.fixed_shift, scale.shift, real ? dloss(group)[i] : T(0), real ? lse_in[i] : T(0),
+                 weight(place) + i, lse(place) + i, lse(place) + padded[0] + i);
     }
   }
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, largest_tile, columns);
     const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
-    const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
+    const RowWeights<T> weights{weight(place), lse(place), padded[0]}, none{nullptr, nullptr, 0};
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
     alignas(64) T w[largest_tile * largest_tile];
     if (scale.fixed_shift)

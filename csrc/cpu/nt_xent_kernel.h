@@ -81,11 +81,13 @@ struct NtXentForwardRun {
     T* lse = static_cast<T*>(arguments.lse) + group * rows;
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int64_t positive = i < batch ? i + batch : i - batch;
-      const T logit = dot(unit(group) + i * features, unit(group) + positive * features, features) / T(arguments.tau);
-      const T shift = scale.fixed_shift ? T(1 / arguments.tau) : peak(place)[i] / log2e<T>;
+      // In double: the loss is a difference of two numbers that may be much larger.
+      const double logit = dot(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
+      const double shift = double(scale.fixed_shift ? scale.shift : peak(place)[i]) / log2e<double>;
       // One pair: the only other row is the positive, and the loss is exactly 0.
-      lse[i] = rows == 2 ? logit : shift + std::log(sum(place)[i]);
-      loss[i] = lse[i] - logit;
+      const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));
+      lse[i] = T(exact);
+      loss[i] = T(exact - logit);
     }
   }
 
@@ -109,8 +111,8 @@ struct NtXentBackwardRun {
       : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
         features(a.features), wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)) {}
 
-  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and twice
-  // [padded].
+  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and three
+  // times [padded].
   T* packed(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
   }
@@ -130,10 +132,8 @@ struct NtXentBackwardRun {
          padded * Block<T>::width, row_padding);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      const T base2 = real ? lse_in[i] * log2e<T> : T(0);
-      lse(place)[i] = base2;
-      weight(place)[i] = !real ? T(0) : scale.fixed_shift ? dloss(group)[i] * std::exp2(scale.shift - base2)
-                                                          : dloss(group)[i];
+      row_weight(scale.fixed_shift, scale.shift, real ? dloss(group)[i] : T(0), real ? lse_in[i] : T(0),
+                 weight(place) + i, lse(place) + i, lse(place) + padded + i);
       for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
     }
   }
@@ -141,7 +141,7 @@ struct NtXentBackwardRun {
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, tile, rows);
     const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
-    const RowWeights<T> weights{weight(place), lse(place)};
+    const RowWeights<T> weights{weight(place), lse(place), padded};
     alignas(64) T w[largest_tile * largest_tile];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
