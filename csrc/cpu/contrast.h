@@ -75,14 +75,14 @@ inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features) {
   return round_up(rows, row_padding) * (features + 2);
 }
 inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features) {
-  return round_up(rows, row_padding) * (features + 2 * round_up(features, feature_padding) + 3);
+  return round_up(rows, row_padding) * (features + 2 * round_up(features, feature_padding) + 2);
 }
 inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features) {
   return (round_up(rows, row_padding) + round_up(columns, row_padding)) * features;
 }
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features) {
   return (round_up(rows, row_padding) + round_up(columns, row_padding)) *
-         (features + 2 * round_up(features, feature_padding) + 3);
+         (features + 2 * round_up(features, feature_padding) + 2);
 }
 
 // Groups worked on together: enough items in every round for all threads, and no more, for their workspace adds up.

@@ -8,8 +8,9 @@ namespace anomem::cpu::ANOMEM_ISA {
 
 constexpr int64_t largest_tile = 128;
 
-// Logits are kept in base 2: s · (factor + rest), with factor + rest = log2(e) / tau. The rounding of one factor alone
-// would shift every logit by 2^-24 of 1/tau.
+// Logits are s · (factor + rest): the rounding of one factor alone would shift every logit by 2^-24 of 1/tau. With a
+// fixed shift they are in base 2 (factor + rest = log2(e) / tau). Without one they are s / tau rounded to T, as in the
+// lse that is made of them: a row that one logit dominates then has P = 1 for it, and its gradient cancels exactly.
 template <class T>
 struct Scale {
   T factor, rest;
@@ -21,9 +22,9 @@ struct Scale {
 
   explicit Scale(double tau) {
     const double base2 = log2e<double> / tau;
-    factor = T(base2);
-    rest = T(base2 - double(factor));
     fixed_shift = tau > 0 && 2 * base2 <= double(-exp2_lowest<T>) - 26;
+    factor = T(fixed_shift ? base2 : 1 / tau);
+    rest = T((fixed_shift ? base2 : 1 / tau) - double(factor));
     shift = fixed_shift ? factor : T(0);
   }
 };
@@ -100,7 +101,7 @@ ANOMEM_INLINE typename Simd<T>::bits column_index(int64_t column) {
   return lane_index<T>() + std::remove_reference_t<decltype(typename Simd<T>::bits{}[0])>(column);
 }
 
-// Sums of 2^(logit − peak) over a tile's rows and columns, beside their peaks. With a fixed shift every peak is that
+// Sums of exp(logit − peak) over a tile's rows and columns, beside their peaks. With a fixed shift every peak is that
 // shift and is not stored.
 template <class T>
 struct TileSums {
@@ -170,14 +171,14 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
           top[h] = larger(top[h], s[r][h]);
         }
         const vec<T> peak = larger(larger(row_peak[i + r], s[r][0]), s[r][1]);
-        row_sum[i + r] = row_sum[i + r] * exp2_or_zero(row_peak[i + r] - peak) + exp2_or_zero(s[r][0] - peak) +
-                         exp2_or_zero(s[r][1] - peak);
+        row_sum[i + r] = row_sum[i + r] * exp_or_zero(row_peak[i + r] - peak) + exp_or_zero(s[r][0] - peak) +
+                         exp_or_zero(s[r][1] - peak);
         row_peak[i + r] = peak;
       }
       if (!both) continue;
       for (int h = 0; h < 2; ++h) {
-        column_sum[h] *= exp2_or_zero(column_peak[h] - top[h]);
-        for (int r = 0; r < Block<T>::height; ++r) column_sum[h] += exp2_or_zero(s[r][h] - top[h]);
+        column_sum[h] *= exp_or_zero(column_peak[h] - top[h]);
+        for (int r = 0; r < Block<T>::height; ++r) column_sum[h] += exp_or_zero(s[r][h] - top[h]);
         column_peak[h] = top[h];
       }
     }
@@ -188,17 +189,16 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
     sums.row_peak[i] = max_lanes<T>(row_peak[i]);
-    sums.row_sum[i] = sum_lanes<T>(row_sum[i] * exp2_or_zero(row_peak[i] - broadcast(sums.row_peak[i])));
+    sums.row_sum[i] = sum_lanes<T>(row_sum[i] * exp_or_zero(row_peak[i] - broadcast(sums.row_peak[i])));
   }
 }
 
-// What a row (or column) weighs in the backward: with a fixed shift its upstream gradient times 2^(shift − lse), in base
-// 2; without one the upstream gradient itself, beside its lse.
+// What a row (or column) weighs in the backward: with a fixed shift its upstream gradient times exp(shift − lse);
+// without one the upstream gradient itself, beside its lse.
 template <class T>
 struct RowWeights {
   const T* weight;  // [rows, padded with zeros]
-  const T* lse;     // [2, rows, padded] in base 2, rounded, then what the rounding left; read without a fixed shift only
-  int64_t padded;
+  const T* lse;     // [rows, padded], read without a fixed shift only
 };
 
 // The weights of one register block: W = P_ij w_i, plus P_ji w_j if `both`, and 0 where `keep` says so.
@@ -212,7 +212,6 @@ ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const S
     const int64_t j = column + h * lanes<T>;
     const vec<T> theirs = both ? load(columns.weight + j) : vec<T>{};
     const vec<T> their_lse = both && !fixed_shift ? load(columns.lse + j) : vec<T>{};
-    const vec<T> their_rest = both && !fixed_shift ? load(columns.lse + columns.padded + j) : vec<T>{};
 #pragma GCC unroll 8
     for (int i = 0; i < Block<T>::height; ++i) {
       const vec<T> mine = broadcast(rows.weight[row + i]);
@@ -221,10 +220,9 @@ ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const S
         const vec<T> e = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
         weight = e * (both ? mine + theirs : mine);
       } else {
-        const vec<T> small = s[i][h] * rest;
-        const vec<T> my_lse = broadcast(rows.lse[row + i]), my_rest = broadcast(rows.lse[rows.padded + row + i]);
-        weight = mine * exp2_or_zero(multiply_add(s[i][h], factor, -my_lse) + (small - my_rest));
-        if (both) weight += theirs * exp2_or_zero(multiply_add(s[i][h], factor, -their_lse) + (small - their_rest));
+        const vec<T> logit = multiply_add(s[i][h], factor, s[i][h] * rest);
+        weight = mine * exp_or_zero(logit - broadcast(rows.lse[row + i]));
+        if (both) weight += theirs * exp_or_zero(logit - their_lse);
       }
       if (masked) weight = keep.template lanes<T>(row + i, column_index<T>(j)) ? weight : vec<T>{};
       store(to + i * stride + h * lanes<T>, weight);

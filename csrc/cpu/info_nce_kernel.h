@@ -63,7 +63,7 @@ struct InfoNceForwardRun {
       const double logit = hidden ? -INFINITY
                              : dot(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
                                    arguments.tau;
-      const double shift = double(scale.fixed_shift ? scale.shift : peak[i]) / log2e<double>;
+      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak[i]);
       // One visible column: it is the positive, and the loss is exactly 0.
       const double exact = visible() == 1 && !hidden ? logit : shift + std::log(double(sum[i]));
       lse[row] = T(exact);
@@ -97,7 +97,7 @@ struct InfoNceBackwardRun {
         padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
 
   // Of a group's place in the wave, for rows and columns: [padded / width, d, width], [wide / width, padded, width],
-  // [padded, wide]; then for the rows three times [padded].
+  // [padded, wide]; then for the rows twice [padded].
   T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
   }
@@ -124,15 +124,15 @@ struct InfoNceBackwardRun {
     const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      row_weight(scale.fixed_shift, scale.shift, real ? dloss(group)[i] : T(0), real ? lse_in[i] : T(0),
-                 weight(place) + i, lse(place) + i, lse(place) + padded[0] + i);
+      lse(place)[i] = real ? lse_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
     }
   }
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, largest_tile, columns);
     const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
-    const RowWeights<T> weights{weight(place), lse(place), padded[0]}, none{nullptr, nullptr, 0};
+    const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
     alignas(64) T w[largest_tile * largest_tile];
     if (scale.fixed_shift)

@@ -18,7 +18,7 @@ ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T o
     return;
   }
   const T top = *peak > other_peak ? *peak : other_peak;
-  *sum = *sum * std::exp2(*peak - top) + other_sum * std::exp2(other_peak - top);
+  *sum = *sum * std::exp(*peak - top) + other_sum * std::exp(other_peak - top);
   *peak = top;
 }
 
@@ -83,7 +83,7 @@ struct NtXentForwardRun {
       const int64_t positive = i < batch ? i + batch : i - batch;
       // In double: the loss is a difference of two numbers that may be much larger.
       const double logit = dot(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
-      const double shift = double(scale.fixed_shift ? scale.shift : peak(place)[i]) / log2e<double>;
+      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak(place)[i]);
       // One pair: the only other row is the positive, and the loss is exactly 0.
       const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));
       lse[i] = T(exact);
@@ -111,8 +111,8 @@ struct NtXentBackwardRun {
       : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
         features(a.features), wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)) {}
 
-  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and three
-  // times [padded].
+  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and twice
+  // [padded].
   T* packed(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
   }
@@ -132,8 +132,8 @@ struct NtXentBackwardRun {
          padded * Block<T>::width, row_padding);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      row_weight(scale.fixed_shift, scale.shift, real ? dloss(group)[i] : T(0), real ? lse_in[i] : T(0),
-                 weight(place) + i, lse(place) + i, lse(place) + padded + i);
+      lse(place)[i] = real ? lse_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
       for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
     }
   }
@@ -141,7 +141,7 @@ struct NtXentBackwardRun {
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, tile, rows);
     const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
-    const RowWeights<T> weights{weight(place), lse(place), padded};
+    const RowWeights<T> weights{weight(place), lse(place)};
     alignas(64) T w[largest_tile * largest_tile];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;

@@ -61,14 +61,10 @@ inline accumulator_t<S> unnormalize_gradient(const accumulator_t<S>* gradient, a
   return along * scale;
 }
 
-// What the backward takes of one row: its upstream gradient times 2^(shift - lse), or without a fixed shift the gradient
-// itself beside its lse in base 2, split in two because a rounded one would shift all of the row's logits.
+// What a row weighs in the backward, see RowWeights.
 template <class T>
-inline void row_weight(bool fixed_shift, T shift, T dloss, T lse, T* weight, T* lse_high, T* lse_low) {
-  const double base2 = double(lse) * log2e<double>;
-  *lse_high = T(base2);
-  *lse_low = base2 - base2 == 0 ? T(base2 - double(*lse_high)) : T(0);
-  *weight = fixed_shift ? T(double(dloss) * std::exp2(double(shift) - base2)) : dloss;
+inline T row_weight(bool fixed_shift, T shift, T dloss, T lse) {
+  return fixed_shift ? T(double(dloss) * std::exp2(double(shift) - double(lse) * log2e<double>)) : dloss;
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA
