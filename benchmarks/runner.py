@@ -52,7 +52,7 @@ class Runner:
         self.base = base
         self.known = known
         self.ceilings = Ceilings(device)
-        self._slowness: dict[tuple[str, str, str], float] = {}
+        self._slowness: dict[tuple[str, str, bool, str], float] = {}
 
     def run(self, case: Case, note: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
         """Measure a case.
@@ -104,12 +104,17 @@ class Runner:
                     entry.seconds.append(entry.once())
 
     def _expect(self, case: Case, name: str) -> None:
-        """Not to start what the size before in the same sweep shows to be far over the bound."""
-        slowness = self._slowness.get((case.operator, case.group, name), 1.0)
+        """Not to start what earlier cases show to be far over the bound."""
+        slowness = self._slowness.get(_series(case, name), 1.0)
         seconds = slowness * self.ceilings.floor_seconds(case)
         if seconds > 1.5 * self.bounds.seconds:
-            source = "its rate at the size before" if slowness != 1.0 else "the floor alone"
-            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.3g} s")
+            source = "an earlier case's rate" if slowness != 1.0 else "the floor alone"
+            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.2g} s")
+
+    def _learn(self, case: Case, name: str, seconds: float) -> None:
+        """Remember how far from the floor an implementation is, from calls that are not mostly overhead."""
+        if seconds > 0.1 * self.bounds.seconds:
+            self._slowness[_series(case, name)] = seconds / self.ceilings.floor_seconds(case)
 
     def _entry(self, ready: Ready) -> Entry:
         return Entry(ready.implementation.name, WORK, ready.subject.once, ready.peak_bytes, ready.checked)
@@ -130,7 +135,8 @@ class Runner:
         row.checked = entry.checked
         floor = self.ceilings.floor_seconds(case) * 1e3
         row.fraction_of_floor = floor / p50
-        self._slowness[case.operator, case.group, entry.name] = p50 / floor
+        if entry.revision == WORK:
+            self._learn(case, entry.name, p50 / 1e3)
         return self._finish(case, row)
 
     def _finish(self, case: Case, row: Row, none: NoTime | None = None) -> Row:
@@ -147,3 +153,7 @@ class Runner:
     def _is_known(self, case: Case, name: str, revision: str) -> bool:
         row = row_for(self.suite.name, case, name, revision, rows.MEASURED)
         return self._finish(case, row).key in self.known
+
+
+def _series(case: Case, name: str) -> tuple[str, str, bool, str]:
+    return case.operator, case.dtype, case.training, name

@@ -43,7 +43,7 @@ def smoke(device: str) -> Suite:
     cases = (
         case("retrieve", N=1024, M=64, d=64, B=64),
         case("shrink", N=1024, M=64, d=64, B=64),
-        case("nt_xent", G=4, B=128, d=64),
+        case("nt_xent", G=4, B=64, d=64),
         case("info_nce", R=512, C=512, d=64),
         case("gather", B=64, C=64, H=16, n=8),
         case("variance", G=8, B=128, d=128),

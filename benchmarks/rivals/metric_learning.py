@@ -1,4 +1,7 @@
-"""pytorch-metric-learning's NTXentLoss, from PyPI (`pip install anomem[peers]`)."""
+"""pytorch-metric-learning's NTXentLoss, from PyPI (`pip install anomem[peers]`).
+
+It compares every positive pair with the list of all negative pairs, so what it stores grows with B³.
+"""
 
 from __future__ import annotations
 
@@ -29,4 +32,12 @@ def build(case: Case, device: str) -> Function:
     return loss
 
 
-IMPLEMENTATIONS = (Implementation("pytorch-metric-learning", "nt_xent", build, stored=10),)
+def negatives_of_each_pair(dims: dict[str, int]) -> int:
+    """[2B, 2B (2B − 2)] for each group."""
+    rows = 2 * dims["B"]
+    return dims["G"] * rows * rows * (rows - 2)
+
+
+IMPLEMENTATIONS = (
+    Implementation("pytorch-metric-learning", "nt_xent", build, stored=3, elements=negatives_of_each_pair),
+)
