@@ -78,9 +78,10 @@ class Runner:
                     ready = bench.ready(implementation)
                     entries.append(self._entry(ready))
                 except NoTime as none:
-                    yield self._finish(
-                        case, row_for(self.suite.name, case, implementation.name, WORK, none.status), none
-                    )
+                    if none.seconds is not None:
+                        self._learn(case, implementation.name, none.seconds)
+                    row = row_for(self.suite.name, case, implementation.name, WORK, none.status)
+                    yield self._finish(case, row, none)
             if self.base and implementation.ours and not self._is_known(case, implementation.name, self.base.revision):
                 note(f"{case.title}: {implementation.name} at {self.base.revision}")
                 try:
