@@ -77,10 +77,7 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) ->
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     print(f"\n{title}")
     for line in [columns, *lines]:
-        cells = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ]
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
         print("  ".join(cells).rstrip(), flush=True)
 
 
@@ -108,9 +105,11 @@ def progress(total: int) -> Iterator[Bar]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}", markup=False)) as bar:
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    what = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+    with Progress(*columns, what, expand=True) as bar:
         yield _Rich(bar, bar.add_task("", total=total))
 
 

@@ -39,7 +39,7 @@ class Options:
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
-    """A call may take this long (default: 5 on a CPU, 2 on a GPU); slower is a row that says so."""
+    """A call may take this long (default: 5 for scaling, otherwise 2); slower is a row that says so."""
     memory: float | None = None
     """GiB that a call may allocate (default: half of the device's memory on a CPU, all of it on a GPU)."""
 
@@ -115,7 +115,7 @@ def _line(row: Row, eager: Row | None) -> tuple[str, ...]:
     return (
         _name(row),
         *(f"{row.milliseconds[name]:.3g}" for name in ("p50", "p20", "p80")),
-        f"{against:.2f}×" if against else "",
+        f"{against:#.3g}×" if against else "",
         f"{(row.peak_bytes or 0) / 2**20:.1f}",
         f"{row.fraction_of_floor:.0%}",
     )
@@ -149,7 +149,7 @@ def _bounds(options: Options, device: str) -> Bounds:
     if device == "cpu":
         # Inputs, results and libraries come on top of what a call may allocate.
         limit_process(int(size) + 4 * 2**30)
-    return Bounds(options.seconds or (5.0 if device == "cpu" else 2.0), size)
+    return Bounds(options.seconds or (5.0 if options.suite == "scaling" else 2.0), size)
 
 
 if __name__ == "__main__":
