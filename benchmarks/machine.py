@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -54,7 +55,7 @@ def about(device: str) -> dict[str, Any]:
     import anomem
 
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD") or None,
+        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("ANOMEM_COMMIT"),
         # Rows and pictures are results: writing them does not make the code that was measured another one.
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")),
         "anomem": anomem.__version__,

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomem.models import AnoMem, ModelConfig, build_model
 from torch.profiler import ProfilerActivity, profile
 
+from anomem.models import AnoMem, ModelConfig, build_model
 from benchmarks.console import has, parse, say, table
 from benchmarks.machine import ROOT, about
 from benchmarks.memory import peak_bytes
@@ -75,11 +75,12 @@ def main(options: Options) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
-    for name, impl, usual in (
-        ("eager", "reference", False),
-        (f"anomem ({options.impl})", options.impl, False),
-        (f"usual pipeline, {options.workers} workers", "reference", True),
-    ):
+    bars = [("eager", "reference", False), (f"anomem ({options.impl})", options.impl, False)]
+    if has("torchvision"):
+        bars.append((f"usual pipeline, {options.workers} workers", "reference", True))
+    else:
+        say("torchvision is not installed: the usual pipeline has no bar")
+    for name, impl, usual in bars:
         say(f"{name}: {options.warmup} + {2 * options.steps} steps")
         step = Step(model_for(backbone, impl, options.side, device), device, bf16=bf16, loss_in_float32=usual)
         source = PerImage(images, batch, device, options.workers) if usual else Batched(images, batch, device)
@@ -95,9 +96,9 @@ def main(options: Options) -> int:
     show(title, found)
     say(f"rows in {path}, traces in {out}")
     if has("matplotlib"):
-        from benchmarks.report.pictures import bars
+        from benchmarks.report import pictures
 
-        bars(found, out / f"{device}-training.png")
+        pictures.bars(found, out / f"{device}-training.png")
     else:
         say("matplotlib is not installed: no picture")
     return 0

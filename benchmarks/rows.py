@@ -71,6 +71,11 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(asdict(row)) + "\n")
 
 
+def write(path: Path, rows: list[Row]) -> None:
+    """A file of just these rows."""
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file; of rows with the same key, the last."""
     if not path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Options:
     """File of rows; benchmarks/results/<device>-<suite>.jsonl when not given, none for smoke."""
     resume: bool = True
     """Keep rows of the file that were measured at this state of the code and go on with the others."""
+    compile: bool = True
+    """Measure what compiles for tens of seconds too (the smoke suite never does)."""
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
@@ -51,6 +53,8 @@ def main(options: Options) -> int:
         say("--device cuda: torch finds no CUDA device here")
         return 2
     chosen = suite(options.suite, device)
+    if not options.compile:
+        chosen = replace(chosen, compiles=False)
     cases = [case for case in chosen.cases if options.filter in case.title]
     if not cases:
         say(f"--filter {options.filter!r} matches no case of the suite; the cases are:")
@@ -59,7 +63,8 @@ def main(options: Options) -> int:
         return 2
     path = _rows_path(options, device)
     old = rows.read(path) if path and options.resume else []
-    known = {row.key for row in old}
+    # What could not run may run now: it costs nothing to ask again.
+    known = {row.key for row in old if row.status != rows.UNAVAILABLE}
     bounds = _bounds(options, device)
     state = about(device)
     say(f"{state['device_name']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}")
@@ -81,9 +86,10 @@ def main(options: Options) -> int:
                         rows.append(path, row)
                 bar.step()
     wanted = {case.title for case in cases}
-    shown = [row for row in [*old, *new] if _title(row) in wanted]
-    show(shown)
+    latest = {row.key: row for row in [*old, *new]}
+    show([row for row in latest.values() if _title(row) in wanted])
     if path:
+        rows.write(path, rows.read(path))
         say(f"rows in {path}")
     wrong = [row for row in new if row.status == rows.WRONG and row.implementation in ("native", "triton")]
     return 1 if wrong else 0

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from anomem.augment import Augmentation, AugmentConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from anomem.augment import Augmentation, AugmentConfig
 from benchmarks.training.phases import Phases
 
 

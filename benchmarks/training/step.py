@@ -1,17 +1,22 @@
-"""One gradient step of stage 1, written out so that its parts can be timed; it gives the loss of `anomem.train`."""
+"""One gradient step of stage 1, written out so that its parts can be timed.
+
+It is the step of `anomem.train` with that package's defaults, which a test compares; it does without the package itself
+because that needs rich, which a bare GPU machine may not have.
+"""
 
 from __future__ import annotations
 
 import torch
-from anomem.models import AnoMem
-from anomem.train.config import LossConfig, OptimizerConfig
-from anomem.train.objective import draw_positions
-from anomem.train.optimizer import apply_gradients, build_optimizer
 from torch import Tensor
 
 from anomem import functional as F
 from anomem.backends import for_part
+from anomem.models import AnoMem
+from benchmarks.suites import MOST_POSITIONS, RATIO
 from benchmarks.training.phases import Phases
+
+TEMPERATURE = 0.2
+VARIANCE_WEIGHT = 0.05
 
 
 class Step:
@@ -29,10 +34,11 @@ class Step:
         self.device = device
         self.bf16 = bf16
         self.loss_in_float32 = loss_in_float32
-        self.loss_config = LossConfig()
-        self.settings = OptimizerConfig(steps=1000, warmup=0)
-        weights = [*model.encoder.parameters(), *model.projections.parameters()]
-        self.optimizer = build_optimizer(self.settings, weights, model.memories.parameters())
+        groups = [
+            {"params": [*model.encoder.parameters(), *model.projections.parameters()], "weight_decay": 5e-4},
+            {"params": [*model.memories.parameters()], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
         self.generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, views: Tensor, phases: Phases) -> Tensor:
@@ -50,7 +56,8 @@ class Step:
         with phases("backward"):
             loss.backward()
         with phases("optimizer"):
-            apply_gradients(self.optimizer, self.settings, 0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def loss(self, views: Tensor, phases: Phases) -> Tensor:
@@ -58,12 +65,20 @@ class Step:
         with phases("encoder forward"):
             maps = self.model(views)
         with phases("gather"):
-            positions = draw_positions(self.model.encoder.sizes, self.loss_config, len(views) // 2, self.generator)
-            sampled = self.model.sample(maps, positions)  # S × [n, 2B, d]
+            sampled = self.model.sample(maps, self.positions())  # S × [n, 2B, d]
         if not self.loss_in_float32:
             return self._contrasted(sampled, phases)
         with torch.autocast(self.device, enabled=False):
             return self._contrasted([vectors.float() for vectors in sampled], phases)
+
+    def positions(self) -> list[Tensor]:
+        """Sampled positions [n] of every scale, the same for both views."""
+        generator, device = self.generator, self.device
+        drawn = [
+            F.sample_positions(height, width, RATIO, generator=generator, device=device)
+            for height, width in self.model.encoder.sizes
+        ]
+        return [one[:MOST_POSITIONS].contiguous() for one in drawn]
 
     def _contrasted(self, sampled: list[Tensor], phases: Phases) -> Tensor:
         total = sampled[0].new_zeros((), dtype=torch.float32)
@@ -73,8 +88,7 @@ class Step:
             with phases("retrieval"):
                 read = memory(asked)
             with phases("contrastive"):
-                temperature, impl = self.loss_config.temperature, memory.impl
-                contrast = F.nt_xent(views.to(read.dtype), read, temperature=temperature, impl=impl)
-                variance = F.variance_hinge(read, impl=for_part("variance", self.device, impl))
-            total = total + weight * (contrast + self.loss_config.variance_weight * variance)
+                contrast = F.nt_xent(views.to(read.dtype), read, temperature=TEMPERATURE, impl=memory.impl)
+                variance = F.variance_hinge(read, impl=for_part("variance", self.device, memory.impl))
+            total = total + weight * (contrast + VARIANCE_WEIGHT * variance)
         return total
