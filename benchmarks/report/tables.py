@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,63 @@ def limits(device: str) -> Callable[[Path], str]:
     return section
 
 
+def losses(device: str) -> Callable[[Path], str]:
+    """The cases in which the library is not the fastest, with the one that is."""
+
+    def section(results: Path) -> str:
+        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        lines = ["| operator and size | fastest | ms | anomem ms | anomem / fastest |", "|---|---|--:|--:|--:|"]
+        head = len(lines)
+        for group in cases_of(measured):
+            timed = [row for row in group if row.milliseconds]
+            mine = min((row for row in timed if row.implementation in OURS), key=median, default=None)
+            best = min(timed, key=median, default=None)
+            if mine is not None and best is not None and best is not mine:
+                cells = [label(best), best.implementation, number(median(best)), number(median(mine))]
+                lines.append(f"| {' | '.join(cells)} | {times(median(mine) / median(best))} |")
+        if not any(row.milliseconds and row.implementation in OURS for row in measured):
+            return "No implementation of this library was measured yet."
+        return "\n".join(lines) if len(lines) > head else "None."
+
+    return section
+
+
+def crossovers(device: str) -> Callable[[Path], str]:
+    """Between which two sizes of a sweep the library and the fastest other implementation change places."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, "scaling")
+        lines = []
+        for operator, group in dict.fromkeys((row.operator, row.group) for row in measured):
+            axis = group.removeprefix("over ")
+            series = []
+            for case in cases_of(row for row in measured if (row.operator, row.group) == (operator, group)):
+                mine = min(
+                    (row for row in case if row.milliseconds and row.implementation in OURS), key=median, default=None
+                )
+                other = min(
+                    (row for row in case if row.milliseconds and row.implementation not in OURS),
+                    key=median,
+                    default=None,
+                )
+                if mine is not None and other is not None:
+                    series.append((mine.shape[axis], median(other) / median(mine), other.implementation))
+            if not series:
+                continue
+            series.sort()
+            steps = [f"{axis} = {size}: {times(ratio)} ({name})" for size, ratio, name in series]
+            changes = [
+                f"{before[0]} and {after[0]}"
+                for before, after in itertools.pairwise(series)
+                if (before[1] > 1) != (after[1] > 1)
+            ]
+            told = f"changes between {axis} = {'; '.join(changes)}" if changes else "does not change"
+            lines.append(f"- `{operator}` {group}: {told}. Best other / anomem: {', '.join(steps)}.")
+        return "\n".join(lines) or ("Not measured yet." if device == "cpu" else NOT_ON_GPU)
+
+    return section
+
+
 def training_steps(device: str) -> Callable[[Path], str]:
     """Phases of a training step."""
 
@@ -203,6 +261,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),
         ("limits", limits(device)),
+        ("losses", losses(device)),
+        ("crossovers", crossovers(device)),
         ("training", training_steps(device)),
     )
 }

@@ -39,4 +39,4 @@ def test_wrong_options_end_the_program(line, installed, monkeypatch, capsys) -> 
 def test_tables_are_plain_without_rich(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "has", lambda package: False)
     console.table("title", ("name", "ms"), [("eager", "1.5"), ("native", "10")])
-    assert capsys.readouterr().out.splitlines() == ["", "title", "name      ms", "eager    1.5", "native    10"]
+    assert capsys.readouterr().out.splitlines() == ["", "title", "name     ms", "eager   1.5", "native   10"]
