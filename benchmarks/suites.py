@@ -10,8 +10,8 @@ from benchmarks.case import Case, case
 # Widths and side lengths of the three scales (layer2 to layer4, small stem) at 32×32 pixels.
 NETWORKS = {"resnet18": ((128, 16), (256, 8), (512, 4)), "resnet50": ((512, 16), (1024, 8), (2048, 4))}
 PROTOTYPES = 64
-RATIO, MOST_POSITIONS = 0.25, 8
-"""Sampled positions of a map of H² are min(8, H²/4): the library's defaults."""
+RATIO, MOST_POSITIONS = 1.0, 8
+"""Sampled positions of a map of H² are min(8, H²): the library's defaults."""
 
 
 @dataclass(frozen=True)

@@ -2,3 +2,5 @@
 #include "cpu/gemm.h"
 #include "cpu/simd.h"
 #include "cpu/retrieve_kernel.h"
+#include "cpu/info_nce_kernel.h"
+#include "cpu/nt_xent_kernel.h"
