@@ -61,7 +61,7 @@ struct InfoNceForwardRun {
       const int64_t row = mine.first + i, positive = arguments.positive[row];
       const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
       const T logit = hidden ? T(-INFINITY)
-                             : dot(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
+                             : dot_product(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
                                    T(arguments.tau);
       const T shift = scale.fixed_shift ? T(1 / arguments.tau) : peak[i] / log2e<T>;
       // One visible column: it is the positive, and the loss is exactly 0.

@@ -81,7 +81,7 @@ struct NtXentForwardRun {
     T* lse = static_cast<T*>(arguments.lse) + group * rows;
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int64_t positive = i < batch ? i + batch : i - batch;
-      const T logit = dot(unit(group) + i * features, unit(group) + positive * features, features) / T(arguments.tau);
+      const T logit = dot_product(unit(group) + i * features, unit(group) + positive * features, features) / T(arguments.tau);
       const T shift = scale.fixed_shift ? T(1 / arguments.tau) : peak(place)[i] / log2e<T>;
       // One pair: the only other row is the positive, and the loss is exactly 0.
       lse[i] = rows == 2 ? logit : shift + std::log(sum(place)[i]);
