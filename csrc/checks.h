@@ -51,6 +51,16 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
       torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// A 0-dim tensor.
+inline Tensor scalar(double value, ScalarType type) {
+  Tensor tensor = empty({}, type);
+  if (type == ScalarType::Double)
+    *static_cast<double*>(tensor.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(tensor.mutable_data_ptr()) = float(value);
+  return tensor;
+}
+
 // The value of a learned 0-dim scalar in the accumulation dtype.
 inline double scalar_value(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == 1, name, ": expected a 0-dim tensor");

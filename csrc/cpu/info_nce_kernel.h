@@ -61,7 +61,7 @@ struct InfoNceForwardRun {
       const int64_t row = mine.first + i, positive = arguments.positive[row];
       const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
       const double logit = hidden ? -INFINITY
-                             : dot(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
+                             : dot_product(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
                                    arguments.tau;
       const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak[i]);
       // One visible column: it is the positive, and the loss is exactly 0.

@@ -1,7 +1,9 @@
 // The kernels for processors with AVX2 and FMA.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #include "cpu/isa.h"

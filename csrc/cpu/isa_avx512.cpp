@@ -1,7 +1,9 @@
 // The kernels for processors with AVX-512 (F, DQ, BW, VL).
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #include "cpu/isa.h"

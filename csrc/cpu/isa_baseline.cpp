@@ -1,7 +1,9 @@
 // The kernels for what every processor of the architecture has: SSE2, NEON.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #include "cpu/parallel.h"

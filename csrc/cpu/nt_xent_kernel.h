@@ -82,7 +82,7 @@ struct NtXentForwardRun {
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int64_t positive = i < batch ? i + batch : i - batch;
       // In double: the loss is a difference of two numbers that may be much larger.
-      const double logit = dot(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
+      const double logit = dot_product(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
       const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak(place)[i]);
       // One pair: the only other row is the positive, and the loss is exactly 0.
       const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));

@@ -7,5 +7,6 @@
 namespace anomem {
 
 void register_contrast(torch::stable::detail::StableLibrary& library);
+void register_retrieve(torch::stable::detail::StableLibrary& library);
 
 }  // namespace anomem

@@ -6,7 +6,7 @@
 namespace anomem::cpu::ANOMEM_ISA {
 
 template <class S>
-ANOMEM_INLINE accumulator_t<S> dot(const S* a, const S* b, int64_t features) {
+ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t features) {
   using T = accumulator_t<S>;
   vec<T> sum[2] = {};
   const int64_t whole = features / lanes<T> * lanes<T>;
