@@ -24,37 +24,44 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     a: [X, Y], b: [Y, Z], acc: [X, Z] float32; PRECISION: "ieee" or "tf32", used by float32 operands only.
     """
     if INTERPRETING:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
     """float32 → dtype, to nearest even."""
-    if INTERPRETING:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            bits = bits + 0x7FFF + ((bits >> 16) & 1)
-            x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+    if INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
 
 
 @triton.jit
-def load_rows(base, rows, stride, count, columns, width):
-    """[BLOCK, BLOCK_D] of a row-major matrix [count, width]; zero outside. Offsets are 64-bit.
+def load_rows(base, rows, stride, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of a row-major matrix [count, WIDTH]; zero outside. Offsets are 64-bit.
 
-    rows: [BLOCK] indices, columns: [BLOCK_D] indices, stride: elements from row to row (columns are adjacent).
+    rows: [BLOCK] indices; stride: elements from row to row (columns are adjacent).
     """
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(base + offsets, mask=(rows < count)[:, None] & (columns < width)[None, :], other=0.0)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if WIDTH != BLOCK_D:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(base, x, rows, stride, count, columns, width):
+def store_rows(base, x, rows, stride, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write x [BLOCK, BLOCK_D] float32 into a matrix as `load_rows` reads it, rounded to the matrix's dtype."""
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = (rows < count)[:, None] & (columns < width)[None, :]
-    tl.store(base + offsets, round_to(x, base.dtype.element_ty), mask=mask)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if WIDTH != BLOCK_D:
+        mask = mask & (columns < WIDTH)[None, :]
+    target = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(target, round_to(x, base.dtype.element_ty), mask=mask)
 
 
 def block_of(features: int, smallest: int = 16) -> int:
