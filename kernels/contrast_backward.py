@@ -21,17 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import device_of, dot, load_rows, round_to, store_rows
+from anomem.kernels.common import device_of, dot, round_to
 from anomem.kernels.contrast_rows import row_gradient, store_row_gradient
 from anomem.kernels.contrast_tiles import (
     has_fixed_shift,
     inverse_temperature,
     is_special,
     load_index,
+    load_tile,
     opposite,
     plan,
     sees_one_column,
-    sliced_scores,
+    sliced_cosines,
 )
 
 # What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
@@ -79,9 +80,9 @@ def contrast_backward_kernel(
     owned_count,
     streamed_count,
     border,
-    features,
     splits,
     streamed_per_split,
+    FEATURES: tl.constexpr,
     ROLE: tl.constexpr,
     FIXED: tl.constexpr,
     SLICED: tl.constexpr,
@@ -93,19 +94,19 @@ def contrast_backward_kernel(
 ):
     """One tile of owned rows, one slice of their gradient's features. Grid: [G · splits · slices · tiles]."""
     tiles = tl.cdiv(owned_count, BLOCK_X)
-    slices = tl.cdiv(features, BLOCK_OUT)
+    slices = tl.cdiv(FEATURES, BLOCK_OUT)
     tile = tl.program_id(0) % tiles
     slice_index = (tl.program_id(0) // tiles) % slices
     split = (tl.program_id(0) // tiles // slices) % splits
     group = (tl.program_id(0) // tiles // slices // splits).to(tl.int64)
-    x = owned + group * owned_count * features
-    y = streamed + group * streamed_count * features
+    x = owned + group * owned_count * FEATURES
+    y = streamed + group * streamed_count * FEATURES
     row_count = streamed_count if ROLE == COLUMNS else owned_count
     group_lse = lse + group * row_count
     group_upstream = upstream + group * row_count
 
     x_rows = tile * BLOCK_X + tl.arange(0, BLOCK_X)  # [BLOCK_X]
-    out_d = slice_index * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
+    out = slice_index * BLOCK_OUT
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     amplify = 1.0
     if peak is not None:
@@ -123,8 +124,7 @@ def contrast_backward_kernel(
         if exclude is not None:
             x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
     if not SLICED:
-        slice_d = tl.arange(0, BLOCK_D)
-        x_tile = load_rows(x, x_rows, features, owned_count, slice_d, features)  # [BLOCK_X, BLOCK_D]
+        x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
 
     du = tl.zeros((BLOCK_X, BLOCK_OUT), tl.float32)
     x_moment = tl.zeros((BLOCK_X,), tl.float32)
@@ -133,12 +133,12 @@ def contrast_backward_kernel(
     for start in range(begin, end, BLOCK_Y):
         y_rows = start + tl.arange(0, BLOCK_Y)  # [BLOCK_Y]
         if SLICED:
-            cosine = sliced_scores(
-                x, y, x_rows, y_rows, owned_count, streamed_count, features, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
+            cosine = sliced_cosines(
+                x, y, tile * BLOCK_X, start, owned_count, streamed_count, FEATURES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
             )
-            y_tile = load_rows(y, y_rows, features, streamed_count, out_d, features)  # [BLOCK_Y, BLOCK_OUT]
+            y_tile = load_tile(y, start, streamed_count, out, FEATURES, BLOCK_Y, BLOCK_OUT)  # [BLOCK_Y, BLOCK_OUT]
         else:
-            y_tile = load_rows(y, y_rows, features, streamed_count, slice_d, features)  # [BLOCK_Y, BLOCK_D]
+            y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
             cosine = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
         logit = cosine * inverse_tau  # [BLOCK_X, BLOCK_Y]
         if ROLE != ROWS:
@@ -180,12 +180,13 @@ def contrast_backward_kernel(
         at = part * owned_count + x_rows
         tl.store(moment + at, x_moment / amplify, mask=(x_rows < owned_count) & (slice_index == 0))
     if partial is None:
-        u = load_rows(x, x_rows, features, owned_count, out_d, features).to(tl.float32)  # [BLOCK_X, BLOCK_OUT]
+        u = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT).to(tl.float32)  # [BLOCK_X, BLOCK_OUT]
         factor = tl.load(inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)
-        store_row_gradient(du, u, factor, first, second, group, x_rows, out_d, owned_count, border, features)
+        store_row_gradient(du, u, factor, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
     else:
-        base = partial + part * owned_count * features
-        store_rows(base, du, x_rows, features, owned_count, out_d, features)
+        mask = (x_rows < owned_count)[:, None] & (out + tl.arange(0, BLOCK_OUT) < FEATURES)[None, :]
+        at = (part * owned_count + x_rows)[:, None] * FEATURES + out + tl.arange(0, BLOCK_OUT)[None, :]
+        tl.store(partial + at, du, mask=mask)
 
 
 def gradient(
@@ -223,9 +224,8 @@ def gradient(
     with device_of(owned):
         contrast_backward_kernel[(groups * cut.splits * slices * triton.cdiv(owned_count, cut.tile.rows),)](
             owned, streamed, inverse, lse, upstream, positive, exclude, temperature, peak, first, second, moment,
-            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1], features, cut.splits,
-            cut.streamed_per_split,
-            ROLE=role, FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
+            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1], cut.splits, cut.streamed_per_split,
+            FEATURES=features, ROLE=role, FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_X=cut.tile.rows, BLOCK_Y=cut.tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
             **cut.tile.options,
         )  # fmt: skip

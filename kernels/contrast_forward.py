@@ -14,16 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, device_of, dot, load_rows
+from anomem.kernels.common import LN2, LOG2E, device_of, dot
 from anomem.kernels.contrast_tiles import (
     has_fixed_shift,
     inverse_temperature,
     is_special,
     load_index,
+    load_tile,
     opposite,
     plan,
     sees_one_column,
-    sliced_scores,
+    sliced_cosines,
 )
 
 
@@ -55,9 +56,9 @@ def contrast_forward_kernel(
     groups,
     row_count,
     column_count,
-    features,
     splits,
     columns_per_split,
+    FEATURES: tl.constexpr,
     FIXED: tl.constexpr,
     SLICED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,8 +71,8 @@ def contrast_forward_kernel(
     tile = tl.program_id(0) % tiles
     split = (tl.program_id(0) // tiles) % splits
     group = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    u = unit_rows + group * row_count * features
-    v = unit_columns + group * column_count * features
+    u = unit_rows + group * row_count * FEATURES
+    v = unit_columns + group * column_count * FEATURES
 
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     if positive is None:
@@ -85,8 +86,7 @@ def contrast_forward_kernel(
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     scale = inverse_tau * LOG2E
     if not SLICED:
-        slice_d = tl.arange(0, BLOCK_D)
-        u_tile = load_rows(u, rows, features, row_count, slice_d, features)  # [BLOCK_R, BLOCK_D]
+        u_tile = load_tile(u, tile * BLOCK_R, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
 
     shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     if FIXED:
@@ -98,11 +98,11 @@ def contrast_forward_kernel(
     for first in range(begin, end, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         if SLICED:
-            cosine = sliced_scores(
-                u, v, rows, columns, row_count, column_count, features, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
+            cosine = sliced_cosines(
+                u, v, tile * BLOCK_R, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
             )
         else:
-            v_tile = load_rows(v, columns, features, column_count, slice_d, features)  # [BLOCK_C, BLOCK_D]
+            v_tile = load_tile(v, first, column_count, 0, FEATURES, BLOCK_C, BLOCK_D)  # [BLOCK_C, BLOCK_D]
             cosine = dot(u_tile, tl.trans(v_tile), tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
         if positive is None:
             if is_special(tile * BLOCK_R, first, column_count, BLOCK_R, BLOCK_C):
@@ -200,8 +200,8 @@ def losses(
     with device_of(unit_rows):
         contrast_forward_kernel[(groups * cut.splits * triton.cdiv(row_count, cut.tile.rows),)](
             unit_rows, unit_columns, positive, exclude, temperature, loss, lse, partial, 1 / tau,
-            groups, row_count, column_count, features, cut.splits, cut.streamed_per_split,
-            FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
+            groups, row_count, column_count, cut.splits, cut.streamed_per_split,
+            FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_R=cut.tile.rows, BLOCK_C=cut.tile.columns, BLOCK_D=cut.block_d, **cut.tile.options,
         )  # fmt: skip
         if partial is not None:

@@ -25,20 +25,19 @@ def _normalize_tile(
     group,
     tile,
     count,
-    features,
+    FEATURES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    raw = load_rows(x + group * x_group_stride, rows, x_row_stride, count, columns, features)  # [BLOCK_R, BLOCK_D]
+    raw = load_rows(x + group * x_group_stride, rows, x_row_stride, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
     raw = raw.to(tl.float32)
     length = tl.sqrt_rn(tl.sum(raw * raw, axis=1))  # [BLOCK_R]
     cut_off = length <= L2_EPS  # false for NaN
     # A division, rounded once: a small temperature magnifies what a product with 1/|x| would round twice.
     u = tl.div_rn(raw, tl.where(cut_off, 1.0, length)[:, None])  # [BLOCK_R, BLOCK_D]
     u = tl.where(cut_off[:, None], 0.0, u)
-    store_rows(unit + group * unit_group_stride, u, rows, features, count, columns, features)
+    store_rows(unit + group * unit_group_stride, u, rows, FEATURES, count, FEATURES, BLOCK_D)
     factor = tl.where(cut_off, 0.0, 1.0 / length)
     tl.store(inverse + group * inverse_group_stride + rows, factor, mask=rows < count)
 
@@ -61,7 +60,7 @@ def unit_rows_kernel(
     second_inverse_group_stride,
     first_count,
     second_count,
-    features,
+    FEATURES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -74,13 +73,13 @@ def unit_rows_kernel(
         _normalize_tile(
             first, first_group_stride, first_row_stride,
             first_unit, first_unit_group_stride, first_inverse, first_inverse_group_stride,
-            group, tile, first_count, features, BLOCK_R, BLOCK_D,
+            group, tile, first_count, FEATURES, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     else:
         _normalize_tile(
             second, second_group_stride, second_row_stride,
             second_unit, second_unit_group_stride, second_inverse, second_inverse_group_stride,
-            group, tile - first_tiles, second_count, features, BLOCK_R, BLOCK_D,
+            group, tile - first_tiles, second_count, FEATURES, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -93,10 +92,10 @@ def store_row_gradient(
     second,  # [G, count − border, d]: of the rows from `border` on; None where border = count
     group,
     rows,
-    columns,
     count,
     border,
-    features,
+    FEATURES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The backward of the row normalisation, written to where the raw rows came from. A zero row gets zero."""
     along = tl.sum(u * du, axis=1)  # [BLOCK_R]
@@ -104,11 +103,12 @@ def store_row_gradient(
     # du can be NaN, because of another row; a row that was cut off at |x| ≤ 1e-12 gets zero all the same.
     dx = tl.where((tl.sum(u * u, axis=1) == 0)[:, None], 0.0, dx)
     dx = round_to(dx, first.dtype.element_ty)
-    inside = (columns < features)[None, :]
-    at = (group * border + rows)[:, None] * features + columns[None, :]
+    columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = (columns < FEATURES)[None, :]
+    at = (group * border + rows)[:, None] * FEATURES + columns[None, :]
     tl.store(first + at, dx, mask=(rows < border)[:, None] & inside)
     if second is not None:
-        at = (group * (count - border) + rows - border)[:, None] * features + columns[None, :]
+        at = (group * (count - border) + rows - border)[:, None] * FEATURES + columns[None, :]
         tl.store(second + at, dx, mask=((rows >= border) & (rows < count))[:, None] & inside)
 
 
@@ -122,8 +122,8 @@ def row_gradient_kernel(
     groups,
     count,
     border,
-    features,
     splits,
+    FEATURES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -131,14 +131,13 @@ def row_gradient_kernel(
     tiles = tl.cdiv(count, BLOCK_R)
     group = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     du = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for split in range(splits):
-        base = partial + (tl.full((), split, tl.int64) * groups + group) * count * features
-        du += load_rows(base, rows, features, count, columns, features)
-    u = load_rows(unit + group * count * features, rows, features, count, columns, features)
+        base = partial + (tl.full((), split, tl.int64) * groups + group) * count * FEATURES
+        du += load_rows(base, rows, FEATURES, count, FEATURES, BLOCK_D)
+    u = load_rows(unit + group * count * FEATURES, rows, FEATURES, count, FEATURES, BLOCK_D).to(tl.float32)
     factor = tl.load(inverse + group * count + rows, mask=rows < count, other=0.0)
-    store_row_gradient(du, u.to(tl.float32), factor, first, second, group, rows, columns, count, border, features)
+    store_row_gradient(du, u, factor, first, second, group, rows, count, border, FEATURES, BLOCK_D)
 
 
 def rows_per_block(features: int) -> int:
@@ -170,8 +169,8 @@ def unit_rows(
             first, first_unit, first_inverse, second, second_unit, second_inverse,
             first.stride(0), first.stride(1), second.stride(0), second.stride(1),
             first_unit.stride(0), second_unit.stride(0), first_inverse.stride(0), second_inverse.stride(0),
-            rows, columns, features,
-            BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
+            rows, columns,
+            FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
 
 
@@ -182,6 +181,6 @@ def row_gradient(partial: Tensor, unit: Tensor, inverse: Tensor, first: Tensor, 
     with device_of(unit):
         row_gradient_kernel[(groups * triton.cdiv(count, block_r),)](
             partial, unit, inverse, first, second,
-            groups, count, first.shape[1], features, partial.shape[0],
-            BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
+            groups, count, first.shape[1], partial.shape[0],
+            FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip

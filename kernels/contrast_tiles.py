@@ -1,11 +1,11 @@
 """What the contrastive kernels share: score tiles, the temperature, and the plan of a launch.
 
-Score tiles hold cosines c_ij = u_i·v_j; the logits of the loss are c_ij / tau.
+Product tiles hold cosines c_ij = u_i·v_j; the logits of the loss are c_ij / tau.
 
 Feature axis
     Up to `WHOLE[kind]` features a block holds its rows whole, and the tile of streamed rows is read once for both
-    products. Beyond, the score tile is summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
-    features of its rows' gradient: the scores are computed d / BLOCK_OUT times, and nothing of their size is stored.
+    products. Beyond, the cosines are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
+    features of its rows' gradient: the cosines are computed d / BLOCK_OUT times, and nothing of their size is stored.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from anomem.kernels.common import block_of, dot, load_rows, multiprocessors, precision
+from anomem.kernels.common import block_of, dot, multiprocessors, precision
 from anomem.kernels.tiles import Tile, kind_of, tile_for
 
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, and the constant 1/tau
@@ -33,27 +33,43 @@ def inverse_temperature(inverse_tau, temperature):
 
 
 @triton.jit
-def sliced_scores(
-    x,  # [x_count, d]
-    y,  # [y_count, d]
-    x_rows,
-    y_rows,
+def load_tile(
+    base, first_row, count, first_feature, FEATURES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[BLOCK, BLOCK_D] of a contiguous matrix [count, FEATURES], from a row and a feature on; zero outside.
+
+    The tile's place is one 64-bit number; within the tile 32 bits do, and cost half the registers.
+    """
+    rows = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    corner = base + tl.full((), first_row, tl.int64) * FEATURES + first_feature
+    mask = (rows < count - first_row)[:, None]
+    if FEATURES % BLOCK_D != 0:
+        mask = mask & (columns < FEATURES - first_feature)[None, :]
+    return tl.load(corner + (rows[:, None] * FEATURES + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def sliced_cosines(
+    x,  # [x_count, FEATURES]
+    y,  # [y_count, FEATURES]
+    x_first,
+    y_first,
     x_count,
     y_count,
-    features,
+    FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """x yᵀ [BLOCK_X, BLOCK_Y] float32, summed over slices of BLOCK_D features."""
-    score = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for begin in range(0, features, BLOCK_D):
-        columns = begin + tl.arange(0, BLOCK_D)
-        x_slice = load_rows(x, x_rows, features, x_count, columns, features)  # [BLOCK_X, BLOCK_D]
-        y_slice = load_rows(y, y_rows, features, y_count, columns, features)  # [BLOCK_Y, BLOCK_D]
-        score = dot(x_slice, tl.trans(y_slice), score, PRECISION)
-    return score
+    cosine = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for begin in range(0, FEATURES, BLOCK_D):
+        x_slice = load_tile(x, x_first, x_count, begin, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+        y_slice = load_tile(y, y_first, y_count, begin, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+        cosine = dot(x_slice, tl.trans(y_slice), cosine, PRECISION)
+    return cosine
 
 
 @triton.jit
@@ -100,7 +116,7 @@ class Plan(NamedTuple):
 
     tile: Tile
     block_d: int
-    """BLOCK_D of the score products."""
+    """BLOCK_D of the cosines' products."""
     block_out: int
     """BLOCK_OUT, the features of the gradient that one backward block owns."""
     sliced: bool
