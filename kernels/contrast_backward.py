@@ -180,7 +180,9 @@ def contrast_backward_kernel(
         at = part * owned_count + x_rows
         tl.store(moment + at, x_moment / amplify, mask=(x_rows < owned_count) & (slice_index == 0))
     if partial is None:
-        u = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT).to(tl.float32)  # [BLOCK_X, BLOCK_OUT]
+        u = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT).to(
+            tl.float32
+        )  # [BLOCK_X, BLOCK_OUT]
         factor = tl.load(inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)
         store_row_gradient(du, u, factor, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
     else:

@@ -146,7 +146,12 @@ def rows_per_block(features: int) -> int:
 
 
 def unit_rows(
-    first: Tensor, first_unit: Tensor, first_inverse: Tensor, second: Tensor, second_unit: Tensor, second_inverse: Tensor
+    first: Tensor,
+    first_unit: Tensor,
+    first_inverse: Tensor,
+    second: Tensor,
+    second_unit: Tensor,
+    second_inverse: Tensor,
 ) -> None:
     """Normalise the rows of two matrices in one launch.
 

@@ -3,7 +3,7 @@
 Product tiles hold cosines c_ij = u_i·v_j; the logits of the loss are c_ij / tau.
 
 Feature axis
-    Up to `WHOLE[kind]` features a block holds its rows whole, and the tile of streamed rows is read once for both
+    Up to `WHOLE` features a block holds its rows whole, and the tile of streamed rows is read once for both
     products. Beyond, the cosines are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
     features of its rows' gradient: the cosines are computed d / BLOCK_OUT times, and nothing of their size is stored.
 """
@@ -20,7 +20,11 @@ from anomem.kernels.tiles import Tile, kind_of, tile_for
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, and the constant 1/tau
 # replaces the running maximum.
 LOWEST_FIXED_SHIFT = 0.023
-WHOLE = {"half": 256, "tf32": 128, "ieee": 64}
+# A backward tile of 256 features spills: the gradient alone takes half of the registers.
+WHOLE = {
+    "contrast_forward": {"half": 256, "tf32": 128, "ieee": 64},
+    "contrast_backward": {"half": 128, "tf32": 64, "ieee": 64},
+}
 SLICE = {"half": 64, "tf32": 32, "ieee": 32}
 
 
@@ -138,10 +142,11 @@ def plan(kernel: str, owned: torch.Tensor, streamed: torch.Tensor) -> Plan:
     groups, count, features = owned.shape
     arithmetic = precision(owned.dtype)
     kind = kind_of(owned.dtype, arithmetic)
-    sliced = features > WHOLE[kind]
+    whole = WHOLE[kernel][kind]
+    sliced = features > whole
     block_d = SLICE[kind] if sliced else block_of(features)
-    block_out = min(block_of(features), WHOLE[kind])
-    key = 2 * WHOLE[kind] if sliced else max(block_d, 64)
+    block_out = min(block_of(features), whole)
+    key = 2 * whole if sliced else max(block_d, 64)
     tile = tile_for(kernel, kind, key, owned.device)
     if tile is None:
         raise RuntimeError(f"no tile of {kernel} for {owned.dtype}, d = {features} fits the shared memory of this GPU")

@@ -17,9 +17,7 @@ from anomem.kernels.contrast_forward import losses
 from anomem.kernels.contrast_rows import unit_rows
 
 
-def forward(
-    z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of each row.
 
     Args:
