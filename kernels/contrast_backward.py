@@ -226,8 +226,9 @@ def gradient(
     with device_of(owned):
         contrast_backward_kernel[(groups * cut.splits * slices * triton.cdiv(owned_count, cut.tile.rows),)](
             owned, streamed, inverse, lse, upstream, positive, exclude, temperature, peak, first, second, moment,
-            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1], cut.splits, cut.streamed_per_split,
-            FEATURES=features, ROLE=role, FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
+            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
+            cut.splits, cut.streamed_per_split, FEATURES=features, ROLE=role,
+            FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_X=cut.tile.rows, BLOCK_Y=cut.tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
             **cut.tile.options,
         )  # fmt: skip
