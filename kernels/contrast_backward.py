@@ -1,6 +1,7 @@
 """Gradients of a contrast with respect to its raw rows, columns and temperature; deterministic, without atomics.
 
-With cosines c_ij = u_i·v_j, P_ij = exp(c_ij / tau − lse_i), δ_ij = 1 at the positive of row i, and upstream gradient g_i of the loss of row i,
+With cosines c_ij = u_i·v_j, P_ij = exp(c_ij / tau − lse_i), δ_ij = 1 at the positive of row i, and upstream gradient
+g_i of the loss of row i,
 
     du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij)
 
