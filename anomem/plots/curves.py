@@ -45,7 +45,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     colours = dict(zip(scales, shades(len(scales)), strict=True)) | {"": INK}
     several = len({stage for stage, _ in panels}) > 1
     columns = min(3, len(panels))
-    with figure(path, columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1] + 0.4) as drawn:
+    with figure(path, columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1] + 0.4, gap=0.08) as drawn:
         grid = drawn.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
         handles = {}
         for axes, ((stage, term), lines) in zip(grid.flat, panels.items(), strict=False):
@@ -80,7 +80,7 @@ def score_histograms(
     require(len(named) > 0, "scores", "at least one score", "none")
     columns = min(3, len(named))
     lines = math.ceil(len(named) / columns)
-    with figure(path, max(4.6, columns * 3.6), lines * 2.6 + 0.4) as drawn:
+    with figure(path, max(4.6, columns * 3.6), lines * 2.6 + 0.4, gap=0.08) as drawn:
         grid = drawn.subplots(lines, columns, squeeze=False)
         for axes, (name, values) in zip(grid.flat, named.items(), strict=False):
             _histogram(axes, name, values.detach().cpu().double(), is_anomaly.cpu(), bins)
@@ -131,7 +131,7 @@ def roc_curves(
     palette = [NORMAL, ANOMALOUS, GREEN, PURPLE, AMBER, SKY, INK, MUTED]
     # By place in the given order, so that a method has one colour in every figure of a set.
     colours = {name: palette[i % len(palette)] for i, name in enumerate(scores)}
-    with figure(path, 10.4 if corner else 6.6, 3.9) as drawn:
+    with figure(path, 10.4 if corner else 6.6, 3.9, gap=0.08) as drawn:
         panels = drawn.subplots(1, 2 if corner else 1, squeeze=False)[0]
         for axes in panels:
             axes.plot([0, 100], [0, 100], color=FAINT, lw=1.0, zorder=0)

@@ -42,9 +42,11 @@ def tsne(
     require(len(rows) >= 4, "normal", "at least four vectors in all", len(rows))
     require(bool(rows.isfinite().all()), "normal", "finite vectors", "NaN or infinity")
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    # An own start rather than scikit-learn's PCA, which t-SNE would run on vectors of any length.
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    start = torch.pca_lowrank(unit.double(), q=2)[0].float() * 1e-2
+    # The first two principal components of the unit vectors, small as t-SNE wants its start; an exact decomposition,
+    # since a randomised one would make the figure depend on what was drawn before.
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    axes_of_data = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
+    start = (axes_of_data.U[:, :2] * 1e-2).float()
     embedding = TSNE(metric="cosine", init=start.numpy(), perplexity=perplexity, random_state=seed).fit_transform(
         rows.numpy()
     )

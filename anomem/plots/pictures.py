@@ -116,7 +116,7 @@ def prototypes(
 
 def _show(axes: Axes, image: Tensor, frame: str | None) -> None:
     pixels = _pixels(image)
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=frame is not None, color=frame, linewidth=2.0)
@@ -127,8 +127,10 @@ def _overlay(axes: Axes, image: Tensor, heat: Tensor, limits: Sequence[float]) -
     grey = _pixels(image)
     grey = grey if grey.dim() == 2 else grey.mean(-1)
     strength = ((heat.detach().cpu().float() - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.imshow(strength, cmap=HEAT, vmin=0, vmax=1, alpha=(0.25 + 0.6 * strength).numpy(), interpolation="bilinear")
+    axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        strength.numpy(), cmap=HEAT, vmin=0, vmax=1, alpha=(0.25 + 0.6 * strength).numpy(), interpolation="bilinear"
+    )
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -13,6 +13,7 @@ from anomem.data.optional import optional
 with optional("drawing figures"):
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from anomem.validation import require
 
@@ -28,7 +29,6 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "figure.dpi": 100,
     "savefig.dpi": 160,
-    "figure.constrained_layout.w_pad": 0.08,
     "font.size": 10,
     "text.color": INK,
     "axes.titlesize": 10.5,
@@ -53,7 +53,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 @contextmanager
-def figure(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+def figure(path: str | os.PathLike[str], width: float, height: float, gap: float = 0.04) -> Iterator[Figure]:
     """A figure in the common style, written when the block ends without an error.
 
     The file appears whole or not at all: it is written beside its place and then moved there.
@@ -62,6 +62,7 @@ def figure(path: str | os.PathLike[str], width: float, height: float) -> Iterato
         path: .png, .pdf or .svg; its folder is made if need be.
         width: in inches.
         height: in inches.
+        gap: to the left and right of each panel, in inches.
 
     Raises:
         ArgumentError: another kind of file.
@@ -69,7 +70,7 @@ def figure(path: str | os.PathLike[str], width: float, height: float) -> Iterato
     target = Path(path)
     require(target.suffix in FORMATS, "path", f"a file named {', '.join('*' + f for f in FORMATS)}", target.name)
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(width, height), layout="constrained")
+        drawn = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap))
         yield drawn
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
