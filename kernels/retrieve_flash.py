@@ -248,8 +248,8 @@ def backward(
         blocks_of_queries = triton.cdiv(count, for_query.rows)
         along_beta = None if beta is None else query.new_empty(blocks_of_queries, dtype=torch.float32)
         _query_gradient[(blocks_of_queries,)](
-            query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta, count, prototypes, query.stride(0), scale,
-            normalize, precision, *widths, for_query.rows, for_query.columns, *blocks, **for_query.options,
+            query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta,
+            count, prototypes, query.stride(0), scale, normalize, precision, *widths, for_query.rows, for_query.columns, *blocks, **for_query.options,
         )  # fmt: skip
     return dquery, key_sums, value_sums, None if along_beta is None else along_beta.sum()
 
@@ -280,7 +280,7 @@ def specs(architecture: int) -> Iterator[Spec]:
             for variant, constants in variants.items():
                 swapped = kernel == "retrieve_prototype_sums"
                 blocks = (tile.columns, tile.rows) if swapped else (tile.rows, tile.columns)
-                tensors = {name: pointer[kind] for name in ("query", "keys", "values", "out", "dout", "dquery")}
+                tensors = dict.fromkeys(("query", "keys", "values", "out", "dout", "dquery"), pointer[kind])
                 arguments = {**tensors, **numbers, **dict.fromkeys(outputs, "*fp32"), "span": "i32"}
                 known = {
                     "NORMALIZE": 1, "PRECISION": "tf32" if kind == "tf32" else "ieee", "D": width, "DV": width,

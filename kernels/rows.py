@@ -31,7 +31,7 @@ def _normalize_backward(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dy = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for part in range(0, SPLIT):  # in this order whatever the order in which the parts were made
+    for part in range(SPLIT):  # in this order whatever the order in which the parts were made
         dy += load_rows(partials + tl.full((), part, tl.int64) * N * D, rows, D, N, D, BLOCK_D).to(tl.float32)
     tile = load_rows(x, rows, x_stride, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
     unit, factor = normalize_rows(tile, NORMALIZE, D, BLOCK_D)
