@@ -91,6 +91,18 @@ TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
     },
 }
 
+# nt_xent and info_nce. Twice the longest whole row stands for all rows that are read in slices.
+_CONTRAST = {
+    ("contrast_forward", "half"): ((64, 128, 256, 512), Tile(64, 64, 4, 2, 100)),
+    ("contrast_backward", "half"): ((64, 128, 256), Tile(64, 64, 4, 2, 70)),
+    ("contrast_forward", "tf32"): ((64, 128, 256), Tile(64, 64, 4, 2, 100)),
+    ("contrast_backward", "tf32"): ((64, 128), Tile(64, 32, 4, 2, 70)),
+    ("contrast_forward", "ieee"): ((64, 128), Tile(32, 32, 4, 1, 70)),
+    ("contrast_backward", "ieee"): ((64, 128), Tile(32, 32, 4, 1, 70)),
+}
+for (_kernel, _kind), (_widths, _tile) in _CONTRAST.items():
+    TABLE |= {(_kernel, _kind, width): dict.fromkeys(ARCHITECTURES, (_tile,)) for width in _widths}
+
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
     """How the table names the operands' dtype."""
