@@ -249,7 +249,8 @@ def backward(
         along_beta = None if beta is None else query.new_empty(blocks_of_queries, dtype=torch.float32)
         _query_gradient[(blocks_of_queries,)](
             query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta,
-            count, prototypes, query.stride(0), scale, normalize, precision, *widths, for_query.rows, for_query.columns, *blocks, **for_query.options,
+            count, prototypes, query.stride(0), scale,
+            normalize, precision, *widths, for_query.rows, for_query.columns, *blocks, **for_query.options,
         )  # fmt: skip
     return dquery, key_sums, value_sums, None if along_beta is None else along_beta.sum()
 
