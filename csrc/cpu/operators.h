@@ -1,0 +1,12 @@
+// The CPU implementations that csrc/ops.cpp registers. Each file csrc/cpu/<operator>.cpp checks, allocates and calls the
+// kernel in <operator>_kernel.h; the schemas are in anomem/ops/*.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace anomem {
+
+void register_contrast(torch::stable::detail::StableLibrary& library);
+void register_retrieve(torch::stable::detail::StableLibrary& library);
+
+}  // namespace anomem
