@@ -217,7 +217,7 @@ def losses(
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table with all that a call can have, which is the heaviest; common lengths also with the least."""
+    """Every tile of the table with all that a call can have, the heaviest; common lengths also with the least."""
     counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
     optional = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
     for (kernel, kind, key), tiles in TABLE.items():
