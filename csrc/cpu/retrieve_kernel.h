@@ -65,7 +65,7 @@ inline void score_gradient(T* p, T* g, int64_t m, RowSum<T> row, const Shrinkage
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    along = broadcast(dot(softmax, g, m) - dlse);
+    along = broadcast(dot_product(softmax, g, m) - dlse);
     for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along)); });
     return;
   }
@@ -135,7 +135,7 @@ class BackwardSlot {
     product(count, d_, m_, gradient_.data(), score_row_, 1, panels_.keys(), dquery_.data(), query_row_, false);
     for (int64_t r = 0; r < count; ++r) {
       const T* row = dquery_.data() + r * query_row_;
-      if (dbeta != nullptr) *dbeta += dot(query_[r], row, d_);
+      if (dbeta != nullptr) *dbeta += dot_product(query_[r], row, d_);
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }

@@ -114,6 +114,18 @@ ANOMEM_INLINE T max_lanes(vec<T> x) {
   return best;
 }
 
+// a · b, in two running sums.
+template <class S>
+ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count) {
+  using T = accumulator_t<S>;
+  vec<T> sum[2] = {};
+  const int64_t whole = count / lanes<T> * lanes<T>;
+  for (int64_t p = 0; p < whole; p += lanes<T>)
+    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
+  if (whole < count) sum[0] += load_first(a + whole, count - whole) * load_first(b + whole, count - whole);
+  return sum_lanes<T>(sum[0] + sum[1]);
+}
+
 // 0, 1, 2, …
 template <class T>
 ANOMEM_INLINE typename Simd<T>::bits lane_index() {
