@@ -1,0 +1,92 @@
+// Column statistics of [G, B, d] in two passes, the second over what the first left in the cache: stable whatever the
+// mean, and no sum is shared between work items.
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/variance.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+constexpr int64_t widest_strip = 256;
+
+// Columns per work item: with few groups, their columns are shared out.
+inline int64_t strip_columns(int64_t groups) { return groups >= 8 ? widest_strip : 32; }
+
+// sums[j] ← Σ_k f(x[k, j]) over rows `row` apart, in runs of 16 rows, so that rounding grows with the number of runs.
+template <class S, class F>
+inline void sum_columns(const S* x, int64_t batch, int64_t row, int64_t columns, F f, accumulator_t<S>* sums) {
+  using T = accumulator_t<S>;
+  constexpr int64_t run = 16;
+  std::memset(sums, 0, columns * sizeof(T));
+  for (int64_t k0 = 0; k0 < batch; k0 += run)
+    for_vectors<T>(columns, [&](int64_t j, int64_t some) {
+      vec<T> sum{};
+      for (int64_t k = k0; k < k0 + run && k < batch; ++k) sum += f(load_some(x + k * row + j, some), j, some);
+      store_some(sums + j, load_some(sums + j, some) + sum, some);
+    });
+}
+
+template <class S>
+void variance_columns_forward(const VarianceForward& a) {
+  using T = accumulator_t<S>;
+  const int64_t d = a.features, strip = strip_columns(a.groups), strips = (d + strip - 1) / strip;
+  parallel(a.groups * strips, [&](int64_t item) {
+    const int64_t group = item / strips, first = item % strips * strip;
+    const int64_t columns = d - first < strip ? d - first : strip;
+    const S* x = static_cast<const S*>(a.x) + group * a.batch * d + first;
+    T* mean = static_cast<T*>(a.mean) + group * d + first;
+    T* std = static_cast<T*>(a.std) + group * d + first;
+    sum_columns(x, a.batch, d, columns, [](vec<T> v, int64_t, int64_t) { return v; }, mean);
+    scale_row(mean, columns, T(1) / T(a.batch));
+    sum_columns(
+        x, a.batch, d, columns,
+        [&](vec<T> v, int64_t j, int64_t some) {
+          const vec<T> centred = v - load_some(mean + j, some);
+          return centred * centred;
+        },
+        std);
+    for (int64_t j = 0; j < columns; ++j) std[j] = std::sqrt(std[j] / T(a.batch - 1) + T(a.eps));
+  });
+  for (int64_t group = 0; group < a.groups; ++group) {
+    T sum = 0;
+    for (int64_t j = 0; j < d; ++j) {
+      const T missing = T(a.gamma) - static_cast<const T*>(a.std)[group * d + j];
+      sum += missing <= 0 ? T(0) : missing;
+    }
+    static_cast<T*>(a.loss)[group] = sum / T(d);
+  }
+}
+
+template <class S>
+void variance_columns_backward(const VarianceBackward& a) {
+  using T = accumulator_t<S>;
+  const int64_t d = a.features, strip = strip_columns(a.groups), strips = (d + strip - 1) / strip;
+  parallel(a.groups * strips, [&](int64_t item) {
+    const int64_t group = item / strips, first = item % strips * strip;
+    const int64_t columns = d - first < strip ? d - first : strip, start = group * a.batch * d + first;
+    const T* mean = static_cast<const T*>(a.mean) + group * d + first;
+    const T* std = static_cast<const T*>(a.std) + group * d + first;
+    // d loss / d x_kj = slope_j · (x_kj − mean_j).
+    T slope[widest_strip];
+    const T outer = static_cast<const T*>(a.dloss)[group] / (T(d) * T(a.batch - 1));
+    for (int64_t j = 0; j < columns; ++j) slope[j] = T(a.gamma) - std[j] <= 0 ? T(0) : -outer / std[j];
+    for (int64_t k = 0; k < a.batch; ++k) {
+      const S* x = static_cast<const S*>(a.x) + start + k * d;
+      S* dx = static_cast<S*>(a.dx) + start + k * d;
+      for_vectors<T>(columns, [&](int64_t j, int64_t some) {
+        const vec<T> centred = load_some(x + j, some) - load_some(mean + j, some);
+        store_some(dx + j, centred * load_some(slope + j, some), some);
+      });
+    }
+  });
+}
+
+void variance_forward(const VarianceForward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.type, variance_columns_forward, arguments)
+}
+
+void variance_backward(const VarianceBackward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.type, variance_columns_backward, arguments)
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA
