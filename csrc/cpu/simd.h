@@ -129,6 +129,9 @@ ANOMEM_INLINE T max_lanes(vec<T> x) {
   else return max_lanes<T, half / 2>(larger(x, rotate<T, half>(x)));
 }
 
+template <class T>
+constexpr T log2e = T(1.4426950408889634074);
+
 // 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
 // x = n + f with n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum, from where
 // it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
@@ -168,7 +171,9 @@ ANOMEM_INLINE V exp2_or_zero(V x) {
   return below ? V{} : exp2_in_range(below ? lowest : x);
 }
 
-template <class T>
-constexpr T log2e = T(1.4426950408889634074);
+template <class V>
+ANOMEM_INLINE V exp_or_zero(V x) {
+  return exp2_or_zero(x * log2e<std::remove_reference_t<decltype(x[0])>>);
+}
 
 }  // namespace anomem::cpu::ANOMEM_ISA
