@@ -39,6 +39,11 @@ def tensors(n: int, m: int, d: int, dv: int, dtype: torch.dtype = torch.float32)
     return [draw(n, d, dtype=dtype, seed=1), draw(m, d, dtype=dtype, seed=2), values]
 
 
+def pair(n: int, m: int, d: int) -> tuple[Tensor, Tensor]:
+    """query [n, d], prototypes [m, d]."""
+    return draw(n, d, seed=1), draw(m, d, seed=2)
+
+
 def read(impl: str, **options: Any) -> Any:
     """Retrieval with its lse as a function of tensors alone."""
 
@@ -118,8 +123,7 @@ def test_same_bits_with_any_number_of_threads(sizes: tuple[int, int, int, int]) 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", ["layer", "none"])
 def test_a_bad_query_spoils_its_own_row_only(normalize: str, bad: float) -> None:
-    query, prototypes, _ = tensors(20, 9, 8, 0)
-    assert query is not None
+    query, prototypes = pair(20, 9, 8)
     query[7, 3] = bad
     out, lse = read("native", normalize=normalize)(query, prototypes)
     expected, expected_lse = read("reference", normalize=normalize)(query, prototypes)
@@ -169,10 +173,9 @@ def test_compiles_in_one_graph_with_any_number_of_queries() -> None:
 
 
 def test_autocast() -> None:
-    query, prototypes, _ = tensors(6, 5, 4, 0)
+    query, prototypes = pair(6, 5, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = hopfield_retrieve(query, prototypes, impl="native")
-    assert query is not None and prototypes is not None
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, hopfield_retrieve(query.bfloat16(), prototypes.bfloat16(), impl="native"))
 
@@ -187,9 +190,8 @@ def test_vmap() -> None:
 
 
 def test_errors() -> None:
-    query, prototypes, _ = tensors(6, 5, 4, 0)
-    assert query is not None and prototypes is not None
-    with pytest.raises(ArgumentError, match="impl.*float16"):
+    query, prototypes = pair(6, 5, 4)
+    with pytest.raises(ArgumentError, match=r"impl.*float16"):
         hopfield_retrieve(query.half(), prototypes.half(), impl="native")
     operator = torch.ops.anomem.native_retrieve_fwd
     for arguments, message in (
@@ -206,8 +208,7 @@ def test_errors() -> None:
 
 def test_queries_do_not_see_each_other() -> None:
     """Bitwise: the same place in a block of rows, other neighbours."""
-    query, prototypes, _ = tensors(1300, 70, 24, 0)
-    assert query is not None
+    query, prototypes = pair(1300, 70, 24)
     other = draw(1300, 24, seed=9)
     other[::3] = query[::3]
     here, there = (hopfield_retrieve(q, prototypes, impl="native") for q in (query, other))
@@ -216,8 +217,7 @@ def test_queries_do_not_see_each_other() -> None:
 
 def test_permutations() -> None:
     """Of the queries: the same rows in the new order. Of the prototypes: the same numbers within the budget."""
-    query, prototypes, _ = tensors(60, 40, 24, 0)
-    assert query is not None and prototypes is not None
+    query, prototypes = pair(60, 40, 24)
     order = torch.randperm(40)
     compare(lambda q, k: read("native")(q, k[order]), read("reference"), [query, prototypes])
     order = torch.randperm(60)
@@ -225,8 +225,7 @@ def test_permutations() -> None:
 
 
 def test_infinite_beta_reads_the_nearest_prototype() -> None:
-    query, prototypes, _ = tensors(60, 40, 24, 0)
-    assert query is not None and prototypes is not None
+    query, prototypes = pair(60, 40, 24)
     nearest = (query @ prototypes.T).argmax(dim=1)
     out = hopfield_retrieve(query, prototypes, normalize="none", beta=1e6, impl="native")
     assert torch.equal(out, prototypes[nearest])

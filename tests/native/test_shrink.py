@@ -93,7 +93,8 @@ def test_a_query_whose_weights_all_vanish_reads_nothing() -> None:
     query, prototypes, _, _ = tensors(6, 40, 24, 0)
     query.requires_grad_()
     out, _, entropy = read("native", shrink=0.5)(query, prototypes, None, torch.tensor(0.0))
-    assert not out.any() and not entropy.any()
+    assert not out.any()
+    assert not entropy.any()
     (gradient,) = torch.autograd.grad(out.sum() + entropy.sum(), query)
     assert not gradient.any()
 
@@ -139,5 +140,5 @@ def test_vmap_and_errors() -> None:
     query, prototypes = draw(3, 6, 4, seed=1), draw(5, 4, seed=2)
     mapped = torch.func.vmap(lambda q: hopfield_retrieve(q, prototypes, shrink=0.1, impl="native"))(query)
     assert torch.equal(mapped, hopfield_retrieve(query, prototypes, shrink=0.1, impl="native"))
-    with pytest.raises(ArgumentError, match="impl.*float16"):
+    with pytest.raises(ArgumentError, match=r"impl.*float16"):
         hopfield_retrieve(query.half(), prototypes.half(), shrink=0.1, impl="native")
