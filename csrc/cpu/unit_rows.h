@@ -1,6 +1,7 @@
 // L2 normalisation of rows and its gradient.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
