@@ -66,7 +66,21 @@ def _always(problem: Problem) -> bool:
     return True
 
 
-AUTO: tuple[Rule, ...] = ()
+def _float32(problem: Problem) -> bool:
+    return problem.dtype == torch.float32
+
+
+AUTO: tuple[Rule, ...] = (
+    Rule(
+        "nt_xent",
+        "cpu",
+        "native",
+        "float32 on the CPU",
+        "1.9 to 8.7 times as fast as eager, forward and backward, at every size measured from G=1, B=16, d=32 to G=16, "
+        "B=1024, d=128 (2 threads, AVX-512)",
+        _float32,
+    ),
+)
 
 
 def obstacle(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:

@@ -35,12 +35,14 @@ ANOMEM_INLINE void multiply(int64_t k, const T* a, int64_t row, int64_t step, co
   }
 }
 
-// Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Rows past `count` become zero columns.
+// Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Up to `padded` columns are written (0: to the
+// end of the last panel), those past `count` with zeros.
 template <class S>
-inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, accumulator_t<S>* packed) {
+inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, accumulator_t<S>* packed,
+                            int64_t padded = 0) {
   using T = accumulator_t<S>;
   constexpr int width = Block<T>::width;
-  for (int64_t first = 0; first < count; first += width, packed += k * width) {
+  for (int64_t first = 0; first < (padded > count ? padded : count); first += width, packed += k * width) {
     const int64_t here = count - first < width ? count - first : width;
     for (int64_t p0 = 0; p0 < k; p0 += lanes<T>) {
       const int64_t n = k - p0 < lanes<T> ? k - p0 : lanes<T>;
@@ -56,17 +58,23 @@ inline void pack_transposed(const S* source, int64_t stride, int64_t count, int6
   }
 }
 
-// Packs B = source [k, n] as it lies. Columns past n become zeros.
+// Packs B = source [k, n] as it lies; columns past n become zeros. Panels lie `panel` elements apart (0: k · width), and
+// rows of zeros are added up to `padded`.
 template <class S>
-inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumulator_t<S>* packed) {
+inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumulator_t<S>* packed, int64_t panel = 0,
+                 int64_t padded = 0) {
   using T = accumulator_t<S>;
   constexpr int width = Block<T>::width;
-  for (int64_t first = 0; first < n; first += width, packed += k * width)
+  for (int64_t first = 0; first < n; first += width, packed += panel > 0 ? panel : k * width)
     for (int64_t half = 0; half < width; half += lanes<T>) {
       const int64_t left = n - first - half;
-      for (int64_t p = 0; p < k; ++p) {
+      for (int64_t p = 0; p < (padded > k ? padded : k); ++p) {
+        if (p >= k || left <= 0) {
+          store(packed + p * width + half, vec<T>{});
+          continue;
+        }
         const S* from = source + p * stride + first + half;
-        const vec<T> x = left >= lanes<T> ? load(from) : left > 0 ? load_first(from, left) : vec<T>{};
+        const vec<T> x = left >= lanes<T> ? load(from) : load_first(from, left);
         store(packed + p * width + half, x);
       }
     }

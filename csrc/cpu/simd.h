@@ -116,7 +116,7 @@ ANOMEM_INLINE vec<T> rotate(vec<T> x) {
 #endif
 }
 
-// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other.
+// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. NaN is kept.
 template <class T, int half = lanes<T> / 2>
 ANOMEM_INLINE T sum_lanes(vec<T> x) {
   if constexpr (half == 0) return x[0];
@@ -126,8 +126,14 @@ ANOMEM_INLINE T sum_lanes(vec<T> x) {
 template <class T, int half = lanes<T> / 2>
 ANOMEM_INLINE T max_lanes(vec<T> x) {
   if constexpr (half == 0) return x[0];
-  else return max_lanes<T, half / 2>(larger(x, rotate<T, half>(x)));
+  else {
+    const vec<T> other = rotate<T, half>(x);
+    return max_lanes<T, half / 2>(x != x ? x : larger(x, other));
+  }
 }
+
+template <class T>
+constexpr T log2e = T(1.4426950408889634074);
 
 // 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
 // x = n + f with n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum, from where
@@ -168,7 +174,9 @@ ANOMEM_INLINE V exp2_or_zero(V x) {
   return below ? V{} : exp2_in_range(below ? lowest : x);
 }
 
-template <class T>
-constexpr T log2e = T(1.4426950408889634074);
+template <class V>
+ANOMEM_INLINE V exp_or_zero(V x) {
+  return exp2_or_zero(x * log2e<std::remove_reference_t<decltype(x[0])>>);
+}
 
 }  // namespace anomem::cpu::ANOMEM_ISA
