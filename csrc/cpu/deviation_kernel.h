@@ -24,25 +24,27 @@ inline T row_distance(const T* q, const T* read, int64_t d, T scale, Distance di
   return 1 - dot(q, read, d) * scale / ((left < eps ? eps : left) * (right < eps ? eps : right));
 }
 
-// Vectors of the positions first … first + count of the flattened [B, H·W], widened, one per row.
+// Normalised vectors of the positions first … first + count of the flattened [B, H·W], widened, one per row.
 template <class S>
-inline void gather_rows(const FeatureMap& map, int64_t first, int64_t count, int64_t* offsets, accumulator_t<S>* rows) {
+inline void read_vectors(const FeatureMap& map, Normalize how, int64_t first, int64_t count, int64_t* offsets,
+                         accumulator_t<S>* rows) {
   const S* data = static_cast<const S*>(map.data);
-  const int64_t area = map.height * map.width, d = map.channels;
+  const int64_t area = map.area(), d = map.channels;
   for (int64_t r = 0; r < count; ++r) offsets[r] = map.offset((first + r) / area, (first + r) % area);
   if (map.channel_stride == 1) {
-    for (int64_t r = 0; r < count; ++r) scaled_copy_from(data + offsets[r], d, rows + r * d);
+    for (int64_t r = 0; r < count; ++r) normalize_row(data + offsets[r], d, how, rows + r * d);
     return;
   }
   for (int64_t c = 0; c < d; ++c)
     for (int64_t r = 0; r < count; ++r) rows[r * d + c] = widen(data[offsets[r] + c * map.channel_stride]);
+  for (int64_t r = 0; r < count; ++r) normalize_row(rows + r * d, d, how, rows + r * d);
 }
 
 template <class S>
 void deviation_positions(const DeviationMap& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features;
-  const int64_t area = a.map.height * a.map.width, n = a.map.batch * area;
+  const int64_t area = a.map.area(), n = a.map.batch * area;
   const Panels<S> panels(a.memory, false);
   const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), read_row = padded_row<T>(d);
   const T* prior = static_cast<const T*>(a.log_prior);
@@ -50,8 +52,7 @@ void deviation_positions(const DeviationMap& a) {
     const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
     Buffer<int64_t> offsets(rows);
     Buffer<T> query(rows * d), scores(rows * score_row), read(rows * read_row), scale(rows);
-    gather_rows<S>(a.map, first, count, offsets.data(), query.data());
-    for (int64_t r = 0; r < count; ++r) normalize_row(query.data() + r * d, d, a.memory.normalize, query.data() + r * d);
+    read_vectors<S>(a.map, a.memory.normalize, first, count, offsets.data(), query.data());
     product(count, m, d, query.data(), d, 1, panels.keys_transposed(), scores.data(), score_row, false);
     for (int64_t r = 0; r < count; ++r) {
       const T* here = prior == nullptr ? nullptr : prior + (first + r) % area * m;

@@ -1,7 +1,7 @@
 // Gather of sampled positions with optional L2 normalisation, and its scatter (anomem/reference/positions.py).
 #pragma once
 
-#include "cpu/deviation.h"
+#include "cpu/feature_map.h"
 #include "cpu/isa.h"
 #include "cpu/types.h"
 

@@ -23,64 +23,99 @@ inline void add_scaled(const T* x, int64_t n, T scale, T* sum) {
   });
 }
 
-// Chunks are summed in the working precision, and shared out to a fixed number of slots, which are summed in float64.
+// Sums over the queries of one work item.
+struct UsageSums {
+  int64_t* count;     // [M]
+  double* mass;       // [M]
+  double* direction;  // [d]
+};
+
+// Adds one chunk of queries at a time: in the working precision within a chunk, in float64 from chunk to chunk.
+template <class S>
+class UsageChunk {
+ public:
+  using T = accumulator_t<S>;
+
+  UsageChunk(const Usage& a, const Panels<S>& panels, int64_t rows)
+      : a_(a),
+        panels_(panels),
+        m_(a.memory.prototypes),
+        d_(a.memory.features),
+        score_row_(padded_row<T>(m_)),
+        read_row_(padded_row<T>(d_)),
+        query_(rows, d_, a.memory.normalize),
+        scores_(rows * score_row_),
+        read_(rows * read_row_),
+        scale_(rows),
+        mass_(m_),
+        direction_(d_) {}
+
+  void add(int64_t first, int64_t count, const UsageSums& sums) {
+    query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
+    product(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), scores_.data(), score_row_, false);
+    std::memset(mass_.data(), 0, m_ * sizeof(T));
+    for (int64_t r = 0; r < count; ++r) {
+      T* e = scores_.data() + r * score_row_;
+      const RowSum<T> row = exponentials<true>(e, m_, T(a_.memory.beta));
+      scale_[r] = 1 / row.sum;
+      static_cast<T*>(a_.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
+      sums.count[strongest(e, m_)] += 1;
+      add_scaled(e, m_, scale_[r], mass_.data());
+    }
+    product(count, d_, m_, scores_.data(), score_row_, 1, panels_.values(), read_.data(), read_row_, false);
+    std::memset(direction_.data(), 0, d_ * sizeof(T));
+    for (int64_t r = 0; r < count; ++r) {
+      const T* read = read_.data() + r * read_row_;
+      const T inverse = inverse_length(dot(read, read, d_) * scale_[r] * scale_[r]);
+      add_scaled(read, d_, scale_[r] * inverse, direction_.data());
+    }
+    for (int64_t j = 0; j < m_; ++j) sums.mass[j] += mass_[j];
+    for (int64_t j = 0; j < d_; ++j) sums.direction[j] += direction_[j];
+  }
+
+ private:
+  const Usage& a_;
+  const Panels<S>& panels_;
+  int64_t m_, d_, score_row_, read_row_;
+  QueryRows<S> query_;
+  Buffer<T> scores_, read_, scale_, mass_, direction_;
+};
+
+// means[j] ← Σ_slot sums[slot, j] / n.
+template <class T>
+inline void mean_over_slots(Buffer<double>& sums, int64_t slots, int64_t width, int64_t n, T* means) {
+  for (int64_t j = 0; j < width; ++j) {
+    double sum = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) sum += sums[slot * width + j];
+    means[j] = T(sum / double(n));
+  }
+}
+
+// Chunks are shared out to a number of slots that depends on sizes alone; the slots are added in order.
 template <class S>
 void usage_rows(const Usage& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.queries;
   const Panels<S> panels(a.memory, false);
-  const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows;
-  const int64_t score_row = padded_row<T>(m), read_row = padded_row<T>(d);
-  const int64_t slots = chunks < 64 ? chunks : 64;
+  const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
   Buffer<double> masses(slots * m), directions(slots * d);
   parallel(slots, [&](int64_t slot) {
-    QueryRows<S> query(rows, d, a.memory.normalize);
-    Buffer<T> scores(rows * score_row), read(rows * read_row), scale(rows), mass(m), direction(d);
-    int64_t* count_sum = counts.data() + slot * m;
-    double* mass_sum = masses.data() + slot * m;
-    double* direction_sum = directions.data() + slot * d;
-    std::memset(count_sum, 0, m * sizeof(int64_t));
-    std::memset(mass_sum, 0, m * sizeof(double));
-    std::memset(direction_sum, 0, d * sizeof(double));
+    const UsageSums sums{counts.data() + slot * m, masses.data() + slot * m, directions.data() + slot * d};
+    std::memset(sums.count, 0, m * sizeof(int64_t));
+    std::memset(sums.mass, 0, m * sizeof(double));
+    std::memset(sums.direction, 0, d * sizeof(double));
+    UsageChunk<S> work(a, panels, rows);
     for (int64_t chunk = slot * chunks / slots; chunk < (slot + 1) * chunks / slots; ++chunk) {
-      const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
-      query.load(static_cast<const S*>(a.query) + first * a.query_row, a.query_row, count);
-      product(count, m, d, query.data(), query.row(), 1, panels.keys_transposed(), scores.data(), score_row, false);
-      std::memset(mass.data(), 0, m * sizeof(T));
-      std::memset(direction.data(), 0, d * sizeof(T));
-      for (int64_t r = 0; r < count; ++r) {
-        T* e = scores.data() + r * score_row;
-        const RowSum<T> row = exponentials<true>(e, m, T(a.memory.beta));
-        scale[r] = 1 / row.sum;
-        static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
-        count_sum[strongest(e, m)] += 1;
-        add_scaled(e, m, scale[r], mass.data());
-      }
-      product(count, d, m, scores.data(), score_row, 1, panels.values(), read.data(), read_row, false);
-      for (int64_t r = 0; r < count; ++r) {
-        const T* row = read.data() + r * read_row;
-        const T inverse = inverse_length(dot(row, row, d) * scale[r] * scale[r]);
-        add_scaled(row, d, scale[r] * inverse, direction.data());
-      }
-      for (int64_t j = 0; j < m; ++j) mass_sum[j] += mass[j];
-      for (int64_t j = 0; j < d; ++j) direction_sum[j] += direction[j];
+      const int64_t first = chunk * rows;
+      work.add(first, n - first < rows ? n - first : rows, sums);
     }
   });
-  for (int64_t j = 0; j < m; ++j) {
-    double mass = 0;
-    a.count[j] = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      a.count[j] += counts[slot * m + j];
-      mass += masses[slot * m + j];
-    }
-    static_cast<T*>(a.mass)[j] = T(mass / double(n));
-  }
-  for (int64_t j = 0; j < d; ++j) {
-    double direction = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) direction += directions[slot * d + j];
-    static_cast<T*>(a.direction)[j] = T(direction / double(n));
-  }
+  std::memset(a.count, 0, m * sizeof(int64_t));
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int64_t j = 0; j < m; ++j) a.count[j] += counts[slot * m + j];
+  mean_over_slots(masses, slots, m, n, static_cast<T*>(a.mass));
+  mean_over_slots(directions, slots, d, n, static_cast<T*>(a.direction));
 }
 
 void usage(const Usage& arguments) { ANOMEM_FOR_TYPE(arguments.memory.type, usage_rows, arguments) }

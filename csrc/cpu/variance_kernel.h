@@ -12,16 +12,23 @@ constexpr int64_t widest_strip = 256;
 // Columns per work item: with few groups, their columns are shared out.
 inline int64_t strip_columns(int64_t groups) { return groups >= 8 ? widest_strip : 32; }
 
-// sums[j] ← Σ_k f(x[k, j]) over rows `row` apart, in runs of 16 rows, so that rounding grows with the number of runs.
-template <class S, class F>
-inline void sum_columns(const S* x, int64_t batch, int64_t row, int64_t columns, F f, accumulator_t<S>* sums) {
+// sums[j] ← Σ_k x[k, j], or Σ_k (x[k, j] − mean[j])² where a mean is given, over rows `row` apart. Rows are summed in
+// runs of 16, so that rounding grows with the number of runs.
+template <bool squares, class S>
+inline void sum_columns(const S* x, int64_t batch, int64_t row, int64_t columns, const accumulator_t<S>* mean,
+                        accumulator_t<S>* sums) {
   using T = accumulator_t<S>;
   constexpr int64_t run = 16;
   std::memset(sums, 0, columns * sizeof(T));
   for (int64_t k0 = 0; k0 < batch; k0 += run)
     for_vectors<T>(columns, [&](int64_t j, int64_t some) {
+      const vec<T> centre = squares ? load_some(mean + j, some) : vec<T>{};
       vec<T> sum{};
-      for (int64_t k = k0; k < k0 + run && k < batch; ++k) sum += f(load_some(x + k * row + j, some), j, some);
+      for (int64_t k = k0; k < k0 + run && k < batch; ++k) {
+        const vec<T> v = load_some(x + k * row + j, some);
+        const vec<T> centred = v - centre;
+        sum += squares ? centred * centred : v;
+      }
       store_some(sums + j, load_some(sums + j, some) + sum, some);
     });
 }
@@ -36,24 +43,18 @@ void variance_columns_forward(const VarianceForward& a) {
     const S* x = static_cast<const S*>(a.x) + group * a.batch * d + first;
     T* mean = static_cast<T*>(a.mean) + group * d + first;
     T* std = static_cast<T*>(a.std) + group * d + first;
-    sum_columns(x, a.batch, d, columns, [](vec<T> v, int64_t, int64_t) { return v; }, mean);
+    sum_columns<false>(x, a.batch, d, columns, static_cast<const T*>(nullptr), mean);
     scale_row(mean, columns, T(1) / T(a.batch));
-    sum_columns(
-        x, a.batch, d, columns,
-        [&](vec<T> v, int64_t j, int64_t some) {
-          const vec<T> centred = v - load_some(mean + j, some);
-          return centred * centred;
-        },
-        std);
+    sum_columns<true>(x, a.batch, d, columns, static_cast<const T*>(mean), std);
     for (int64_t j = 0; j < columns; ++j) std[j] = std::sqrt(std[j] / T(a.batch - 1) + T(a.eps));
   });
   for (int64_t group = 0; group < a.groups; ++group) {
-    T sum = 0;
+    double sum = 0;
     for (int64_t j = 0; j < d; ++j) {
       const T missing = T(a.gamma) - static_cast<const T*>(a.std)[group * d + j];
-      sum += missing <= 0 ? T(0) : missing;
+      sum += missing <= 0 ? 0.0 : double(missing);
     }
-    static_cast<T*>(a.loss)[group] = sum / T(d);
+    static_cast<T*>(a.loss)[group] = T(sum / double(d));
   }
 }
 
