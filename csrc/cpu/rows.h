@@ -33,13 +33,15 @@ ANOMEM_INLINE vec<T> keep_first(vec<T> x, int64_t count, T rest = 0) {
 }
 
 // a · b.
-template <class T>
-inline T dot(const T* a, const T* b, int64_t n) {
-  vec<T> sum{};
-  for_vectors<T>(n, [&](int64_t i, int64_t count) {
-    sum = multiply_add(load_some(a + i, count), load_some(b + i, count), sum);
-  });
-  return sum_lanes<T>(sum);
+template <class S>
+ANOMEM_INLINE accumulator_t<S> dot(const S* a, const S* b, int64_t features) {
+  using T = accumulator_t<S>;
+  vec<T> sum[2] = {};
+  const int64_t whole = features / lanes<T> * lanes<T>;
+  for (int64_t p = 0; p < whole; p += lanes<T>)
+    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
+  if (whole < features) sum[0] += load_first(a + whole, features - whole) * load_first(b + whole, features - whole);
+  return sum_lanes<T>(sum[0] + sum[1]);
 }
 
 // x ← scale · x.
