@@ -1,5 +1,5 @@
-// Column statistics of [G, B, d] in two passes, the second over what the first left in the cache: stable whatever the
-// mean, and no sum is shared between work items.
+// Column statistics of [G, B, d] in two passes, the second over what the first left in the cache, corrected by what the
+// rounding of the mean left: stable whatever the mean. No sum is shared between work items.
 #pragma once
 
 #include "cpu/rows.h"
@@ -12,25 +12,42 @@ constexpr int64_t widest_strip = 256;
 // Columns per work item: with few groups, their columns are shared out.
 inline int64_t strip_columns(int64_t groups) { return groups >= 8 ? widest_strip : 32; }
 
-// sums[j] ← Σ_k x[k, j], or Σ_k (x[k, j] − mean[j])² where a mean is given, over rows `row` apart. Rows are summed in
-// runs of 16, so that rounding grows with the number of runs.
-template <bool squares, class S>
-inline void sum_columns(const S* x, int64_t batch, int64_t row, int64_t columns, const accumulator_t<S>* mean,
-                        accumulator_t<S>* sums) {
-  using T = accumulator_t<S>;
+// f(j, some, k0, k1) for every vector of columns and every run of rows. Within a run sums stay in registers; runs are
+// short, so that rounding grows with the number of runs rather than of rows.
+template <class T, class F>
+ANOMEM_INLINE void for_runs(int64_t batch, int64_t columns, F f) {
   constexpr int64_t run = 16;
-  std::memset(sums, 0, columns * sizeof(T));
-  for (int64_t k0 = 0; k0 < batch; k0 += run)
-    for_vectors<T>(columns, [&](int64_t j, int64_t some) {
-      const vec<T> centre = squares ? load_some(mean + j, some) : vec<T>{};
-      vec<T> sum{};
-      for (int64_t k = k0; k < k0 + run && k < batch; ++k) {
-        const vec<T> v = load_some(x + k * row + j, some);
-        const vec<T> centred = v - centre;
-        sum += squares ? centred * centred : v;
-      }
-      store_some(sums + j, load_some(sums + j, some) + sum, some);
-    });
+  for (int64_t k = 0; k < batch; k += run)
+    for_vectors<T>(columns, [&](int64_t j, int64_t some) { f(j, some, k, k + run < batch ? k + run : batch); });
+}
+
+// sums[j] += Σ_k x[k, j] over rows `row` apart.
+template <class S>
+inline void add_columns(const S* x, int64_t batch, int64_t row, int64_t columns, accumulator_t<S>* sums) {
+  using T = accumulator_t<S>;
+  for_runs<T>(batch, columns, [&](int64_t j, int64_t some, int64_t begin, int64_t end) {
+    vec<T> sum{};
+    for (int64_t k = begin; k < end; ++k) sum += load_some(x + k * row + j, some);
+    store_some(sums + j, load_some(sums + j, some) + sum, some);
+  });
+}
+
+// rest[j] += Σ_k (x[k, j] − mean[j]), what the rounding of the mean left, and squares[j] += Σ_k (x[k, j] − mean[j])².
+template <class S>
+inline void add_centred(const S* x, int64_t batch, int64_t row, int64_t columns, const accumulator_t<S>* mean,
+                        accumulator_t<S>* rest, accumulator_t<S>* squares) {
+  using T = accumulator_t<S>;
+  for_runs<T>(batch, columns, [&](int64_t j, int64_t some, int64_t begin, int64_t end) {
+    const vec<T> centre = load_some(mean + j, some);
+    vec<T> sum{}, square{};
+    for (int64_t k = begin; k < end; ++k) {
+      const vec<T> centred = load_some(x + k * row + j, some) - centre;
+      sum += centred;
+      square = multiply_add(centred, centred, square);
+    }
+    store_some(rest + j, load_some(rest + j, some) + sum, some);
+    store_some(squares + j, load_some(squares + j, some) + square, some);
+  });
 }
 
 template <class S>
@@ -43,10 +60,17 @@ void variance_columns_forward(const VarianceForward& a) {
     const S* x = static_cast<const S*>(a.x) + group * a.batch * d + first;
     T* mean = static_cast<T*>(a.mean) + group * d + first;
     T* std = static_cast<T*>(a.std) + group * d + first;
-    sum_columns<false>(x, a.batch, d, columns, static_cast<const T*>(nullptr), mean);
+    T rest[widest_strip] = {};
+    std::memset(mean, 0, columns * sizeof(T));
+    std::memset(std, 0, columns * sizeof(T));
+    add_columns(x, a.batch, d, columns, mean);
     scale_row(mean, columns, T(1) / T(a.batch));
-    sum_columns<true>(x, a.batch, d, columns, static_cast<const T*>(mean), std);
-    for (int64_t j = 0; j < columns; ++j) std[j] = std::sqrt(std[j] / T(a.batch - 1) + T(a.eps));
+    add_centred(x, a.batch, d, columns, mean, rest, std);
+    for (int64_t j = 0; j < columns; ++j) {
+      const T shift = rest[j] / T(a.batch), spread = std[j] - rest[j] * shift;
+      mean[j] += shift;
+      std[j] = std::sqrt((spread < 0 ? T(0) : spread) / T(a.batch - 1) + T(a.eps));
+    }
   });
   for (int64_t group = 0; group < a.groups; ++group) {
     double sum = 0;
