@@ -5,43 +5,19 @@
 
 #include "checks.h"
 #include "cpu/operators.h"
+#include "memory_checks.h"
 
 namespace anomem {
 namespace {
 
 using std::optional;
 
-// The memory of a call, checked against its queries.
-cpu::Memory memory_of(const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                      const optional<Tensor>& beta, double scale, int64_t normalize) {
-  const cpu::Type type = type_of(query, "query");
-  STD_TORCH_CHECK(query.dim() == 2 && keys.dim() == 2, "query and keys: expected [N, d] and [M, d]");
-  STD_TORCH_CHECK(query.size(1) <= 1 || query.stride(1) == 1, "query: expected unit inner stride");
-  STD_TORCH_CHECK(normalize >= 0 && normalize <= 2, "normalize: expected 0, 1 or 2");
-  STD_TORCH_CHECK(keys.size(0) > 0 && keys.size(1) > 0, "keys: expected at least one row and one column");
-  check_shape(keys, "keys", {keys.size(0), query.size(1)});
-  check_type(keys, "keys", query.scalar_type());
-  check_contiguous(keys, "keys");
-  if (values) {
-    STD_TORCH_CHECK(values->dim() == 2 && values->size(0) == keys.size(0), "values: expected [M, dv]");
-    check_type(*values, "values", query.scalar_type());
-    check_contiguous(*values, "values");
-  }
-  return {type,
-          keys.const_data_ptr(),
-          values ? values->const_data_ptr() : nullptr,
-          keys.size(0),
-          keys.size(1),
-          values ? values->size(1) : keys.size(1),
-          cpu::Normalize(normalize),
-          beta ? scale * scalar_value(*beta, "beta") : scale};
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
 
 Forward forward(const Tensor& query, const Tensor& keys, const optional<Tensor>& values, const optional<Tensor>& beta,
                 double scale, int64_t normalize, const cpu::Shrinkage& shrinkage) {
-  const cpu::Memory memory = memory_of(query, keys, values, beta, scale, normalize);
+  check_queries(query);
+  const cpu::Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
   const ScalarType sums = accumulator(memory.type);
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
@@ -57,7 +33,8 @@ Backward backward(const Tensor& dout, const optional<Tensor>& dlse, const option
                   const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
                   const optional<Tensor>& beta, double scale, int64_t normalize, const cpu::Shrinkage& shrinkage,
                   const Tensor& lse) {
-  const cpu::Memory memory = memory_of(query, keys, values, beta, scale, normalize);
+  check_queries(query);
+  const cpu::Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
   const ScalarType sums = accumulator(memory.type);
   check_shape(dout, "dout", {queries, memory.value_features});
