@@ -16,6 +16,8 @@ from benchmarks.prepare import Bench, Bounds, NoTime
 from benchmarks.rivals import implementations
 from benchmarks.suites import suite
 
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'anomem[dev]'")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMOKE = suite("smoke", DEVICE)
 BOUNDS = Bounds(seconds=5.0, bytes=2 * 2**30)
