@@ -17,6 +17,8 @@ backward of the row normalisation, unless the sum is cut into splits or the rows
 sums are left to `row_gradient_kernel`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from torch import Tensor
 from anomem.kernels.common import device_of, dot, round_to
 from anomem.kernels.contrast_rows import row_gradient, store_row_gradient
 from anomem.kernels.contrast_tiles import (
+    features_of,
     has_fixed_shift,
     inverse_temperature,
     is_special,
@@ -35,6 +38,8 @@ from anomem.kernels.contrast_tiles import (
     sees_one_column,
     sliced_cosines,
 )
+from anomem.kernels.specs import Spec, spec
+from anomem.kernels.tiles import TABLE
 
 # What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -236,3 +241,39 @@ def gradient(
     if partial is not None:
         row_gradient(partial, owned, inverse, first, second)
     return None if moment is None else moment.sum()
+
+
+def specs(architecture: int) -> Iterator[Spec]:
+    """Every tile of the table, in each role: joined views at a constant and at a learned temperature, a rectangle."""
+    counts = ("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split")
+    for (kernel, kind, key), tiles in TABLE.items():
+        if kernel != "contrast_backward":
+            continue
+        unit = "*bf16" if kind == "half" else "*fp32"
+        tensors = dict.fromkeys(("owned", "streamed", "first"), unit)
+        tensors |= dict.fromkeys(("inverse", "lse", "upstream"), "*fp32") | {"inverse_tau": "fp32"}
+        sliced, block_d, block_out = features_of(kernel, kind, key)
+        exact = kind == "ieee"
+        learned = {"temperature": "*fp32", "moment": "*fp32"}
+        index = {"positive": "*i64", "exclude": "*i64"}
+        variants = {
+            "joined": (JOINED, not exact, {"second": unit}),
+            "joined learned": (JOINED, False, {"second": unit} | learned),
+            "rows": (ROWS, False, index | learned),
+            "columns": (COLUMNS, False, index | {"temperature": "*fp32"}),
+        }
+        for tile in tiles[architecture]:
+            for variant, (role, fixed, present) in variants.items():
+                if key > block_out:
+                    present = present | {"partial": "*fp32"}
+                absent = {"positive", "exclude", "temperature", "peak", "second", "moment", "partial"} - set(present)
+                known = {
+                    "FEATURES": key, "ROLE": role.value, "FIXED": fixed, "SLICED": sliced,
+                    "PRECISION": "tf32" if kind == "tf32" else "ieee",
+                    "BLOCK_X": tile.rows, "BLOCK_Y": tile.columns, "BLOCK_D": block_d, "BLOCK_OUT": block_out,
+                }  # fmt: skip
+                yield spec(
+                    f"contrast_backward {variant} {kind} d{key}", contrast_backward_kernel,
+                    tensors | dict.fromkeys(counts, "i32") | present, known | dict.fromkeys(absent), tile,
+                    matrix=not exact,
+                )  # fmt: skip

@@ -9,6 +9,8 @@ that were rounded to bfloat16 exceed it by 2⁻⁷, which leaves the exponential
 are few rows the columns are cut into splits, whose sums a second kernel adds in their order: every run gives the same.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from anomem.kernels.common import LN2, LOG2E, device_of, dot
 from anomem.kernels.contrast_tiles import (
+    features_of,
     has_fixed_shift,
     inverse_temperature,
     is_special,
@@ -26,6 +29,8 @@ from anomem.kernels.contrast_tiles import (
     sees_one_column,
     sliced_cosines,
 )
+from anomem.kernels.specs import Spec, spec
+from anomem.kernels.tiles import TABLE
 
 
 @triton.jit
@@ -209,3 +214,30 @@ def losses(
                 partial, temperature, loss, lse, 1 / tau, loss.numel(), cut.splits, BLOCK_R=256, num_warps=4
             )
     return loss, lse
+
+
+def specs(architecture: int) -> Iterator[Spec]:
+    """Every tile of the table: two joined views, and the rectangle with all that it can have (the heaviest)."""
+    counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
+    for (kernel, kind, key), tiles in TABLE.items():
+        if kernel != "contrast_forward":
+            continue
+        unit = "*bf16" if kind == "half" else "*fp32"
+        tensors = {"unit_rows": unit, "unit_columns": unit, "loss": "*fp32", "lse": "*fp32", "inverse_tau": "fp32"}
+        sliced, block_d, _ = features_of(kernel, kind, key)
+        exact = kind == "ieee"
+        for tile in tiles[architecture]:
+            known = {
+                "FEATURES": key, "SLICED": sliced, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+                "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": block_d,
+            }  # fmt: skip
+            absent = dict.fromkeys(("positive", "exclude", "temperature", "partial"))
+            yield spec(
+                f"contrast_forward joined {kind} d{key}", contrast_forward_kernel,
+                tensors | counts, known | absent | {"FIXED": not exact}, tile, matrix=not exact,
+            )  # fmt: skip
+            present = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
+            yield spec(
+                f"contrast_forward rectangle {kind} d{key}", contrast_forward_kernel,
+                tensors | counts | present, known | {"FIXED": False}, tile, matrix=not exact,
+            )  # fmt: skip

@@ -5,12 +5,16 @@
 A raw matrix may have any strides between its rows and groups; features are adjacent. Unit rows are contiguous.
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.common import block_of, device_of, load_rows, round_to, store_rows
 from anomem.kernels.normalize import L2_EPS
+from anomem.kernels.specs import Spec, spec
+from anomem.kernels.tiles import Tile
 
 
 @triton.jit
@@ -189,3 +193,22 @@ def row_gradient(partial: Tensor, unit: Tensor, inverse: Tensor, first: Tensor, 
             groups, count, first.shape[1], partial.shape[0],
             FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
+
+
+def specs(architecture: int) -> Iterator[Spec]:
+    """The row passes at short and at the longest rows; they multiply no matrices."""
+    for features in (128, 1024):
+        tile = Tile(rows=rows_per_block(features), columns=features, warps=4, stages=3, shared=1)
+        shape = {"FEATURES": features, "BLOCK_R": tile.rows, "BLOCK_D": features}
+        parts = ("first", "second")
+        arguments = {f"{part}{name}": kind for part in parts for name, kind in _UNIT_ROWS.items()}
+        yield spec(f"unit_rows bf16 d{features}", unit_rows_kernel, arguments, shape, tile, matrix=False)
+        arguments = {"partial": "*fp32", "inverse": "*fp32"} | dict.fromkeys(("unit", *parts), "*bf16")
+        arguments |= dict.fromkeys(("groups", "count", "border", "splits"), "i32")
+        yield spec(f"row_gradient bf16 d{features}", row_gradient_kernel, arguments, shape, tile, matrix=False)
+
+
+_UNIT_ROWS = {
+    "": "*bf16", "_unit": "*bf16", "_inverse": "*fp32", "_group_stride": "i32", "_row_stride": "i32",
+    "_unit_group_stride": "i32", "_inverse_group_stride": "i32", "_count": "i32",
+}  # fmt: skip

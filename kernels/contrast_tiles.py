@@ -115,6 +115,13 @@ def sees_one_column(positive: torch.Tensor | None, exclude: torch.Tensor | None,
     return columns == 2 if positive is None else columns == 1 and exclude is None
 
 
+def features_of(kernel: str, kind: str, key: int) -> tuple[bool, int, int]:
+    """What the specifications compile a key of the tile table at: SLICED, BLOCK_D and BLOCK_OUT of `key` features."""
+    whole = WHOLE[kernel][kind]
+    sliced = key > whole
+    return sliced, SLICE[kind] if sliced else key, min(key, whole)
+
+
 class Plan(NamedTuple):
     """How one launch is cut up."""
 

@@ -40,7 +40,56 @@ ARCHITECTURES = (80, 90, 100)
 # In the interpreter small tiles let small tensors cross tile borders and end in tails.
 INTERPRETED = Tile(rows=32, columns=32, warps=4, stages=1, shared=0)
 
-TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {}
+TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
+    # Retrieval: queries × prototypes; `retrieve_prototype_sums` prototypes × queries. On sm_90 one stage at d = 64:
+    # with two, ptxas serialises the products (C7515). Rows of 128 < d ≤ 256 have no backward without spills, and
+    # exact float32 no fast product: both run on the library's (`retrieve_chunked`).
+    ("retrieve_forward", "half", 64): {
+        80: (Tile(64, 64, 4, 2, 24), Tile(64, 128, 4, 2, 40)),
+        90: (Tile(64, 128, 4, 1, 24), Tile(64, 64, 4, 1, 16)),
+        100: (Tile(64, 128, 4, 2, 73), Tile(64, 64, 4, 2, 41)),
+    },
+    ("retrieve_forward", "half", 128): {
+        80: (Tile(64, 64, 4, 2, 56), Tile(128, 64, 8, 2, 64)),
+        90: (Tile(64, 64, 4, 2, 80), Tile(64, 128, 4, 2, 144)),
+        100: (Tile(64, 64, 4, 2, 81), Tile(64, 128, 4, 2, 145)),
+    },
+    ("retrieve_forward", "half", 256): {
+        80: (Tile(64, 32, 4, 2, 68),),
+        90: (Tile(64, 64, 4, 2, 160), Tile(128, 64, 8, 2, 192)),
+        100: (Tile(128, 64, 8, 2, 194), Tile(64, 32, 4, 2, 97)),
+    },
+    ("retrieve_forward", "tf32", 64): {
+        80: (Tile(64, 64, 4, 2, 48),),
+        90: (Tile(64, 64, 4, 1, 48),),
+        100: (Tile(64, 64, 4, 2, 81),),
+    },
+    ("retrieve_forward", "tf32", 128): {
+        80: (Tile(64, 64, 4, 2, 113), Tile(64, 32, 4, 2, 80)),
+        90: (Tile(64, 64, 4, 2, 160),),
+        100: (Tile(64, 64, 4, 2, 161),),
+    },
+    ("retrieve_query_gradient", "half", 64): {
+        80: (Tile(64, 32, 4, 2, 24), Tile(128, 64, 8, 2, 48)),
+        90: (Tile(64, 64, 4, 1, 32),),
+        100: (Tile(64, 64, 4, 2, 57),),
+    },
+    ("retrieve_query_gradient", "half", 128): {
+        80: (Tile(64, 32, 4, 2, 52),),
+        90: (Tile(64, 64, 4, 2, 96), Tile(64, 32, 4, 2, 64)),
+        100: (Tile(64, 64, 4, 2, 113),),
+    },
+    ("retrieve_prototype_sums", "half", 64): {
+        80: (Tile(64, 64, 4, 2, 33), Tile(128, 64, 8, 2, 49)),
+        90: (Tile(64, 64, 4, 2, 49), Tile(128, 64, 8, 2, 65)),
+        100: (Tile(64, 64, 4, 2, 58),),
+    },
+    ("retrieve_prototype_sums", "half", 128): {
+        80: (Tile(64, 32, 4, 2, 53), Tile(128, 64, 8, 2, 97)),
+        90: (Tile(64, 64, 4, 2, 97), Tile(128, 64, 8, 2, 129)),
+        100: (Tile(64, 64, 4, 2, 114), Tile(128, 64, 8, 2, 146)),
+    },
+}
 
 # nt_xent and info_nce. Twice the longest whole row stands for all rows that are read in slices.
 _CONTRAST = {
