@@ -98,7 +98,7 @@ def test_peak_is_exact_and_a_difference() -> None:
 
 
 def test_runner_makes_rows_and_skips_known_ones(tmp_path, monkeypatch) -> None:
-    small = Suite("test", (SMALL,), seconds=0.001, least_repeats=2, most_repeats=3, compiles=False)
+    small = Suite("test", (SMALL,), seconds=0.001, least_repeats=2, most_repeats=3, compiled_groups=())
     runner = Runner(small, "cpu", BOUNDS, None, set())
     monkeypatch.setattr(runner.ceilings, "product", lambda dtype: 1e11)
     monkeypatch.setattr(runner.ceilings, "copy", lambda: 1e10)
