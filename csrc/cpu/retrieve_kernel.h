@@ -63,24 +63,37 @@ void retrieve_rows_forward(const RetrieveForward& a) {
   });
 }
 
-// Turns a product's scores into the softmax's weights, exp(beta s − lse), on their way out of the registers.
+// Turns a product's scores into exp(beta s − lse) on their way out of the registers. They are the softmax's weights up
+// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row whose lse is too large
+// for that, or not finite, is left as it is.
 template <class T>
-struct Weights {
+struct Exponentials {
+  static constexpr T largest = T(1 << 16);
+  static bool leaves(T lse) { return !(lse < largest && lse > -largest); }
+
   T beta;
-  const T* lse;  // NaN for a row that has none: all its weights are NaN
+  const T* lse;
 
   template <class>
   ANOMEM_INLINE void operator()(int64_t i, T* to, vec<T> score) const {
-    store(to, exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
+    store(to, leaves(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
   }
 };
 
-// One row's gradient to its scores: `p` holds the softmax and becomes the weights that read the values, `g` holds
-// dP = dO Vᵀ and becomes dS (without beta).
+// One row's gradient to its scores: `p` holds the softmax up to its sum and becomes the weights that read the values,
+// `g` holds dP = dO Vᵀ and becomes dS (without beta).
 template <class T>
 inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
   const T threshold = T(shrinkage.threshold);
+  vec<T> sums{}, products{};
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> weight = count < lanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
+    sums += weight;
+    products = multiply_add(weight, load(g + j), products);
+  });
+  const T scale = 1 / sum_lanes<T>(sums);
   if (shrinkage.entropy) {
+    scale_row(p, m, scale);
     std::memcpy(softmax, p, m * sizeof(T));
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
@@ -89,8 +102,12 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
     for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along)); });
     return;
   }
-  const vec<T> along = broadcast(dot_product(p, g, m) - dlse);
-  for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(p + j) * (load(g + j) - along)); });
+  const vec<T> along = broadcast(sum_lanes<T>(products) * scale - dlse);
+  for_vectors<T>(m, [&](int64_t j, int64_t) {
+    const vec<T> weight = load(p + j) * scale;
+    store(p + j, weight);
+    store(g + j, weight * (load(g + j) - along));
+  });
 }
 
 // The sums over slots of one row of a memory's gradient, in order.
@@ -123,27 +140,25 @@ class BackwardSlot {
         gradient_(rows * score_row_),
         dquery_(rows * query_row_),
         packed_(packed_size<T>(rows, d_ > dv_ ? d_ : dv_)),
-        softmax_(a.shrinkage.entropy ? score_row_ : 0),
-        lse_(rows) {}
+        softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
 
   // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv] (the same without separate values).
   void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
     const T beta = T(a_.memory.beta);
+    const T* lse = static_cast<const T*>(a_.lse) + first;
     const T* dlse = static_cast<const T*>(a_.dlse);
     const T* dentropy = static_cast<const T*>(a_.dentropy);
     query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
     dout_.load(static_cast<const S*>(a_.dout) + first * dv_, dv_, count);
-    for (int64_t r = 0; r < count; ++r) {
-      const T lse = static_cast<const T*>(a_.lse)[first + r];
-      lse_[r] = lse - lse == 0 ? lse : T(NAN);
-    }
     product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), weights_.data(), score_row_,
-                 Weights<T>{beta, lse_.data()});
+                 Exponentials<T>{beta, lse});
     product(count, m_, dv_, dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(), score_row_,
             false);
     for (int64_t r = 0; r < count; ++r) {
-      score_gradient(weights_.data() + r * score_row_, gradient_.data() + r * score_row_, m_, a_.shrinkage,
-                     dlse ? dlse[first + r] : T(0), dentropy ? dentropy[first + r] : T(0), softmax_.data());
+      T* p = weights_.data() + r * score_row_;
+      if (Exponentials<T>::leaves(lse[r])) exponentials(p, m_, beta);
+      score_gradient(p, gradient_.data() + r * score_row_, m_, a_.shrinkage, dlse ? dlse[first + r] : T(0),
+                     dentropy ? dentropy[first + r] : T(0), softmax_.data());
     }
     pack_scaled(dout_.data(), dout_.row(), count, dv_, T(1), packed_.data());
     product(m_, dv_, count, weights_.data(), 1, score_row_, packed_.data(), dvalues, padded_row<T>(dv_), !fresh);
@@ -164,7 +179,7 @@ class BackwardSlot {
   const Panels<S>& panels_;
   int64_t m_, d_, dv_, score_row_, query_row_;
   QueryRows<S> query_, dout_;
-  Buffer<T> weights_, gradient_, dquery_, packed_, softmax_, lse_;
+  Buffer<T> weights_, gradient_, dquery_, packed_, softmax_;
 };
 
 template <class S>

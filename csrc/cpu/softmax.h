@@ -19,28 +19,29 @@ struct RowSum {
 template <bool weighted = false, class T>
 inline RowSum<T> exponentials(T* x, int64_t m, T beta, const T* prior = nullptr) {
   constexpr T lowest = -T(INFINITY);
-  // Made twice rather than stored in between. `from`: what is taken from it, in the same multiply-add.
-  const auto logit = [&](int64_t j, int64_t count, vec<T> from) {
-    const vec<T> offset = prior == nullptr ? vec<T>{} - from : load_some(prior + j, count) - from;
-    return multiply_add(load(x + j), broadcast(beta), offset);
-  };
+  if (prior != nullptr) {
+    for_vectors<T>(m, [&](int64_t j, int64_t count) {
+      store(x + j, multiply_add(load(x + j), broadcast(beta), load_some(prior + j, count)));
+    });
+    beta = 1;
+  }
+  // The largest logit is found among the scores and subtracted from them: it then is exactly zero, and the logits need
+  // no pass of their own.
+  const T sign = beta < 0 ? T(-1) : T(1);
   vec<T> top = broadcast(lowest);
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    const vec<T> whole = logit(j, count, vec<T>{});
-    top = larger(count < lanes<T> ? keep_first<T>(whole, count, lowest) : whole, top);
+    const vec<T> score = load(x + j) * sign;
+    top = larger(count < lanes<T> ? keep_first<T>(score, count, lowest) : score, top);
   });
-  const T max = max_lanes<T>(top);
+  const T best = sign * max_lanes<T>(top), max = best * beta;
   T special = 0;
   if (!(max - max == 0)) {
     special = max;
-    for (int64_t j = 0; j < m; ++j) {
-      const T one = x[j] * beta + (prior == nullptr ? T(0) : prior[j]);
-      special = one != one ? one : special;
-    }
+    for (int64_t j = 0; j < m; ++j) special = x[j] * beta != x[j] * beta ? T(NAN) : special;
   }
   vec<T> sum{}, product{};
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    const vec<T> shifted = logit(j, count, broadcast(max));
+    const vec<T> shifted = (load(x + j) - best) * beta;
     vec<T> e = exp_or_zero(shifted);
     if (count < lanes<T>) e = keep_first<T>(e, count);
     store(x + j, e);
