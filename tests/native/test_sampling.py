@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -131,7 +128,7 @@ def test_variance_of_equal_rows_and_of_wide_ones() -> None:
         leaf = (draw(1, 30, 4) * scale).requires_grad_()
         loss = variance_hinge(leaf, impl="native")
         (gradient,) = torch.autograd.grad(loss, leaf)
-        assert float(loss) == pytest.approx(expected, rel=1e-6)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
         assert bool((gradient == 0).all())
 
 
@@ -234,23 +231,3 @@ def test_the_operators_refuse_what_would_read_outside() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    code = (
-        "import torch\nfrom anomem import functional as F, reference as R\nfrom anomem.testing import compare, draw\n"
-        "positions = torch.tensor([3, 0, 3, 7])\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
-        "  compare(lambda x: F.gather_positions(x, positions, normalize=True, impl='native'),\n"
-        "          lambda x: R.gather_positions(x, positions, normalize=True), [draw(3, 37, 2, 4, dtype=dtype)])\n"
-        "for dtype in (torch.float32, torch.float64):\n"
-        "  compare(lambda x: F.variance_hinge(x, gamma=2.0, reduction='none', impl='native'),\n"
-        "          lambda x: R.variance_hinge(x, 2.0), [draw(3, 37, 21, dtype=dtype)])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "ANOMEM_CPU": isa}, capture_output=True, text=True, check=False
-    )
-    if "cannot run it" in done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stderr
