@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from operator import index
 from typing import Literal, NamedTuple
 
 import torch
@@ -113,6 +114,13 @@ def for_part(operator: str, device: str, impl: Impl) -> Impl:
     return impl
 
 
+def _obstacle_of(problem: Problem, implementation: str) -> str | None:
+    # Under torch.compile with dynamic shapes a length is a symbol: index() settles the row length, on which it depends
+    # what can run, and leaves the other lengths dynamic.
+    features = index(problem.features)
+    return _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
+
+
 def choose(problem: Problem, impl: str) -> str:
     """The implementation that will run a call.
 
@@ -129,13 +137,9 @@ def choose(problem: Problem, impl: str) -> str:
     require_choice(impl, "impl", IMPLEMENTATIONS)
     if impl == "auto":
         return explain(problem)[0]
-    why_not = _constant_obstacle(problem.operator, impl, problem.device, problem.dtype, problem.features)
+    why_not = _obstacle_of(problem, impl)
     if why_not is not None:
-        runnable = [
-            name
-            for name in IMPLEMENTATIONS[1:]
-            if _constant_obstacle(problem.operator, name, problem.device, problem.dtype, problem.features) is None
-        ]
+        runnable = [name for name in IMPLEMENTATIONS[1:] if _obstacle_of(problem, name) is None]
         raise ArgumentError(
             "impl",
             f"an implementation that can run {problem.operator} here ({', '.join(runnable)})",
@@ -156,10 +160,7 @@ def explain(problem: Problem) -> tuple[str, str]:
             rule.operator == problem.operator
             and rule.device == problem.device
             and rule.applies(problem)
-            and _constant_obstacle(
-                problem.operator, rule.implementation, problem.device, problem.dtype, problem.features
-            )
-            is None
+            and _obstacle_of(problem, rule.implementation) is None
         ):
             return rule.implementation, f"{rule.where}: {rule.reason}"
     return "reference", "no kernel that runs here was measured to be faster at this size"

@@ -38,7 +38,7 @@ from anomem.kernels.contrast_tiles import (
     sees_one_column,
     sliced_cosines,
 )
-from anomem.kernels.specs import Spec, spec
+from anomem.kernels.specs import Spec, names, spec
 from anomem.kernels.tiles import TABLE
 
 # What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
@@ -244,36 +244,33 @@ def gradient(
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table, in each role: joined views at a constant and at a learned temperature, a rectangle."""
-    counts = ("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split")
+    """Every tile of the table for joined views at a learned temperature; common lengths also in every other role."""
+    counts = dict.fromkeys(("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"), "i32")
+    learned = {"temperature": "*fp32", "moment": "*fp32"}
+    index = {"positive": "*i64", "exclude": "*i64"}
     for (kernel, kind, key), tiles in TABLE.items():
         if kernel != "contrast_backward":
             continue
         unit = "*bf16" if kind == "half" else "*fp32"
-        tensors = dict.fromkeys(("owned", "streamed", "first"), unit)
-        tensors |= dict.fromkeys(("inverse", "lse", "upstream"), "*fp32") | {"inverse_tau": "fp32"}
+        tensors = dict.fromkeys(("owned", "streamed", "first"), unit) | {"inverse_tau": "fp32"}
+        tensors |= dict.fromkeys(("inverse", "lse", "upstream"), "*fp32")
         sliced, block_d, block_out = features_of(kernel, kind, key)
-        exact = kind == "ieee"
-        learned = {"temperature": "*fp32", "moment": "*fp32"}
-        index = {"positive": "*i64", "exclude": "*i64"}
-        variants = {
-            "joined": (JOINED, not exact, {"second": unit}),
-            "joined learned": (JOINED, False, {"second": unit} | learned),
-            "rows": (ROWS, False, index | learned),
-            "columns": (COLUMNS, False, index | {"temperature": "*fp32"}),
-        }
+        left = {"partial": "*fp32"} if key > block_out else {}
+        variants = {"joined learned": (JOINED, False, {"second": unit} | learned)}
+        if kind == "half" and key in (128, 256):
+            variants["joined"] = (JOINED, True, {"second": unit})
+            variants["rows"] = (ROWS, False, index | learned)
+            variants["columns"] = (COLUMNS, False, index | {"temperature": "*fp32"})
         for tile in tiles[architecture]:
             for variant, (role, fixed, present) in variants.items():
-                if key > block_out:
-                    present = present | {"partial": "*fp32"}
-                absent = {"positive", "exclude", "temperature", "peak", "second", "moment", "partial"} - set(present)
-                known = {
+                arguments = tensors | counts | present | left
+                constants = {
+                    **{name: None for name in names(contrast_backward_kernel) if name.islower()},
                     "FEATURES": key, "ROLE": role.value, "FIXED": fixed, "SLICED": sliced,
                     "PRECISION": "tf32" if kind == "tf32" else "ieee",
                     "BLOCK_X": tile.rows, "BLOCK_Y": tile.columns, "BLOCK_D": block_d, "BLOCK_OUT": block_out,
                 }  # fmt: skip
                 yield spec(
                     f"contrast_backward {variant} {kind} d{key}", contrast_backward_kernel,
-                    tensors | dict.fromkeys(counts, "i32") | present, known | dict.fromkeys(absent), tile,
-                    matrix=not exact,
+                    arguments, constants, tile, matrix=kind != "ieee",
                 )  # fmt: skip

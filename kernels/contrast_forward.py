@@ -217,27 +217,25 @@ def losses(
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table: two joined views, and the rectangle with all that it can have (the heaviest)."""
+    """Every tile of the table with all that a call can have, the heaviest; common lengths also with the least."""
     counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
+    optional = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
     for (kernel, kind, key), tiles in TABLE.items():
         if kernel != "contrast_forward":
             continue
         unit = "*bf16" if kind == "half" else "*fp32"
         tensors = {"unit_rows": unit, "unit_columns": unit, "loss": "*fp32", "lse": "*fp32", "inverse_tau": "fp32"}
         sliced, block_d, _ = features_of(kernel, kind, key)
-        exact = kind == "ieee"
+        variants = {"rectangle": ({"FIXED": False}, optional)}
+        if kind == "half" and key in (128, 256):
+            variants["joined"] = ({"FIXED": True} | dict.fromkeys(optional), {})
         for tile in tiles[architecture]:
             known = {
                 "FEATURES": key, "SLICED": sliced, "PRECISION": "tf32" if kind == "tf32" else "ieee",
                 "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": block_d,
             }  # fmt: skip
-            absent = dict.fromkeys(("positive", "exclude", "temperature", "partial"))
-            yield spec(
-                f"contrast_forward joined {kind} d{key}", contrast_forward_kernel,
-                tensors | counts, known | absent | {"FIXED": not exact}, tile, matrix=not exact,
-            )  # fmt: skip
-            present = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
-            yield spec(
-                f"contrast_forward rectangle {kind} d{key}", contrast_forward_kernel,
-                tensors | counts | present, known | {"FIXED": False}, tile, matrix=not exact,
-            )  # fmt: skip
+            for variant, (constants, present) in variants.items():
+                yield spec(
+                    f"contrast_forward {variant} {kind} d{key}", contrast_forward_kernel,
+                    tensors | counts | present, known | constants, tile, matrix=kind != "ieee",
+                )  # fmt: skip

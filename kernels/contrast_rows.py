@@ -196,7 +196,7 @@ def row_gradient(partial: Tensor, unit: Tensor, inverse: Tensor, first: Tensor, 
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """The row passes at short and at the longest rows; they multiply no matrices."""
+    """The row passes at common and at the longest rows; they multiply no matrices."""
     for features in (128, 1024):
         tile = Tile(rows=rows_per_block(features), columns=features, warps=4, stages=3, shared=1)
         shape = {"FEATURES": features, "BLOCK_R": tile.rows, "BLOCK_D": features}

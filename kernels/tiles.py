@@ -91,17 +91,27 @@ TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
     },
 }
 
-# nt_xent and info_nce. Twice the longest whole row stands for all rows that are read in slices.
+# nt_xent and info_nce: owned × streamed rows. Twice the longest whole row stands for all rows that are read in slices.
 _CONTRAST = {
-    ("contrast_forward", "half"): ((64, 128, 256, 512), Tile(64, 64, 4, 2, 100)),
-    ("contrast_backward", "half"): ((64, 128, 256), Tile(64, 64, 4, 2, 70)),
-    ("contrast_forward", "tf32"): ((64, 128, 256), Tile(64, 64, 4, 2, 100)),
-    ("contrast_backward", "tf32"): ((64, 128), Tile(64, 32, 4, 2, 70)),
-    ("contrast_forward", "ieee"): ((64, 128), Tile(32, 32, 4, 1, 70)),
-    ("contrast_backward", "ieee"): ((64, 128), Tile(32, 32, 4, 1, 70)),
+    ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 24)),
+    ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 48)),
+    ("contrast_forward", "half", 256): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 96)),
+    ("contrast_forward", "half", 512): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 48)),
+    ("contrast_forward", "tf32", 128): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 96)),
+    ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_forward", "ieee", 64): (Tile(32, 32, 4, 1, 70),) * 3,
+    ("contrast_forward", "ieee", 128): (Tile(32, 32, 4, 1, 70),) * 3,
+    ("contrast_backward", "half", 64): (Tile(64, 64, 4, 2, 70),) * 3,
+    ("contrast_backward", "half", 128): (Tile(64, 32, 4, 2, 70), Tile(64, 64, 4, 2, 70), Tile(64, 64, 4, 2, 70)),
+    ("contrast_backward", "half", 256): (Tile(64, 64, 4, 2, 70),) * 3,
+    ("contrast_backward", "tf32", 64): (Tile(64, 32, 4, 2, 70),) * 3,
+    ("contrast_backward", "tf32", 128): (Tile(64, 32, 4, 2, 70),) * 3,
+    ("contrast_backward", "ieee", 64): (Tile(32, 32, 4, 1, 70),) * 3,
+    ("contrast_backward", "ieee", 128): (Tile(32, 32, 4, 1, 70),) * 3,
 }
-for (_kernel, _kind), (_widths, _tile) in _CONTRAST.items():
-    TABLE |= {(_kernel, _kind, width): dict.fromkeys(ARCHITECTURES, (_tile,)) for width in _widths}
+for _key, _tiles in _CONTRAST.items():
+    TABLE[_key] = {architecture: (tile,) for architecture, tile in zip(ARCHITECTURES, _tiles, strict=True)}
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:

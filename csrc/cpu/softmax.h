@@ -19,24 +19,30 @@ struct RowSum {
 template <bool weighted = false, class T>
 inline RowSum<T> exponentials(T* x, int64_t m, T beta, const T* prior = nullptr) {
   constexpr T lowest = -T(INFINITY);
+  // Made twice rather than stored in between. `from`: what is taken from it, in the same multiply-add.
+  const auto logit = [&](int64_t j, int64_t count, vec<T> from) {
+    const vec<T> offset = prior == nullptr ? vec<T>{} - from : load_some(prior + j, count) - from;
+    return multiply_add(load(x + j), broadcast(beta), offset);
+  };
   vec<T> top = broadcast(lowest);
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    vec<T> logit = load(x + j) * beta;
-    if (prior != nullptr) logit += load_some(prior + j, count);
-    if (count < lanes<T>) logit = keep_first<T>(logit, count, lowest);
-    store(x + j, logit);
-    top = larger(logit, top);
+    const vec<T> whole = logit(j, count, vec<T>{});
+    top = larger(count < lanes<T> ? keep_first<T>(whole, count, lowest) : whole, top);
   });
   const T max = max_lanes<T>(top);
   T special = 0;
   if (!(max - max == 0)) {
     special = max;
-    for (int64_t j = 0; j < m; ++j) special = x[j] != x[j] ? x[j] : special;
+    for (int64_t j = 0; j < m; ++j) {
+      const T one = x[j] * beta + (prior == nullptr ? T(0) : prior[j]);
+      special = one != one ? one : special;
+    }
   }
   vec<T> sum{}, product{};
-  for_vectors<T>(m, [&](int64_t j, int64_t) {
-    const vec<T> shifted = load(x + j) - max;
-    const vec<T> e = exp2_or_zero(shifted * log2e<T>);
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> shifted = logit(j, count, broadcast(max));
+    vec<T> e = exp_or_zero(shifted);
+    if (count < lanes<T>) e = keep_first<T>(e, count);
     store(x + j, e);
     sum += e;
     if constexpr (weighted) product += e == vec<T>{} ? vec<T>{} : e * shifted;
