@@ -7,12 +7,12 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// Index of the largest weight, the first of equals; 0 in a row of NaN. The largest exponential is 1.
+// Index of the largest weight, the first of equals; 0 in a row of NaN.
 template <class T>
 inline int64_t strongest(const T* e, int64_t m) {
-  for (int64_t j = 0; j < m; ++j)
-    if (e[j] >= 1) return j;
-  return 0;
+  int64_t best = 0;
+  for (int64_t j = 1; j < m; ++j) best = e[j] > e[best] ? j : best;
+  return best;
 }
 
 // sum ← sum + scale · x.
