@@ -118,7 +118,8 @@ def _obstacle_of(problem: Problem, implementation: str) -> str | None:
     # Under torch.compile with dynamic shapes a length is a symbol: index() settles the row length, on which it depends
     # what can run, and leaves the other lengths dynamic.
     features = index(problem.features)
-    return _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
+    reason: str | None = _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
+    return reason
 
 
 def choose(problem: Problem, impl: str) -> str:
