@@ -100,7 +100,7 @@ _CONTRAST = {
     ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 48)),
     ("contrast_forward", "tf32", 128): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 96)),
     ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
-    ("contrast_forward", "ieee", 64): (Tile(32, 32, 4, 1, 20),) * 3,
+    ("contrast_forward", "ieee", 64): (Tile(32, 16, 4, 1, 20),) * 3,
     ("contrast_forward", "ieee", 128): (Tile(32, 32, 4, 1, 20),) * 3,
     ("contrast_backward", "half", 64): (Tile(64, 64, 4, 2, 25), Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 41)),
     ("contrast_backward", "half", 128): (Tile(64, 32, 4, 2, 29), Tile(64, 32, 4, 2, 50), Tile(64, 64, 4, 2, 66)),
