@@ -64,11 +64,13 @@ bench: build
 report: $(VENV)/.installed
 	$(PY) -m benchmarks.report
 
-# The module under test is a library inside Python, which is not instrumented: its runtime is loaded first.
+# The module under test is a library inside Python, which is not instrumented: the sanitizers' runtime is loaded first,
+# and libstdc++ with it, without which it would not find the functions behind C++ exceptions.
 sanitize: $(VENV)/.installed
-	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force --build-lib build/sanitized
+	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force \
+	  --build-temp build/sanitized/objects --build-lib build/sanitized
 	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
 	  $(PY) -m pytest -p no:xdist tests/native
 
 clean:

@@ -6,7 +6,7 @@
     pytest benchmarks/                            the smoke cases under pytest-benchmark
 
 `operators/` says what is computed and how much work that is at least, `rivals/` who computes it, `suites.py` at which
-sizes. `measure.py` checks an implementation against float64 before it times it.
+sizes. `prepare.py` checks an implementation against float64 before it times it.
 """
 
 import os

@@ -8,7 +8,8 @@
 # OUTDIR and prints what passed, failed, ran out of time or was skipped, and why. Needs no network.
 #
 # PYTHON names the interpreter (python3), ANOMEM_COMMIT the commit where there is no git repository, SECONDS_IN_ALL the
-# time limit (540). The exit status is 0 where the build, the tests and the kernels' numbers are right.
+# time limit (540). The exit status is 0 where the build, the tests and the kernels' numbers are right, 1 where one of
+# them is not, 2 where there is nothing to run on.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -61,10 +62,16 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 for module in rich tyro matplotlib torchvision pytorch_metric_learning; do
   has $module || tell "$module is not installed"
 done
-"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-  tell "torch finds no CUDA device here: nothing to do"
-  exit 1
-}
+if ! "$python" -c 'import torch' 2>"$out/torch.log"; then
+  tell "$python cannot import torch, torch.log says why: nothing can be built or measured"
+  exit 2
+fi
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  for name in build tests memcheck racecheck kernels training profile scaling compiled; do
+    tell "$name: skipped, torch finds no CUDA device here"
+  done
+  exit 2
+fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw --format=csv >"$out/gpu.csv" 2>&1 ||
   tell "nvidia-smi did not answer: no clocks in gpu.csv"
 

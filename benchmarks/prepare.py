@@ -73,7 +73,7 @@ class Bench:
         Raises:
             NoTime: it is unavailable, wrong, fails, or passes a bound.
         """
-        self._fits(implementation)
+        self.fits(implementation)
         with reasons():
             function = implementation.build(self.case, self.device)
             at = checked_at(self.case, implementation.compiles)
@@ -91,7 +91,12 @@ class Bench:
             peak = peak_bytes(subject.call, self.device)
         return Ready(implementation, subject, seconds, peak, at.dims)
 
-    def _fits(self, implementation: Implementation) -> None:
+    def fits(self, implementation: Implementation) -> None:
+        """Not to start what would not fit.
+
+        Raises:
+            NoTime: the estimate of its memory is over the bound.
+        """
         case = self.case
         operator = OPERATORS[case.operator]
         elements = (implementation.elements or operator.stored)(case.dims)

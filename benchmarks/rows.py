@@ -55,7 +55,7 @@ class Row:
     def key(self) -> str:
         """Equal for rows that measure the same thing at the same state of the code, on the same kind of machine."""
         state = [self.about.get(name) for name in ("commit", "dirty", "torch", "device", "device_name", "threads")]
-        what = [self.operator, self.shape, self.dtype, self.training, self.implementation, self.revision]
+        what = [self.operator, self.shape, self.dtype, self.training, self.group, self.implementation, self.revision]
         return json.dumps([self.suite, *what, *state])
 
 

@@ -41,7 +41,7 @@ class Options:
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
-    """A call may take this long (default: 5 for scaling, otherwise 2); slower is a row that says so."""
+    """A call may take this long (default: 1 on a CPU, 5 on a GPU); slower is a row that says so."""
     memory: float | None = None
     """GiB that a call may allocate (default: half of the device's memory on a CPU, all of it on a GPU)."""
 
@@ -54,7 +54,7 @@ def main(options: Options) -> int:
         return 2
     chosen = suite(options.suite, device)
     if not options.compile:
-        chosen = replace(chosen, compiles=False)
+        chosen = replace(chosen, compiled_groups=())
     cases = [case for case in chosen.cases if options.filter in case.title]
     if not cases:
         say(f"--filter {options.filter!r} matches no case of the suite; the cases are:")
@@ -155,7 +155,7 @@ def _bounds(options: Options, device: str) -> Bounds:
     if device == "cpu":
         # Inputs, results and libraries come on top of what a call may allocate.
         limit_process(int(size) + 4 * 2**30)
-    return Bounds(options.seconds or (5.0 if options.suite == "scaling" else 2.0), size)
+    return Bounds(options.seconds or (1.0 if device == "cpu" else 5.0), size)
 
 
 if __name__ == "__main__":

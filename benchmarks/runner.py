@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import machine, rows
 from benchmarks.base import Base
-from benchmarks.case import Case
+from benchmarks.case import Case, Implementation
 from benchmarks.ceilings import Ceilings
 from benchmarks.operators import OPERATORS
 from benchmarks.prepare import Bench, Bounds, NoTime, Ready
@@ -26,7 +26,7 @@ WORK = "work"
 class Entry:
     """An implementation that is timed: here, or at the base revision in its own process."""
 
-    name: str
+    implementation: Implementation
     revision: str
     once: Callable[[], float]
     peak_bytes: int
@@ -52,7 +52,7 @@ class Runner:
         self.base = base
         self.known = known
         self.ceilings = Ceilings(device)
-        self._slowness: dict[tuple[str, str, bool, str], float] = {}
+        self._rates: dict[tuple[str, str, bool, str], float] = {}
 
     def run(self, case: Case, note: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
         """Measure a case.
@@ -71,21 +71,22 @@ class Runner:
             if not self._is_known(case, implementation.name, WORK):
                 note(f"{case.title}: {implementation.name}, check and warm-up")
                 try:
-                    if implementation.compiles and not self.suite.compiles:
-                        reason = "left out of this run: it compiles for tens of seconds"
+                    if implementation.compiles and not self.suite.compiles_for(case):
+                        reason = "left out where it would compile for tens of seconds"
                         raise NoTime(rows.UNAVAILABLE, reason)
-                    self._expect(case, implementation.name)
+                    bench.fits(implementation)
+                    self._expect(case, implementation)
                     ready = bench.ready(implementation)
                     entries.append(self._entry(ready))
                 except NoTime as none:
                     if none.seconds is not None:
-                        self._learn(case, implementation.name, none.seconds)
+                        self._learn(case, implementation, none.seconds)
                     row = row_for(self.suite.name, case, implementation.name, WORK, none.status)
                     yield self._finish(case, row, none)
             if self.base and implementation.ours and not self._is_known(case, implementation.name, self.base.revision):
                 note(f"{case.title}: {implementation.name} at {self.base.revision}")
                 try:
-                    entries.append(self._base_entry(case, implementation.name))
+                    entries.append(self._base_entry(case, implementation))
                 except NoTime as none:
                     row = row_for(self.suite.name, case, implementation.name, self.base.revision, none.status)
                     yield self._finish(case, row, none)
@@ -104,30 +105,36 @@ class Runner:
                 if not (enough and sum(entry.seconds) > self.suite.seconds):
                     entry.seconds.append(entry.once())
 
-    def _expect(self, case: Case, name: str) -> None:
+    def _expect(self, case: Case, implementation: Implementation) -> None:
         """Not to start what earlier cases show to be far over the bound."""
-        slowness = self._slowness.get(_series(case, name), 1.0)
-        seconds = slowness * self.ceilings.floor_seconds(case)
+        rate = self._rates.get(_series(case, implementation))
+        seconds = self.ceilings.floor_seconds(case) if rate is None else rate * self._cost(case, implementation)
         if seconds > 1.5 * self.bounds.seconds:
-            source = "an earlier case's rate" if slowness != 1.0 else "the floor alone"
+            source = "the floor alone" if rate is None else "an earlier case's rate"
             raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.2g} s")
 
-    def _learn(self, case: Case, name: str, seconds: float) -> None:
-        """Remember how far from the floor an implementation is, from calls that are not mostly overhead."""
+    def _learn(self, case: Case, implementation: Implementation, seconds: float) -> None:
+        """Remember an implementation's rate, from calls that are not mostly overhead."""
         if seconds > 0.1 * self.bounds.seconds:
-            self._slowness[_series(case, name)] = seconds / self.ceilings.floor_seconds(case)
+            self._rates[_series(case, implementation)] = seconds / self._cost(case, implementation)
+
+    def _cost(self, case: Case, implementation: Implementation) -> float:
+        """What the time of an implementation grows with: its own intermediate, else the floor."""
+        if implementation.elements is not None:
+            return float(implementation.elements(case.dims))
+        return self.ceilings.floor_seconds(case)
 
     def _entry(self, ready: Ready) -> Entry:
-        return Entry(ready.implementation.name, WORK, ready.subject.once, ready.peak_bytes, ready.checked)
+        return Entry(ready.implementation, WORK, ready.subject.once, ready.peak_bytes, ready.checked)
 
-    def _base_entry(self, case: Case, name: str) -> Entry:
+    def _base_entry(self, case: Case, implementation: Implementation) -> Entry:
         assert self.base is not None
-        answer = self.base.ready(case, name, self.bounds)
-        base = self.base
-        return Entry(name, base.revision, lambda: base.once(name), answer["peak_bytes"], answer["checked"])
+        base, name = self.base, implementation.name
+        answer = base.ready(case, name, self.bounds)
+        return Entry(implementation, base.revision, lambda: base.once(name), answer["peak_bytes"], answer["checked"])
 
     def _measured(self, case: Case, entry: Entry) -> Row:
-        row = row_for(self.suite.name, case, entry.name, entry.revision, rows.MEASURED)
+        row = row_for(self.suite.name, case, entry.implementation.name, entry.revision, rows.MEASURED)
         times = torch.tensor(entry.seconds, dtype=torch.float64) * 1e3
         p20, p50, p80 = (float(q) for q in torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)))
         row.milliseconds = {"p20": p20, "p50": p50, "p80": p80}
@@ -137,7 +144,7 @@ class Runner:
         floor = self.ceilings.floor_seconds(case) * 1e3
         row.fraction_of_floor = floor / p50
         if entry.revision == WORK:
-            self._learn(case, entry.name, p50 / 1e3)
+            self._learn(case, entry.implementation, p50 / 1e3)
         return self._finish(case, row)
 
     def _finish(self, case: Case, row: Row, none: NoTime | None = None) -> Row:
@@ -156,5 +163,5 @@ class Runner:
         return self._finish(case, row).key in self.known
 
 
-def _series(case: Case, name: str) -> tuple[str, str, bool, str]:
-    return case.operator, case.dtype, case.training, name
+def _series(case: Case, implementation: Implementation) -> tuple[str, str, bool, str]:
+    return case.operator, case.dtype, case.training, implementation.name

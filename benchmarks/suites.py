@@ -24,8 +24,12 @@ class Suite:
     """Time spent on the repeats of one implementation of one case."""
     least_repeats: int = 5
     most_repeats: int = 50
-    compiles: bool = True
-    """Whether implementations that compile for tens of seconds take part."""
+    compiled_groups: tuple[str, ...] | None = None
+    """Groups in which implementations that compile for tens of seconds take part; None: in all."""
+
+    def compiles_for(self, case: Case) -> bool:
+        """Whether they take part in a case."""
+        return self.compiled_groups is None or case.group in self.compiled_groups
 
 
 def suite(name: str, device: str) -> Suite:
@@ -51,7 +55,7 @@ def smoke(device: str) -> Suite:
         case("usage", N=1024, M=64, d=64, training=False),
         case("memory_loss", n=4, B=64, d=64, M=64),
     )
-    return Suite("smoke", cases, seconds=0.1, compiles=False)
+    return Suite("smoke", cases, seconds=0.1, compiled_groups=())
 
 
 def kernels(device: str) -> Suite:
@@ -76,7 +80,7 @@ def kernels(device: str) -> Suite:
         ]
     cases += [
         case("retrieve", N=32768, M=512, d=64, B=batch, dtype=dtype, group="large"),
-        case("retrieve", N=32768, M=512, d=256, B=batch, dtype=dtype, group="large"),
+        case("retrieve", N=32768 if device == "cuda" else 8192, M=512, d=256, B=batch, dtype=dtype, group="large"),
         case("retrieve", N=32768, M=512, d=64, B=batch, dtype=dtype, training=False, group="large"),
         case("nt_xent", G=16, B=512, d=128, dtype=dtype, group="large"),
         case("nt_xent", G=4, B=1024, d=256, dtype=dtype, group="large"),
@@ -93,7 +97,9 @@ def kernels(device: str) -> Suite:
             case("retrieve", N=32768, M=512, d=128, B=batch, dtype="float32", group="large"),
             case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
         ]
-    return Suite("kernels", tuple(cases), seconds=0.4)
+    # Where every case would compile, a CPU would mostly compile.
+    groups = None if device == "cuda" else ("resnet18 scale 1", "large")
+    return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
 
 def training(device: str) -> Suite:
@@ -113,27 +119,31 @@ def training(device: str) -> Suite:
         for network, scales in NETWORKS.items()
         for s, (d, side) in enumerate(scales, 1)
     )
-    return Suite("training", cases, seconds=0.5)
+    groups = None if device == "cuda" else ("resnet18 scale 1", "resnet50 scale 3")
+    return Suite("training", cases, seconds=0.5, compiled_groups=groups)
 
 
 def scaling(device: str) -> Suite:
     """Sweeps of one size at a time, up to where each implementation runs out of memory or of time."""
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    on_gpu = device == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
     thousand = 1024
     cases: list[Case] = []
     for count in (4, 16, 64, 256, 1024, 4096):
         cases.append(case("retrieve", N=count * thousand, M=512, d=64, B=128, dtype=dtype, group="over N"))
+    queries = 16384 if on_gpu else 4096
     for prototypes in (64, 256, 1024, 4096, 8192):
-        cases.append(case("retrieve", N=16384, M=prototypes, d=64, B=128, dtype=dtype, group="over M"))
+        cases.append(case("retrieve", N=queries, M=prototypes, d=64, B=128, dtype=dtype, group="over M"))
+    queries = 8192 if on_gpu else 2048
     for d in (64, 128, 256, 512, 1024, 2048):
-        cases.append(case("retrieve", N=8192, M=512, d=d, B=128, dtype=dtype, group="over d"))
+        cases.append(case("retrieve", N=queries, M=512, d=d, B=128, dtype=dtype, group="over d"))
     for groups in (1, 4, 16, 64):
         cases.append(case("nt_xent", G=groups, B=128, d=128, dtype=dtype, group="over G"))
     for batch in (128, 512, 2048, 8192, 16384, 65536):
         cases.append(case("nt_xent", G=1, B=batch, d=128, dtype=dtype, group="over B"))
     for d in (64, 128, 256, 512):
         cases.append(case("nt_xent", G=4, B=512, d=d, dtype=dtype, group="over d"))
-    return Suite("scaling", tuple(cases), seconds=0.3, least_repeats=3, compiles=device == "cuda")
+    return Suite("scaling", tuple(cases), seconds=0.2, least_repeats=3, compiled_groups=None if on_gpu else ())
 
 
 def positions(side: int) -> int:

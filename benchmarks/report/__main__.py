@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.console import has, say
 from benchmarks.machine import ROOT
 from benchmarks.report import pages, pictures
 
@@ -18,9 +19,12 @@ def main() -> int:
     for page in pages.PAGES:
         pages.rewrite(ROOT / page, RESULTS)
         written.append(ROOT / page)
-    written += pictures.draw_all(RESULTS, PICTURES)
+    if has("matplotlib"):
+        written += pictures.draw_all(RESULTS, PICTURES)
+    else:
+        say("matplotlib is not installed (pip install 'anomem[lab]'): the pictures stay as they are")
     for path in written:
-        print(path.relative_to(ROOT))
+        say(str(path.relative_to(ROOT)))
     return 0
 
 

@@ -76,7 +76,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
         path: of the picture.
     """
     groups = list(dict.fromkeys(row.group for row in measured))
-    figure, axes = _figure(2, len(groups), 4.6 * len(groups), 7.2)
+    figure, axes = _figure(2, len(groups), 4.6 * len(groups), 7.2, sharex="col")
     for column, group in enumerate(groups):
         axis_name = group.removeprefix("over ")
         rows = [row for row in measured if row.group == group]
@@ -86,7 +86,8 @@ def sweeps(measured: list[Row], path: Path) -> None:
             done = [row for row in line if row.milliseconds]
             if done:
                 _sweep_line(time, memory, axis_name, name, line, done)
-        floor = {row.shape[axis_name]: row.floor_milliseconds for row in rows}
+        reached = max((row.shape[axis_name] for row in rows if row.milliseconds), default=0)
+        floor = {row.shape[axis_name]: row.floor_milliseconds for row in rows if row.shape[axis_name] <= reached}
         time.plot(sorted(floor), [floor[x] for x in sorted(floor)], ":", color=GREY, label="floor")
         fixed = {
             k: v
@@ -97,16 +98,21 @@ def sweeps(measured: list[Row], path: Path) -> None:
         for plot, label in ((time, "forward + backward, ms"), (memory, "peak memory, MiB")):
             plot.set_xscale("log", base=2)
             plot.set_yscale("log")
-            plot.set_xlabel(SWEPT[axis_name])
             plot.grid(True, which="major", alpha=0.3)
             plot.set_ylabel(label if column == 0 else "")
             plot.xaxis.set_major_formatter(lambda x, _: _count(x))
+            plot.tick_params(labelbottom=True)
+        memory.set_xlabel(SWEPT[axis_name])
     handles = {
         label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     about = measured[0].about
-    figure.suptitle(f"{measured[0].operator}, {measured[0].dtype} — {about['device_name']}, {about['threads']} threads")
+    figure.suptitle(
+        f"{measured[0].operator}, {measured[0].dtype} — {about['device_name']}, {about['threads']} threads\n"
+        "a line ends where memory (OOM) or the bound on a call's time ends it",
+        fontsize=11,
+    )
     _save(figure, path)
 
 
@@ -115,7 +121,7 @@ def _sweep_line(time: Any, memory: Any, axis: str, name: str, line: list[Row], d
     style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2.2 if name in OURS else 1.1}
     sizes = [row.shape[axis] for row in done]
     medians = [row.milliseconds["p50"] for row in done if row.milliseconds]
-    time.plot(sizes, medians, label=name, **style)
+    time.plot(sizes, medians, label=f"anomem ({name})" if name in OURS else name, **style)
     memory.plot(sizes, [max(row.peak_bytes or 0, 1) / 2**20 for row in done], **style)
     stopped = [row for row in line if row.status == OUT_OF_MEMORY and row.shape[axis] > sizes[-1]]
     if stopped:
@@ -132,6 +138,8 @@ def roofline(measured: list[Row], path: Path) -> None:
         path: of the picture.
     """
     figure, axes = _figure(1, 1, 8.0, 5.4)
+    from matplotlib.ticker import LogLocator
+
     plot = axes[0][0]
     ceilings = measured[0].ceilings
     peak, copy = ceilings["product_flops"] / 1e9, ceilings["copy_bytes"] / 1e9
@@ -157,10 +165,15 @@ def roofline(measured: list[Row], path: Path) -> None:
                     marker=marker,
                     color=colour if filled else "none",
                     edgecolors=colour,
-                    label=f"{operator}, {name}",
+                    label=f"{operator}, {f'anomem ({name})' if name in OURS else name}",
                 )
     plot.set_xscale("log")
     plot.set_yscale("log")
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plot.set_ylim(top=1.7 * peak)
     plot.set_xlabel("least flops / least bytes of the operator, flop/byte")
     plot.set_ylabel("least flops / measured time, Gflop/s")
     plot.grid(True, which="major", alpha=0.3)
@@ -192,7 +205,8 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
     plot.invert_yaxis()
     plot.set_xlabel("ms per step")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(steps[0]["title"], fontsize=11)
+    about = steps[0]["about"]
+    figure.suptitle(f"{steps[0]['title']} — {about['device_name']}, {about['threads']} threads", fontsize=11)
     _save(figure, path)
 
 
@@ -203,13 +217,13 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-def _figure(lines: int, columns: int, width: float, height: float) -> Any:
+def _figure(lines: int, columns: int, width: float, height: float, sharex: Any = False) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return plt.subplots(lines, columns, figsize=(width, height), squeeze=False, sharex=sharex, layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Markdown made from rows. Every figure is a row's, or a quotient of two rows of the same run."""
+"""Markdown made from rows. Every figure is a row's, or a quotient of two rows of the same run.
+
+Pictures are linked as from a page in `docs/`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ from benchmarks.report.data import OURS, best_of_others, cases_of, load, load_tr
 from benchmarks.rows import Row
 
 NOT_ON_GPU = "Not measured on a GPU yet."
+README_GROUPS = ("resnet18 scale 1", "large")
+"""Cases of the README's table; `docs/PERFORMANCE.md` has all."""
 
 
-def summary(device: str) -> Callable[[Path], str]:
-    """One line a case: eager, the best rival, the library, and where that is."""
+def summary(device: str, groups: tuple[str, ...] | None = None) -> Callable[[Path], str]:
+    """One line a case, of these groups or of all: eager, the best rival, the library, and where that is."""
 
     def section(results: Path) -> str:
         measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        measured = [row for row in measured if groups is None or row.group in groups]
         if not measured:
             return NOT_ON_GPU if device == "cuda" else "Not measured yet."
         lines = [
@@ -76,7 +82,11 @@ def details(device: str, suite: str) -> Callable[[Path], str]:
                 for row in group
                 if row.status in (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
             ]
-        return "\n".join([provenance(measured), "", *lines, "", *absent(measured)])
+        text = [provenance(measured), "", *lines, "", *absent(measured)]
+        if suite == "kernels":
+            told = "What the library and eager PyTorch reach under the two measured ceilings"
+            text = [picture(told, f"{device}-roofline"), "", *text]
+        return "\n".join(text)
 
     return section
 
@@ -112,7 +122,10 @@ def limits(device: str) -> Callable[[Path], str]:
                     f"| {operator} {group} | {name} | {axis} = {largest.shape[axis]} in {number(median(largest))} ms "
                     f"| {axis} = {first.shape[axis]}: {escape(first.reason)} |"
                 )
-        return "\n".join([provenance(measured), "", *lines])
+        pictures: list[str] = []
+        for operator in dict.fromkeys(row.operator for row in measured):
+            pictures += [picture(f"Time and memory of {operator} against size", f"{device}-scaling-{operator}"), ""]
+        return "\n".join([*pictures, "Where each implementation stops:", "", provenance(measured), "", *lines])
 
     return section
 
@@ -193,9 +206,14 @@ def training_steps(device: str) -> Callable[[Path], str]:
             lines.append(f"| {row['pipeline']} | {' | '.join(cells)} |")
         about = measured[0]["about"]
         head = f"{measured[0]['title']}. {machine_line(about)}"
-        return "\n".join([head, "", *lines])
+        return "\n".join([head, "", *lines, "", picture("A training step by phase", f"{device}-training")])
 
     return section
+
+
+def picture(told: str, name: str) -> str:
+    """A picture of `benchmarks.report.pictures`."""
+    return f"![{told}](pictures/{name}.png)"
 
 
 def provenance(measured: list[Row]) -> str:
@@ -257,6 +275,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
     for device in ("cpu", "cuda")
     for name, section in (
+        ("readme", summary(device, README_GROUPS)),
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),

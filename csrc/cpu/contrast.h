@@ -87,7 +87,7 @@ inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_
 
 // Groups worked on together: enough items in every round for all threads, and no more, for their workspace adds up.
 inline int64_t groups_in_a_wave(int64_t groups, int64_t items_per_group, int64_t threads) {
-  const int64_t wanted = (8 * threads + items_per_group - 1) / items_per_group;
+  const int64_t wanted = (4 * threads + items_per_group - 1) / items_per_group;
   return wanted < groups ? wanted : groups;
 }
 

@@ -8,6 +8,9 @@ namespace anomem::cpu::ANOMEM_ISA {
 
 constexpr int64_t largest_tile = 128;
 
+// Row length of a tile's weights: not a power of two, which would put a column of them into a few sets of the cache.
+constexpr int64_t weights_row = largest_tile + 16;
+
 // Logits are s · (factor + rest): the rounding of one factor alone would shift every logit by 2^-24 of 1/tau. With a
 // fixed shift they are in base 2 (factor + rest = log2(e) / tau). Without one they are s / tau rounded to T, as in the
 // lse that is made of them: a row that one logit dominates then has P = 1 for it, and its gradient cancels exactly.

@@ -134,24 +134,24 @@ struct InfoNceBackwardRun {
     const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
     const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
-    alignas(64) T w[largest_tile * largest_tile];
+    alignas(64) T w[largest_tile * weights_row];
     if (scale.fixed_shift)
-      tile_weights<true, false>(t, scale, keep, weights, none, false, w, largest_tile);
+      tile_weights<true, false>(t, scale, keep, weights, none, false, w, weights_row);
     else
-      tile_weights<false, false>(t, scale, keep, weights, none, false, w, largest_tile);
+      tile_weights<false, false>(t, scale, keep, weights, none, false, w, weights_row);
     for (int64_t i = 0; i < mine.count; ++i) {
       const int64_t row = mine.first + i, j = arguments.positive[row] - theirs.first;
       const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == arguments.positive[row];
-      if (j >= 0 && j < theirs.count && !hidden) w[i * largest_tile + j] -= dloss(group)[row];
+      if (j >= 0 && j < theirs.count && !hidden) w[i * weights_row + j] -= dloss(group)[row];
       // One visible column, the positive: the loss is constant. A product with 0 keeps NaN.
       if (columns - (arguments.exclude != nullptr) == 1 && !hidden)
-        for (int64_t c = 0; c < theirs.count; ++c) w[i * largest_tile + c] *= 0;
+        for (int64_t c = 0; c < theirs.count; ++c) w[i * weights_row + c] *= 0;
     }
     constexpr int width = Block<T>::width;
-    add_product(mine.count, features, theirs.count, w, largest_tile, 1,
+    add_product(mine.count, features, theirs.count, w, weights_row, 1,
                 packed_features(place, 1) + theirs.first * width, padded[1] * width,
                 gradient(place, 0) + mine.first * wide, wide);
-    add_product(theirs.count, features, mine.count, w, 1, largest_tile, packed_features(place, 0) + mine.first * width,
+    add_product(theirs.count, features, mine.count, w, 1, weights_row, packed_features(place, 0) + mine.first * width,
                 padded[0] * width, gradient(place, 1) + theirs.first * wide, wide);
   }
 

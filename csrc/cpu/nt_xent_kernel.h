@@ -142,25 +142,25 @@ struct NtXentBackwardRun {
     const Span mine(first, tile, rows), theirs(second, tile, rows);
     const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
     const RowWeights<T> weights{weight(place), lse(place)};
-    alignas(64) T w[largest_tile * largest_tile];
+    alignas(64) T w[largest_tile * weights_row];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
     if (scale.fixed_shift)
-      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, largest_tile);
+      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, weights_row);
     else
-      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, largest_tile);
+      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, weights_row);
     if (diagonal) mirror(w, mine.count);
     for (int64_t i = 0; i < mine.count; ++i) {
       const int64_t row = mine.first + i, positive = row < batch ? row + batch : row - batch;
       const int64_t j = positive - theirs.first;
-      if (j >= 0 && j < theirs.count) w[i * largest_tile + j] -= dloss(group)[row] + dloss(group)[positive];
+      if (j >= 0 && j < theirs.count) w[i * weights_row + j] -= dloss(group)[row] + dloss(group)[positive];
     }
     const int64_t panel = padded * Block<T>::width;
-    add_product(mine.count, features, theirs.count, w, largest_tile, 1,
+    add_product(mine.count, features, theirs.count, w, weights_row, 1,
                 packed_features(place) + theirs.first * Block<T>::width, panel, gradient(place) + mine.first * wide,
                 wide);
     if (!diagonal)
-      add_product(theirs.count, features, mine.count, w, 1, largest_tile,
+      add_product(theirs.count, features, mine.count, w, 1, weights_row,
                   packed_features(place) + mine.first * Block<T>::width, panel, gradient(place) + theirs.first * wide,
                   wide);
   }
@@ -169,7 +169,7 @@ struct NtXentBackwardRun {
   static void mirror(T* w, int64_t count) {
     for (int64_t i = 0; i < round_up(count, Block<T>::height); ++i) {
       const int64_t known = (i / Block<T>::height * Block<T>::height) / Block<T>::width * Block<T>::width;
-      for (int64_t j = 0; j < known; ++j) w[i * largest_tile + j] = w[j * largest_tile + i];
+      for (int64_t j = 0; j < known; ++j) w[i * weights_row + j] = w[j * weights_row + i];
     }
   }
 

@@ -7,6 +7,10 @@
 namespace anomem {
 
 void register_contrast(torch::stable::detail::StableLibrary& library);
+void register_deviation(torch::stable::detail::StableLibrary& library);
+void register_gather(torch::stable::detail::StableLibrary& library);
 void register_retrieve(torch::stable::detail::StableLibrary& library);
+void register_usage(torch::stable::detail::StableLibrary& library);
+void register_variance(torch::stable::detail::StableLibrary& library);
 
 }  // namespace anomem

@@ -1,4 +1,4 @@
-// Passes over one row: normalisation (anomem/reference/normalize.py), its gradient, and inner products.
+// Passes over one row: normalisation (anomem/reference/normalize.py) and its gradient, scaling.
 #pragma once
 
 #include "cpu/memory.h"
@@ -30,16 +30,6 @@ template <class T>
 ANOMEM_INLINE vec<T> keep_first(vec<T> x, int64_t count, T rest = 0) {
   using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   return lane_index<T>() < typename Simd<T>::bits{} + Word(count) ? x : broadcast(rest);
-}
-
-// a · b.
-template <class T>
-inline T dot(const T* a, const T* b, int64_t n) {
-  vec<T> sum{};
-  for_vectors<T>(n, [&](int64_t i, int64_t count) {
-    sum = multiply_add(load_some(a + i, count), load_some(b + i, count), sum);
-  });
-  return sum_lanes<T>(sum);
 }
 
 // x ← scale · x.
@@ -105,9 +95,9 @@ inline void normalize_row_backward(const accumulator_t<S>* dy, const accumulator
     vec<T> sum{};
     for_vectors<T>(d, [&](int64_t i, int64_t count) { sum += load_some(dy + i, count); });
     mean = sum_lanes<T>(sum) / T(d);
-    along = dot(dy, y, d) / T(d);
+    along = dot_product(dy, y, d) / T(d);
   } else if (how == Normalize::l2) {
-    along = dot(dy, y, d);
+    along = dot_product(dy, y, d);
   }
   const vec<T> outer = broadcast(how == Normalize::none ? scale : scale * factor);
   for_vectors<T>(d, [&](int64_t i, int64_t count) {

@@ -95,31 +95,54 @@ ANOMEM_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// Sum and maximum over the lanes, in a fixed order.
-template <class T>
-ANOMEM_INLINE T sum_lanes(vec<T> x) {
-  T lane[lanes<T>];
-  store(lane, x);
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
-
-template <class T>
-ANOMEM_INLINE T max_lanes(vec<T> x) {
-  T lane[lanes<T>];
-  store(lane, x);
-  T best = lane[0];
-  for (int i = 1; i < lanes<T>; ++i) best = lane[i] > best || lane[i] != lane[i] ? lane[i] : best;
-  return best;
-}
-
 // 0, 1, 2, …
 template <class T>
 ANOMEM_INLINE typename Simd<T>::bits lane_index() {
   typename Simd<T>::bits index;
   for (int i = 0; i < lanes<T>; ++i) index[i] = i;
   return index;
+}
+
+// Lane i of the result is lane (i + by) mod lanes of x.
+template <class T, int by>
+ANOMEM_INLINE vec<T> rotate(vec<T> x) {
+#if defined(__clang__)
+  T lane[lanes<T>], rotated[lanes<T>];
+  store(lane, x);
+  for (int i = 0; i < lanes<T>; ++i) rotated[i] = lane[(i + by) % lanes<T>];
+  return load(rotated);
+#else
+  return __builtin_shuffle(x, (lane_index<T>() + by) & (lanes<T> - 1));
+#endif
+}
+
+// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. Both keep a NaN.
+template <class T, int half = lanes<T> / 2>
+ANOMEM_INLINE T sum_lanes(vec<T> x) {
+  if constexpr (half == 0) return x[0];
+  else return sum_lanes<T, half / 2>(x + rotate<T, half>(x));
+}
+
+template <class T, int half = lanes<T> / 2>
+ANOMEM_INLINE T max_lanes(vec<T> x) {
+  if constexpr (half == 0) {
+    return x[0];
+  } else {
+    const vec<T> other = rotate<T, half>(x);
+    return max_lanes<T, half / 2>((x > other) | (x != x) ? x : other);
+  }
+}
+
+// a · b, in two running sums.
+template <class S>
+ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count) {
+  using T = accumulator_t<S>;
+  vec<T> sum[2] = {};
+  const int64_t whole = count / lanes<T> * lanes<T>;
+  for (int64_t p = 0; p < whole; p += lanes<T>)
+    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
+  if (whole < count) sum[0] += load_first(a + whole, count - whole) * load_first(b + whole, count - whole);
+  return sum_lanes<T>(sum[0] + sum[1]);
 }
 
 template <class T>

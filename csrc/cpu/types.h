@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace anomem::cpu {
 
@@ -39,6 +40,16 @@ struct Accumulator<Bfloat16> {
 };
 template <class T>
 using accumulator_t = typename Accumulator<T>::type;
+
+inline float widen(float x) { return x; }
+inline float widen(Bfloat16 x) { return to_float(x); }
+inline double widen(double x) { return x; }
+
+template <class S>
+inline S narrow(accumulator_t<S> x) {
+  if constexpr (std::is_same_v<S, Bfloat16>) return to_bfloat16(x);
+  else return x;
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

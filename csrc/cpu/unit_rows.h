@@ -1,20 +1,10 @@
 // L2 normalisation of rows and its gradient.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
-
-template <class S>
-ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t features) {
-  using T = accumulator_t<S>;
-  vec<T> sum[2] = {};
-  const int64_t whole = features / lanes<T> * lanes<T>;
-  for (int64_t p = 0; p < whole; p += lanes<T>)
-    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
-  if (whole < features) sum[0] += load_first(a + whole, features - whole) * load_first(b + whole, features - whole);
-  return sum_lanes<T>(sum[0] + sum[1]);
-}
 
 // unit = x / max(|x|, 1e-12), and 1/|x|: 0 for a row below that length (its unit is 0), NaN for one that is not finite.
 template <class S>

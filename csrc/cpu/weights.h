@@ -43,7 +43,7 @@ inline void entropy_backward(const T* w, int64_t m, T dentropy, T* g) {
 // g, the gradient to the shrunk weights w, becomes that to the softmax's weights p.
 template <class T>
 inline void shrink_backward(const T* p, const T* w, int64_t m, T threshold, T total, T* g) {
-  const T along = total < T(1e-12) ? T(0) : dot(g, w, m);
+  const T along = total < T(1e-12) ? T(0) : dot_product(g, w, m);
   const T scale = T(1) / (total < T(1e-12) ? T(1e-12) : total);
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
     const vec<T> weight = load_some(p + j, count), excess = weight - threshold, shifted = excess + T(1e-12);

@@ -22,12 +22,12 @@ MIB = 2**20
 # Peak allocations of the native library's training call (forward and backward, inputs not counted) as a share of
 # eager's at the same size. The sizes are those at which eager is dominated by its [rows, columns] intermediates.
 SHARES = [
-    (case("nt_xent", G=2, B=512, d=64), 1 / 20),
-    (case("info_nce", R=2048, C=2048, d=64), 1 / 20),
-    (case("retrieve", N=8192, M=512, d=32, B=128), 1 / 8),
-    (case("shrink", N=8192, M=512, d=32, B=128), 1 / 16),
-    (case("deviation_map", B=32, d=32, H=16, M=512, training=False), 1 / 16),
-    (case("usage", N=8192, M=512, d=32, training=False), 1 / 4),
+    (case("nt_xent", G=2, B=512, d=64), 1 / 12),
+    (case("info_nce", R=2048, C=2048, d=64), 1 / 12),
+    (case("retrieve", N=8192, M=512, d=32, B=128), 1 / 12),
+    (case("shrink", N=8192, M=512, d=32, B=128), 1 / 40),
+    (case("deviation_map", B=32, d=32, H=16, M=512, training=False), 1 / 200),
+    (case("usage", N=8192, M=512, d=32, training=False), 1 / 200),
 ]
 
 
@@ -39,7 +39,7 @@ class Calls(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, kinds, arguments=(), keywords=None):
-        self.counts[function.overloadpacket.__name__] += 1
+        self.counts[str(function.overloadpacket)] += 1
         return function(*arguments, **(keywords or {}))
 
 
@@ -83,13 +83,13 @@ def test_one_native_call_for_each_operator_and_scale() -> None:
     for operator in ("retrieve", "nt_xent", "gather", "variance"):
         native_or_skip(operator)
     calls = step_calls("native")
-    native = {name: count for name, count in calls.items() if name.startswith("native_")}
+    native = {name: count for name, count in calls.items() if name.startswith("anomem.")}
     assert native == {
-        f"native_{operator}_{direction}": 3
+        f"anomem.native_{operator}_{direction}": 3
         for operator in ("retrieve", "nt_xent", "gather", "variance")
         for direction in ("fwd", "bwd")
     }
-    assert not {"logsumexp", "_softmax", "index_select", "native_layer_norm"} & calls.keys()
+    assert not {"aten.logsumexp", "aten._softmax", "aten.index_select", "aten.native_layer_norm"} & calls.keys()
 
 
 def test_fused_step_dispatches_fewer_operators_than_eager() -> None:

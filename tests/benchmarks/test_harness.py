@@ -98,7 +98,7 @@ def test_peak_is_exact_and_a_difference() -> None:
 
 
 def test_runner_makes_rows_and_skips_known_ones(tmp_path, monkeypatch) -> None:
-    small = Suite("test", (SMALL,), seconds=0.001, least_repeats=2, most_repeats=3, compiles=False)
+    small = Suite("test", (SMALL,), seconds=0.001, least_repeats=2, most_repeats=3, compiled_groups=())
     runner = Runner(small, "cpu", BOUNDS, None, set())
     monkeypatch.setattr(runner.ceilings, "product", lambda dtype: 1e11)
     monkeypatch.setattr(runner.ceilings, "copy", lambda: 1e10)
@@ -117,6 +117,26 @@ def test_runner_makes_rows_and_skips_known_ones(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(again.ceilings, "product", lambda dtype: 1e11)
     monkeypatch.setattr(again.ceilings, "copy", lambda: 1e10)
     assert list(again.run(SMALL)) == []
+
+
+def test_time_is_foreseen_from_what_an_implementation_stores(monkeypatch) -> None:
+    started = []
+
+    def build(one, device):
+        started.append(one)
+        return OPERATORS["retrieve"].ours("reference")
+
+    slow = made(build, stored=1, elements=lambda dims: dims["N"])
+    monkeypatch.setattr("benchmarks.runner.implementations", lambda operator: [slow])
+    monkeypatch.setattr("benchmarks.timing.Subject.once", lambda self: 0.025)
+    cases = tuple(case("retrieve", N=N, M=16, d=d, B=8) for N, d in ((128, 16), (128, 32), (512, 16)))
+    runner = Runner(Suite("test", cases, seconds=0.001), "cpu", Bounds(seconds=0.02, bytes=2**30), None, set())
+    monkeypatch.setattr(runner.ceilings, "product", lambda dtype: 1e11)
+    monkeypatch.setattr(runner.ceilings, "copy", lambda: 1e10)
+    found = [row for one in cases for row in runner.run(one)]
+    assert [row.status for row in found] == [rows.OVER_TIME] * 3
+    assert started == list(cases[:2])  # the third stores four times as much
+    assert "an earlier case's rate makes it 0.1 s" in found[2].reason
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

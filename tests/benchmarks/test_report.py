@@ -66,7 +66,7 @@ def test_pages_say_what_the_rows_say(page) -> None:
 def test_readme_figures_are_the_rows_figures() -> None:
     # Independently of the renderer: every time of the README's CPU table is a median of a committed row.
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"<!-- rows: cpu-summary -->(.*?)<!-- end -->", text, re.DOTALL)
+    section = re.search(r"<!-- rows: cpu-readme -->(.*?)<!-- end -->", text, re.DOTALL)
     assert section is not None
     found = [*load(RESULTS, "cpu", "kernels"), *load(RESULTS, "cpu", "training")]
     medians = {f"{row.implementation} {tables.number(row.milliseconds['p50'])}" for row in found if row.milliseconds}

@@ -25,16 +25,40 @@ def test_within_budget(shape: tuple[int, int, int, int], excluding: bool, tau: f
     )
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize(("tau", "step"), [(0.002, 1e-7), (0.3, 1e-6)])
+def test_gradcheck(tau: float, step: float) -> None:
     leaves = (
         draw(2, 4, 3, dtype=torch.float64, seed=1).requires_grad_(),
         draw(2, 5, 3, dtype=torch.float64, seed=2).requires_grad_(),
-        torch.tensor(0.3, dtype=torch.float64, requires_grad=True),
+        torch.tensor(tau, dtype=torch.float64, requires_grad=True),
     )
     positive, exclude = torch.tensor([0, 1, 2, 4]), torch.tensor([1, 0, 4, 3])
     assert torch.autograd.gradcheck(
-        lambda a, b, t: info_nce(a, b, positive, exclude, temperature=t, reduction="none", impl="native"), leaves
+        lambda a, b, t: info_nce(a, b, positive, exclude, temperature=t, reduction="none", impl="native"),
+        leaves,
+        eps=step,
+        rtol=1e-3,
     )
+
+
+def test_opcheck_and_compile() -> None:
+    rows, columns, positive = draw(2, 4, 3), draw(2, 5, 3, seed=1), torch.tensor([0, 1, 2, 4])
+    operators = torch.ops.anomem
+    for exclude, temperature in ((None, None), ((positive + 1) % 5, torch.tensor(0.3))):
+        forward = (rows, columns, positive, exclude, temperature, 0.2)
+        torch.library.opcheck(operators.native_info_nce_fwd.default, forward)
+        loss, lse, *unit = operators.native_info_nce_fwd(*forward)
+        backward = (torch.ones_like(loss), *unit, lse, positive, exclude, temperature, 0.2)
+        torch.library.opcheck(operators.native_info_nce_bwd.default, backward)
+    compiled = torch.compile(lambda a, b: info_nce(a, b, positive, impl="native"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows, columns), info_nce(rows, columns, positive, impl="native"))
+
+
+def test_autocast() -> None:
+    rows, columns, positive = draw(2, 4, 3), draw(2, 5, 3, seed=1), torch.tensor([0, 1, 2, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = info_nce(rows, columns, positive, impl="native")
+    assert torch.equal(cast, info_nce(rows.bfloat16(), columns.bfloat16(), positive, impl="native"))
 
 
 def test_same_bits_with_any_number_of_threads() -> None:

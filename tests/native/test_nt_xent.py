@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from anomem.errors import ArgumentError
 from anomem.functional import nt_xent
 from anomem.reference import nt_xent_rows
 from anomem.testing import compare, draw
@@ -37,12 +34,16 @@ def test_within_budget(shape: tuple[int, int, int], tau: float, dtype: torch.dty
     )
 
 
-@pytest.mark.parametrize("tau", [0.002, 0.2])
-def test_gradcheck(tau: float) -> None:
+# Below 0.0029 no fixed shift of the exponentials fits into float64: the other path is differentiated.
+@pytest.mark.parametrize(("tau", "step"), [(0.002, 1e-7), (0.2, 1e-6)])
+def test_gradcheck(tau: float, step: float) -> None:
     leaves = [x.requires_grad_() for x in views(2, 3, 5, dtype=torch.float64)]
-    temperature = torch.tensor(max(tau, 0.1), dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda a, b, t: nt_xent(a, b, temperature=t, reduction="none", impl="native"), (*leaves, temperature)
+        lambda a, b, t: nt_xent(a, b, temperature=t, reduction="none", impl="native"),
+        (*leaves, temperature),
+        eps=step,
+        rtol=1e-3,
     )
 
 
@@ -79,6 +80,39 @@ def test_nan_reaches_its_group_only() -> None:
     assert bool(rows[1].isfinite().all())
 
 
+def test_autocast_and_float16() -> None:
+    z, z_pair = views(2, 9, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = nt_xent(z, z_pair, reduction="none", impl="native")
+    assert torch.equal(cast, nt_xent(z.bfloat16(), z_pair.bfloat16(), reduction="none", impl="native"))
+    assert cast.dtype == torch.float32
+    with pytest.raises(ArgumentError, match="not float16"):
+        nt_xent(z.half(), z_pair.half(), impl="native")
+
+
+def test_a_group_of_nothing() -> None:
+    for shape in ((0, 3, 4), (2, 0, 4)):
+        rows, *grads = both_passes(*views(*shape))
+        assert rows.numel() == 0
+        assert all(x.shape == shape for x in grads)
+
+
+def test_the_operator_refuses_what_it_would_misread() -> None:
+    z, z_pair = views(2, 3, 4)
+    forward, backward = torch.ops.anomem.native_nt_xent_fwd, torch.ops.anomem.native_nt_xent_bwd
+    rows, lse, unit, inv_norm = forward(z, z_pair, None, 0.2)
+    with pytest.raises(RuntimeError, match="z_pair"):
+        forward(z, z_pair[:1], None, 0.2)
+    with pytest.raises(RuntimeError, match="z_pair"):
+        forward(z, z_pair.double(), None, 0.2)
+    with pytest.raises(RuntimeError, match="unit stride"):
+        forward(z.mT.contiguous().mT, z_pair, None, 0.2)
+    with pytest.raises(RuntimeError, match="lse"):
+        backward(rows, unit, inv_norm, lse[:, :5], None, 0.2)
+    with pytest.raises(RuntimeError, match="unit"):
+        backward(rows, unit[:, :5], inv_norm, lse, None, 0.2)
+
+
 def test_strided_views() -> None:
     z, z_pair = views(6, 2, 8)
     z, z_pair = z.transpose(0, 1), z_pair.transpose(0, 1)
@@ -87,8 +121,12 @@ def test_strided_views() -> None:
 
 def test_opcheck_and_compile() -> None:
     z, z_pair = views(2, 5, 4)
-    torch.ops.anomem.native_nt_xent_fwd(z, z_pair, None, 0.2)
-    torch.library.opcheck(torch.ops.anomem.native_nt_xent_fwd.default, (z, z_pair, None, 0.2))
+    operators = torch.ops.anomem
+    for temperature in (None, torch.tensor(0.3)):
+        torch.library.opcheck(operators.native_nt_xent_fwd.default, (z, z_pair, temperature, 0.2))
+        rows, lse, unit, inv_norm = operators.native_nt_xent_fwd(z, z_pair, temperature, 0.2)
+        backward = (torch.ones_like(rows), unit, inv_norm, lse, temperature, 0.2)
+        torch.library.opcheck(operators.native_nt_xent_bwd.default, backward)
     compiled = torch.compile(lambda a, b: nt_xent(a, b, impl="native"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, z_pair), nt_xent(z, z_pair, impl="native"))
 
@@ -99,22 +137,3 @@ def test_double_backward_and_vmap() -> None:
     z, z_pair = views(3, 4, 5)
     mapped = torch.func.vmap(lambda a, b: nt_xent(a, b, impl="native"))(z, z_pair)
     assert torch.equal(mapped, torch.stack([nt_xent(a, b, impl="native") for a, b in zip(z, z_pair, strict=True)]))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    code = (
-        "import torch\nfrom anomem.functional import nt_xent\nfrom anomem.reference import nt_xent_rows\n"
-        "from anomem.testing import compare, draw\n"
-        "for dtype in (torch.float32, torch.bfloat16):\n"
-        "  for tau in (0.005, 0.2):\n"
-        "    compare(lambda a, b: nt_xent(a, b, temperature=tau, reduction='none', impl='native'),\n"
-        "            lambda a, b: nt_xent_rows(a, b, tau),\n"
-        "            (draw(2, 140, 37, dtype=dtype, seed=1), draw(2, 140, 37, dtype=dtype, seed=2)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "ANOMEM_CPU": isa}, capture_output=True, text=True, check=False
-    )
-    if "cannot run it" in done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stderr
