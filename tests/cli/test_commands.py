@@ -48,7 +48,7 @@ def test_a_run_is_complete(finished: Path) -> None:
     assert json.loads((finished / "config.json").read_text())["optimizer"]["steps"] == 4
     rows = without_times(finished)
     assert [row["step"] for row in rows] == [2, 4]
-    assert {"loss", "contrast/layer3", "variance/layer3", "perplexity/layer3", "effective/layer3"} <= rows[0].keys()
+    assert {"loss", "contrast/block3", "variance/block3", "perplexity/block3", "effective/block3"} <= rows[0].keys()
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [
         "scorer-00000004.safetensors",
         "scorer.json",

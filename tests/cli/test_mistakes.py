@@ -35,11 +35,16 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         (("--data.dataset=mnist",), ("`dataset`", "'digits'", "'mnist'")),
         (("--data.normal=x",), ("`normal`", "one of 0, 1", "'x'")),
         (("--optimizer.batch-size=1",), ("`optimizer.batch_size`", "≥ 2", "1")),
-        (("--model.scales", "layer9"), ("layer9", "layer1")),
+        (("--stage2.optimizer.steps=0",), ("`stage2.optimizer.steps`", "0")),
+        (("--stage2.margin=1",), ("`stage2.margin`", "> 1", "1")),
+        (("--loss.ratio=0",), ("`loss.ratio`", "(0, 1]", "0")),
+        (("--score.top-fraction=0",), ("`score.top_fraction`", "(0, 1]", "0")),
+        (("--synthetic-outliers=-1",), ("`synthetic_outliers`", "-1")),
+        (("--model.scales", "layer9"), ("`scales`", "'block3'", "'layer9'")),
         (("--model.prototypes", "3", "4"), ("`prototypes`", "3")),
         (("--run.device=abacus",), ("`run.device`", "abacus")),
         (("--data.dataset=cifar10", "--data.root=nowhere"), ("nowhere",)),
-        (("--data.dataset=folder", "--data.root=nowhere"), ("nowhere", "not there")),
+        (("--data.dataset=folder", "--data.root=nowhere"), ("nowhere/train", "found none")),
     ],
 )
 def test_settings_no_run_can_use(
@@ -47,7 +52,7 @@ def test_settings_no_run_can_use(
 ) -> None:
     run = tmp_path / "run"
     complains(anomem("train", *options, "--run.directory", run, "--quiet"), *words)
-    assert not (run / "log.jsonl").exists()
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(
