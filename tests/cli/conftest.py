@@ -10,6 +10,7 @@ import pytest
 
 from anomem.cli import main
 
+
 class Outcome(NamedTuple):
     """What a command left behind."""
 

@@ -66,15 +66,16 @@ def test_labels_the_wrong_way_round_fail(run: Run) -> None:
     assert areas(run, wrong)["stage2"] < FAILS
 
 
-def test_a_shuffled_memory_fails(run: Run) -> None:
+@pytest.mark.parametrize("score", ["plain", "prior", "energy"])
+def test_a_shuffled_memory_fails(run: Run, score: str) -> None:
+    """The scores that compare with the memory need its features in their places.
+
+    The detector and stage 2 do not: what they see is z minus something, and the features z alone tell digits apart.
+    """
     wrong = copy.deepcopy(run.scorer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for memory in wrong.model.hopfield:  # each prototype keeps its numbers, at other features
-            rows = memory.prototypes
-            order = torch.rand(rows.shape, generator=generator).argsort(dim=1)
-            rows.copy_(rows.gather(1, order))
-    after = areas(run, wrong)
-    print(after)
-    assert after["plain"] < FAILS
-    assert after["stage2"] < FAILS
+        for memory in wrong.model.hopfield:
+            order = torch.randperm(memory.prototypes.shape[1], generator=generator)
+            memory.prototypes.copy_(memory.prototypes[:, order].clone())
+    assert areas(run, wrong)[score] < FAILS
