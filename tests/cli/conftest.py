@@ -34,10 +34,17 @@ def anomem(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Options of a digits run of a second."""
-    return (
-        "--data.normal=3 --optimizer.steps=4 --optimizer.batch-size=32 --optimizer.warmup=1 --model.prototypes 8 "
-        "--loss.max-positions=2 --score.copies=0 --run.device=cpu --run.log-every=2"
-    ).split()
+    values = {
+        "data.normal": 3,
+        "optimizer.steps": 4,
+        "optimizer.batch-size": 32,
+        "optimizer.warmup": 1,
+        "loss.max-positions": 2,
+        "score.copies": 0,
+        "run.device": "cpu",
+        "run.log-every": 2,
+    }
+    return [*(f"--{name}={value}" for name, value in values.items()), "--model.prototypes", "8"]
 
 
 @pytest.fixture(scope="session")
