@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anomem import plots
 from anomem.data import Images, Task
 from anomem.errors import UserError
 from anomem.evaluate.baselines import baselines, pixels
 from anomem.evaluate.scoring import Scorer, score_images
+from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.normalize import normalize_rows
 from anomem.reference.retrieval import hopfield_retrieve
 from anomem.train import RunDirectory
@@ -41,11 +41,11 @@ def draw_figures(run: RunDirectory, task: Task, scorer: Scorer, seed: int = 0) -
     test = pixels(task.test)
     masks = None if task.test_masks is None else task.test_masks.cpu()
     try:
-        plots.loss_curves(run.rows(), paths["loss"])
-        plots.score_histograms(scored.scores, truth, paths["histograms"])
+        loss_curves(run.rows(), paths["loss"])
+        score_histograms(scored.scores, truth, paths["histograms"])
         both = {**scored.scores, **baselines(task.to("cpu"), seed)}
-        plots.roc_curves(both, truth, paths["roc"], highlight=tuple(scored.scores))
-        plots.extremes(
+        roc_curves(both, truth, paths["roc"], highlight=tuple(scored.scores))
+        extremes(
             test,
             scored.scores[best],
             scored.maps["detector"],
@@ -56,11 +56,11 @@ def draw_figures(run: RunDirectory, task: Task, scorer: Scorer, seed: int = 0) -
         )
         normals = task.train_is_normal.nonzero().flatten()
         weights, _ = last_scale(scorer, task.train, normals)
-        plots.prototypes(pixels(task.train, normals.cpu()), weights, paths["prototypes"])
+        prototypes(pixels(task.train, normals.cpu()), weights, paths["prototypes"])
         memory = scorer.model.hopfield[-1]
         _, vectors = last_scale(scorer, task.test, torch.arange(len(task.test)))
         stored = normalize_rows(memory.prototypes.detach(), memory.normalize).cpu()
-        plots.tsne(stored, vectors[~truth], vectors[truth], paths["tsne"], seed=seed)
+        tsne(stored, vectors[~truth], vectors[truth], paths["tsne"], seed=seed)
     except ImportError as error:
         raise UserError(f"the figures need a package that cannot be imported ({error}); install anomem[lab]") from error
     return list(paths.values())

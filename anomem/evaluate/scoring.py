@@ -14,7 +14,7 @@ from anomem.evaluate.config import ScoreConfig
 from anomem.models import AnoMem, DeviationDetector, DeviationHead, LocationPrior
 from anomem.models.detector import Alignment
 from anomem.reference.deviation import Distance
-from anomem.validation import require, require_choice
+from anomem.validation import require, require_choice, require_count
 
 
 class Scored(NamedTuple):
@@ -41,9 +41,7 @@ class Scorer(nn.Module):
 
     def __init__(self, model: AnoMem, alignment: str, config: ScoreConfig, head: DeviationHead | None = None) -> None:
         super().__init__()
-        require_choice(config.pool, "score.pool", ("mean", "max", "topk"))
-        require_choice(config.distance, "score.distance", ("cosine", "l2"))
-        require(0 < config.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", config.top_fraction)
+        check_score(config)
         self.config = config
         self.model = model
         self.head = head
@@ -95,6 +93,16 @@ class Scorer(nn.Module):
             for x in per_scale
         ]
         return self.weighted(resized)
+
+
+def check_score(config: ScoreConfig) -> None:
+    """Raise `ArgumentError` for settings no scorer can use."""
+    require_choice(config.pool, "score.pool", ("mean", "max", "topk"))
+    require_choice(config.distance, "score.distance", ("cosine", "l2"))
+    require_choice(config.alignment, "score.alignment", ("auto", "per_position", "pooled"))
+    require(0 < config.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", config.top_fraction)
+    require_count(config.copies, "score.copies", 0)
+    require_count(config.batch_size, "score.batch_size", 1)
 
 
 def fit_scorer(

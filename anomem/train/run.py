@@ -8,14 +8,17 @@ import torch
 
 from anomem.data import Task, load_task
 from anomem.errors import UserError
-from anomem.evaluate.scoring import Scorer, fit_scorer
+from anomem.evaluate.scoring import Scorer, check_score, fit_scorer
 from anomem.models import AnoMem, DeviationHead, build_model, describe
 from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint
 from anomem.train.config import TrainConfig
+from anomem.train.objective import scale_criterion
+from anomem.train.optimizer import check_optimizer
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage import device_of
 from anomem.train.stage1 import train_stage1
-from anomem.train.stage2 import train_stage2
+from anomem.train.stage2 import check_stage2, train_stage2
+from anomem.validation import require, require_count
 
 SCORER = "scorer"
 
@@ -33,9 +36,11 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     Raises:
         UserError: the directory already holds a run, data are missing, or a setting makes no sense.
     """
+    # Before anything is written: a wrong setting leaves no folder behind.
+    check_settings(config)
     prepare(config)
     task = load_task(config.data)
-    model = model_for(config, task)  # before anything is written: a wrong setting leaves no folder behind
+    model = model_for(config, task)
     run = RunDirectory.create(config)
     _complete(run, config, task, model, quiet)
     return run.path
@@ -97,6 +102,17 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     scorer = load_scorer(path)
     run, config = RunDirectory.open(path)
     return run, config, load_task(config.data).to(device_of(config.run)), scorer
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raise `ArgumentError` for numbers no run can use."""
+    check_optimizer(config.optimizer)
+    check_stage2(config.stage2)
+    check_score(config.score)
+    scale_criterion(config.loss, config.model.impl)
+    config.augment.validate()
+    require(config.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", config.synthetic_outliers)
+    require_count(config.run.log_every, "run.log_every", 1)
 
 
 def prepare(config: TrainConfig) -> None:

@@ -9,13 +9,19 @@ from anomem import functional as F
 from anomem.data import Images
 from anomem.models import AnoMem, DeviationHead
 from anomem.train.batches import training_batches
-from anomem.train.config import TrainConfig
+from anomem.train.config import Stage2Config, TrainConfig
 from anomem.train.monitor import Monitor
 from anomem.train.optimizer import apply_gradients, build_optimizer, check_optimizer, learning_rate
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage import StageState, autocast
 from anomem.train.views import Views
 from anomem.validation import require
+
+
+def check_stage2(config: Stage2Config) -> None:
+    """Raise `ArgumentError` for settings stage 2 cannot use."""
+    check_optimizer(config.optimizer, "stage2.optimizer")
+    require(config.margin > 1, "stage2.margin", "a number > 1", config.margin)
 
 
 def margin_objective(head: DeviationHead, deviations: list[Tensor], normal: Tensor, margin: float) -> Tensor:
@@ -57,8 +63,7 @@ def train_stage2(
         UserError: a damaged checkpoint, or a loss that is not finite.
     """
     settings, device = config.stage2.optimizer, model.mean.device
-    check_optimizer(settings, "stage2.optimizer")
-    require(config.stage2.margin > 1, "stage2.margin", "a number > 1", config.stage2.margin)
+    check_stage2(config.stage2)
     anomalies = is_normal is not None or config.synthetic_outliers > 0
     require(anomalies, "data.outlier_ratio", "labelled or synthetic anomalies for stage 2", "normal images only")
     generator = torch.Generator(device).manual_seed(config.run.seed + 1)
