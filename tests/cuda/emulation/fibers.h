@@ -1,0 +1,211 @@
+// Runs a kernel on the CPU: one fiber per CUDA thread, blocks one after another.
+//
+// A thread runs until it waits at a barrier. When no thread can run, every warp whose 32 lanes wait at a warp barrier
+// goes on, else the block, if all of its threads wait at the block's. Anything else is a divergent barrier and ends the
+// process. Threads take turns in a chosen order: a value read before its writer has passed a barrier is then the old
+// one under some order. A block's shared memory is fresh from the heap and filled with NaN, so that a value nobody
+// wrote shows and AddressSanitizer sees its end.
+//
+// What this cannot show: races inside of one order, memory models, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulation {
+
+struct Index {
+  unsigned x = 0;
+};
+
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+constexpr int kWarp = 32;
+
+enum class Order { kForward, kBackward };
+// Each warp's lanes keep their order; which warp comes first, and which lane of it, is what a kernel may not rely on.
+inline Order order = Order::kForward;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+  std::abort();
+}
+
+// A stack of execution, with what AddressSanitizer must know of it.
+struct Context {
+  ucontext_t registers;
+  void* fake_stack = nullptr;
+  const void* bottom = nullptr;
+  size_t size = 0;
+
+  void switch_to(Context& next, bool forever = false) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(forever ? nullptr : &fake_stack, next.bottom, next.size);
+#else
+    (void)forever;
+#endif
+    swapcontext(&registers, &next.registers);
+    arrived();
+  }
+
+  void arrived() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+  }
+};
+
+enum class State { kReady, kAtWarp, kAtBlock, kDone };
+
+struct Thread {
+  static constexpr size_t kStack = 256 << 10;
+
+  Context context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state = State::kReady;
+  uint64_t mail = 0;  // what the lane shows to its warp in a shuffle
+};
+
+class Block {
+ public:
+  explicit Block(int threads) : threads_(threads) {}
+
+  void run(const std::function<void()>& body) {
+    body_ = &body;
+    current_ = this;
+    learn_own_stack();
+    for (size_t t = 0; t < threads_.size(); ++t) start(threads_[t]);
+    for (;;) {
+      bool ran = false;
+      for (size_t k = 0; k < threads_.size(); ++k) {
+        const size_t t = order == Order::kForward ? k : threads_.size() - 1 - k;
+        if (threads_[t].state != State::kReady) continue;
+        active_ = t;
+        threadIdx.x = static_cast<unsigned>(t);
+        scheduler_.switch_to(threads_[t].context);
+        ran = true;
+      }
+      if (!ran && !release()) return;
+    }
+  }
+
+  void wait(State state) {
+    Thread& thread = threads_[active_];
+    thread.state = state;
+    thread.context.switch_to(scheduler_);
+  }
+
+  Thread& thread(size_t t) { return threads_[t]; }
+  size_t active() const { return active_; }
+  static Block& current() { return *current_; }
+
+ private:
+  void start(Thread& thread) {
+    thread.state = State::kReady;
+    thread.context = Context{};
+    thread.context.bottom = thread.stack.get();
+    thread.context.size = Thread::kStack;
+    getcontext(&thread.context.registers);
+    thread.context.registers.uc_stack.ss_sp = thread.stack.get();
+    thread.context.registers.uc_stack.ss_size = Thread::kStack;
+    thread.context.registers.uc_link = nullptr;
+    makecontext(&thread.context.registers, &Block::entry, 0);
+  }
+
+  static void entry() {
+    Block& block = current();
+    block.threads_[block.active_].context.arrived();
+    (*block.body_)();
+    Thread& thread = block.threads_[block.active_];
+    thread.state = State::kDone;
+    thread.context.switch_to(block.scheduler_, true);
+  }
+
+  // Lets the threads go on that may; false when all are done.
+  bool release() {
+    size_t done = 0, at_block = 0;
+    bool released = false;
+    for (size_t first = 0; first < threads_.size(); first += kWarp) {
+      int at_warp = 0;
+      for (size_t t = first; t < first + kWarp; ++t) {
+        done += threads_[t].state == State::kDone;
+        at_block += threads_[t].state == State::kAtBlock;
+        at_warp += threads_[t].state == State::kAtWarp;
+      }
+      if (at_warp != kWarp) continue;
+      for (size_t t = first; t < first + kWarp; ++t) threads_[t].state = State::kReady;
+      released = true;
+    }
+    if (released) return true;
+    if (done == threads_.size()) return false;
+    if (at_block != threads_.size()) fail("divergent barrier: not every thread of the warp or block reaches it");
+    for (Thread& thread : threads_) thread.state = State::kReady;
+    return true;
+  }
+
+  void learn_own_stack() {
+#ifdef __SANITIZE_ADDRESS__
+    pthread_attr_t attributes;
+    void* bottom = nullptr;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom, &scheduler_.size);
+    pthread_attr_destroy(&attributes);
+    scheduler_.bottom = bottom;
+#endif
+  }
+
+  static inline Block* current_ = nullptr;
+
+  std::vector<Thread> threads_;
+  Context scheduler_;
+  const std::function<void()>* body_ = nullptr;
+  size_t active_ = 0;
+};
+
+inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+inline void block_barrier() { Block::current().wait(State::kAtBlock); }
+inline void warp_barrier() { Block::current().wait(State::kAtWarp); }
+
+inline void require_whole_warp(unsigned mask) {
+  if (mask != 0xffffffffu) fail("only shuffles and barriers of whole warps are emulated");
+}
+
+// Every lane shows `value` and takes what lane `from` shows.
+template <class T>
+T exchange(T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  Block& block = Block::current();
+  std::memcpy(&block.thread(block.active()).mail, &value, sizeof(T));
+  warp_barrier();
+  std::memcpy(&value, &block.thread(block.active() / kWarp * kWarp + static_cast<size_t>(from)).mail, sizeof(T));
+  warp_barrier();
+  return value;
+}
+
+// body(shared) once for every thread of every block, with a fresh Shared for each block.
+template <class Shared, class Body>
+void run_grid(int64_t blocks, int threads, Body body) {
+  blockDim.x = static_cast<unsigned>(threads);
+  gridDim.x = static_cast<unsigned>(blocks);
+  Block block(threads);
+  for (int64_t b = 0; b < blocks; ++b) {
+    blockIdx.x = static_cast<unsigned>(b);
+    const std::unique_ptr<Shared> shared(new Shared);
+    std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(Shared));
+    block.run([&] { body(*shared); });
+  }
+}
+
+}  // namespace emulation
