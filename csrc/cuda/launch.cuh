@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "entry.cuh"
+
 // The dispatch key under which operators are registered.
 #define ANOMEM_KEY CUDA
 
@@ -41,12 +43,6 @@ class DeviceScope {
   bool grad_;
   cudaStream_t stream_;
 };
-
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Arguments arguments) {
-  __shared__ typename Kernel::Shared shared;
-  Kernel::run(arguments, shared);
-}
 
 template <class Kernel>
 void launch(const DeviceScope& scope, const typename Kernel::Arguments& arguments) {
