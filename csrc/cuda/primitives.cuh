@@ -56,6 +56,22 @@ __device__ inline bool aligned(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
+// The one or two elements of a 32-bit word. (From an array of 16-bit elements nvcc makes four stores instead of one.)
+template <class T>
+__device__ inline unsigned packed(const float* x) {
+  if constexpr (sizeof(T) == 4) {
+    unsigned word;
+    memcpy(&word, x, 4);
+    return word;
+  } else {
+    const T low = narrowed<T>(x[0]), high = narrowed<T>(x[1]);
+    uint16_t bits[2];
+    memcpy(&bits[0], &low, 2);
+    memcpy(&bits[1], &high, 2);
+    return bits[0] | static_cast<unsigned>(bits[1]) << 16;
+  }
+}
+
 // N consecutive elements as floats: in 16-byte accesses where N and the address allow it, one by one elsewhere.
 template <class T, int N>
 __device__ inline void load(float (&x)[N], const T* p) {
@@ -82,11 +98,10 @@ __device__ inline void store(T* p, const float (&x)[N]) {
     if (aligned(p)) {
 #pragma unroll
       for (int v = 0; v < N / kPack<T>; ++v) {
-        T item[kPack<T>];
+        unsigned word[4];
 #pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) item[i] = narrowed<T>(x[v * kPack<T> + i]);
-        uint4 raw;
-        memcpy(&raw, item, 16);
+        for (int w = 0; w < 4; ++w) word[w] = packed<T>(x + v * kPack<T> + w * kPack<T> / 4);
+        const uint4 raw{word[0], word[1], word[2], word[3]};
         reinterpret_cast<uint4*>(p)[v] = raw;
       }
       return;
@@ -113,19 +128,23 @@ __device__ inline void store_some(T* p, const float (&x)[N], int64_t count) {
   }
 }
 
+// A number of elements known when compiling, as an argument. (std::integral_constant converts on the host only.)
+template <int kWidth>
+struct Width {
+  __host__ __device__ constexpr operator int() const { return kWidth; }
+};
+
 // Calls visit(width, i) for runs of `width` elements that cover a row of `count` once: whole packs from the row's first
-// 16-byte boundary on, single elements before and after. `width` is an integral constant.
+// 16-byte boundary on, single elements before and after. `width` is a Width.
 template <class T, class Visit>
 __device__ inline void walk(const T* row, int64_t count, int lane, int lanes, Visit visit) {
   constexpr int64_t width = kPack<T>;
   const int64_t gap = (16 - (reinterpret_cast<uintptr_t>(row) & 15)) % 16 / static_cast<int>(sizeof(T));
   const int64_t head = gap < count ? gap : count;
   const int64_t tail = head + (count - head) / width * width;
-  for (int64_t i = lane; i < head; i += lanes) visit(std::integral_constant<int, 1>{}, i);
-  for (int64_t i = head + lane * width; i < tail; i += lanes * width) {
-    visit(std::integral_constant<int, kPack<T>>{}, i);
-  }
-  for (int64_t i = tail + lane; i < count; i += lanes) visit(std::integral_constant<int, 1>{}, i);
+  for (int64_t i = lane; i < head; i += lanes) visit(Width<1>{}, i);
+  for (int64_t i = head + lane * width; i < tail; i += lanes * width) visit(Width<kPack<T>>{}, i);
+  for (int64_t i = tail + lane; i < count; i += lanes) visit(Width<1>{}, i);
 }
 
 // A butterfly gives every lane the same bits: each step adds the same two numbers in both lanes of a pair.

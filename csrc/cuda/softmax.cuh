@@ -100,7 +100,8 @@ struct SoftmaxBackwardArguments {
   float* dbeta;  // [R], each row's part of the gradient of beta, or null
 };
 
-// dlogits = P ∘ (dP − Σ P dP + dlse); its sum over a row is taken here, in float32, and not from the rounded output.
+// dlogits = P ∘ (dP − Σ P dP + dlse). The sum over a row is taken here, in float32, and not from the rounded output;
+// so is the sum of exp(logits − lse), which divides the rounding of lse out of P.
 template <class T, int kSize>
 struct SoftmaxBackward {
   using Arguments = SoftmaxBackwardArguments<T>;
@@ -118,15 +119,20 @@ struct SoftmaxBackward {
       const float* s = a.scores + r * a.columns;
       const float* dp = a.dweights + r * a.columns;
       const float lse = a.lse[r];
-      float delta = 0;
+      float delta = 0, sum = 0;
       walk(s, a.columns, team.lane, kSize, [&](auto width, int64_t m) {
         float v[width], dv[width];
         load(v, s + m);
         load(dv, dp + m);
 #pragma unroll
-        for (int k = 0; k < width; ++k) delta += expf(v[k] * scale - lse) * dv[k];
+        for (int k = 0; k < width; ++k) {
+          const float p = expf(v[k] * scale - lse);
+          sum += p;
+          delta += p * dv[k];
+        }
       });
-      const float offset = (a.dlse == nullptr ? 0.0f : a.dlse[r]) - team.sum(delta);
+      const float share = 1.0f / team.sum(sum);
+      const float offset = (a.dlse == nullptr ? 0.0f : a.dlse[r]) - team.sum(delta) * share;
       float dbeta = 0;
       T* w = a.weights + r * a.columns;
       walk(w, a.columns, team.lane, kSize, [&](auto width, int64_t m) {
@@ -135,7 +141,7 @@ struct SoftmaxBackward {
         load(dv, dp + m);
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-          p[k] = expf(v[k] * scale - lse);
+          p[k] = expf(v[k] * scale - lse) * share;
           dv[k] = p[k] * (dv[k] + offset);
           dbeta += dv[k] * v[k];
           dv[k] *= scale;

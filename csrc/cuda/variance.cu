@@ -19,15 +19,17 @@ std::tuple<Tensor, Tensor, Tensor> variance_forward(const Tensor& x, double gamm
   const Tensor mean = empty(x, {groups, features}, ScalarType::Float);
   const Tensor std = empty(x, {groups, features}, ScalarType::Float);
   const int64_t splits = ceil_div(batch, kRowsPerSplit);
+  const Tensor pivot = empty(x, {groups, features}, ScalarType::Float);
   const Tensor split_mean = empty(x, {splits, groups, features}, ScalarType::Float);
   const Tensor split_square = empty(x, {splits, groups, features}, ScalarType::Float);
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     launch<VarianceMoments<T>>(
-        scope, {data<T>(x), groups, batch, features, writable<float>(split_mean), writable<float>(split_square)});
+        scope, {data<T>(x), groups, batch, features, writable<float>(pivot), writable<float>(split_mean),
+                writable<float>(split_square)});
   });
-  launch<VarianceLoss>(scope, {data<float>(split_mean), data<float>(split_square), groups, batch, features,
-                               static_cast<float>(gamma), static_cast<float>(eps), writable<float>(loss),
+  launch<VarianceLoss>(scope, {data<float>(pivot), data<float>(split_mean), data<float>(split_square), groups, batch,
+                               features, static_cast<float>(gamma), static_cast<float>(eps), writable<float>(loss),
                                writable<float>(mean), writable<float>(std)});
   return {loss, mean, std};
 }

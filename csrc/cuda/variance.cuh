@@ -1,7 +1,8 @@
 // The variance hinge L = (1/d) Σ_j max(0, gamma − sqrt(Var_j + eps)): one stable pass over x, then one over its moments.
 //
 // A block covers eight packs of columns (128 bytes) by 32 interleaved slices of rows. Every thread runs Welford's update
-// on its slice; slices, warps and splits are then merged in a fixed order.
+// on its slice; slices, warps and splits are then merged in a fixed order. All of it counts from the group's first row,
+// so that a mean far from zero costs no digits.
 #pragma once
 
 #include "moments.cuh"
@@ -21,7 +22,8 @@ struct VarianceMomentsArguments {
   int64_t groups;
   int64_t batch;
   int64_t features;
-  float* mean;    // [splits, G, d]
+  float* pivot;   // [G, d], the first row of each group
+  float* mean;    // [splits, G, d], less the pivot
   float* square;  // [splits, G, d], Σ(x − mean)² of a split's rows
 };
 
@@ -55,16 +57,21 @@ struct VarianceMoments {
 
       float count = 0, mean[kWidth] = {}, square[kWidth] = {};
       if (column < a.features) {
+        const int64_t valid = a.features - column;
+        float pivot[kWidth];
+        load_some(pivot, a.x + g * a.batch * a.features + column, valid);
+        if (split == 0 && slice == 0) store_some(a.pivot + g * a.features + column, pivot, valid);
         for (int64_t r = begin + slice; r < end; r += kSlices) {
           float v[kWidth];
-          load_some(v, a.x + (g * a.batch + r) * a.features + column, a.features - column);
+          load_some(v, a.x + (g * a.batch + r) * a.features + column, valid);
           count += 1;
           const float share = 1.0f / count;
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
-            const float delta = v[k] - mean[k];
+            const float shifted = v[k] - pivot[k];
+            const float delta = shifted - mean[k];
             mean[k] += delta * share;
-            square[k] += delta * (v[k] - mean[k]);
+            square[k] += delta * (shifted - mean[k]);
           }
         }
       }
@@ -108,6 +115,7 @@ struct VarianceMoments {
 };
 
 struct VarianceLossArguments {
+  const float* pivot;         // [G, d]
   const float* split_mean;    // [splits, G, d]
   const float* split_square;  // [splits, G, d]
   int64_t groups;
@@ -134,13 +142,14 @@ struct VarianceLoss {
       float loss = 0;
       for (int64_t j = threadIdx.x; j < a.features; j += kBlock) {
         Moments sum;
+#pragma unroll 1  // unrolled it spills, and there is rarely a second split
         for (int64_t begin = 0, split = 0; begin < a.batch; begin += kRowsPerSplit, ++split) {
           const int64_t at = (split * a.groups + g) * a.features + j;
           const int64_t rows = a.batch - begin < kRowsPerSplit ? a.batch - begin : kRowsPerSplit;
           sum.merge({static_cast<float>(rows), a.split_mean[at], a.split_square[at]});
         }
         const float std = sqrtf(sum.square / static_cast<float>(a.batch - 1) + a.eps);
-        a.mean[g * a.features + j] = sum.mean;
+        a.mean[g * a.features + j] = a.pivot[g * a.features + j] + sum.mean;
         a.std[g * a.features + j] = std;
         const float gap = a.gamma - std;
         loss += gap <= 0 ? 0.0f : gap;  // a NaN stays

@@ -8,7 +8,7 @@
 
 namespace anomem::cuda {
 
-#define ANOMEM_KERNEL(...) template __global__ void entry<__VA_ARGS__>(const __VA_ARGS__::Arguments)
+#define ANOMEM_KERNEL(...) template __global__ void entry<__VA_ARGS__>(const __grid_constant__ __VA_ARGS__::Arguments)
 #define ANOMEM_DTYPE(T)                      \
   ANOMEM_KERNEL(NormalizeBackward<T>);       \
   ANOMEM_KERNEL(RowDistance<T>);             \

@@ -21,6 +21,7 @@ inline __half __float2half_rn(float value) {
   const float size = std::fabs(value);
   if (size != size) return {0x7fff};
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (size == 0) return {sign};
   int exponent = 0;
   std::frexp(size, &exponent);  // size = f · 2^exponent, f in [1/2, 1)
   const int step = exponent < -13 ? -24 : exponent - 11;  // of the last place, as a power of two

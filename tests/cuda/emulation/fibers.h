@@ -9,8 +9,6 @@
 // What this cannot show: races inside of one order, memory models, speed.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,9 +17,7 @@
 #include <memory>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "context.h"
 
 namespace emulation {
 
@@ -33,38 +29,14 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr int kWarp = 32;
 
+// Which thread comes first is what a kernel may not rely on.
 enum class Order { kForward, kBackward };
-// Each warp's lanes keep their order; which warp comes first, and which lane of it, is what a kernel may not rely on.
 inline Order order = Order::kForward;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulation: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
   std::abort();
 }
-
-// A stack of execution, with what AddressSanitizer must know of it.
-struct Context {
-  ucontext_t registers;
-  void* fake_stack = nullptr;
-  const void* bottom = nullptr;
-  size_t size = 0;
-
-  void switch_to(Context& next, bool forever = false) {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(forever ? nullptr : &fake_stack, next.bottom, next.size);
-#else
-    (void)forever;
-#endif
-    swapcontext(&registers, &next.registers);
-    arrived();
-  }
-
-  void arrived() {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
-  }
-};
 
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 
@@ -84,7 +56,7 @@ class Block {
   void run(const std::function<void()>& body) {
     body_ = &body;
     current_ = this;
-    learn_own_stack();
+    scheduler_.adopt_own_stack();
     for (size_t t = 0; t < threads_.size(); ++t) start(threads_[t]);
     for (;;) {
       bool ran = false;
@@ -107,20 +79,14 @@ class Block {
   }
 
   Thread& thread(size_t t) { return threads_[t]; }
+  size_t size() const { return threads_.size(); }
   size_t active() const { return active_; }
   static Block& current() { return *current_; }
 
  private:
   void start(Thread& thread) {
     thread.state = State::kReady;
-    thread.context = Context{};
-    thread.context.bottom = thread.stack.get();
-    thread.context.size = Thread::kStack;
-    getcontext(&thread.context.registers);
-    thread.context.registers.uc_stack.ss_sp = thread.stack.get();
-    thread.context.registers.uc_stack.ss_size = Thread::kStack;
-    thread.context.registers.uc_link = nullptr;
-    makecontext(&thread.context.registers, &Block::entry, 0);
+    thread.context.prepare(thread.stack.get(), Thread::kStack, &Block::entry);
   }
 
   static void entry() {
@@ -152,17 +118,6 @@ class Block {
     if (at_block != threads_.size()) fail("divergent barrier: not every thread of the warp or block reaches it");
     for (Thread& thread : threads_) thread.state = State::kReady;
     return true;
-  }
-
-  void learn_own_stack() {
-#ifdef __SANITIZE_ADDRESS__
-    pthread_attr_t attributes;
-    void* bottom = nullptr;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &scheduler_.size);
-    pthread_attr_destroy(&attributes);
-    scheduler_.bottom = bottom;
-#endif
   }
 
   static inline Block* current_ = nullptr;
@@ -199,7 +154,8 @@ template <class Shared, class Body>
 void run_grid(int64_t blocks, int threads, Body body) {
   blockDim.x = static_cast<unsigned>(threads);
   gridDim.x = static_cast<unsigned>(blocks);
-  Block block(threads);
+  static Block block(threads);  // stacks are kept from launch to launch
+  if (block.size() != static_cast<size_t>(threads)) fail("kernels of one size only");
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx.x = static_cast<unsigned>(b);
     const std::unique_ptr<Shared> shared(new Shared);
