@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,9 @@ def cuda_module() -> Extension:
 
     if torch.version.cuda is None:
         raise CannotBuild("this torch has no CUDA, so the CUDA kernels are left out")
-    if cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
-        raise CannotBuild("nvcc was not found (PATH or CUDA_HOME), so the CUDA kernels are left out")
-    theirs = re.search(r"release (\d+)", os.popen(f"{cpp_extension.CUDA_HOME}/bin/nvcc --version").read())
+    home = cuda_home()
+    cpp_extension.CUDA_HOME = str(home)
+    theirs = re.search(r"release (\d+)", os.popen(f"{home}/bin/nvcc --version").read())
     if theirs is None or theirs.group(1) != torch.version.cuda.split(".")[0]:
         found = f"CUDA {theirs.group(1)}" if theirs else "an unreadable version"
         raise CannotBuild(
@@ -91,7 +92,6 @@ def cuda_module() -> Extension:
         )
     # Without a default torch looks for a GPU at build time; the PTX serves what comes after sm_90.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    home = Path(cpp_extension.CUDA_HOME)
     return Extension(
         "anomem._C_cuda",
         sources=sources("csrc/cuda/*.cu"),
@@ -104,6 +104,17 @@ def cuda_module() -> Extension:
             "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden"],
         },
     )
+
+
+def cuda_home() -> Path:
+    """Root of the CUDA toolkit. nvcc itself is asked, because what PATH or CUDA_HOME leads to may be a wrapper."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{named}/bin" if named else None)
+    if nvcc is None:
+        raise CannotBuild("nvcc was not found (CUDA_HOME or PATH), so the CUDA kernels are left out")
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
 def torch_paths() -> tuple[list[str], list[str]]:

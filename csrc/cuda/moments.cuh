@@ -1,0 +1,64 @@
+// Mean and second moment, merged without cancellation, and the row normalisation they give.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace anomem::cuda {
+
+// count, mean and Σ(x − mean)² of some numbers (Chan, Golub and LeVeque 1979, for the merge).
+struct Moments {
+  float count = 0;
+  float mean = 0;
+  float square = 0;
+
+  __device__ void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const float total = count + other.count;
+    const float delta = other.mean - mean;
+    const float share = other.count / total;
+    mean += delta * share;
+    square += other.square + delta * delta * count * share;
+    count = total;
+  }
+};
+
+// norm(x) = (x − shift) · scale.
+struct Affine {
+  float shift;
+  float scale;
+};
+
+// For kL2 the moments are about the origin (mean 0). A row shorter than kL2Eps becomes zero, one with a NaN stays NaN.
+__device__ inline Affine affine_of(const Moments& m, int normalize) {
+  if (normalize == kLayer) return {m.mean, 1.0f / sqrtf(m.square / m.count + kLayerEps)};
+  if (normalize == kNone) return {0.0f, 1.0f};
+  const float length = sqrtf(m.square);
+  return {0.0f, length <= kL2Eps ? 0.0f : 1.0f / length};
+}
+
+// Of one row [d] by one warp; the second reading comes from the cache.
+template <class T>
+__device__ inline Affine row_affine(const T* x, int64_t features, int normalize, int lane) {
+  if (normalize == kNone) return {0.0f, 1.0f};
+  float mean = 0;
+  if (normalize == kLayer) {
+    float sum = 0;
+    walk(x, features, lane, kWarp, [&](auto width, int64_t c) {
+      float v[width];
+      load(v, x + c);
+#pragma unroll
+      for (float value : v) sum += value;
+    });
+    mean = warp_sum(sum) / features;
+  }
+  float square = 0;
+  walk(x, features, lane, kWarp, [&](auto width, int64_t c) {
+    float v[width];
+    load(v, x + c);
+#pragma unroll
+    for (float value : v) square += (value - mean) * (value - mean);
+  });
+  return affine_of({static_cast<float>(features), mean, warp_sum(square)}, normalize);
+}
+
+}  // namespace anomem::cuda
