@@ -98,15 +98,15 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    const vec<T> along = broadcast(dot(softmax, g, m) - dlse);
-    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along)); });
+    const vec<T> along = broadcast(dot(softmax, g, m));
+    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along + dlse)); });
     return;
   }
-  const vec<T> along = broadcast(sum_lanes<T>(products) * scale - dlse);
+  const vec<T> along = broadcast(sum_lanes<T>(products) * scale);
   for_vectors<T>(m, [&](int64_t j, int64_t) {
     const vec<T> weight = load(p + j) * scale;
     store(p + j, weight);
-    store(g + j, weight * (load(g + j) - along));
+    store(g + j, weight * (load(g + j) - along + dlse));
   });
 }
 
