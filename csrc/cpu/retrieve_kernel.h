@@ -64,11 +64,11 @@ void retrieve_rows_forward(const RetrieveForward& a) {
 }
 
 // Turns a product's scores into exp(beta s − lse) on their way out of the registers. They are the softmax's weights up
-// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row whose lse is too large
-// for that, or not finite, is left as it is.
+// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row with a large lse is left
+// as it is: it may have one weight of exactly 1, whose gradient must be exactly 0. So is one that is not finite.
 template <class T>
 struct Exponentials {
-  static constexpr T largest = T(1 << 16);
+  static constexpr T largest = 32;
   static bool leaves(T lse) { return !(lse < largest && lse > -largest); }
 
   T beta;
@@ -98,15 +98,15 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    const vec<T> along = broadcast(dot_product(softmax, g, m) - dlse);
-    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along)); });
+    const vec<T> along = broadcast(dot_product(softmax, g, m));
+    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along + dlse)); });
     return;
   }
-  const vec<T> along = broadcast(sum_lanes<T>(products) * scale - dlse);
+  const vec<T> along = broadcast(sum_lanes<T>(products) * scale);
   for_vectors<T>(m, [&](int64_t j, int64_t) {
     const vec<T> weight = load(p + j) * scale;
     store(p + j, weight);
-    store(g + j, weight * (load(g + j) - along));
+    store(g + j, weight * (load(g + j) - along + dlse));
   });
 }
 
@@ -139,6 +139,7 @@ class BackwardSlot {
         weights_(rows * score_row_),
         gradient_(rows * score_row_),
         dquery_(rows * query_row_),
+        scores_(a.dbeta != nullptr ? rows * score_row_ : 0),
         packed_(packed_size<T>(rows, d_ > dv_ ? d_ : dv_)),
         softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
 
@@ -150,15 +151,24 @@ class BackwardSlot {
     const T* dentropy = static_cast<const T*>(a_.dentropy);
     query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
     dout_.load(static_cast<const S*>(a_.dout) + first * dv_, dv_, count);
-    product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), weights_.data(), score_row_,
-                 Exponentials<T>{beta, lse});
+    const Exponentials<T> exponential{beta, lse};
+    const auto score = [&](T* to, const auto& finish) {
+      product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), to, score_row_, finish);
+    };
+    if (dbeta == nullptr) score(weights_.data(), exponential);
+    else score(scores_.data(), Overwrite());
     product(count, m_, dv_, dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(), score_row_,
             false);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_row_;
+      if (dbeta != nullptr)
+        for_vectors<T>(m_, [&](int64_t j, int64_t) {
+          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_row_ + j));
+        });
       if (Exponentials<T>::leaves(lse[r])) exponentials(p, m_, beta);
       score_gradient(p, gradient_.data() + r * score_row_, m_, a_.shrinkage, dlse ? dlse[first + r] : T(0),
                      dentropy ? dentropy[first + r] : T(0), softmax_.data());
+      if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_row_, gradient_.data() + r * score_row_, m_);
     }
     pack_scaled(dout_.data(), dout_.row(), count, dv_, T(1), packed_.data());
     product(m_, dv_, count, weights_.data(), 1, score_row_, packed_.data(), dvalues, padded_row<T>(dv_), !fresh);
@@ -168,7 +178,6 @@ class BackwardSlot {
     product(count, d_, m_, gradient_.data(), score_row_, 1, panels_.keys(), dquery_.data(), query_row_, false);
     for (int64_t r = 0; r < count; ++r) {
       const T* row = dquery_.data() + r * query_row_;
-      if (dbeta != nullptr) *dbeta += dot_product(query_[r], row, d_);
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
@@ -179,7 +188,7 @@ class BackwardSlot {
   const Panels<S>& panels_;
   int64_t m_, d_, dv_, score_row_, query_row_;
   QueryRows<S> query_, dout_;
-  Buffer<T> weights_, gradient_, dquery_, packed_, softmax_;
+  Buffer<T> weights_, gradient_, dquery_, scores_, packed_, softmax_;
 };
 
 template <class S>
