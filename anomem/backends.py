@@ -99,8 +99,8 @@ AUTO: tuple[Rule, ...] = (
         "cpu",
         "native",
         "float32 and bfloat16 on the CPU",
-        "1.1 to 8.4 times as fast as eager, forward and backward, from G=4, B=16, d=32 to G=64, B=256, d=256 (1 thread, "
-        "AVX-512)",
+        "1.1 to 8.4 times as fast as eager, forward and backward, from G=4, B=16, d=32 to G=64, B=256, d=256 "
+        "(1 thread, AVX-512)",
         _float32_or_bfloat16,
     ),
     Rule(
@@ -108,8 +108,8 @@ AUTO: tuple[Rule, ...] = (
         "cpu",
         "native",
         "float32 and bfloat16 on the CPU",
-        "2.9 to 5.1 times as fast as eager at [64, 64, 16, 16] with 64 and 512 prototypes, 1.4 to 2.7 times on one image "
-        "with 4 to 2048 prototypes (1 thread, AVX-512)",
+        "2.9 to 5.1 times as fast as eager at [64, 64, 16, 16] with 64 and 512 prototypes, 1.4 to 2.7 times on one "
+        "image with 4 to 2048 prototypes (1 thread, AVX-512)",
         _float32_or_bfloat16,
     ),
     Rule(
@@ -117,8 +117,8 @@ AUTO: tuple[Rule, ...] = (
         "cpu",
         "native",
         "float32 and bfloat16 on the CPU",
-        "6.5 to 8.2 times as fast as eager at N=16384, d=64 with 64 and 512 prototypes, 1.4 to 2.0 times at N=16 to 256 "
-        "(1 thread, AVX-512)",
+        "6.5 to 8.2 times as fast as eager at N=16384, d=64 with 64 and 512 prototypes, 1.4 to 2.0 times at N=16 to "
+        "256 (1 thread, AVX-512)",
         _float32_or_bfloat16,
     ),
 )
