@@ -23,7 +23,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
         scale: standard deviation.
     """
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def error(actual: Tensor, exact: Tensor) -> float:

@@ -13,41 +13,61 @@ namespace anomem::cpu::ANOMEM_ISA {
 // Rows of A at a time: with two vectors per row, the sums fill the registers but for the panel's two and one factor.
 constexpr int tall = ANOMEM_VECTOR_BYTES == 64 ? 14 : 6;
 
-template <int rows, class T>
-inline void product_rows(int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c, int64_t c_row,
-                         bool accumulate) {
+// How a product's sums reach C: as they are, added to what is there, or through a function of their row.
+struct Overwrite {
+  template <class T>
+  ANOMEM_INLINE void operator()(int64_t, T* to, vec<T> sum) const {
+    store(to, sum);
+  }
+};
+
+struct Accumulate {
+  template <class T>
+  ANOMEM_INLINE void operator()(int64_t, T* to, vec<T> sum) const {
+    store(to, load(to) + sum);
+  }
+};
+
+template <int rows, class T, class Finish>
+inline void product_rows(int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c,
+                         int64_t c_row, const Finish& finish) {
   vec<T> sums[rows][2] = {};
-  multiply<T, rows>(k, a, row, step, panel, sums);
+  multiply<T, rows>(k, a + first * row, row, step, panel, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      T* to = c + i * c_row + half * lanes<T>;
-      store(to, accumulate ? load(to) + sums[i][half] : sums[i][half]);
-    }
+    for (int half = 0; half < 2; ++half)
+      finish.template operator()<T>(first + i, c + (first + i) * c_row + half * lanes<T>, sums[i][half]);
 }
 
 // The last rows, fewer than `tall`, in one piece.
-template <int rows, class T>
-inline void product_last(int64_t left, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c,
-                         int64_t c_row, bool accumulate) {
+template <int rows, class T, class Finish>
+inline void product_last(int64_t left, int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel,
+                         T* c, int64_t c_row, const Finish& finish) {
   if constexpr (rows > 0) {
-    if (left == rows) return product_rows<rows>(k, a, row, step, panel, c, c_row, accumulate);
-    product_last<rows - 1>(left, k, a, row, step, panel, c, c_row, accumulate);
+    if (left == rows) return product_rows<rows>(first, k, a, row, step, panel, c, c_row, finish);
+    product_last<rows - 1>(left, first, k, a, row, step, panel, c, c_row, finish);
   }
 }
 
-// C = A B, or C += A B, on the calling thread.
+// C = A B on the calling thread; `finish(i, to, sums)` stores one vector of row i.
+template <class T, class Finish>
+inline void product_with(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
+                         int64_t c_row, const Finish& finish) {
+  constexpr int width = Block<T>::width;
+  for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
+    int64_t i = 0;
+    for (; i + tall <= m; i += tall) product_rows<tall>(i, k, a, row, step, packed, c, c_row, finish);
+    product_last<tall - 1>(m - i, i, k, a, row, step, packed, c, c_row, finish);
+  }
+}
+
+// C = A B, or C += A B.
 template <class T>
 inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
                     int64_t c_row, bool accumulate) {
-  constexpr int width = Block<T>::width;
-  for (int64_t first = 0; first < n; first += width, packed += k * width, c += width) {
-    int64_t i = 0;
-    for (; i + tall <= m; i += tall)
-      product_rows<tall>(k, a + i * row, row, step, packed, c + i * c_row, c_row, accumulate);
-    product_last<tall - 1>(m - i, k, a + i * row, row, step, packed, c + i * c_row, c_row, accumulate);
-  }
+  if (accumulate) return product_with(m, n, k, a, row, step, packed, c, c_row, Accumulate());
+  product_with(m, n, k, a, row, step, packed, c, c_row, Overwrite());
 }
 
 // Packs factor · source [k, n] as it lies, for products with k = rows of the source.

@@ -31,7 +31,8 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Backward backward(const Tensor& dout, const optional<Tensor>& dlse, const optional<Tensor>& dentropy,
                   const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                  const optional<Tensor>& beta, double scale, int64_t normalize, const cpu::Shrinkage& shrinkage) {
+                  const optional<Tensor>& beta, double scale, int64_t normalize, const cpu::Shrinkage& shrinkage,
+                  const Tensor& lse) {
   check_queries(query);
   const cpu::Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
@@ -39,19 +40,19 @@ Backward backward(const Tensor& dout, const optional<Tensor>& dlse, const option
   check_shape(dout, "dout", {queries, memory.value_features});
   check_type(dout, "dout", query.scalar_type());
   check_contiguous(dout, "dout");
-  for (const optional<Tensor>& gradient : {dlse, dentropy}) {
-    if (!gradient) continue;
-    check_shape(*gradient, "dlse and dentropy", {queries});
-    check_type(*gradient, "dlse and dentropy", sums);
-    check_contiguous(*gradient, "dlse and dentropy");
+  for (const optional<Tensor>& per_query : {optional<Tensor>(lse), dlse, dentropy}) {
+    if (!per_query) continue;
+    check_shape(*per_query, "lse, dlse and dentropy", {queries});
+    check_type(*per_query, "lse, dlse and dentropy", sums);
+    check_contiguous(*per_query, "lse, dlse and dentropy");
   }
   Tensor dquery = empty({queries, memory.features}, query.scalar_type());
   Tensor dkeys = empty({memory.prototypes, memory.features}, query.scalar_type());
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, query.scalar_type())
                           : empty({0}, query.scalar_type());
   double slope = 0;
-  cpu::retrieve_backward({memory, shrinkage, query.const_data_ptr(), queries, query.stride(0), dout.const_data_ptr(),
-                          dlse ? dlse->const_data_ptr() : nullptr, dentropy ? dentropy->const_data_ptr() : nullptr,
+  cpu::retrieve_backward({memory, shrinkage, query.const_data_ptr(), queries, query.stride(0), lse.const_data_ptr(),
+                          dout.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr, dentropy ? dentropy->const_data_ptr() : nullptr,
                           dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(),
                           values ? dvalues.mutable_data_ptr() : nullptr, beta ? &slope : nullptr});
   Tensor dbeta = beta ? scalar(scale * slope, sums) : empty({0}, sums);
@@ -66,8 +67,8 @@ std::tuple<Tensor, Tensor> retrieve_fwd(const Tensor& query, const Tensor& keys,
 
 Backward retrieve_bwd(const Tensor& dout, const optional<Tensor>& dlse, const Tensor& query, const Tensor& keys,
                       const optional<Tensor>& values, const optional<Tensor>& beta, double scale, int64_t normalize,
-                      const Tensor&, const Tensor&) {
-  return backward(dout, dlse, std::nullopt, query, keys, values, beta, scale, normalize, {});
+                      const Tensor&, const Tensor& lse) {
+  return backward(dout, dlse, std::nullopt, query, keys, values, beta, scale, normalize, {}, lse);
 }
 
 Forward shrink_fwd(const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
@@ -78,8 +79,8 @@ Forward shrink_fwd(const Tensor& query, const Tensor& keys, const optional<Tenso
 Backward shrink_bwd(const Tensor& dout, const optional<Tensor>& dlse, const optional<Tensor>& dentropy,
                     const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
                     const optional<Tensor>& beta, double scale, int64_t normalize, double shrink, const Tensor&,
-                    const Tensor&, const Tensor&) {
-  return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink});
+                    const Tensor& lse, const Tensor&) {
+  return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink}, lse);
 }
 
 }  // namespace

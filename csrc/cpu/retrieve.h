@@ -29,6 +29,7 @@ struct RetrieveBackward {
   const void* query;     // [N, d], rows `query_row` apart
   int64_t queries;       // N
   int64_t query_row;
+  const void* lse;       // [N], from the forward pass
   const void* dout;      // [N, dv]
   const void* dlse;      // [N], or null
   const void* dentropy;  // [N], or null

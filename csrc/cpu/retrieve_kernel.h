@@ -13,8 +13,18 @@ namespace anomem::cpu::ANOMEM_ISA {
 // then added in order, so that the result does not depend on the number of threads.
 inline int64_t partial_sums(int64_t chunks, int64_t prototypes, int64_t width) {
   const int64_t affordable = (int64_t(1) << 22) / (prototypes * width);  // 16 MiB of floats
-  const int64_t wanted = affordable < 16 ? 16 : affordable > 64 ? 64 : affordable;
-  return chunks < wanted ? chunks : wanted;
+  const int64_t worthwhile = chunks / 8;  // so that filling and adding them stays small beside the products
+  const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
+  const int64_t slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
+  return chunks < slots ? chunks : slots;
+}
+
+// Rows of a chunk of the backward pass: its two tiles of scores and its four tiles of rows in the second-level cache.
+template <class T>
+inline int64_t backward_rows(const Memory& memory, int64_t queries) {
+  const int64_t row = int64_t(sizeof(T)) * 2 * (memory.prototypes + memory.features + memory.value_features);
+  const int64_t rows = chunk_rows(queries, memory.prototypes);
+  return rows > 84 && row * rows > (int64_t(896) << 10) ? 84 : rows;
 }
 
 template <class S>
@@ -24,59 +34,80 @@ void retrieve_rows_forward(const RetrieveForward& a) {
   const Panels<S> panels(a.memory, false);
   const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), out_row = padded_row<T>(dv);
   const T threshold = T(a.shrinkage.threshold);
-  parallel((n + rows - 1) / rows, [&](int64_t chunk) {
-    const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
+  parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     QueryRows<S> query(rows, d, a.memory.normalize);
-    Buffer<T> scores(rows * score_row), read(rows * out_row), scale(rows), shrunk(threshold > 0 ? m : 0);
-    query.load(static_cast<const S*>(a.query) + first * a.query_row, a.query_row, count);
-    product(count, m, d, query.data(), query.row(), 1, panels.keys_transposed(), scores.data(), score_row, false);
-    for (int64_t r = 0; r < count; ++r) {
-      T* p = scores.data() + r * score_row;
-      const RowSum<T> row = a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, T(a.memory.beta))
-                                                                  : exponentials(p, m, T(a.memory.beta));
-      static_cast<T*>(a.lse)[first + r] = row.lse;
-      scale[r] = 1 / row.sum;
-      if (threshold > 0) {
-        scale_row(p, m, scale[r]);
-        shrink_row(p, m, threshold, p);
-        scale[r] = 1;
-        if (a.shrinkage.entropy) static_cast<T*>(a.entropy)[first + r] = weights_entropy(p, m);
-      } else if (a.shrinkage.entropy) {
-        static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
+    Buffer<T> scores(rows * score_row), read(rows * out_row), scale(rows);
+    for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
+      const int64_t count = n - first < rows ? n - first : rows;
+      query.load(static_cast<const S*>(a.query) + first * a.query_row, a.query_row, count);
+      product(count, m, d, query.data(), query.row(), 1, panels.keys_transposed(), scores.data(), score_row, false);
+      for (int64_t r = 0; r < count; ++r) {
+        T* p = scores.data() + r * score_row;
+        const RowSum<T> row = a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, T(a.memory.beta))
+                                                                    : exponentials(p, m, T(a.memory.beta));
+        static_cast<T*>(a.lse)[first + r] = row.lse;
+        scale[r] = 1 / row.sum;
+        if (threshold > 0) {
+          scale_row(p, m, scale[r]);
+          shrink_row(p, m, threshold, p);
+          scale[r] = 1;
+          if (a.shrinkage.entropy) static_cast<T*>(a.entropy)[first + r] = weights_entropy(p, m);
+        } else if (a.shrinkage.entropy) {
+          static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
+        }
       }
+      product(count, dv, m, scores.data(), score_row, 1, panels.values(), read.data(), out_row, false);
+      for (int64_t r = 0; r < count; ++r)
+        scaled_copy(read.data() + r * out_row, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
     }
-    product(count, dv, m, scores.data(), score_row, 1, panels.values(), read.data(), out_row, false);
-    for (int64_t r = 0; r < count; ++r)
-      scaled_copy(read.data() + r * out_row, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
   });
 }
 
-// One row's gradient to its scores: `p` holds exponentials and becomes the weights that read the values, `g` holds
-// dP = dO Vᵀ and becomes dS (without beta).
+// Turns a product's scores into exp(beta s − lse) on their way out of the registers. They are the softmax's weights up
+// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row with a large lse is left
+// as it is: it may have one weight of exactly 1, whose gradient must be exactly 0. So is one that is not finite.
 template <class T>
-inline void score_gradient(T* p, T* g, int64_t m, RowSum<T> row, const Shrinkage& shrinkage, T dlse, T dentropy,
-                           T* softmax) {
+struct Exponentials {
+  static constexpr T largest = 32;
+  static bool leaves(T lse) { return !(lse < largest && lse > -largest); }
+
+  T beta;
+  const T* lse;
+
+  template <class>
+  ANOMEM_INLINE void operator()(int64_t i, T* to, vec<T> score) const {
+    store(to, leaves(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
+  }
+};
+
+// One row's gradient to its scores: `p` holds the softmax up to its sum and becomes the weights that read the values,
+// `g` holds dP = dO Vᵀ and becomes dS (without beta).
+template <class T>
+inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
   const T threshold = T(shrinkage.threshold);
-  const vec<T> scale = broadcast(1 / row.sum);
-  vec<T> along{};
+  vec<T> sums{}, products{};
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> weight = count < lanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
+    sums += weight;
+    products = multiply_add(weight, load(g + j), products);
+  });
+  const T scale = 1 / sum_lanes<T>(sums);
   if (shrinkage.entropy) {
-    scale_row(p, m, 1 / row.sum);
+    scale_row(p, m, scale);
     std::memcpy(softmax, p, m * sizeof(T));
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    along = broadcast(dot(softmax, g, m) - dlse);
+    const vec<T> along = broadcast(dot(softmax, g, m) - dlse);
     for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along)); });
     return;
   }
-  // Rows are padded: the lanes past m hold exponentials of −inf, zero.
+  const vec<T> along = broadcast(sum_lanes<T>(products) * scale - dlse);
   for_vectors<T>(m, [&](int64_t j, int64_t) {
     const vec<T> weight = load(p + j) * scale;
     store(p + j, weight);
-    along = multiply_add(weight, load(g + j), along);
+    store(g + j, weight * (load(g + j) - along));
   });
-  along = broadcast(sum_lanes<T>(along) - dlse);
-  for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(p + j) * (load(g + j) - along)); });
 }
 
 // The sums over slots of one row of a memory's gradient, in order.
@@ -108,24 +139,36 @@ class BackwardSlot {
         weights_(rows * score_row_),
         gradient_(rows * score_row_),
         dquery_(rows * query_row_),
+        scores_(a.dbeta != nullptr ? rows * score_row_ : 0),
         packed_(packed_size<T>(rows, d_ > dv_ ? d_ : dv_)),
         softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
 
   // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv] (the same without separate values).
   void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
     const T beta = T(a_.memory.beta);
+    const T* lse = static_cast<const T*>(a_.lse) + first;
     const T* dlse = static_cast<const T*>(a_.dlse);
     const T* dentropy = static_cast<const T*>(a_.dentropy);
     query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
     dout_.load(static_cast<const S*>(a_.dout) + first * dv_, dv_, count);
-    product(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), weights_.data(), score_row_, false);
+    const Exponentials<T> exponential{beta, lse};
+    const auto score = [&](T* to, const auto& finish) {
+      product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), to, score_row_, finish);
+    };
+    if (dbeta == nullptr) score(weights_.data(), exponential);
+    else score(scores_.data(), Overwrite());
     product(count, m_, dv_, dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(), score_row_,
             false);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_row_;
-      const RowSum<T> row = exponentials(p, m_, beta);
-      score_gradient(p, gradient_.data() + r * score_row_, m_, row, a_.shrinkage, dlse ? dlse[first + r] : T(0),
+      if (dbeta != nullptr)
+        for_vectors<T>(m_, [&](int64_t j, int64_t) {
+          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_row_ + j));
+        });
+      if (Exponentials<T>::leaves(lse[r])) exponentials(p, m_, beta);
+      score_gradient(p, gradient_.data() + r * score_row_, m_, a_.shrinkage, dlse ? dlse[first + r] : T(0),
                      dentropy ? dentropy[first + r] : T(0), softmax_.data());
+      if (dbeta != nullptr) *dbeta += dot(scores_.data() + r * score_row_, gradient_.data() + r * score_row_, m_);
     }
     pack_scaled(dout_.data(), dout_.row(), count, dv_, T(1), packed_.data());
     product(m_, dv_, count, weights_.data(), 1, score_row_, packed_.data(), dvalues, padded_row<T>(dv_), !fresh);
@@ -135,7 +178,6 @@ class BackwardSlot {
     product(count, d_, m_, gradient_.data(), score_row_, 1, panels_.keys(), dquery_.data(), query_row_, false);
     for (int64_t r = 0; r < count; ++r) {
       const T* row = dquery_.data() + r * query_row_;
-      if (dbeta != nullptr) *dbeta += dot(query_[r], row, d_);
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
@@ -146,7 +188,7 @@ class BackwardSlot {
   const Panels<S>& panels_;
   int64_t m_, d_, dv_, score_row_, query_row_;
   QueryRows<S> query_, dout_;
-  Buffer<T> weights_, gradient_, dquery_, packed_, softmax_;
+  Buffer<T> weights_, gradient_, dquery_, scores_, packed_, softmax_;
 };
 
 template <class S>
@@ -154,7 +196,7 @@ void retrieve_rows_backward(const RetrieveBackward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
   const bool tied = a.memory.values == nullptr;
-  const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows;
+  const int64_t rows = backward_rows<T>(a.memory, n), chunks = (n + rows - 1) / rows;
   const int64_t key_row = padded_row<T>(d), value_row = tied ? 0 : padded_row<T>(dv);
   const int64_t slots = partial_sums(chunks, m, key_row + value_row);
   Buffer<T> dkeys(slots * m * key_row), dvalues(slots * m * value_row);

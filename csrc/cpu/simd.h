@@ -116,7 +116,7 @@ ANOMEM_INLINE vec<T> rotate(vec<T> x) {
 #endif
 }
 
-// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. NaN is kept.
+// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. Both keep a NaN.
 template <class T, int half = lanes<T> / 2>
 ANOMEM_INLINE T sum_lanes(vec<T> x) {
   if constexpr (half == 0) return x[0];
@@ -125,10 +125,11 @@ ANOMEM_INLINE T sum_lanes(vec<T> x) {
 
 template <class T, int half = lanes<T> / 2>
 ANOMEM_INLINE T max_lanes(vec<T> x) {
-  if constexpr (half == 0) return x[0];
-  else {
+  if constexpr (half == 0) {
+    return x[0];
+  } else {
     const vec<T> other = rotate<T, half>(x);
-    return max_lanes<T, half / 2>(x != x ? x : larger(x, other));
+    return max_lanes<T, half / 2>((x > other) | (x != x) ? x : other);
   }
 }
 

@@ -19,24 +19,31 @@ struct RowSum {
 template <bool weighted = false, class T>
 inline RowSum<T> exponentials(T* x, int64_t m, T beta, const T* prior = nullptr) {
   constexpr T lowest = -T(INFINITY);
+  if (prior != nullptr) {
+    for_vectors<T>(m, [&](int64_t j, int64_t count) {
+      store(x + j, multiply_add(load(x + j), broadcast(beta), load_some(prior + j, count)));
+    });
+    beta = 1;
+  }
+  // The largest logit is found among the scores and subtracted from them: it then is exactly zero, and the logits need
+  // no pass of their own.
+  const T sign = beta < 0 ? T(-1) : T(1);
   vec<T> top = broadcast(lowest);
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    vec<T> logit = load(x + j) * beta;
-    if (prior != nullptr) logit += load_some(prior + j, count);
-    if (count < lanes<T>) logit = keep_first<T>(logit, count, lowest);
-    store(x + j, logit);
-    top = larger(logit, top);
+    const vec<T> score = load(x + j) * sign;
+    top = larger(count < lanes<T> ? keep_first<T>(score, count, lowest) : score, top);
   });
-  const T max = max_lanes<T>(top);
+  const T best = sign * max_lanes<T>(top), max = best * beta;
   T special = 0;
   if (!(max - max == 0)) {
     special = max;
-    for (int64_t j = 0; j < m; ++j) special = x[j] != x[j] ? x[j] : special;
+    for (int64_t j = 0; j < m; ++j) special = x[j] * beta != x[j] * beta ? T(NAN) : special;
   }
   vec<T> sum{}, product{};
-  for_vectors<T>(m, [&](int64_t j, int64_t) {
-    const vec<T> shifted = load(x + j) - max;
-    const vec<T> e = exp2_or_zero(shifted * log2e<T>);
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> shifted = (load(x + j) - best) * beta;
+    vec<T> e = exp_or_zero(shifted);
+    if (count < lanes<T>) e = keep_first<T>(e, count);
     store(x + j, e);
     sum += e;
     if constexpr (weighted) product += e == vec<T>{} ? vec<T>{} : e * shifted;

@@ -39,6 +39,11 @@ def tensors(n: int, m: int, d: int, dv: int, dtype: torch.dtype = torch.float32)
     return [draw(n, d, dtype=dtype, seed=1), draw(m, d, dtype=dtype, seed=2), values]
 
 
+def pair(n: int, m: int, d: int) -> tuple[Tensor, Tensor]:
+    """query [n, d], prototypes [m, d]."""
+    return draw(n, d, seed=1), draw(m, d, seed=2)
+
+
 def read(impl: str, **options: Any) -> Any:
     """Retrieval with its lse as a function of tensors alone."""
 
@@ -61,11 +66,19 @@ def both_passes(inputs: list[Tensor | None], beta: float = 0.7) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_within_budget(shape: tuple[int, int, int, int, str], dtype: torch.dtype) -> None:
-    """Results and all gradients, those through lse and to a learned beta included."""
+    """Results and all gradients, those through lse and to a learned beta included.
+
+    In float64 beta is not learned: its gradient is one number, whose error in float32 is one draw and no measure of the
+    error in float64. `test_gradcheck` holds it.
+    """
     *sizes, normalize = shape
-    beta = torch.tensor(0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = [*tensors(*sizes, dtype=dtype), beta]
-    compare(read("native", normalize=normalize), read("reference", normalize=normalize), inputs)
+    options: dict[str, Any] = {"normalize": normalize}
+    inputs = tensors(*sizes, dtype=dtype)
+    if dtype == torch.float64:
+        options["beta"] = 0.7
+    else:
+        inputs.append(torch.tensor(0.7))
+    compare(read("native", **options), read("reference", **options), inputs)
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.5, 0.01, 20.0])
@@ -118,8 +131,7 @@ def test_same_bits_with_any_number_of_threads(sizes: tuple[int, int, int, int]) 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", ["layer", "none"])
 def test_a_bad_query_spoils_its_own_row_only(normalize: str, bad: float) -> None:
-    query, prototypes, _ = tensors(20, 9, 8, 0)
-    assert query is not None
+    query, prototypes = pair(20, 9, 8)
     query[7, 3] = bad
     out, lse = read("native", normalize=normalize)(query, prototypes)
     expected, expected_lse = read("reference", normalize=normalize)(query, prototypes)
@@ -133,12 +145,14 @@ def test_a_bad_query_spoils_its_own_row_only(normalize: str, bad: float) -> None
     assert bool(gradient[rest].isfinite().all() and out[rest].isfinite().all())
 
 
-def test_logits_that_overflow_an_exponential() -> None:
-    """Largest-logit shift: logits of 1e4 and −1e4 are no special case."""
+@pytest.mark.parametrize("beta", [-100.0, 3.0, 100.0])
+def test_logits_that_overflow_an_exponential(beta: float) -> None:
+    """Logits up to 1e5 and down to −1e5, on both sides of what the backward pass makes from lse."""
     compare(
-        read("native", normalize="none", beta=100.0), read("reference", normalize="none", beta=100.0),
+        read("native", normalize="none", beta=beta),
+        read("reference", normalize="none", beta=beta),
         [draw(12, 8, scale=10.0), draw(9, 8, seed=2, scale=10.0)],
-    )  # fmt: skip
+    )
 
 
 def test_opcheck() -> None:
@@ -159,7 +173,7 @@ def test_compiles_in_one_graph_with_any_number_of_queries() -> None:
         out, lse = hopfield_retrieve(query, prototypes, return_lse=True, impl="native")
         return (out**2).sum() + lse.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     prototypes = draw(9, 8, seed=2).requires_grad_()
     for n in (4, 7, 30):
         query = draw(n, 8, seed=1).requires_grad_()
@@ -169,10 +183,9 @@ def test_compiles_in_one_graph_with_any_number_of_queries() -> None:
 
 
 def test_autocast() -> None:
-    query, prototypes, _ = tensors(6, 5, 4, 0)
+    query, prototypes = pair(6, 5, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = hopfield_retrieve(query, prototypes, impl="native")
-    assert query is not None and prototypes is not None
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, hopfield_retrieve(query.bfloat16(), prototypes.bfloat16(), impl="native"))
 
@@ -187,9 +200,8 @@ def test_vmap() -> None:
 
 
 def test_errors() -> None:
-    query, prototypes, _ = tensors(6, 5, 4, 0)
-    assert query is not None and prototypes is not None
-    with pytest.raises(ArgumentError, match="impl.*float16"):
+    query, prototypes = pair(6, 5, 4)
+    with pytest.raises(ArgumentError, match=r"impl.*float16"):
         hopfield_retrieve(query.half(), prototypes.half(), impl="native")
     operator = torch.ops.anomem.native_retrieve_fwd
     for arguments, message in (
@@ -206,8 +218,7 @@ def test_errors() -> None:
 
 def test_queries_do_not_see_each_other() -> None:
     """Bitwise: the same place in a block of rows, other neighbours."""
-    query, prototypes, _ = tensors(1300, 70, 24, 0)
-    assert query is not None
+    query, prototypes = pair(1300, 70, 24)
     other = draw(1300, 24, seed=9)
     other[::3] = query[::3]
     here, there = (hopfield_retrieve(q, prototypes, impl="native") for q in (query, other))
@@ -216,8 +227,7 @@ def test_queries_do_not_see_each_other() -> None:
 
 def test_permutations() -> None:
     """Of the queries: the same rows in the new order. Of the prototypes: the same numbers within the budget."""
-    query, prototypes, _ = tensors(60, 40, 24, 0)
-    assert query is not None and prototypes is not None
+    query, prototypes = pair(60, 40, 24)
     order = torch.randperm(40)
     compare(lambda q, k: read("native")(q, k[order]), read("reference"), [query, prototypes])
     order = torch.randperm(60)
@@ -225,8 +235,7 @@ def test_permutations() -> None:
 
 
 def test_infinite_beta_reads_the_nearest_prototype() -> None:
-    query, prototypes, _ = tensors(60, 40, 24, 0)
-    assert query is not None and prototypes is not None
+    query, prototypes = pair(60, 40, 24)
     nearest = (query @ prototypes.T).argmax(dim=1)
     out = hopfield_retrieve(query, prototypes, normalize="none", beta=1e6, impl="native")
     assert torch.equal(out, prototypes[nearest])

@@ -1,0 +1,28 @@
+"""`python -m benchmarks.report`: rewrite the tables in README.md and docs/PERFORMANCE.md, and the pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.report import pages, pictures
+
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+
+
+def main() -> int:
+    """Write what the rows say; print what was written."""
+    written: list[Path] = []
+    for page in pages.PAGES:
+        pages.rewrite(ROOT / page, RESULTS)
+        written.append(ROOT / page)
+    written += pictures.draw_all(RESULTS, PICTURES)
+    for path in written:
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
