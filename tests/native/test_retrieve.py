@@ -68,13 +68,13 @@ def both_passes(inputs: list[Tensor | None], beta: float = 0.7) -> list[Tensor]:
 def test_within_budget(shape: tuple[int, int, int, int, str], dtype: torch.dtype) -> None:
     """Results and all gradients, those through lse and to a learned beta included.
 
-    In float64 beta is not learned: its gradient is one number, whose error in float32 is one draw and no measure of the
-    error in float64. `test_gradcheck` holds it.
+    beta's gradient is one number, and the error of one number is one draw: with a single query plain PyTorch's may be
+    tiny by chance, and in float64 its float32 error says nothing. There beta is not learned; `test_gradcheck` holds it.
     """
     *sizes, normalize = shape
     options: dict[str, Any] = {"normalize": normalize}
     inputs = tensors(*sizes, dtype=dtype)
-    if dtype == torch.float64:
+    if dtype == torch.float64 or sizes[0] == 1:
         options["beta"] = 0.7
     else:
         inputs.append(torch.tensor(0.7))
