@@ -72,14 +72,15 @@ __device__ inline unsigned packed(const float* x) {
   }
 }
 
-// N consecutive elements as floats: in 16-byte accesses where N and the address allow it, one by one elsewhere.
+// N consecutive elements of global memory as floats: in 16-byte accesses where N and the address allow it, one by one
+// elsewhere. The accesses are intrinsics, because nvcc would merge the two ways into the one that always works.
 template <class T, int N>
 __device__ inline void load(float (&x)[N], const T* p) {
   if constexpr (N * sizeof(T) % 16 == 0) {
     if (aligned(p)) {
 #pragma unroll
       for (int v = 0; v < N / kPack<T>; ++v) {
-        const uint4 raw = reinterpret_cast<const uint4*>(p)[v];
+        const uint4 raw = __ldca(reinterpret_cast<const uint4*>(p) + v);
         T item[kPack<T>];
         memcpy(item, &raw, 16);
 #pragma unroll
@@ -102,7 +103,7 @@ __device__ inline void store(T* p, const float (&x)[N]) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) word[w] = packed<T>(x + v * kPack<T> + w * kPack<T> / 4);
         const uint4 raw{word[0], word[1], word[2], word[3]};
-        reinterpret_cast<uint4*>(p)[v] = raw;
+        __stwb(reinterpret_cast<uint4*>(p) + v, raw);
       }
       return;
     }

@@ -78,6 +78,7 @@ struct TakePlanes {
 
   struct Shared {
     T tile[kPositions][kChunk + kPad];
+    Affine affine[kPositions];
   };
 
   static int64_t blocks(const Arguments& a) { return ceil_div(a.count, kPositions) * a.batch; }
@@ -96,7 +97,9 @@ struct TakePlanes {
           fill(a, shared, b, start, c, width);
           __syncthreads();
           if (a.normalize != kNone && (pass == 0 || !read_twice)) measure(a, shared, width, moments);
-          if (pass == 1) write(a, shared, b, start, c, width, moments);
+          if (pass == 0) continue;
+          if (c == 0) settle(a, shared, moments);
+          write(a, shared, b, start, c, width);
         }
       }
     }
@@ -115,6 +118,7 @@ struct TakePlanes {
 
   __device__ static void measure(const Arguments& a, const Shared& shared, int width, Moments (&moments)[kPerWarp]) {
     const int lane = threadIdx.x % kWarp;
+    const float share = 1.0f / width;
 #pragma unroll
     for (int j = 0; j < kPerWarp; ++j) {
       const T* x = shared.tile[threadIdx.x / kWarp * kPerWarp + j];
@@ -123,22 +127,33 @@ struct TakePlanes {
         for (int k = lane; k < width; k += kWarp) sum += widen(x[k]);
         sum = warp_sum(sum);
       }
-      const float mean = sum / width;  // 0 for the L2 norm, whose second moment is about the origin
+      const float mean = sum * share;  // 0 for the L2 norm, whose second moment is about the origin
       float square = 0;
       for (int k = lane; k < width; k += kWarp) square += (widen(x[k]) - mean) * (widen(x[k]) - mean);
       moments[j].merge({static_cast<float>(width), mean, warp_sum(square)});
     }
   }
 
-  __device__ static void write(const Arguments& a, const Shared& shared, int64_t b, int64_t start, int64_t c, int width,
-                               const Moments (&moments)[kPerWarp]) {
-    const int lane = threadIdx.x % kWarp;
+  // Leaves the normalisation of the warp's positions where its lanes find it.
+  __device__ static void settle(const Arguments& a, Shared& shared, const Moments (&moments)[kPerWarp]) {
+    if (threadIdx.x % kWarp == 0) {
 #pragma unroll
+      for (int j = 0; j < kPerWarp; ++j) {
+        shared.affine[threadIdx.x / kWarp * kPerWarp + j] = affine_of(moments[j], a.normalize);
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ static void write(const Arguments& a, const Shared& shared, int64_t b, int64_t start, int64_t c,
+                               int width) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll 1  // unrolled it spills
     for (int j = 0; j < kPerWarp; ++j) {
       const int p = threadIdx.x / kWarp * kPerWarp + j;
       const int64_t i = start + p;
       if (i >= a.count) return;
-      const Affine affine = affine_of(moments[j], a.normalize);
+      const Affine affine = shared.affine[p];
       if (a.inv_norm != nullptr && lane == 0 && c == 0) a.inv_norm[i * a.batch + b] = affine.scale;
       T* y = a.out + i * a.out_stride_position + b * a.out_stride_batch + c;
       walk(y, width, lane, kWarp, [&](auto span, int64_t k) {

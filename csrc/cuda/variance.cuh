@@ -200,7 +200,7 @@ struct VarianceBackward {
       load_some(slope, a.std + g * a.features + column, valid);
       const float upstream = -a.dloss[g] / (static_cast<float>(a.features) * static_cast<float>(a.batch - 1));
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) slope[k] = slope[k] >= a.gamma ? 0.0f : upstream / slope[k];
+      for (int k = 0; k < kWidth; ++k) slope[k] = slope[k] >= a.gamma ? 0.0f : __fdividef(upstream, slope[k]);
       for (int64_t r = begin + slice; r < end; r += kSlices) {
         const int64_t at = (g * a.batch + r) * a.features + column;
         float v[kWidth];

@@ -1,6 +1,7 @@
 // Stands in for CUDA's header of this name: enough of the device language for csrc/cuda/*.cuh to be plain C++.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "fibers.h"
@@ -17,6 +18,13 @@ using emulation::blockDim;
 using emulation::blockIdx;
 using emulation::gridDim;
 using emulation::threadIdx;
+
+// A macro, because a recent C library has a function of this name.
+#define rsqrtf(x) (1.0f / std::sqrt(x))
+inline float __fdividef(float x, float y) { return x / y; }
+
+inline uint4 __ldca(const uint4* p) { return *p; }
+inline void __stwb(uint4* p, uint4 value) { *p = value; }
 
 inline void __syncthreads() { emulation::block_barrier(); }
 
