@@ -78,7 +78,7 @@ def score_histograms(
     """
     named = {"anomaly score": scores} if isinstance(scores, Tensor) else dict(scores)
     require(len(named) > 0, "scores", "at least one score", "none")
-    columns = min(3, len(named))
+    columns = 2 if len(named) == 4 else min(3, len(named))
     lines = math.ceil(len(named) / columns)
     with figure(path, max(4.6, columns * 3.6), lines * 2.6 + 0.4, gap=0.08) as drawn:
         grid = drawn.subplots(lines, columns, squeeze=False)

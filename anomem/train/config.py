@@ -64,7 +64,7 @@ class Stage2Config:
     """Channels of the head's convolutions."""
     embedding: int = 32
     """Length of g(s)."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=0.02, clip=5.0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=0.005, clip=5.0))
     """Its own optimisation."""
 
 

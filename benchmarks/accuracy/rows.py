@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from anomem.evaluate.report import Metrics
+from anomem.train.run import has_stage2
 from anomem.train.serialize import to_dict
 from benchmarks.accuracy.tasks import Job
 
@@ -46,8 +47,11 @@ class Row:
 
 
 def digest(job: Job) -> str:
-    """Equal for equal configurations."""
-    return hashlib.sha256(json.dumps(to_dict(job.config), sort_keys=True).encode()).hexdigest()[:12]
+    """Equal for equal configurations; the settings of a second stage that does not run do not count."""
+    values = to_dict(job.config)
+    if not has_stage2(job.config):
+        del values["stage2"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def rows_of(job: Job, metrics: Metrics, seconds: float) -> list[Row]:

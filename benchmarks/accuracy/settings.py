@@ -15,7 +15,7 @@ from anomem.train import TrainConfig
 from anomem.train.controls import control
 from anomem.train.run import model_for, train_task
 
-SYNTHETIC = 0.5
+SYNTHETIC = 1.0
 """Synthetic outliers per normal image."""
 EXPOSED = 0.1
 """Real labelled anomalies per normal training image."""
