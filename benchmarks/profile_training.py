@@ -23,6 +23,7 @@ from anomem.models import AnoMem, ModelConfig, build_model
 from benchmarks.console import has, parse, say, table
 from benchmarks.machine import ROOT, about
 from benchmarks.memory import peak_bytes
+from benchmarks.report.tables import number
 from benchmarks.training.phases import Phases
 from benchmarks.training.pipelines import Batched, PerImage, random_images
 from benchmarks.training.step import Step
@@ -155,9 +156,9 @@ def show(title: str, found: list[dict[str, Any]]) -> None:
     """The bars as a table: a line for each phase."""
     phases = list(dict.fromkeys(phase for row in found for phase in row["milliseconds"]))
     columns = ("ms of a step", *(row["pipeline"] for row in found))
-    lines = [(phase, *(f"{row['milliseconds'].get(phase, 0.0):#.3g}" for row in found)) for phase in phases]
-    lines.append(("sum of phases", *(f"{sum(row['milliseconds'].values()):#.3g}" for row in found)))
-    lines.append(("step without phases", *(f"{1e3 * row['seconds_per_step']:#.3g}" for row in found)))
+    lines = [(phase, *(number(row["milliseconds"].get(phase, 0.0)) for row in found)) for phase in phases]
+    lines.append(("sum of phases", *(number(sum(row["milliseconds"].values())) for row in found)))
+    lines.append(("step without phases", *(number(1e3 * row["seconds_per_step"]) for row in found)))
     lines.append(("images/s", *(f"{row['images_per_second']:.0f}" for row in found)))
     lines.append(("peak MiB of forward, backward, update", *(f"{row['peak_bytes'] / 2**20:.1f}" for row in found)))
     table(title, columns, lines)

@@ -53,7 +53,9 @@ def stored(dims: Dims) -> int:
 
 def smaller(dims: Dims) -> Dims:
     """Fewer queries; an odd number, so that the last tile is not full."""
-    return capped(dims, N=2047)
+    # B images with equally many queries each: odd where B is, or where there is none.
+    images = dims.get("B", 1)
+    return capped(dims, N=max(1, 2047 // images) * images)
 
 
 RETRIEVE = Operator("retrieve", "softmax(β LN(q) LN(K)ᵀ) LN(K)", inputs, retrieve, work, stored, smaller)
