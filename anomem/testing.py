@@ -23,7 +23,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
         scale: standard deviation.
     """
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
@@ -39,7 +39,7 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str
 
     Args:
         actual: what the kernel gave.
-        plain: the reference in the same dtype.
+        plain: the reference in the same dtype; in float32 for a float64 kernel.
         exact: the reference in float64.
         name: for the message.
         ulps: width of the band, in units in the last place of the largest magnitude.
@@ -49,13 +49,16 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str
             error beyond the budget.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
+    wide = actual.dtype == torch.float64 and plain.dtype == torch.float32
+    assert wide or actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
     finite = exact.isfinite()
     assert torch.equal(actual.isfinite().cpu(), finite.cpu()), f"{name}: finite where it should not be, or the reverse"
     zero = torch.zeros((), dtype=torch.float64, device=exact.device)
     truth = torch.where(finite, exact, zero)
     mine, theirs = (error(torch.where(finite, x.double(), zero), truth) for x in (actual, plain))
-    budget = 2 * theirs + ulps * torch.finfo(actual.dtype).eps
+    unit = torch.finfo(actual.dtype).eps
+    theirs *= unit / torch.finfo(plain.dtype).eps
+    budget = (3 if wide else 2) * theirs + ulps * unit
     assert mine <= budget, (
         f"{name}: error {mine:.3g} of the largest magnitude, budget {budget:.3g} (plain {theirs:.3g})"
     )
@@ -92,16 +95,20 @@ def compare(
     Args:
         kernel: the function under test.
         reference: the specification; run in the inputs' dtype and in float64.
-        inputs: tensors (None and integer tensors are passed through).
+        inputs: tensors (None and integer tensors are passed through). Those in float64 are rounded to float32 numbers
+            first, so that the float32 reference sees the same.
         ulps: width of the rounding band.
     """
 
-    def promoted(x: Tensor | None) -> Tensor | None:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    def converted(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
 
+    wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
+    if wide:
+        inputs = converted(torch.float64, converted(torch.float32, inputs))
     actual = gradients(kernel, inputs)
-    plain = gradients(reference, inputs)
-    exact = gradients(reference, [promoted(x) for x in inputs])
+    plain = gradients(reference, converted(torch.float32, inputs) if wide else inputs)
+    exact = gradients(reference, converted(torch.float64, inputs))
     assert len(actual) == len(exact), f"{len(actual)} results, expected {len(exact)}"
     for i, (mine, theirs, truth) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_within_budget(mine, theirs.to(mine.dtype), truth, f"result {i}", ulps)
+        assert_within_budget(mine, theirs if wide else theirs.to(mine.dtype), truth, f"result {i}", ulps)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in Triton's interpreter, on CPU tensors, except under `-m gpu`.
+
+    It must be switched on before anything imports triton, which torch.compile does: hence here, not beside the tests.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,6 +54,15 @@ def test_known_wrong_losses_are_rejected(wrong: Callable[[Tensor, Tensor], Tenso
         compare(wrong, right, views())
 
 
+def test_float64_is_held_to_its_own_precision() -> None:
+    inputs = [x.double() for x in views()]
+    compare(right, right, inputs)
+    with pytest.raises(AssertionError, match="budget"):
+        compare(lambda *z: right(*(x.float() for x in z)).double(), right, inputs)
+    with pytest.raises(AssertionError, match="budget"):
+        compare(lambda *z: right(*z) * (1 + 1e-13), right, inputs)
+
+
 def retrieve(query: Tensor, keys: Tensor) -> Tensor:
     return R.hopfield_retrieve(query, keys).out
 

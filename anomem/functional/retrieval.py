@@ -10,7 +10,7 @@ from torch import Tensor
 from anomem import backends
 from anomem.backends import Impl
 from anomem.functional.precision import accumulator, autocast_inputs, scalar, unit_inner_stride, without_autocast
-from anomem.reference.normalize import Normalize, l2_normalize, normalize_rows
+from anomem.reference.normalize import Normalize, normalize_rows
 from anomem.reference.retrieval import hopfield_retrieve as reference_retrieve
 from anomem.reference.retrieval import weights_entropy
 from anomem.reference.usage import MemoryDiagnostics
@@ -154,10 +154,11 @@ def memory_diagnostics(
         from anomem.ops.inference import usage
 
         learned, scale = scalar(beta, flat)
-        counts, mass, entropy = usage(unit_inner_stride(flat), prototypes.contiguous(), learned, scale, normalize)
-        retrieved = hopfield_retrieve(flat, prototypes, beta=beta, normalize=normalize)
-        mean_length = torch.linalg.vector_norm(l2_normalize(retrieved.to(mass.dtype)).mean(dim=0))
+        counts, mass, entropy, direction = usage(
+            unit_inner_stride(flat), prototypes.contiguous(), learned, scale, normalize
+        )
         mean_entropy = entropy.mean()
+        mean_length = torch.linalg.vector_norm(direction)
         return MemoryDiagnostics(
             counts, mass, mean_entropy, mean_entropy.exp(), weights_entropy(mass).exp(), mean_length
         )

@@ -27,10 +27,10 @@ def _deviation_map_fake(
 
 def _usage_fake(
     query: Tensor, keys: Tensor, beta: Tensor | None, scale: float, normalize: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulator(query)
     count, mass = empty(keys, keys.shape[0], dtype=torch.int64), empty(keys, keys.shape[0], dtype=dtype)
-    return count, mass, empty(query, query.shape[0], dtype=dtype)
+    return count, mass, empty(query, query.shape[0], dtype=dtype), empty(query, query.shape[1], dtype=dtype)
 
 
 define(
@@ -42,7 +42,7 @@ define(
 define(
     "native_usage",
     "(Tensor query, Tensor keys, Tensor? beta, float scale, int normalize) -> "
-    "(Tensor count, Tensor mass, Tensor entropy)",
+    "(Tensor count, Tensor mass, Tensor entropy, Tensor direction)",
     _usage_fake,
 )
 
@@ -65,9 +65,14 @@ def deviation_map(
 
 def usage(
     query: Tensor, keys: Tensor, beta: Tensor | None, scale: float, normalize: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts [M] int64 of the strongest prototype, mean weights [M] and entropy [N] of each query's weights."""
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.anomem.native_usage(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How queries [N, d] use a memory [M, d], in one pass.
+
+    Returns:
+        Counts [M] int64 of the strongest prototype, mean weights [M], entropy [N] of each query's weights and the mean
+        [d] of HF(q)/|HF(q)|; all but the counts in the accumulation dtype.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.anomem.native_usage(
         query, keys, beta, scale, NORMALIZE_CODES[normalize]
     )
     return result

@@ -1,8 +1,12 @@
-"""Loading of the C++ library, once, when the first native operator is wanted."""
+"""Loading of the C++ library, once, when the first native operator is wanted.
+
+`ANOMEM_LIBRARY` names another folder than the package's to take it from: a sanitized build, for example.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -31,12 +35,13 @@ def obstacle(device: str) -> str | None:
 
 @functools.cache
 def _load(file: str, how: str) -> str | None:
-    path = _PACKAGE / file
+    folder = os.environ.get("ANOMEM_LIBRARY")
+    path = (Path(folder).resolve() if folder else _PACKAGE) / file
     if not path.exists():
-        return f"anomem/{file} is not built; {how}"
+        return f"ANOMEM_LIBRARY={folder}: no {file} in it" if folder else f"anomem/{file} is not built; {how}"
     try:
         # A second copy of the same registrations aborts the process: the cache makes this the only load.
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"anomem/{file} does not load with torch {torch.__version__}: {error}"
+        return f"{path.parent.name}/{file} does not load with torch {torch.__version__}: {error}"
     return None

@@ -1,0 +1,78 @@
+# `make demo` and `make test` set up all they need; a second call does only what has changed.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# Test workers share the cores: one thread each, but as many workers as cores.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+CPU_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+CUDA_SOURCES := setup.py $(wildcard csrc/*.h csrc/cuda/*)
+
+.PHONY: help setup build demo test test-gpu test-triton-floor lint bench report sanitize clean
+
+help:
+	@echo 'make demo      train AnoMem on real images, print the table, draw the figures (a few minutes)'
+	@echo 'make test      the whole test suite, without a GPU'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make bench     kernels against plain PyTorch and its rivals, on this machine'
+	@echo 'make report    tables and pictures from the committed rows of benchmarks/results'
+	@echo 'make test-gpu  the tests that need a CUDA GPU'
+	@echo 'make sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make clean     everything that was built (the virtual environment stays)'
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet torch torchvision
+	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja packaging
+	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,peers]'
+	@touch $@
+
+build: anomem/_C.so anomem/_C_cuda.so
+
+anomem/_C.so: $(CPU_SOURCES) | $(VENV)/.installed
+	ANOMEM_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Where there is no nvcc nothing is built, which is no error: the line printed says so.
+anomem/_C_cuda.so: $(CUDA_SOURCES) | anomem/_C.so
+	ANOMEM_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
+
+demo: anomem/_C.so
+	$(PY) -m anomem.demo
+
+test: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests
+
+test-gpu: build
+	$(PY) -m pytest -m gpu tests
+
+# The oldest Triton that the kernels support, beside whatever torch brought.
+test-triton-floor: build
+	test -d build/triton-3.6 || $(PY) -m pip install --quiet --no-deps --target build/triton-3.6 'triton==3.6.*'
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/kernels
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: build
+	$(PY) -m benchmarks.run --suite kernels
+
+report: $(VENV)/.installed
+	$(PY) -m benchmarks.report
+
+# The module under test is a library inside Python, which is not instrumented: the sanitizers' runtime is loaded first,
+# and libstdc++ with it, without which it would not find the functions behind C++ exceptions.
+sanitize: $(VENV)/.installed
+	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force \
+	  --build-temp build/sanitized/objects --build-lib build/sanitized
+	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
+	  $(PY) -m pytest -p no:xdist tests/native
+
+clean:
+	rm -rf build dist *.egg-info anomem/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

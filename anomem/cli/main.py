@@ -1,0 +1,88 @@
+"""The command `anomem`: train, evaluate, score, plot.
+
+Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one sentence on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from anomem import __version__
+from anomem.cli import commands
+from anomem.cli.options import Evaluate, Plot, Score, Train
+from anomem.errors import UserError
+from anomem.train.config import TrainConfig
+from anomem.train.presets import NAMES, preset
+from anomem.train.serialize import load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: without the program's name; those of the process when None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"anomem {__version__}")
+        return 0
+    try:
+        command = _parse(arguments)
+        if isinstance(command, Train):
+            commands.train(command)
+        elif isinstance(command, Evaluate):
+            commands.evaluate(command)
+        elif isinstance(command, Score):
+            commands.score(command)
+        else:
+            commands.plot(command)
+    except UserError as error:
+        print(f"anomem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "anomem: interrupted; a run goes on from its last checkpoint with `anomem train --resume`", file=sys.stderr
+        )
+        return 130
+    except SystemExit as stop:  # tyro: help, or a wrong option
+        return int(stop.code or 0)
+    return 0
+
+
+def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
+    start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
+    kinds: Any = (
+        Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+    )
+    about = "Anomaly detection with contrasted memories."
+    command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+    return command
+
+
+def _starting_point(arguments: list[str]) -> TrainConfig:
+    """The settings that options are laid over: a file's, a preset's, or the preset of the data set named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--preset", "--config", "--data.dataset"):
+        parser.add_argument(name, default=None)
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except SystemExit:  # an option without its value: tyro says so better
+        return TrainConfig()
+    if known.config is not None:
+        if known.preset is not None:
+            raise UserError("`--preset` and `--config` are both settings to start from: give one of them")
+        return load_config(TrainConfig, Path(known.config))
+    name = known.preset or vars(known)["data.dataset"] or "digits"
+    return preset(name) if name in NAMES else TrainConfig()

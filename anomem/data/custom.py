@@ -1,0 +1,106 @@
+"""Any data set in the manner of torchvision's, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from anomem.data.config import DataConfig
+from anomem.data.convert import as_uint8, resize
+from anomem.data.images import Picked, resident_or_streamed
+from anomem.data.task import Task, assemble, class_index, stratified_split, training_rows
+from anomem.validation import require
+
+
+class LabelledImages(Dataset[Tensor]):
+    """The images of a data set whose items are (image, label), as uint8 tensors.
+
+    Args:
+        dataset: see `task_from_dataset`.
+        size: side in pixels, or None to keep the size, which must then be one for all.
+    """
+
+    def __init__(self, dataset: Any, size: int | None) -> None:
+        self.dataset = dataset
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """[C, H, W] uint8."""
+        return resize(as_uint8(self.dataset[index][0], f"dataset[{index}]")[None], self.size)[0]
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """Labels [N] int64 of a data set: its `targets` (torchvision's name for them), or read item by item."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [dataset[i][1] for i in range(len(dataset))]
+    labels = torch.as_tensor(targets)
+    right = labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset)
+    require(right, "dataset", lambda: f"{len(dataset)} integer labels, one per image", labels)
+    return labels.long()
+
+
+def task_from_dataset(
+    train: Any,
+    test: Any = None,
+    *,
+    config: DataConfig,
+    classes: Sequence[str] | None = None,
+    aligned: bool = True,
+) -> Task:
+    """One class of any labelled data set against its other classes.
+
+    Args:
+        train: anything with a length whose item i is (image, label): a torchvision data set, a list of pairs. Images
+            are PIL images, arrays [H, W(, C)] or tensors [C, H, W]; floating pixels are in [0, 1].
+        test: the same for testing; None splits `train` by `config.test_fraction` and seed.
+        config: `dataset` is only a name here; `normal`, `outlier_ratio`, `image_size`, `seed` and the limits of
+            residence mean what they say.
+        classes: names by label; by default the data set's `classes`, else the labels' numbers.
+        aligned: whether one position means the same thing in every image; `config.aligned` overrides it.
+
+    Raises:
+        UserError: fewer than two normals, one class only, NaN in the data, an unknown class.
+    """
+    require(len(train) >= 2, "train", "at least two images", len(train))
+    labels = labels_of(train)
+    if test is None:
+        train_rows, test_rows = stratified_split(labels, config.test_fraction, config.seed)
+        test, test_labels = train, labels[test_rows]
+    else:
+        train_rows = torch.arange(len(labels))
+        test_labels = labels_of(test)
+        test_rows = torch.arange(len(test_labels))
+    if classes is None:
+        classes = getattr(train, "classes", None)
+    highest = int(torch.cat([labels, test_labels]).max())
+    names = tuple(str(name) for name in (range(highest + 1) if classes is None else classes))
+    require(highest < len(names), "classes", lambda: f"a name for each label up to {highest}", len(names))
+    normal = class_index(config.normal, names)
+    rows, is_normal = training_rows(labels[train_rows] == normal, config.outlier_ratio, config.seed)
+
+    train_set, test_set = (
+        resident_or_streamed(
+            Picked(LabelledImages(source, config.image_size), picked.tolist()),
+            config.resident_megabytes,
+            config.workers,
+        )
+        for source, picked in ((train, train_rows[rows]), (test, test_rows))
+    )
+    return assemble(
+        f"{config.dataset} {names[normal]}",
+        names[normal],
+        train_set,
+        is_normal,
+        test_set,
+        [names[label] for label in test_labels.tolist()],
+        test_labels != normal,
+        aligned=aligned if config.aligned is None else config.aligned,
+    )

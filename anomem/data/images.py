@@ -1,0 +1,250 @@
+"""Sets of images behind one interface: resident on the device, or streamed from where they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from anomem.errors import UserError
+from anomem.validation import require, require_count, require_index, shape_of
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class ImageSet:
+    """Labelled images in memory, before they are split into a task.
+
+    Attributes:
+        images: [N, C, H, W] uint8 on the CPU.
+        labels: [N] int64, indices into `classes`.
+        classes: names of the classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+class Images(Protocol):
+    """A set of N images of one shape, read by index in batches."""
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        ...
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def batches(self, order: Tensor, batch_size: int) -> Batches:
+        """Batches of images in a given order.
+
+        Args:
+            order: [n] int64, which images, in which order; repeats are allowed.
+            batch_size: b; the last batch holds what is left.
+
+        Yields:
+            The images [b, C, H, W] uint8 and their part of the order [b], both on the device of the set.
+        """
+        ...
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images, delivered on another device."""
+        ...
+
+
+class ResidentImages:
+    """Images that live on the device as uint8 and are gathered there by index.
+
+    Args:
+        images: [N, C, H, W] uint8.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        require(images.dim() == 4, "images", "a tensor [N, C, H, W]", images)
+        require(images.dtype == torch.uint8, "images", "uint8", images.dtype)
+        self.images = images
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, order: Tensor, batch_size: int) -> Batches:
+        """See `Images.batches`; nothing here waits for the device."""
+        _check(order, batch_size, len(self))
+        for part in order.to(self.images.device, non_blocking=True).split(batch_size):
+            yield self.images.index_select(0, part), part
+
+    def to(self, device: torch.device | str) -> ResidentImages:
+        """A copy on another device (the same tensor if it is there already)."""
+        return ResidentImages(self.images.to(device))
+
+
+class StreamedImages:
+    """Images read one by one from a torch data set through a DataLoader, for sets that do not fit on the device.
+
+    Each call of `batches` starts its own workers, so an order that spans several epochs starts them once.
+
+    Args:
+        dataset: item i is an image [C, H, W] uint8, all of one shape.
+        workers: processes that read; 0 reads in the calling process.
+        device: where the batches are delivered.
+    """
+
+    def __init__(self, dataset: Dataset[Tensor], workers: int = 2, device: torch.device | str = "cpu") -> None:
+        require(len(cast(Any, dataset)) > 0, "dataset", "at least one image", "none")
+        require_count(workers, "workers", 0)
+        self.dataset = dataset
+        self.workers = workers
+        self.device = torch.device(device)
+        self._shape: torch.Size = dataset[0].shape
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self._shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self._shape[1], self._shape[2]
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.dataset))
+
+    def batches(self, order: Tensor, batch_size: int) -> Batches:
+        """See `Images.batches`; copies to an accelerator come from pinned memory and are not waited for."""
+        _check(order, batch_size, len(self))
+        parts = order.cpu().split(batch_size)
+        pinned = self.device.type == "cuda"
+        # One item of the loader is one batch; the loader keeps the order, so the parts can be zipped to it.
+        loader: DataLoader[Tensor | UserError] = DataLoader(
+            _Stacks(self.dataset),
+            sampler=[part.tolist() for part in parts],
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=pinned,
+        )
+        for images, part in zip(loader, parts, strict=True):
+            if isinstance(images, UserError):
+                raise images
+            yield images.to(self.device, non_blocking=pinned), part.to(self.device, non_blocking=pinned)
+
+    def to(self, device: torch.device | str) -> StreamedImages:
+        """The same data set, delivered on another device."""
+        return StreamedImages(self.dataset, self.workers, device)
+
+
+class _Stacks(Dataset[Any]):
+    """Batches of a data set by lists of indices; an error is handed over whole, not as a worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Tensor]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> Tensor | UserError:
+        try:
+            return stack(self.dataset, indices)
+        except UserError as error:
+            return error
+
+
+def stack(dataset: Dataset[Tensor], indices: Sequence[int]) -> Tensor:
+    """Images [n, C, H, W] of a data set.
+
+    Raises:
+        ArgumentError: images of different shapes.
+    """
+    images = [dataset[i] for i in indices]
+    for i, image in zip(indices, images, strict=True):
+        require(
+            image.shape == images[0].shape,
+            "dataset",
+            lambda: f"images of one shape, {shape_of(images[0])} as image {indices[0]}",
+            lambda image=image, i=i: f"{shape_of(image)} for image {i}",
+            "set `image_size`",
+        )
+    return torch.stack(images)
+
+
+class Picked(Dataset[Tensor]):
+    """Some images of a data set, in a given order.
+
+    Args:
+        dataset: item i is an image.
+        indices: which items.
+    """
+
+    def __init__(self, dataset: Dataset[Tensor], indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.dataset[self.indices[index]]
+
+
+def resident_or_streamed(dataset: Dataset[Tensor], resident_megabytes: float, workers: int) -> Images:
+    """Read a data set into memory if it is small enough, else leave it where it is.
+
+    Args:
+        dataset: at least one item; item i is an image [C, H, W] uint8, all of one shape.
+        resident_megabytes: the limit.
+        workers: for `StreamedImages`.
+    """
+    count = len(cast(Any, dataset))
+    require(count > 0, "dataset", "at least one image", "none")
+    if count * dataset[0].numel() > resident_megabytes * 2**20:
+        return StreamedImages(dataset, workers)
+    return ResidentImages(stack(dataset, range(count)))
+
+
+def channel_statistics(images: Images, count: int, at_most: int = 2048) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in [0, 1] units.
+
+    Args:
+        images: the set.
+        count: how many of it to look at, from the first; at least one.
+        at_most: look at no more than so many, evenly spaced.
+
+    Returns:
+        C means and C standard deviations; a constant channel gets the deviation 1, so that dividing by it is safe.
+    """
+    order = torch.linspace(0, count - 1, min(count, at_most)).round().long()
+    first = torch.zeros(images.channels, dtype=torch.float64)
+    second, seen = torch.zeros_like(first), 0
+    for batch, _ in images.batches(order, 256):
+        pixels = batch.cpu().double().div(255)
+        first += pixels.sum((0, 2, 3))
+        second += pixels.square().sum((0, 2, 3))
+        seen += pixels[:, 0].numel()
+    mean = first / seen
+    std = (second / seen - mean.square()).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
+
+
+def _check(order: Tensor, batch_size: int, count: int) -> None:
+    require_index(order, "order", "[n]", (1,), count, "images")
+    require_count(batch_size, "batch_size", 1)

@@ -1,0 +1,97 @@
+"""Shallow detectors on raw pixels, on the same split: what any learned detector must be compared with."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomem.data import Images, Task
+from anomem.data.optional import optional
+from anomem.validation import require
+
+
+def pixels(images: Images, order: Tensor | None = None) -> Tensor:
+    """Raw pixels of a set in [0, 1]: [N, C, H, W] float32 on the CPU.
+
+    Args:
+        images: the set.
+        order: [n] int64, which images; None is all.
+    """
+    order = torch.arange(len(images)) if order is None else order
+    parts = [batch.cpu().float().div_(255) for batch, _ in images.batches(order, 512)]
+    return torch.cat(parts)
+
+
+def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tensor]:
+    """Scores of the test images by kNN, one-class SVM, LOF and isolation forest, fitted to raw pixels of the normals.
+
+    Args:
+        task: labelled anomalies among its training images are not used.
+        seed: of the isolation forest, and of the choice where there are more normals than `at_most`.
+        at_most: fit to no more normals than this; the kernel and neighbour methods grow with the square.
+
+    Returns:
+        Name -> [T] float64, higher is more anomalous: "kNN-3" (mean distance to the three nearest normals),
+        "one-class SVM" (RBF kernel, gamma by the data's variance, nu 0.1), "LOF" (20 neighbours), "isolation forest"
+        (200 trees).
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    with optional("the comparison with shallow baselines"):
+        from sklearn.ensemble import IsolationForest
+        from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+        from sklearn.svm import OneClassSVM
+
+    train, test = (x.flatten(1).numpy() for x in (_normals(task, seed, at_most), pixels(task.test)))
+    neighbours = NearestNeighbors(n_neighbors=min(3, len(train))).fit(train)
+    found = {"kNN-3": neighbours.kneighbors(test)[0].mean(1)}
+    outlier_factor = LocalOutlierFactor(n_neighbors=min(20, len(train) - 1), novelty=True)
+    for name, detector in (
+        ("one-class SVM", OneClassSVM(gamma="scale", nu=0.1)),
+        ("LOF", outlier_factor),
+        ("isolation forest", IsolationForest(n_estimators=200, random_state=seed)),
+    ):
+        found[name] = -cast(Any, detector).fit(train).score_samples(test)
+    return {name: torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float64)) for name, scores in found.items()}
+
+
+def patch_pca_maps(task: Task, seed: int = 0, side: int = 8, components: int = 16, at_most: int = 100_000) -> Tensor:
+    """Localisation baseline: how badly the principal components of normal patches reconstruct the patch at each pixel.
+
+    Args:
+        task: labelled anomalies among its training images are not used.
+        seed: of the choice where there are more patches than `at_most`.
+        side: of a patch in pixels.
+        components: kept; the residual is what is orthogonal to them.
+        at_most: fit to no more patches than this.
+
+    Returns:
+        [T, H, W] float32: squared residual per pixel, averaged over the patches that cover it.
+    """
+    height, width = task.test.size
+    require(side <= min(height, width), "side", lambda: f"at most {min(height, width)}", side)
+    normals = F.unfold(_normals(task, seed, max(2, at_most // (height * width))), side)  # [N, C·side², L]
+    rows = normals.movedim(1, 2).flatten(0, 1)  # [N·L, C·side²]
+    require(1 <= components < rows.shape[1], "components", lambda: f"from 1 to {rows.shape[1] - 1}", components)
+    mean = rows.mean(0)
+    covariance = (rows - mean).T.double() @ (rows - mean).double() / len(rows)
+    basis = torch.linalg.eigh(covariance).eigenvectors[:, -components:].float()
+    maps = []
+    for batch in pixels(task.test).split(64):
+        patches = F.unfold(batch, side).movedim(1, 2) - mean  # [b, L, C·side²]
+        residual = (patches - (patches @ basis) @ basis.T).square().movedim(1, 2)
+        covered = F.fold(torch.ones_like(residual), (height, width), side)
+        maps.append((F.fold(residual, (height, width), side) / covered).mean(1))
+    return torch.cat(maps)
+
+
+def _normals(task: Task, seed: int, at_most: int) -> Tensor:
+    rows = task.train_is_normal.cpu().nonzero().flatten()
+    if len(rows) > at_most:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:at_most]]
+    return pixels(task.train, rows)

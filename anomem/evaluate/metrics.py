@@ -1,0 +1,126 @@
+"""Measures of how well scores tell anomalies from normals. A higher score is more anomalous."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomem.errors import ArgumentError
+from anomem.validation import require
+
+
+def auroc(scores: Any, is_anomaly: Any) -> float:
+    """Area under the ROC curve: the chance that an anomaly scores higher than a normal, ties counting half.
+
+    From the sum of the anomalies' mid-ranks (Mann and Whitney 1947), in float64.
+
+    Args:
+        scores: [N] finite numbers.
+        is_anomaly: [N] bool.
+
+    Raises:
+        ArgumentError: a non-finite score, unequal lengths, or one class only.
+    """
+    scores, is_anomaly = _checked(scores, is_anomaly)
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank, from 1, of each distinct score
+    anomalies = int(is_anomaly.sum())
+    normals = len(scores) - anomalies
+    wins = float(middle[place[is_anomaly]].sum()) - anomalies * (anomalies + 1) / 2
+    return wins / (anomalies * normals)
+
+
+def roc_curve(scores: Any, is_anomaly: Any) -> tuple[Tensor, Tensor]:
+    """The ROC curve, one point per distinct score, from (0, 0) to (1, 1).
+
+    Args:
+        scores: [N] finite numbers.
+        is_anomaly: [N] bool.
+
+    Returns:
+        False-positive rate and true-positive rate, each [K + 1] float64, for thresholds from high to low.
+
+    Raises:
+        ArgumentError: as `auroc`.
+    """
+    hits, false_alarms = _counts(*_checked(scores, is_anomaly))
+    start = hits.new_zeros(1)
+    return torch.cat([start, false_alarms / false_alarms[-1]]), torch.cat([start, hits / hits[-1]])
+
+
+def average_precision(scores: Any, is_anomaly: Any) -> float:
+    """Σ (R_k − R_{k−1}) P_k over the distinct scores from high to low, precision P and recall R of anomalies.
+
+    Args:
+        scores: [N] finite numbers.
+        is_anomaly: [N] bool.
+
+    Raises:
+        ArgumentError: as `auroc`.
+    """
+    hits, false_alarms = _counts(*_checked(scores, is_anomaly))
+    recall = hits / hits[-1]
+    gained = recall.diff(prepend=recall.new_zeros(1))
+    return float((gained * hits / (hits + false_alarms)).sum())
+
+
+def fpr_at_tpr(scores: Any, is_anomaly: Any, tpr: float = 0.95) -> float:
+    """Smallest share of normals called anomalous at a threshold that finds at least this share of the anomalies.
+
+    Args:
+        scores: [N] finite numbers.
+        is_anomaly: [N] bool.
+        tpr: wanted true-positive rate in (0, 1].
+
+    Raises:
+        ArgumentError: as `auroc`, or a rate outside of (0, 1].
+    """
+    require(0 < tpr <= 1, "tpr", "a rate in (0, 1]", tpr)
+    false_positive, true_positive = roc_curve(scores, is_anomaly)
+    return float(false_positive[true_positive >= tpr][0])
+
+
+def pixel_auroc(maps: Any, masks: Any) -> float:
+    """AUROC over the pixels of all images together.
+
+    Args:
+        maps: [T, H, W] finite numbers, higher is more anomalous.
+        masks: [T, H, W] bool, True on anomalous pixels.
+
+    Raises:
+        ArgumentError: a non-finite value, unequal shapes, or no anomalous (or no normal) pixel.
+    """
+    maps, masks = torch.as_tensor(maps), torch.as_tensor(masks)
+    require(maps.shape == masks.shape, "masks", lambda: f"the shape of `maps`, {list(maps.shape)}", masks)
+    return auroc(maps.flatten(), masks.flatten())
+
+
+def _counts(scores: Tensor, is_anomaly: Tensor) -> tuple[Tensor, Tensor]:
+    """Anomalies and normals at or above each distinct score, from high to low: two [K] float64."""
+    order = scores.argsort(descending=True)
+    ranked, labels = scores[order], is_anomaly[order]
+    last = torch.cat([ranked.diff() != 0, ranked.new_ones(1, dtype=torch.bool)])
+    hits = labels.double().cumsum(0)[last]
+    total = torch.arange(1, len(ranked) + 1, device=ranked.device, dtype=torch.float64)[last]
+    return hits, total - hits
+
+
+def _checked(scores: Any, is_anomaly: Any) -> tuple[Tensor, Tensor]:
+    scores, is_anomaly = torch.as_tensor(scores), torch.as_tensor(is_anomaly)
+    require(scores.dim() == 1, "scores", "a tensor [N]", scores)
+    require(is_anomaly.shape == scores.shape, "is_anomaly", lambda: f"[{len(scores)}], one per score", is_anomaly)
+    require(is_anomaly.dtype == torch.bool, "is_anomaly", "bool", is_anomaly.dtype)
+    bad = int((~scores.isfinite()).sum())
+    require(bad == 0, "scores", "finite numbers", lambda: f"{bad} of {len(scores)} NaN or infinite")
+    anomalies = int(is_anomaly.sum())
+    if anomalies in (0, len(scores)):
+        raise ArgumentError(
+            "is_anomaly",
+            "at least one anomaly and one normal",
+            f"{anomalies} anomalies among {len(scores)}",
+            "the measure is not defined for one class only",
+        )
+    return scores.double(), is_anomaly.to(scores.device)

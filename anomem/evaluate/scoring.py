@@ -1,0 +1,264 @@
+"""From a trained model to scores and maps: everything that follows the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from anomem.augment import Augmentation, AugmentConfig
+from anomem.data import Images
+from anomem.evaluate.config import ScoreConfig
+from anomem.models import AnoMem, DeviationDetector, DeviationHead, LocationPrior
+from anomem.models.detector import Alignment
+from anomem.reference.deviation import Distance
+from anomem.validation import require, require_choice, require_count
+
+
+class Scored(NamedTuple):
+    """What a scorer says about B images; higher is more anomalous."""
+
+    scores: dict[str, Tensor]
+    """Name -> [B]. "plain", "prior", "energy", "detector" and, after stage 2, "stage2"; see `Scorer`."""
+    maps: dict[str, Tensor]
+    """"plain" and "detector" -> [B, H, W], at the images' size."""
+
+
+class Scorer(nn.Module):
+    """A frozen model with what was fitted to it.
+
+    Scores: "plain" is Σ lambda_s pool dev(z, HF(z)); "prior" the same with the location prior; "energy" is
+    Σ lambda_s mean −lse/beta; "detector" the Gaussians on the deviations; "stage2" Σ lambda_s |g(s)|.
+
+    Args:
+        model: encoder and memories.
+        alignment: of the detector.
+        config: of the plain deviation.
+        head: of stage 2, or None.
+    """
+
+    def __init__(self, model: AnoMem, alignment: str, config: ScoreConfig, head: DeviationHead | None = None) -> None:
+        super().__init__()
+        check_score(config)
+        self.config = config
+        self.model = model
+        self.head = head
+        positions, features = positions_and_features(model)
+        self.prior = LocationPrior(positions, [memory.prototypes.shape[0] for memory in model.hopfield])
+        self.detector = DeviationDetector(positions, features, alignment_named(alignment))
+        self.to(model.mean.device)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Scored:
+        """Scores and maps of images [B, C, H, W], uint8 or float in [0, 1], of the training size."""
+        maps = self.model(images)
+        deviations = self.model.deviations(maps)
+        plain = self.model.distances(maps, self.config.distance)
+        scores = {
+            "plain": self.pooled(plain),
+            "prior": self.pooled(self.model.distances(maps, self.config.distance, self.prior.log_priors)),
+            "energy": self.weighted(
+                [m.energy(q).mean(dim=1) for m, q in zip(self.model.hopfield, self.model.queries(maps), strict=True)]
+            ),
+            "detector": self.detector(deviations),
+        }
+        if self.head is not None:
+            scores["stage2"] = self.head(deviations)
+        size = (images.shape[2], images.shape[3])
+        distances = [d.view_as(p) for d, p in zip(self.detector.maps(deviations), plain, strict=True)]
+        localised = {"plain": self.upsampled(plain, size), "detector": self.upsampled(distances, size)}
+        return Scored({name: value.float() for name, value in scores.items()}, localised)
+
+    def pooled(self, distances: list[Tensor], pool: str | None = None) -> Tensor:
+        """Σ lambda_s pool over positions: S tensors [B, H_s, W_s] -> [B].
+
+        Args:
+            distances: of every scale.
+            pool: "mean", "max" or "topk"; the configured one when None.
+        """
+        flat = [d.flatten(1) for d in distances]
+        return self.weighted([_pool(d, pool or self.config.pool, self.config.top_fraction) for d in flat])
+
+    def weighted(self, per_scale: list[Tensor]) -> Tensor:
+        """Σ lambda_s x_s: S tensors [...] -> [...]."""
+        return torch.stack([w * x for w, x in zip(self.model.scale_weights, per_scale, strict=True)]).sum(dim=0)
+
+    def upsampled(self, per_scale: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Maps brought to the image's size, combined with lambda_s: S tensors [B, H_s, W_s] -> [B, H, W]."""
+        resized = [
+            nn.functional.interpolate(x[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+            for x in per_scale
+        ]
+        return self.weighted(resized)
+
+
+def check_score(config: ScoreConfig) -> None:
+    """Raise `ArgumentError` for settings no scorer can use."""
+    require_choice(config.pool, "score.pool", ("mean", "max", "topk"))
+    require_choice(config.distance, "score.distance", ("cosine", "l2"))
+    require_choice(config.alignment, "score.alignment", ("auto", "per_position", "pooled"))
+    require(0 < config.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", config.top_fraction)
+    require_count(config.copies, "score.copies", 0)
+    require_count(config.batch_size, "score.batch_size", 1)
+
+
+def fit_scorer(
+    model: AnoMem,
+    images: Images,
+    is_normal: Tensor,
+    *,
+    aligned: bool,
+    augment: AugmentConfig,
+    config: ScoreConfig,
+    head: DeviationHead | None = None,
+) -> Scorer:
+    """Fit prior and detector to the training normals; labels and anomalies play no part.
+
+    Args:
+        model: trained; put into eval mode.
+        images: training images, on the model's device.
+        is_normal: [N] bool.
+        aligned: whether positions are comparable across images; decides where `config.alignment` is "auto".
+        augment: training augmentations, of which light ones are derived for the copies.
+        config: how to score.
+        head: of stage 2, or None.
+    """
+    alignment = config.alignment if config.alignment != "auto" else ("per_position" if aligned else "pooled")
+    model.eval()
+    scorer = Scorer(model, alignment, config, head)
+    batches = normal_batches(images, is_normal, augment, config)
+    scorer.prior.fit(model, (model.queries(model(x)) for x in batches(0)))
+    scorer.detector.fit(lambda: (model.deviations(model(x)) for x in batches(config.copies)))
+    return scorer
+
+
+def fit_feature_detector(
+    model: AnoMem, images: Images, is_normal: Tensor, alignment: str, augment: AugmentConfig, config: ScoreConfig
+) -> DeviationDetector:
+    """The control that leaves the memory out: the same detector on the features z instead of z − HF(z).
+
+    Args:
+        model: trained, in eval mode.
+        images: training images, on the model's device.
+        is_normal: [N] bool.
+        alignment: "per_position" or "pooled".
+        augment: as for `fit_scorer`.
+        config: as for `fit_scorer`.
+    """
+    batches = normal_batches(images, is_normal, augment, config)
+    detector = DeviationDetector(*positions_and_features(model), alignment_named(alignment)).to(model.mean.device)
+    detector.fit(lambda: (model.queries(model(x)) for x in batches(config.copies)))
+    return detector
+
+
+def normal_batches(
+    images: Images, is_normal: Tensor, augment: AugmentConfig, config: ScoreConfig
+) -> Callable[[int], Iterator[Tensor]]:
+    """The training normals, as they are and as lightly augmented copies; every call gives the same.
+
+    Args:
+        images: training images.
+        is_normal: [N] bool.
+        augment: of which the light augmentation is derived.
+        config: batch size and seed.
+
+    Returns:
+        A function from the number of copies to batches [b, C, H, W] in [0, 1].
+    """
+    normals = is_normal.nonzero().flatten()
+    light = Augmentation(light_augmentation(augment))
+
+    @torch.no_grad()
+    def batches(copies: int) -> Iterator[Tensor]:
+        generator: torch.Generator | None = None
+        for copy in range(copies + 1):
+            for batch, _ in images.batches(normals, config.batch_size):
+                if generator is None:
+                    generator = torch.Generator(batch.device).manual_seed(config.seed)
+                yield light(batch, generator) if copy else batch.float() / 255
+
+    return batches
+
+
+def light_augmentation(config: AugmentConfig) -> AugmentConfig:
+    """A third of the training augmentations' ranges, without flips and blur: variation that normals do have.
+
+    Args:
+        config: of the training.
+    """
+
+    def towards_one(interval: tuple[float, float]) -> tuple[float, float]:
+        return (1 + (interval[0] - 1) / 3, 1 + (interval[1] - 1) / 3)
+
+    return AugmentConfig(
+        crop_area=towards_one(config.crop_area),
+        crop_ratio=towards_one(config.crop_ratio),
+        flip=0.0,
+        zoom=towards_one(config.zoom),
+        rotation=config.rotation / 3,
+        shift=config.shift / 3,
+        padding=config.padding,
+        brightness=config.brightness / 3,
+        contrast=config.contrast / 3,
+        saturation=config.saturation / 3,
+        jitter=config.jitter,
+        blur=0.0,
+        noise=config.noise / 3,
+    )
+
+
+def score_images(scorer: Scorer, images: Images) -> Scored:
+    """Scores and maps of a whole set, on the CPU.
+
+    Args:
+        scorer: fitted.
+        images: on the scorer's device.
+    """
+    parts = [scorer(batch) for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size)]
+    return Scored(
+        {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
+        {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
+    )
+
+
+@torch.no_grad()
+def plain_variants(scorer: Scorer, images: Images) -> dict[str, Tensor]:
+    """Every distance with every pooling, for the table: "plain/l2-max" -> [T], on the CPU.
+
+    Args:
+        scorer: fitted.
+        images: on the scorer's device.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    distances: tuple[Distance, ...] = ("cosine", "l2")
+    for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size):
+        maps = scorer.model(batch)
+        for distance in distances:
+            of_scales = scorer.model.distances(maps, distance)
+            for pool in ("mean", "max", "topk"):
+                parts.setdefault(f"plain/{distance}-{pool}", []).append(scorer.pooled(of_scales, pool).cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def positions_and_features(model: AnoMem) -> tuple[list[int], list[int]]:
+    """H_s·W_s and d_s of each scale."""
+    return [h * w for h, w in model.encoder.sizes], [memory.prototypes.shape[1] for memory in model.hopfield]
+
+
+def alignment_named(name: str) -> Alignment:
+    """The detector's alignment by name, checked."""
+    require_choice(name, "score.alignment", ("per_position", "pooled"))
+    return "pooled" if name == "pooled" else "per_position"
+
+
+def _pool(distances: Tensor, pool: str, top_fraction: float) -> Tensor:
+    """[B, P] -> [B]."""
+    if pool == "mean":
+        return distances.mean(dim=1)
+    if pool == "max":
+        return distances.amax(dim=1)
+    count = max(1, int(distances.shape[1] * top_fraction))
+    return distances.topk(count, dim=1).values.mean(dim=1)

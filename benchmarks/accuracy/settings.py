@@ -1,0 +1,86 @@
+"""What is trained or fitted to a task, and which measures it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from anomem.data import Task
+from anomem.evaluate.baselines import baselines, patch_pca_maps
+from anomem.evaluate.controls import fill_from_features
+from anomem.evaluate.metrics import pixel_auroc
+from anomem.evaluate.report import Metrics, evaluate_scorer, image_metrics
+from anomem.evaluate.scoring import fit_scorer
+from anomem.train import TrainConfig
+from anomem.train.controls import control
+from anomem.train.run import model_for, train_task
+
+SYNTHETIC = 1.0
+"""Synthetic outliers per normal image."""
+EXPOSED = 0.1
+"""Real labelled anomalies per normal training image."""
+
+Configured = Callable[[TrainConfig], TrainConfig]
+Measured = Callable[[TrainConfig, Task], Metrics]
+
+
+def trained(config: TrainConfig, task: Task) -> Metrics:
+    """Everything the configuration asks for, every score; "detector/features" is the detector without the memory."""
+    scorer = train_task(config, task, model_for(config, task), quiet=True)
+    return evaluate_scorer(scorer, task, config.augment)
+
+
+def refilled(config: TrainConfig, task: Task) -> Metrics:
+    """The trained encoder with its memories filled again, from its own features of the training normals."""
+    model = model_for(config, task)
+    train_task(config, task, model, quiet=True)
+    fill_from_features(model, task.train, task.train_is_normal, config.score.batch_size, config.run.seed)
+    scorer = fit_scorer(
+        model, task.train, task.train_is_normal, aligned=task.aligned, augment=config.augment, config=config.score
+    )
+    return evaluate_scorer(scorer, task, config.augment)
+
+
+def untrained(config: TrainConfig, task: Task) -> Metrics:
+    """The same encoder without a gradient step; see `anomem.train.controls`."""
+    return evaluate_scorer(control("untrained", config, task), task, config.augment)
+
+
+def one_prototype(config: TrainConfig, task: Task) -> Metrics:
+    """The same training with M = 1."""
+    return evaluate_scorer(control("one_prototype", config, task), task, config.augment)
+
+
+def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
+    """Shallow baselines on raw pixels, and the residual of a patch PCA where there are masks."""
+    metrics = image_metrics(baselines(task, config.run.seed), task.test_is_anomaly)
+    if task.test_masks is not None:
+        metrics["patch PCA"] = {"pixel_auroc": pixel_auroc(patch_pca_maps(task, config.run.seed), task.test_masks)}
+    return metrics
+
+
+def as_it_is(config: TrainConfig) -> TrainConfig:
+    """The preset: no outliers of any kind."""
+    return config
+
+
+def with_synthetic(config: TrainConfig) -> TrainConfig:
+    """Synthetic outliers in both stages."""
+    return replace(config, synthetic_outliers=SYNTHETIC)
+
+
+def with_exposure(config: TrainConfig) -> TrainConfig:
+    """Real labelled anomalies of the other classes in both stages."""
+    return replace(config, data=replace(config.data, outlier_ratio=EXPOSED))
+
+
+SETTINGS: dict[str, tuple[Configured, Measured]] = {
+    "one-class": (as_it_is, trained),
+    "one-class, refilled": (as_it_is, refilled),
+    "untrained": (as_it_is, untrained),
+    "one prototype": (as_it_is, one_prototype),
+    "raw pixels": (as_it_is, raw_pixels),
+    "synthetic outliers": (with_synthetic, trained),
+    "outlier exposure": (with_exposure, trained),
+}
+"""Name -> how it changes the preset, and how it is measured."""

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Everything a GPU machine can say about this library, in one command and within nine minutes:
+#
+#     benchmarks/gpu.sh OUTDIR
+#
+# Builds the library against the torch that is installed, runs the GPU tests, compute-sanitizer over every kernel, the
+# kernel, training and scaling suites and the profile of a training step. Leaves rows, traces and a log of each step in
+# OUTDIR and prints what passed, failed, ran out of time or was skipped, and why. Needs no network.
+#
+# PYTHON names the interpreter (python3), ANOMEM_COMMIT the commit where there is no git repository, SECONDS_IN_ALL the
+# time limit (540). The exit status is 0 where the build, the tests and the kernels' numbers are right, 1 where one of
+# them is not, 2 where there is nothing to run on.
+set -u
+
+if [ $# -ne 1 ]; then
+  echo "usage: benchmarks/gpu.sh OUTDIR" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+limit=${SECONDS_IN_ALL:-540}
+began=$SECONDS
+failed=0
+: >"$out/summary.txt"
+
+tell() { echo "$*" | tee -a "$out/summary.txt"; }
+
+# step NAME SECONDS COMMAND...: runs the command with a time limit, its output in NAME.log; 0 if it succeeded.
+step() {
+  local name=$1 seconds=$2 left status from
+  shift 2
+  left=$((limit - SECONDS + began))
+  if [ "$left" -lt 10 ]; then
+    tell "$name: skipped, no time is left of $limit s"
+    return 1
+  fi
+  [ "$seconds" -gt "$left" ] && seconds=$left
+  from=$SECONDS
+  timeout --kill-after=5 "$seconds" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  case $status in
+    0) tell "$name: passed in $((SECONDS - from)) s" ;;
+    124 | 137) tell "$name: stopped after $seconds s; what was measured until then is kept" ;;
+    *) tell "$name: FAILED with status $status after $((SECONDS - from)) s; the end of $name.log:" ;;
+  esac
+  [ $status -ne 0 ] && tail -n 15 "$out/$name.log" | tee -a "$out/summary.txt"
+  return $status
+}
+
+# must NAME ...: a step whose failure is the script's; running out of time is not a failure.
+must() {
+  step "$@"
+  local status=$?
+  case $status in 0 | 124 | 137) ;; *) failed=1 ;; esac
+  return $status
+}
+
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+for module in rich tyro matplotlib torchvision pytorch_metric_learning; do
+  has $module || tell "$module is not installed"
+done
+if ! "$python" -c 'import torch' 2>"$out/torch.log"; then
+  tell "$python cannot import torch, torch.log says why: nothing can be built or measured"
+  exit 2
+fi
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  for name in build tests memcheck racecheck kernels training profile scaling compiled; do
+    tell "$name: skipped, torch finds no CUDA device here"
+  done
+  exit 2
+fi
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw --format=csv >"$out/gpu.csv" 2>&1 ||
+  tell "nvidia-smi did not answer: no clocks in gpu.csv"
+
+capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
+ANOMEM_BUILD=auto must build 150 "$python" setup.py build_ext --inplace
+if ! ls anomem/_C_cuda*.so >"$out/libraries.txt" 2>&1; then
+  tell "the CUDA module was not built; build.log says why. Native rows will be missing"
+fi
+
+if has pytest; then
+  must tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+else
+  tell "tests: skipped, pytest is not installed"
+fi
+
+sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)
+if [ -z "$sanitizer" ]; then
+  tell "memcheck, racecheck: skipped, compute-sanitizer was not found on PATH or in CUDA_HOME"
+elif ! ls anomem/_C_cuda*.so >/dev/null 2>&1; then
+  tell "memcheck, racecheck: skipped, there is no CUDA module"
+else
+  for tool in memcheck racecheck; do
+    # torch's caching allocator hides overruns inside its blocks: without it every tensor is an allocation of its own.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 must $tool 45 "$sanitizer" --tool $tool --error-exitcode 9 \
+      "$python" -m benchmarks.touch --device cuda --impl native
+  done
+fi
+
+# The suites without what compiles for long first; with the time that is left once more with it. Rows are kept.
+suite() { "$python" -m benchmarks.run --device cuda --suite "$1" --json "$out/cuda-$1.jsonl" "${@:2}"; }
+export -f suite 2>/dev/null
+export python out
+must kernels 150 bash -c 'suite kernels --no-compile'
+must training 45 bash -c 'suite training --no-compile'
+if has torchvision; then backbone=resnet18; else backbone=small; fi
+step profile 60 "$python" -m benchmarks.profile_training --device cuda --backbone $backbone \
+  --json "$out/cuda-steps.jsonl" --out "$out/profile"
+step scaling 90 bash -c 'suite scaling --no-compile'
+step compiled 120 bash -c 'suite kernels --compile'
+
+# A trace of a step is small; should one not be, it stays where it was made.
+find "$out/profile" -name '*.json.gz' -size +8M -print -delete 2>/dev/null | while read -r trace; do
+  tell "$trace: over 8 MiB, not kept"
+done
+tell "done in $((SECONDS - began)) s; everything is in OUTDIR"
+exit $failed

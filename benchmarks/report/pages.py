@@ -1,0 +1,36 @@
+"""Text between markers `<!-- rows: NAME -->` and `<!-- end -->` of a page is made from rows by the section NAME."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.report import tables
+
+PAGES = ("README.md", "docs/PERFORMANCE.md")
+_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str, results: Path) -> str:
+    """A page with every marked section made anew.
+
+    Args:
+        text: of the page.
+        results: folder of rows.
+
+    Raises:
+        KeyError: a marker names no section; the message lists them.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in tables.SECTIONS:
+            raise KeyError(f"no section {name!r}; there are {', '.join(tables.SECTIONS)}")
+        return f"{match[1]}{tables.SECTIONS[name](results)}\n{match[3]}"
+
+    return _MARKED.sub(section, text)
+
+
+def rewrite(page: Path, results: Path) -> None:
+    """Render a page in place."""
+    page.write_text(render(page.read_text(encoding="utf-8"), results), encoding="utf-8")

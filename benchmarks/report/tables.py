@@ -1,0 +1,287 @@
+"""Markdown made from rows. Every figure is a row's, or a quotient of two rows of the same run.
+
+Pictures are linked as from a page in `docs/`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.report.data import OURS, best_of_others, cases_of, load, load_training
+from benchmarks.rows import Row
+
+NOT_ON_GPU = "Not measured on a GPU yet."
+README_GROUPS = ("resnet18 scale 1", "large")
+"""Cases of the README's table; `docs/PERFORMANCE.md` has all."""
+
+
+def summary(device: str, groups: tuple[str, ...] | None = None) -> Callable[[Path], str]:
+    """One line a case, of these groups or of all: eager, the best rival, the library, and where that is."""
+
+    def section(results: Path) -> str:
+        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        measured = [row for row in measured if groups is None or row.group in groups]
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        lines = [
+            "| operator and size | eager ms | best other ms | anomem ms | against eager | against best other | "
+            "peak memory, eager → anomem | of the floor |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        lines += [line for group in cases_of(measured) if (line := summary_line(group))]
+        return "\n".join([provenance(measured), "", *lines])
+
+    return section
+
+
+def summary_line(group: list[Row]) -> str | None:
+    """The summary's line of one case; None where the library was not measured."""
+    by_name = {row.implementation: row for row in group if row.status == rows.MEASURED}
+    eager = by_name.get("eager")
+    mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
+    if eager is None or mine is None:
+        return None
+    other = best_of_others(group)
+    cells = [
+        f"{label(mine)}",
+        number(median(eager)),
+        f"{number(median(other))} ({other.implementation})" if other else "–",
+        f"{number(median(mine))} ({mine.implementation})",
+        times(median(eager) / median(mine)),
+        times(median(other) / median(mine)) if other else "–",
+        f"{size(eager.peak_bytes)} → {size(mine.peak_bytes)}",
+        f"{mine.fraction_of_floor:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def details(device: str, suite: str) -> Callable[[Path], str]:
+    """Every implementation of every case, what was not measured with its reason."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, suite)
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        lines = [
+            "| case | implementation | p50 ms | p20 – p80 | peak memory | of the floor |",
+            "|---|---|--:|--:|--:|--:|",
+        ]
+        for group in cases_of(measured):
+            timed = sorted((row for row in group if row.milliseconds), key=median)
+            for i, row in enumerate(timed):
+                assert row.milliseconds is not None
+                spread = f"{number(row.milliseconds['p20'])} – {number(row.milliseconds['p80'])}"
+                head = label(row) if i == 0 else ""
+                cells = [head, row.implementation, number(median(row)), spread, size(row.peak_bytes)]
+                lines.append(f"| {' | '.join(cells)} | {row.fraction_of_floor:.0%} |")
+            lines += [
+                f"| | {row.implementation} | {row.status} | {escape(row.reason)} | | |"
+                for row in group
+                if row.status in (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
+            ]
+        text = [provenance(measured), "", *lines, "", *absent(measured)]
+        if suite == "kernels":
+            told = "What the library and eager PyTorch reach under the two measured ceilings"
+            text = [picture(told, f"{device}-roofline"), "", *text]
+        return "\n".join(text)
+
+    return section
+
+
+def absent(measured: list[Row]) -> list[str]:
+    """One line for each reason why an implementation is missing everywhere."""
+    reasons: dict[str, set[str]] = {}
+    for row in measured:
+        if row.status == rows.UNAVAILABLE:
+            reasons.setdefault(str(row.reason), set()).add(row.implementation)
+    return [f"- {', '.join(sorted(names))}: {reason}." for reason, names in sorted(reasons.items())]
+
+
+def limits(device: str) -> Callable[[Path], str]:
+    """Where each implementation of the sweeps stops, and why."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, "scaling")
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        lines = ["| operator and sweep | implementation | largest size measured | first size not measured |"]
+        lines.append("|---|---|---|---|")
+        sweeps = dict.fromkeys((row.operator, row.group, row.implementation) for row in measured)
+        for operator, group, name in sweeps:
+            line = [row for row in measured if (row.operator, row.group, row.implementation) == (operator, group, name)]
+            stopped = [row for row in line if row.status in (rows.OUT_OF_MEMORY, rows.OVER_TIME)]
+            done = [row for row in line if row.status == rows.MEASURED]
+            if stopped and done:
+                axis = group.removeprefix("over ")
+                largest = max(done, key=lambda row: row.shape[axis])
+                first = min(stopped, key=lambda row: row.shape[axis])
+                lines.append(
+                    f"| {operator} {group} | {name} | {axis} = {largest.shape[axis]} in {number(median(largest))} ms "
+                    f"| {axis} = {first.shape[axis]}: {escape(first.reason)} |"
+                )
+        pictures: list[str] = []
+        for operator in dict.fromkeys(row.operator for row in measured):
+            pictures += [picture(f"Time and memory of {operator} against size", f"{device}-scaling-{operator}"), ""]
+        return "\n".join([*pictures, "Where each implementation stops:", "", provenance(measured), "", *lines])
+
+    return section
+
+
+def losses(device: str) -> Callable[[Path], str]:
+    """The cases in which the library is not the fastest, with the one that is."""
+
+    def section(results: Path) -> str:
+        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        lines = ["| operator and size | fastest | ms | anomem ms | anomem / fastest |", "|---|---|--:|--:|--:|"]
+        head = len(lines)
+        for group in cases_of(measured):
+            timed = [row for row in group if row.milliseconds]
+            mine = min((row for row in timed if row.implementation in OURS), key=median, default=None)
+            best = min(timed, key=median, default=None)
+            if mine is not None and best is not None and best is not mine:
+                cells = [label(best), best.implementation, number(median(best)), number(median(mine))]
+                lines.append(f"| {' | '.join(cells)} | {times(median(mine) / median(best))} |")
+        if not any(row.milliseconds and row.implementation in OURS for row in measured):
+            return "No implementation of this library was measured yet."
+        return "\n".join(lines) if len(lines) > head else "None."
+
+    return section
+
+
+def crossovers(device: str) -> Callable[[Path], str]:
+    """Between which two sizes of a sweep the library and the fastest other implementation change places."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, "scaling")
+        lines = []
+        for operator, group in dict.fromkeys((row.operator, row.group) for row in measured):
+            axis = group.removeprefix("over ")
+            series = []
+            for case in cases_of(row for row in measured if (row.operator, row.group) == (operator, group)):
+                mine = min(
+                    (row for row in case if row.milliseconds and row.implementation in OURS), key=median, default=None
+                )
+                other = min(
+                    (row for row in case if row.milliseconds and row.implementation not in OURS),
+                    key=median,
+                    default=None,
+                )
+                if mine is not None and other is not None:
+                    series.append((mine.shape[axis], median(other) / median(mine), other.implementation))
+            if not series:
+                continue
+            series.sort()
+            steps = [f"{axis} = {size}: {times(ratio)} ({name})" for size, ratio, name in series]
+            changes = [
+                f"{before[0]} and {after[0]}"
+                for before, after in itertools.pairwise(series)
+                if (before[1] > 1) != (after[1] > 1)
+            ]
+            told = f"changes between {axis} = {'; '.join(changes)}" if changes else "does not change"
+            lines.append(f"- `{operator}` {group}: {told}. Best other / anomem: {', '.join(steps)}.")
+        return "\n".join(lines) or ("Not measured yet." if device == "cpu" else NOT_ON_GPU)
+
+    return section
+
+
+def training_steps(device: str) -> Callable[[Path], str]:
+    """Phases of a training step."""
+
+    def section(results: Path) -> str:
+        measured = load_training(results, device)
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        phases = list(dict.fromkeys(phase for row in measured for phase in row["milliseconds"]))
+        lines = [
+            f"| step by | {' | '.join(phases)} | step ms | images/s | peak memory |",
+            f"|---|{'--:|' * (len(phases) + 3)}",
+        ]
+        for row in measured:
+            cells = [number(row["milliseconds"][phase]) if phase in row["milliseconds"] else "–" for phase in phases]
+            step = sum(row["milliseconds"].values())
+            cells += [number(step), f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
+            lines.append(f"| {row['pipeline']} | {' | '.join(cells)} |")
+        about = measured[0]["about"]
+        head = f"{measured[0]['title']}. {machine_line(about)}"
+        return "\n".join([head, "", *lines, "", picture("A training step by phase", f"{device}-training")])
+
+    return section
+
+
+def picture(told: str, name: str) -> str:
+    """A picture of `benchmarks.report.pictures`."""
+    return f"![{told}](pictures/{name}.png)"
+
+
+def provenance(measured: list[Row]) -> str:
+    """Where and of what code the rows are."""
+    about, ceilings = measured[0].about, measured[0].ceilings
+    commits = sorted({f"{row.about['commit']}{' with changes' if row.about['dirty'] else ''}" for row in measured})
+    return (
+        f"{machine_line(about)} Ceilings of the run: product {ceilings['product_flops'] / 1e9:.0f} Gflop/s "
+        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. Commit {', '.join(commits)}."
+    )
+
+
+def machine_line(about: dict[str, object]) -> str:
+    """Device and versions."""
+    cuda = f", CUDA {about['cuda']}, Triton {about['triton']}" if about["cuda"] else ""
+    return f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}{cuda}."
+
+
+def label(row: Row) -> str:
+    """Operator, sizes and what the case belongs to."""
+    sizes = ", ".join(f"{name} {value}" for name, value in row.shape.items())
+    passes = "" if row.training else ", forward"
+    dtype = "" if row.dtype == "float32" else f", {row.dtype}"
+    return f"`{row.operator}` {sizes}{passes}{dtype}" + (f" ({row.group})" if row.group else "")
+
+
+def median(row: Row) -> float:
+    """Milliseconds."""
+    assert row.milliseconds is not None
+    return row.milliseconds["p50"]
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def times(value: float) -> str:
+    """A quotient of times."""
+    return f"{value:.2f}×"
+
+
+def size(value: int | None) -> str:
+    """Bytes in a readable unit."""
+    if value is None:
+        return "–"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{number(value / scale)} {unit}"
+    return f"{value} B"
+
+
+def escape(text: str | None) -> str:
+    """Text for a table's cell."""
+    return (text or "").replace("|", "\\|")
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    f"{device}-{name}": section
+    for device in ("cpu", "cuda")
+    for name, section in (
+        ("readme", summary(device, README_GROUPS)),
+        ("summary", summary(device)),
+        ("kernels", details(device, "kernels")),
+        ("scaling", details(device, "scaling")),
+        ("limits", limits(device)),
+        ("losses", losses(device)),
+        ("crossovers", crossovers(device)),
+        ("training", training_steps(device)),
+    )
+}

@@ -1,0 +1,161 @@
+"""Which sizes are measured, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.case import Case, case
+
+# Widths and side lengths of the three scales (layer2 to layer4, small stem) at 32×32 pixels.
+NETWORKS = {"resnet18": ((128, 16), (256, 8), (512, 4)), "resnet50": ((512, 16), (1024, 8), (2048, 4))}
+PROTOTYPES = 64
+RATIO, MOST_POSITIONS = 1.0, 8
+"""Sampled positions of a map of H² are min(8, H²): the library's defaults."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of cases and how long each is measured."""
+
+    name: str
+    cases: tuple[Case, ...]
+    seconds: float
+    """Time spent on the repeats of one implementation of one case."""
+    least_repeats: int = 5
+    most_repeats: int = 50
+    compiled_groups: tuple[str, ...] | None = None
+    """Groups in which implementations that compile for tens of seconds take part; None: in all."""
+
+    def compiles_for(self, case: Case) -> bool:
+        """Whether they take part in a case."""
+        return self.compiled_groups is None or case.group in self.compiled_groups
+
+
+def suite(name: str, device: str) -> Suite:
+    """One of `SUITES`, with the sizes of a device.
+
+    Args:
+        name: key of `SUITES`.
+        device: "cpu" or "cuda".
+    """
+    return SUITES[name](device)
+
+
+def smoke(device: str) -> Suite:
+    """Every operator once, small: does the harness work here?"""
+    cases = (
+        case("retrieve", N=1024, M=64, d=64, B=64),
+        case("shrink", N=1024, M=64, d=64, B=64),
+        case("nt_xent", G=4, B=64, d=64),
+        case("info_nce", R=512, C=512, d=64),
+        case("gather", B=64, C=64, H=16, n=8),
+        case("variance", G=8, B=128, d=128),
+        case("deviation_map", B=16, d=64, H=8, M=64, training=False),
+        case("usage", N=1024, M=64, d=64, training=False),
+        case("memory_loss", n=4, B=64, d=64, M=64),
+    )
+    return Suite("smoke", cases, seconds=0.1, compiled_groups=())
+
+
+def kernels(device: str) -> Suite:
+    """Each operator at the sizes of training AnoMem on CIFAR, and at the larger sizes its kernel was made for."""
+    batch = 1024 if device == "cuda" else 128
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    cases: list[Case] = []
+    for network, scales in NETWORKS.items():
+        for s, (d, side) in enumerate(scales, 1):
+            n, group = positions(side), f"{network} scale {s}"
+            cases += [
+                case("retrieve", N=n * batch, M=PROTOTYPES, d=d, B=batch, dtype=dtype, group=group),
+                case("nt_xent", G=n, B=batch, d=d, dtype=dtype, group=group),
+            ]
+    scales = NETWORKS["resnet18"]
+    for s, (d, side) in enumerate(scales, 1):
+        n, group = positions(side), f"resnet18 scale {s}"
+        cases += [
+            case("gather", B=batch, C=d, H=side, n=n, dtype=dtype, group=group),
+            case("variance", G=n, B=batch, d=d, dtype=dtype, group=group),
+            case("deviation_map", B=batch, d=d, H=side, M=PROTOTYPES, dtype=dtype, training=False, group=group),
+        ]
+    # On a CPU as many queries as eager answers well within the bound on a call's time.
+    many, fewer = (32768, 32768) if device == "cuda" else (16384, 8192)
+    cases += [
+        case("retrieve", N=many, M=512, d=64, B=batch, dtype=dtype, group="large"),
+        case("retrieve", N=fewer, M=512, d=256, B=batch, dtype=dtype, group="large"),
+        case("retrieve", N=many, M=512, d=64, B=batch, dtype=dtype, training=False, group="large"),
+        case("nt_xent", G=16, B=512, d=128, dtype=dtype, group="large"),
+        case("nt_xent", G=4, B=1024, d=256, dtype=dtype, group="large"),
+        case("info_nce", R=4096, C=4096, d=128, dtype=dtype, group="large"),
+        case("shrink", N=8192, M=512, d=64, B=batch, dtype=dtype, group="large"),
+        case("usage", N=many, M=512, d=64, dtype=dtype, training=False, group="large"),
+    ]
+    if device == "cuda":
+        cases += [
+            case("retrieve", N=2**20, M=512, d=256, B=batch, dtype=dtype, group="large"),
+            case("retrieve", N=32768, M=512, d=256, B=batch, dtype=dtype, training=False, group="large"),
+            case("nt_xent", G=16, B=1024, d=128, dtype=dtype, training=False, group="large"),
+            case("nt_xent", G=4, B=8192, d=256, dtype=dtype, group="large"),
+            case("retrieve", N=32768, M=512, d=128, B=batch, dtype="float32", group="large"),
+            case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
+        ]
+    # Where every case would compile, a CPU would mostly compile.
+    groups = None if device == "cuda" else ("resnet18 scale 1", "large")
+    return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
+
+
+def training(device: str) -> Suite:
+    """The loss of each scale as a whole."""
+    batch = 1024 if device == "cuda" else 128
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    cases = tuple(
+        case(
+            "memory_loss",
+            n=positions(side),
+            B=batch,
+            d=d,
+            M=PROTOTYPES,
+            dtype=dtype,
+            group=f"{network} scale {s}",
+        )
+        for network, scales in NETWORKS.items()
+        for s, (d, side) in enumerate(scales, 1)
+    )
+    groups = None if device == "cuda" else ("resnet18 scale 1", "resnet50 scale 3")
+    return Suite("training", cases, seconds=0.5, compiled_groups=groups)
+
+
+def scaling(device: str) -> Suite:
+    """Sweeps of one size at a time, up to where each implementation runs out of memory or of time."""
+    on_gpu = device == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
+    thousand = 1024
+    cases: list[Case] = []
+    for count in (4, 16, 64, 256, 1024, 4096):
+        cases.append(case("retrieve", N=count * thousand, M=512, d=64, B=128, dtype=dtype, group="over N"))
+    queries = 16384 if on_gpu else 4096
+    for prototypes in (64, 256, 1024, 4096, 8192):
+        cases.append(case("retrieve", N=queries, M=prototypes, d=64, B=128, dtype=dtype, group="over M"))
+    queries = 8192 if on_gpu else 2048
+    for d in (64, 128, 256, 512, 1024, 2048):
+        cases.append(case("retrieve", N=queries, M=512, d=d, B=128, dtype=dtype, group="over d"))
+    for groups in (1, 4, 16, 64):
+        cases.append(case("nt_xent", G=groups, B=128, d=128, dtype=dtype, group="over G"))
+    for batch in (128, 512, 2048, 8192, 16384, 65536):
+        cases.append(case("nt_xent", G=1, B=batch, d=128, dtype=dtype, group="over B"))
+    for d in (64, 128, 256, 512):
+        cases.append(case("nt_xent", G=4, B=512, d=d, dtype=dtype, group="over d"))
+    return Suite("scaling", tuple(cases), seconds=0.2, least_repeats=3, compiled_groups=None if on_gpu else ())
+
+
+def positions(side: int) -> int:
+    """Sampled positions of a map of side × side."""
+    return max(1, min(MOST_POSITIONS, int(side * side * RATIO)))
+
+
+SUITES: dict[str, Callable[[str], Suite]] = {
+    "smoke": smoke,
+    "kernels": kernels,
+    "training": training,
+    "scaling": scaling,
+}

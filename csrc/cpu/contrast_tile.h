@@ -1,0 +1,270 @@
+// One tile of a contrast: the similarities of up to 128 rows and 128 columns, exponentiated while they are in registers.
+// The forward keeps only their sums; the backward writes the weights W of the tile, which then multiply the rows.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+constexpr int64_t largest_tile = 128;
+
+// Row length of a tile's weights: not a power of two, which would put a column of them into a few sets of the cache.
+constexpr int64_t weights_row = largest_tile + 16;
+
+// Logits are s · (factor + rest): the rounding of one factor alone would shift every logit by 2^-24 of 1/tau. With a
+// fixed shift they are in base 2 (factor + rest = log2(e) / tau). Without one they are s / tau rounded to T, as in the
+// lse that is made of them: a row that one logit dominates then has P = 1 for it, and its gradient cancels exactly.
+template <class T>
+struct Scale {
+  T factor, rest;
+  // Unit rows bound the logits by 1/tau, which therefore can stand for the row maximum wherever 2^(2 log2(e) / tau) is
+  // far from the ends of the range (float: tau ≥ 0.029; the distance leaves room for upstream gradients up to 2^26).
+  // Below that temperature the maximum is found on the way.
+  bool fixed_shift;
+  T shift;  // in base 2; 0 without a fixed shift
+
+  explicit Scale(double tau) {
+    const double base2 = log2e<double> / tau;
+    fixed_shift = tau > 0 && 2 * base2 <= double(-exp2_lowest<T>) - 26;
+    factor = T(fixed_shift ? base2 : 1 / tau);
+    rest = T((fixed_shift ? base2 : 1 / tau) - double(factor));
+    shift = fixed_shift ? factor : T(0);
+  }
+};
+
+// Which elements of the similarities take part. `none` and `all` answer for a register block at (row, column); `lanes`
+// gives the mask of one row of it.
+struct UpperTriangle {
+  int64_t count;
+  template <class T>
+  bool none(int64_t row, int64_t column) const {
+    return column + Block<T>::width <= row + 1;
+  }
+  template <class T>
+  bool all(int64_t row, int64_t column) const {
+    return row + Block<T>::height <= column && column + Block<T>::width <= count;
+  }
+  template <class T>
+  ANOMEM_INLINE typename Simd<T>::bits lanes(int64_t row, typename Simd<T>::bits column) const {
+    typedef std::remove_reference_t<decltype(column[0])> index;
+    return (column > index(row)) & (column < index(row < count ? count : 0));
+  }
+};
+
+struct Visible {
+  int64_t rows, columns;
+  const int64_t* exclude;  // [rows], or null for the row's own index, or `everything`
+  bool everything;
+  int64_t hidden(int64_t row) const { return exclude == nullptr ? row : exclude[row]; }
+  template <class T>
+  bool none(int64_t, int64_t) const {
+    return false;
+  }
+  template <class T>
+  bool all(int64_t row, int64_t column) const {
+    if (row + Block<T>::height > rows || column + Block<T>::width > columns) return false;
+    if (everything) return true;
+    for (int i = 0; i < Block<T>::height; ++i) {
+      const int64_t j = hidden(row + i);
+      if (j >= column && j < column + Block<T>::width) return false;
+    }
+    return true;
+  }
+  template <class T>
+  ANOMEM_INLINE typename Simd<T>::bits lanes(int64_t row, typename Simd<T>::bits column) const {
+    typedef std::remove_reference_t<decltype(column[0])> index;
+    const index last = index(row < rows ? columns : 0);
+    if (everything || row >= rows) return column < last;
+    return (column < last) & (column != index(hidden(row)));
+  }
+};
+
+// Where a tile lies: `rows` × `columns` similarities from (row, column) on, of factors packed by `pack_transposed`.
+template <class T>
+struct Tile {
+  const T* left;   // [.., features, width]
+  const T* right;  // [.., features, width]
+  int64_t features;
+  int64_t row, rows;
+  int64_t column, columns;
+};
+
+template <class T>
+ANOMEM_INLINE void similarities(const Tile<T>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::height][2]) {
+  constexpr int width = Block<T>::width;
+  const int64_t row = tile.row + i, panel = tile.features * width;
+  for (auto& pair : s) pair[0] = pair[1] = vec<T>{};
+  multiply<T, Block<T>::height>(
+      tile.features, tile.left + row / width * panel + row % width, 1, width,
+      tile.right + (tile.column + j) / width * panel, s);
+}
+
+template <class T>
+ANOMEM_INLINE typename Simd<T>::bits column_index(int64_t column) {
+  return lane_index<T>() + std::remove_reference_t<decltype(typename Simd<T>::bits{}[0])>(column);
+}
+
+// Sums of exp(logit − peak) over a tile's rows and columns, beside their peaks. With a fixed shift every peak is that
+// shift and is not stored.
+template <class T>
+struct TileSums {
+  T row_sum[largest_tile], row_peak[largest_tile];
+  T column_sum[largest_tile], column_peak[largest_tile];
+};
+
+// A finite stand-in for −inf, so that differences of two peaks are numbers.
+template <class T>
+constexpr T no_peak = T(-1e30);
+
+template <class T, bool masked, class Keep>
+ANOMEM_INLINE void add_exponentials(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
+                                    int64_t row, int64_t column, vec<T>* row_sum, vec<T> (&column_sum)[2]) {
+  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
+#pragma GCC unroll 8
+  for (int i = 0; i < Block<T>::height; ++i) {
+    vec<T> e[2];
+    for (int h = 0; h < 2; ++h) {
+      e[h] = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
+      if (masked) e[h] = keep.template lanes<T>(row + i, column_index<T>(column + h * lanes<T>)) ? e[h] : vec<T>{};
+      column_sum[h] += e[h];
+    }
+    row_sum[i] += e[0] + e[1];
+  }
+}
+
+// The fixed-shift sums of a tile; columns too if `Both`.
+template <bool both, class T, class Keep>
+void sum_with_fixed_shift(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
+  alignas(64) vec<T> row_sum[largest_tile] = {};
+  for (int64_t j = 0; j < tile.columns; j += Block<T>::width) {
+    vec<T> column_sum[2] = {};
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::height) {
+      const int64_t row = tile.row + i, column = tile.column + j;
+      if (keep.template none<T>(row, column)) continue;
+      vec<T> s[Block<T>::height][2];
+      similarities(tile, i, j, s);
+      if (keep.template all<T>(row, column))
+        add_exponentials<T, false>(s, scale, keep, row, column, row_sum + i, column_sum);
+      else
+        add_exponentials<T, true>(s, scale, keep, row, column, row_sum + i, column_sum);
+    }
+    if (both)
+      for (int h = 0; h < 2; ++h) store(sums.column_sum + j + h * lanes<T>, column_sum[h]);
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) sums.row_sum[i] = sum_lanes<T>(row_sum[i]);
+}
+
+// The same with a peak that follows the data, one per lane until the end: for temperatures too low for a fixed shift.
+template <bool both, class T, class Keep>
+void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
+  alignas(64) vec<T> row_sum[largest_tile] = {}, row_peak[largest_tile];
+  for (auto& peak : row_peak) peak = broadcast(no_peak<T>);
+  for (int64_t j = 0; j < tile.columns; j += Block<T>::width) {
+    vec<T> column_sum[2] = {}, column_peak[2] = {broadcast(no_peak<T>), broadcast(no_peak<T>)};
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::height) {
+      const int64_t row = tile.row + i, column = tile.column + j;
+      if (keep.template none<T>(row, column)) continue;
+      vec<T> s[Block<T>::height][2];
+      similarities(tile, i, j, s);
+      vec<T> top[2] = {column_peak[0], column_peak[1]};
+      for (int r = 0; r < Block<T>::height; ++r) {
+        for (int h = 0; h < 2; ++h) {
+          const auto mask = keep.template lanes<T>(row + r, column_index<T>(column + h * lanes<T>));
+          s[r][h] = mask ? multiply_add(s[r][h], broadcast(scale.factor), s[r][h] * broadcast(scale.rest)) : broadcast(T(-INFINITY));
+          top[h] = larger(top[h], s[r][h]);
+        }
+        const vec<T> peak = larger(larger(row_peak[i + r], s[r][0]), s[r][1]);
+        row_sum[i + r] = row_sum[i + r] * exp_or_zero(row_peak[i + r] - peak) + exp_or_zero(s[r][0] - peak) +
+                         exp_or_zero(s[r][1] - peak);
+        row_peak[i + r] = peak;
+      }
+      if (!both) continue;
+      for (int h = 0; h < 2; ++h) {
+        column_sum[h] *= exp_or_zero(column_peak[h] - top[h]);
+        for (int r = 0; r < Block<T>::height; ++r) column_sum[h] += exp_or_zero(s[r][h] - top[h]);
+        column_peak[h] = top[h];
+      }
+    }
+    for (int h = 0; h < 2; ++h) {
+      store(sums.column_sum + j + h * lanes<T>, column_sum[h]);
+      store(sums.column_peak + j + h * lanes<T>, column_peak[h]);
+    }
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    sums.row_peak[i] = max_lanes<T>(row_peak[i]);
+    sums.row_sum[i] = sum_lanes<T>(row_sum[i] * exp_or_zero(row_peak[i] - broadcast(sums.row_peak[i])));
+  }
+}
+
+// What a row (or column) weighs in the backward: with a fixed shift its upstream gradient times exp(shift − lse);
+// without one the upstream gradient itself, beside its lse.
+template <class T>
+struct RowWeights {
+  const T* weight;  // [rows, padded with zeros]
+  const T* lse;     // [rows, padded], read without a fixed shift only
+};
+
+// The weights of one register block: W = P_ij w_i, plus P_ji w_j if `both`, and 0 where `keep` says so.
+template <class T, bool fixed_shift, bool both, bool masked, class Keep>
+ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
+                                 int64_t row, int64_t column, const RowWeights<T>& rows, const RowWeights<T>& columns,
+                                 T* to, int64_t stride) {
+  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const int64_t j = column + h * lanes<T>;
+    const vec<T> theirs = both ? load(columns.weight + j) : vec<T>{};
+    const vec<T> their_lse = both && !fixed_shift ? load(columns.lse + j) : vec<T>{};
+#pragma GCC unroll 8
+    for (int i = 0; i < Block<T>::height; ++i) {
+      const vec<T> mine = broadcast(rows.weight[row + i]);
+      vec<T> weight;
+      if (fixed_shift) {
+        const vec<T> e = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
+        weight = e * (both ? mine + theirs : mine);
+      } else {
+        const vec<T> logit = multiply_add(s[i][h], factor, s[i][h] * rest);
+        weight = mine * exp_or_zero(logit - broadcast(rows.lse[row + i]));
+        if (both) weight += theirs * exp_or_zero(logit - their_lse);
+      }
+      if (masked) weight = keep.template lanes<T>(row + i, column_index<T>(j)) ? weight : vec<T>{};
+      store(to + i * stride + h * lanes<T>, weight);
+    }
+  }
+}
+
+// W of a tile, [rows, stride]. With `upper`, blocks wholly below the diagonal are left out.
+template <bool fixed_shift, bool both, class T, class Keep>
+void tile_weights(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, const RowWeights<T>& rows,
+                  const RowWeights<T>& columns, bool upper, T* weights, int64_t stride) {
+  for (int64_t j = 0; j < tile.columns; j += Block<T>::width)
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::height) {
+      const int64_t row = tile.row + i, column = tile.column + j;
+      if (upper && j + Block<T>::width <= i) continue;
+      vec<T> s[Block<T>::height][2];
+      similarities(tile, i, j, s);
+      T* to = weights + i * stride + j;
+      if (keep.template all<T>(row, column))
+        write_weights<T, fixed_shift, both, false>(s, scale, keep, row, column, rows, columns, to, stride);
+      else
+        write_weights<T, fixed_shift, both, true>(s, scale, keep, row, column, rows, columns, to, stride);
+    }
+}
+
+// C [m, features] += A [m, k] B, for a B packed by `pack` in panels `panel` elements apart.
+template <class T>
+void add_product(int64_t m, int64_t features, int64_t k, const T* a, int64_t row, int64_t step, const T* b,
+                 int64_t panel, T* c, int64_t c_row) {
+  constexpr int height = Block<T>::height, width = Block<T>::width;
+  for (int64_t f = 0; f < features; f += width, b += panel)
+    for (int64_t i = 0; i < m; i += height) {
+      vec<T> sums[height][2];
+      for (int r = 0; r < height; ++r)
+        for (int h = 0; h < 2; ++h) sums[r][h] = load(c + (i + r) * c_row + f + h * lanes<T>);
+      multiply<T, height>(k, a + i * row, row, step, b, sums);
+      for (int r = 0; r < height; ++r)
+        for (int h = 0; h < 2; ++h) store(c + (i + r) * c_row + f + h * lanes<T>, sums[r][h]);
+    }
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,199 @@
+// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The forward gives every tile
+// of rows to one item; the backward uses each tile of W_ij = P_ij dl_i − [j = positive_i] dl_i for rows and columns.
+#pragma once
+
+#include "cpu/nt_xent_kernel.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+template <class S>
+struct InfoNceForwardRun {
+  using T = accumulator_t<S>;
+  const InfoNceForward& arguments;
+  const Scale<T> scale;
+  const int64_t rows, columns, features, tile;
+  const int64_t padded[2];
+
+  explicit InfoNceForwardRun(const InfoNceForward& a)
+      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
+        tile(tile_rows(rows, a.groups)), padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
+
+  // Of a group's place in the wave, for rows and columns: [padded / width, d, width].
+  T* packed(int64_t place, int side) const {
+    return static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
+           side * padded[0] * features;
+  }
+  S* unit(int64_t group, int side) const {
+    return static_cast<S*>(arguments.unit[side]) + group * arguments.count[side] * features;
+  }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const int side = block >= padded[0] / row_padding;
+    const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
+    const S* x = static_cast<const S*>(arguments.side[side]) + group * arguments.count[side] * features;
+    T* inv_norm = static_cast<T*>(arguments.inv_norm[side]) + group * arguments.count[side];
+    for (int64_t i = span.first; i < span.first + span.count; ++i)
+      normalize_row(x + i * features, features, unit(group, side) + i * features, inv_norm + i);
+    pack_transposed(unit(group, side) + span.first * features, features, span.count, features,
+                    packed(place, side) + span.first * features, row_padding);
+  }
+
+  // Loss and lse of one tile of rows.
+  void reduce(int64_t group, int64_t place, int64_t index) const {
+    const Span mine(index, tile, rows);
+    const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
+    T sum[largest_tile] = {}, peak[largest_tile];
+    for (auto& p : peak) p = no_peak<T>;
+    for (int64_t j = 0; j < (columns + largest_tile - 1) / largest_tile; ++j) {
+      const Span theirs(j, largest_tile, columns);
+      const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
+      TileSums<T> sums;
+      if (scale.fixed_shift)
+        sum_with_fixed_shift<false>(t, scale, keep, sums);
+      else
+        sum_with_peaks<false>(t, scale, keep, sums);
+      for (int64_t i = 0; i < mine.count; ++i)
+        merge_sum(scale.fixed_shift, sum + i, peak + i, sums.row_sum[i], sums.row_peak[i]);
+    }
+    T* loss = static_cast<T*>(arguments.loss) + group * rows;
+    T* lse = static_cast<T*>(arguments.lse) + group * rows;
+    for (int64_t i = 0; i < mine.count; ++i) {
+      const int64_t row = mine.first + i, positive = arguments.positive[row];
+      const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
+      const double logit = hidden ? -INFINITY
+                             : dot_product(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
+                                   arguments.tau;
+      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak[i]);
+      // One visible column: it is the positive, and the loss is exactly 0.
+      const double exact = visible() == 1 && !hidden ? logit : shift + std::log(double(sum[i]));
+      lse[row] = T(exact);
+      loss[row] = T(exact - logit);
+    }
+  }
+
+  int64_t visible() const { return columns - (arguments.exclude != nullptr); }
+
+  void run() const {
+    const int64_t blocks = (padded[0] + padded[1]) / row_padding, tiles = (rows + tile - 1) / tile;
+    for (int64_t start = 0; start < arguments.groups; start += arguments.wave) {
+      const int64_t here = Span(start / arguments.wave, arguments.wave, arguments.groups).count;
+      parallel(here * blocks, [&](int64_t i) { prepare(start + i / blocks, i / blocks, i % blocks); });
+      parallel(here * tiles, [&](int64_t i) { reduce(start + i / tiles, i / tiles, i % tiles); });
+    }
+  }
+};
+
+template <class S>
+struct InfoNceBackwardRun {
+  using T = accumulator_t<S>;
+  const InfoNceBackward& arguments;
+  const Scale<T> scale;
+  const int64_t rows, columns, features, wide, tile;
+  const int64_t padded[2];
+
+  explicit InfoNceBackwardRun(const InfoNceBackward& a)
+      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
+        wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)),
+        padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
+
+  // Of a group's place in the wave, for rows and columns: [padded / width, d, width], [wide / width, padded, width],
+  // [padded, wide]; then for the rows twice [padded].
+  T* start(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
+  }
+  T* packed(int64_t place, int side) const { return start(place) + side * padded[0] * (features + 2 * wide); }
+  T* packed_features(int64_t place, int side) const { return packed(place, side) + padded[side] * features; }
+  T* gradient(int64_t place, int side) const { return packed_features(place, side) + padded[side] * wide; }
+  T* weight(int64_t place) const { return gradient(place, 1) + padded[1] * wide; }
+  T* lse(int64_t place) const { return weight(place) + padded[0]; }
+  const S* unit(int64_t group, int side) const {
+    return static_cast<const S*>(arguments.unit[side]) + group * arguments.count[side] * features;
+  }
+  const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const int side = block >= padded[0] / row_padding;
+    const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
+    const S* source = unit(group, side) + span.first * features;
+    pack_transposed(source, features, span.count, features, packed(place, side) + span.first * features, row_padding);
+    pack(source, features, span.count, features, packed_features(place, side) + span.first * Block<T>::width,
+         padded[side] * Block<T>::width, row_padding);
+    T* zeroed = gradient(place, side) + span.first * wide;
+    for (int64_t i = 0; i < row_padding * wide; ++i) zeroed[i] = 0;
+    if (side == 1) return;
+    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
+    for (int64_t i = span.first; i < span.first + row_padding; ++i) {
+      const bool real = i < rows;
+      lse(place)[i] = real ? lse_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+    }
+  }
+
+  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const Span mine(first, tile, rows), theirs(second, largest_tile, columns);
+    const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
+    const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
+    const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
+    alignas(64) T w[largest_tile * weights_row];
+    if (scale.fixed_shift)
+      tile_weights<true, false>(t, scale, keep, weights, none, false, w, weights_row);
+    else
+      tile_weights<false, false>(t, scale, keep, weights, none, false, w, weights_row);
+    for (int64_t i = 0; i < mine.count; ++i) {
+      const int64_t row = mine.first + i, j = arguments.positive[row] - theirs.first;
+      const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == arguments.positive[row];
+      if (j >= 0 && j < theirs.count && !hidden) w[i * weights_row + j] -= dloss(group)[row];
+      // One visible column, the positive: the loss is constant. A product with 0 keeps NaN.
+      if (columns - (arguments.exclude != nullptr) == 1 && !hidden)
+        for (int64_t c = 0; c < theirs.count; ++c) w[i * weights_row + c] *= 0;
+    }
+    constexpr int width = Block<T>::width;
+    add_product(mine.count, features, theirs.count, w, weights_row, 1,
+                packed_features(place, 1) + theirs.first * width, padded[1] * width,
+                gradient(place, 0) + mine.first * wide, wide);
+    add_product(theirs.count, features, mine.count, w, 1, weights_row, packed_features(place, 0) + mine.first * width,
+                padded[0] * width, gradient(place, 1) + theirs.first * wide, wide);
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const int side = block >= padded[0] / row_padding;
+    const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
+    const T* inv_norm = static_cast<const T*>(arguments.inv_norm[side]) + group * arguments.count[side];
+    S* dx = static_cast<S*>(arguments.dside[side]) + group * arguments.count[side] * features;
+    T* along = static_cast<T*>(arguments.along) + group * rows;
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const T inner = unnormalize_gradient(gradient(place, side) + i * wide, T(1 / arguments.tau),
+                                           unit(group, side) + i * features, inv_norm[i], features, dx + i * features);
+      if (side == 0) along[i] = inner;
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, (padded[0] + padded[1]) / row_padding,
+        Crossing{(rows + tile - 1) / tile, (columns + largest_tile - 1) / largest_tile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+void run_info_nce_forward(const InfoNceForward& arguments) {
+  InfoNceForwardRun<S>(arguments).run();
+}
+
+template <class S>
+void run_info_nce_backward(const InfoNceBackward& arguments) {
+  InfoNceBackwardRun<S>(arguments).run();
+}
+
+void info_nce_forward(const InfoNceForward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.type, run_info_nce_forward, arguments)
+}
+
+void info_nce_backward(const InfoNceBackward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.type, run_info_nce_backward, arguments)
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,215 @@
+// Grouped NT-Xent, l_i = lse_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau, on the upper triangle of the similarities: each
+// tile pair is exponentiated once a pass and serves the rows of both sides. With e_ij = exp(s_ij − shift),
+// dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j) − [j = i±B](dl_i + dl_j), a_i = dl_i exp(shift − lse_i).
+#pragma once
+
+#include "cpu/contrast.h"
+#include "cpu/contrast_tile.h"
+#include "cpu/tournament.h"
+#include "cpu/unit_rows.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// Adds one tile's sum to a row's: with peaks, both are brought to the larger one.
+template <class T>
+ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T other_peak) {
+  if (fixed_shift) {
+    *sum += other_sum;
+    return;
+  }
+  const T top = *peak > other_peak ? *peak : other_peak;
+  *sum = *sum * std::exp(*peak - top) + other_sum * std::exp(other_peak - top);
+  *peak = top;
+}
+
+template <class S>
+struct NtXentForwardRun {
+  using T = accumulator_t<S>;
+  const NtXentForward& arguments;
+  const Scale<T> scale;
+  const int64_t batch, rows, padded, features, tile;
+
+  explicit NtXentForwardRun(const NtXentForward& a)
+      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
+        features(a.features), tile(tile_rows(rows, a.groups)) {}
+
+  // Of a group's place in the wave: [padded / width, d, width], [padded], [padded].
+  T* packed(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features);
+  }
+  T* sum(int64_t place) const { return packed(place) + padded * features; }
+  T* peak(int64_t place) const { return sum(place) + padded; }
+  S* unit(int64_t group) const { return static_cast<S*>(arguments.unit) + group * rows * features; }
+
+  // Normalises `row_padding` rows and packs them.
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, row_padding, rows);
+    T* inv_norm = static_cast<T*>(arguments.inv_norm) + group * rows;
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const int side = i >= batch;
+      const S* x = static_cast<const S*>(arguments.view[side]) + group * arguments.group_stride[side] +
+                   (i - side * batch) * arguments.row_stride[side];
+      normalize_row(x, features, unit(group) + i * features, inv_norm + i);
+    }
+    pack_transposed(unit(group) + span.first * features, features, span.count, features,
+                    packed(place) + span.first * features, row_padding);
+    for (int64_t i = span.first; i < span.first + row_padding; ++i) {
+      sum(place)[i] = 0;
+      peak(place)[i] = no_peak<T>;
+    }
+  }
+
+  void add_tile(int64_t place, int64_t first, int64_t second) const {
+    const Span mine(first, tile, rows), theirs(second, tile, rows);
+    const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
+    TileSums<T> sums;
+    if (scale.fixed_shift)
+      sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
+    else
+      sum_with_peaks<true>(t, scale, UpperTriangle{rows}, sums);
+    for (int64_t i = 0; i < mine.count; ++i)
+      merge_sum(scale.fixed_shift, sum(place) + mine.first + i, peak(place) + mine.first + i, sums.row_sum[i],
+                sums.row_peak[i]);
+    for (int64_t j = 0; j < theirs.count; ++j)
+      merge_sum(scale.fixed_shift, sum(place) + theirs.first + j, peak(place) + theirs.first + j, sums.column_sum[j],
+                sums.column_peak[j]);
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, row_padding, rows);
+    T* loss = static_cast<T*>(arguments.loss) + group * rows;
+    T* lse = static_cast<T*>(arguments.lse) + group * rows;
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const int64_t positive = i < batch ? i + batch : i - batch;
+      // In double: the loss is a difference of two numbers that may be much larger.
+      const double logit = dot_product(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
+      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak(place)[i]);
+      // One pair: the only other row is the positive, and the loss is exactly 0.
+      const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));
+      lse[i] = T(exact);
+      loss[i] = T(exact - logit);
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, padded / row_padding, Tournament{(rows + tile - 1) / tile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t, int64_t place, int64_t first, int64_t second) { add_tile(place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+struct NtXentBackwardRun {
+  using T = accumulator_t<S>;
+  const NtXentBackward& arguments;
+  const Scale<T> scale;
+  const int64_t batch, rows, padded, features, wide, tile;
+
+  explicit NtXentBackwardRun(const NtXentBackward& a)
+      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
+        features(a.features), wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)) {}
+
+  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and twice
+  // [padded].
+  T* packed(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
+  }
+  T* packed_features(int64_t place) const { return packed(place) + padded * features; }
+  T* gradient(int64_t place) const { return packed_features(place) + padded * wide; }
+  T* weight(int64_t place) const { return gradient(place) + padded * wide; }
+  T* lse(int64_t place) const { return weight(place) + padded; }
+  const S* unit(int64_t group) const { return static_cast<const S*>(arguments.unit) + group * rows * features; }
+  const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, row_padding, rows);
+    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
+    const S* source = unit(group) + span.first * features;
+    pack_transposed(source, features, span.count, features, packed(place) + span.first * features, row_padding);
+    pack(source, features, span.count, features, packed_features(place) + span.first * Block<T>::width,
+         padded * Block<T>::width, row_padding);
+    for (int64_t i = span.first; i < span.first + row_padding; ++i) {
+      const bool real = i < rows;
+      lse(place)[i] = real ? lse_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+      for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
+    }
+  }
+
+  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const Span mine(first, tile, rows), theirs(second, tile, rows);
+    const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
+    const RowWeights<T> weights{weight(place), lse(place)};
+    alignas(64) T w[largest_tile * weights_row];
+    const Visible keep{rows, rows, nullptr, false};
+    const bool diagonal = first == second;
+    if (scale.fixed_shift)
+      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, weights_row);
+    else
+      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, weights_row);
+    if (diagonal) mirror(w, mine.count);
+    for (int64_t i = 0; i < mine.count; ++i) {
+      const int64_t row = mine.first + i, positive = row < batch ? row + batch : row - batch;
+      const int64_t j = positive - theirs.first;
+      if (j >= 0 && j < theirs.count) w[i * weights_row + j] -= dloss(group)[row] + dloss(group)[positive];
+    }
+    const int64_t panel = padded * Block<T>::width;
+    add_product(mine.count, features, theirs.count, w, weights_row, 1,
+                packed_features(place) + theirs.first * Block<T>::width, panel, gradient(place) + mine.first * wide,
+                wide);
+    if (!diagonal)
+      add_product(theirs.count, features, mine.count, w, 1, weights_row,
+                  packed_features(place) + mine.first * Block<T>::width, panel, gradient(place) + theirs.first * wide,
+                  wide);
+  }
+
+  // Fills the register blocks that `tile_weights` left out.
+  static void mirror(T* w, int64_t count) {
+    for (int64_t i = 0; i < round_up(count, Block<T>::height); ++i) {
+      const int64_t known = (i / Block<T>::height * Block<T>::height) / Block<T>::width * Block<T>::width;
+      for (int64_t j = 0; j < known; ++j) w[i * weights_row + j] = w[j * weights_row + i];
+    }
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, row_padding, rows);
+    const T* inv_norm = static_cast<const T*>(arguments.inv_norm) + group * rows;
+    T* along = static_cast<T*>(arguments.along) + group * rows;
+    // One pair: its loss is constant. A product with 0 keeps NaN.
+    const T factor = rows == 2 ? T(0) : T(1 / arguments.tau);
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const int side = i >= batch;
+      S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
+      along[i] = unnormalize_gradient(gradient(place) + i * wide, factor, unit(group) + i * features, inv_norm[i],
+                                      features, dx);
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, padded / row_padding, Tournament{(rows + tile - 1) / tile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+void run_nt_xent_forward(const NtXentForward& arguments) {
+  NtXentForwardRun<S>(arguments).run();
+}
+
+template <class S>
+void run_nt_xent_backward(const NtXentBackward& arguments) {
+  NtXentBackwardRun<S>(arguments).run();
+}
+
+void nt_xent_forward(const NtXentForward& arguments) { ANOMEM_FOR_TYPE(arguments.type, run_nt_xent_forward, arguments) }
+
+void nt_xent_backward(const NtXentBackward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.type, run_nt_xent_backward, arguments)
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,96 @@
+// Matrix products whose right factor is packed once and used by many tiles of rows.
+//
+// C [m, n] = A [m, k] B [k, n]: A is read by two strides (so that Aᵀ costs nothing), B lies in the panels of gemm.h,
+// and the rows of C are padded to whole panels, so that no column is special. One panel of B stays in the first-level
+// cache while all rows of A pass by.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// Rows of A at a time: with two vectors per row, the sums fill the registers but for the panel's two and one factor.
+constexpr int tall = ANOMEM_VECTOR_BYTES == 64 ? 14 : 6;
+
+// How a product's sums reach C: as they are, added to what is there, or through a function of their row.
+struct Overwrite {
+  template <class T>
+  ANOMEM_INLINE void operator()(int64_t, T* to, vec<T> sum) const {
+    store(to, sum);
+  }
+};
+
+struct Accumulate {
+  template <class T>
+  ANOMEM_INLINE void operator()(int64_t, T* to, vec<T> sum) const {
+    store(to, load(to) + sum);
+  }
+};
+
+template <int rows, class T, class Finish>
+inline void product_rows(int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c,
+                         int64_t c_row, const Finish& finish) {
+  vec<T> sums[rows][2] = {};
+  multiply<T, rows>(k, a + first * row, row, step, panel, sums);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half)
+      finish.template operator()<T>(first + i, c + (first + i) * c_row + half * lanes<T>, sums[i][half]);
+}
+
+// The last rows, fewer than `tall`, in one piece.
+template <int rows, class T, class Finish>
+inline void product_last(int64_t left, int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel,
+                         T* c, int64_t c_row, const Finish& finish) {
+  if constexpr (rows > 0) {
+    if (left == rows) return product_rows<rows>(first, k, a, row, step, panel, c, c_row, finish);
+    product_last<rows - 1>(left, first, k, a, row, step, panel, c, c_row, finish);
+  }
+}
+
+// C = A B on the calling thread; `finish(i, to, sums)` stores one vector of row i.
+template <class T, class Finish>
+inline void product_with(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
+                         int64_t c_row, const Finish& finish) {
+  constexpr int width = Block<T>::width;
+  for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
+    int64_t i = 0;
+    for (; i + tall <= m; i += tall) product_rows<tall>(i, k, a, row, step, packed, c, c_row, finish);
+    product_last<tall - 1>(m - i, i, k, a, row, step, packed, c, c_row, finish);
+  }
+}
+
+// C = A B, or C += A B.
+template <class T>
+inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
+                    int64_t c_row, bool accumulate) {
+  if (accumulate) return product_with(m, n, k, a, row, step, packed, c, c_row, Accumulate());
+  product_with(m, n, k, a, row, step, packed, c, c_row, Overwrite());
+}
+
+// Packs factor · source [k, n] as it lies, for products with k = rows of the source.
+template <class T>
+inline void pack_scaled(const T* source, int64_t stride, int64_t k, int64_t n, T factor, T* packed) {
+  constexpr int width = Block<T>::width;
+  for (int64_t first = 0; first < n; first += width, packed += k * width)
+    for (int64_t half = 0; half < width; half += lanes<T>) {
+      const int64_t left = n - first - half;
+      for (int64_t p = 0; p < k; ++p) {
+        const T* from = source + p * stride + first + half;
+        const vec<T> x = left >= lanes<T> ? load(from) : left > 0 ? load_first(from, left) : vec<T>{};
+        store(packed + p * width + half, x * factor);
+      }
+    }
+}
+
+// Row length, in elements, of a tile with n columns: whole panels, and not a multiple of 1 KiB, which would put every
+// row of a tile into the same few sets of the cache.
+template <class T>
+inline int64_t padded_row(int64_t n) {
+  const int64_t padded = round_up(n, Block<T>::width);
+  return padded * int64_t(sizeof(T)) % 1024 == 0 ? padded + 64 / int64_t(sizeof(T)) : padded;
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

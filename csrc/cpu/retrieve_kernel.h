@@ -1,0 +1,245 @@
+// Retrieval in chunks of query rows (METHOD, gradients): a chunk's scores stay in the second-level cache between the
+// two products that make and read them; the backward pass makes them again.
+#pragma once
+
+#include "cpu/panels.h"
+#include "cpu/retrieve.h"
+#include "cpu/softmax.h"
+#include "cpu/weights.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// The gradient of the memory is summed over all queries: chunks are shared out to this many partial sums, which are
+// then added in order, so that the result does not depend on the number of threads.
+inline int64_t partial_sums(int64_t chunks, int64_t prototypes, int64_t width) {
+  const int64_t affordable = (int64_t(1) << 22) / (prototypes * width);  // 16 MiB of floats
+  const int64_t worthwhile = chunks / 8;  // so that filling and adding them stays small beside the products
+  const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
+  const int64_t slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
+  return chunks < slots ? chunks : slots;
+}
+
+// Rows of a chunk of the backward pass: its two tiles of scores and its four tiles of rows in the second-level cache.
+template <class T>
+inline int64_t backward_rows(const Memory& memory, int64_t queries) {
+  const int64_t row = int64_t(sizeof(T)) * 2 * (memory.prototypes + memory.features + memory.value_features);
+  const int64_t rows = chunk_rows(queries, memory.prototypes);
+  return rows > 84 && row * rows > (int64_t(896) << 10) ? 84 : rows;
+}
+
+template <class S>
+void retrieve_rows_forward(const RetrieveForward& a) {
+  using T = accumulator_t<S>;
+  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
+  const Panels<S> panels(a.memory, false);
+  const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), out_row = padded_row<T>(dv);
+  const T threshold = T(a.shrinkage.threshold);
+  parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
+    QueryRows<S> query(rows, d, a.memory.normalize);
+    Buffer<T> scores(rows * score_row), read(rows * out_row), scale(rows);
+    for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
+      const int64_t count = n - first < rows ? n - first : rows;
+      query.load(static_cast<const S*>(a.query) + first * a.query_row, a.query_row, count);
+      product(count, m, d, query.data(), query.row(), 1, panels.keys_transposed(), scores.data(), score_row, false);
+      for (int64_t r = 0; r < count; ++r) {
+        T* p = scores.data() + r * score_row;
+        const RowSum<T> row = a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, T(a.memory.beta))
+                                                                    : exponentials(p, m, T(a.memory.beta));
+        static_cast<T*>(a.lse)[first + r] = row.lse;
+        scale[r] = 1 / row.sum;
+        if (threshold > 0) {
+          scale_row(p, m, scale[r]);
+          shrink_row(p, m, threshold, p);
+          scale[r] = 1;
+          if (a.shrinkage.entropy) static_cast<T*>(a.entropy)[first + r] = weights_entropy(p, m);
+        } else if (a.shrinkage.entropy) {
+          static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
+        }
+      }
+      product(count, dv, m, scores.data(), score_row, 1, panels.values(), read.data(), out_row, false);
+      for (int64_t r = 0; r < count; ++r)
+        scaled_copy(read.data() + r * out_row, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
+    }
+  });
+}
+
+// Turns a product's scores into exp(beta s − lse) on their way out of the registers. They are the softmax's weights up
+// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row with a large lse is left
+// as it is: it may have one weight of exactly 1, whose gradient must be exactly 0. So is one that is not finite.
+template <class T>
+struct Exponentials {
+  static constexpr T largest = 32;
+  static bool leaves(T lse) { return !(lse < largest && lse > -largest); }
+
+  T beta;
+  const T* lse;
+
+  template <class>
+  ANOMEM_INLINE void operator()(int64_t i, T* to, vec<T> score) const {
+    store(to, leaves(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
+  }
+};
+
+// One row's gradient to its scores: `p` holds the softmax up to its sum and becomes the weights that read the values,
+// `g` holds dP = dO Vᵀ and becomes dS (without beta).
+template <class T>
+inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
+  const T threshold = T(shrinkage.threshold);
+  vec<T> sums{}, products{};
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> weight = count < lanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
+    sums += weight;
+    products = multiply_add(weight, load(g + j), products);
+  });
+  const T scale = 1 / sum_lanes<T>(sums);
+  if (shrinkage.entropy) {
+    scale_row(p, m, scale);
+    std::memcpy(softmax, p, m * sizeof(T));
+    const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
+    if (dentropy != 0) entropy_backward(p, m, dentropy, g);
+    if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
+    const vec<T> along = broadcast(dot_product(softmax, g, m));
+    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along + dlse)); });
+    return;
+  }
+  const vec<T> along = broadcast(sum_lanes<T>(products) * scale);
+  for_vectors<T>(m, [&](int64_t j, int64_t) {
+    const vec<T> weight = load(p + j) * scale;
+    store(p + j, weight);
+    store(g + j, weight * (load(g + j) - along + dlse));
+  });
+}
+
+// The sums over slots of one row of a memory's gradient, in order.
+template <class T>
+inline void add_partial_sums(const T* partial, int64_t slots, int64_t stride, int64_t n, T* sum) {
+  for_vectors<T>(n, [&](int64_t j, int64_t count) {
+    vec<T> total{};
+    for (int64_t slot = 0; slot < slots; ++slot) total += load_some(partial + slot * stride + j, count);
+    store_some(sum + j, total, count);
+  });
+}
+
+// Scratch of one slot of the backward pass, and its work on one chunk.
+template <class S>
+class BackwardSlot {
+ public:
+  using T = accumulator_t<S>;
+
+  BackwardSlot(const RetrieveBackward& a, const Panels<S>& panels, int64_t rows)
+      : a_(a),
+        panels_(panels),
+        m_(a.memory.prototypes),
+        d_(a.memory.features),
+        dv_(a.memory.value_features),
+        score_row_(padded_row<T>(m_)),
+        query_row_(padded_row<T>(d_)),
+        query_(rows, d_, a.memory.normalize),
+        dout_(rows, dv_, Normalize::none),
+        weights_(rows * score_row_),
+        gradient_(rows * score_row_),
+        dquery_(rows * query_row_),
+        scores_(a.dbeta != nullptr ? rows * score_row_ : 0),
+        packed_(packed_size<T>(rows, d_ > dv_ ? d_ : dv_)),
+        softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
+
+  // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv] (the same without separate values).
+  void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
+    const T beta = T(a_.memory.beta);
+    const T* lse = static_cast<const T*>(a_.lse) + first;
+    const T* dlse = static_cast<const T*>(a_.dlse);
+    const T* dentropy = static_cast<const T*>(a_.dentropy);
+    query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
+    dout_.load(static_cast<const S*>(a_.dout) + first * dv_, dv_, count);
+    const Exponentials<T> exponential{beta, lse};
+    const auto score = [&](T* to, const auto& finish) {
+      product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), to, score_row_, finish);
+    };
+    if (dbeta == nullptr) score(weights_.data(), exponential);
+    else score(scores_.data(), Overwrite());
+    product(count, m_, dv_, dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(), score_row_,
+            false);
+    for (int64_t r = 0; r < count; ++r) {
+      T* p = weights_.data() + r * score_row_;
+      if (dbeta != nullptr)
+        for_vectors<T>(m_, [&](int64_t j, int64_t) {
+          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_row_ + j));
+        });
+      if (Exponentials<T>::leaves(lse[r])) exponentials(p, m_, beta);
+      score_gradient(p, gradient_.data() + r * score_row_, m_, a_.shrinkage, dlse ? dlse[first + r] : T(0),
+                     dentropy ? dentropy[first + r] : T(0), softmax_.data());
+      if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_row_, gradient_.data() + r * score_row_, m_);
+    }
+    pack_scaled(dout_.data(), dout_.row(), count, dv_, T(1), packed_.data());
+    product(m_, dv_, count, weights_.data(), 1, score_row_, packed_.data(), dvalues, padded_row<T>(dv_), !fresh);
+    pack_scaled(query_.data(), query_.row(), count, d_, beta, packed_.data());
+    product(m_, d_, count, gradient_.data(), 1, score_row_, packed_.data(), dkeys, query_row_,
+            !fresh || dkeys == dvalues);
+    product(count, d_, m_, gradient_.data(), score_row_, 1, panels_.keys(), dquery_.data(), query_row_, false);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = dquery_.data() + r * query_row_;
+      normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
+                             static_cast<S*>(a_.dquery) + (first + r) * d_);
+    }
+  }
+
+ private:
+  const RetrieveBackward& a_;
+  const Panels<S>& panels_;
+  int64_t m_, d_, dv_, score_row_, query_row_;
+  QueryRows<S> query_, dout_;
+  Buffer<T> weights_, gradient_, dquery_, scores_, packed_, softmax_;
+};
+
+template <class S>
+void retrieve_rows_backward(const RetrieveBackward& a) {
+  using T = accumulator_t<S>;
+  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
+  const bool tied = a.memory.values == nullptr;
+  const int64_t rows = backward_rows<T>(a.memory, n), chunks = (n + rows - 1) / rows;
+  const int64_t key_row = padded_row<T>(d), value_row = tied ? 0 : padded_row<T>(dv);
+  const int64_t slots = partial_sums(chunks, m, key_row + value_row);
+  Buffer<T> dkeys(slots * m * key_row), dvalues(slots * m * value_row);
+  Buffer<double> dbeta(slots);
+  {
+    const Panels<S> panels(a.memory, true);
+    parallel(slots, [&](int64_t slot) {
+      BackwardSlot<S> work(a, panels, rows);
+      T* keys = dkeys.data() + slot * m * key_row;
+      T* values = tied ? keys : dvalues.data() + slot * m * value_row;
+      dbeta[slot] = 0;
+      const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
+        work.add(first, count, chunk == begin, keys, values, a.dbeta != nullptr ? &dbeta[slot] : nullptr);
+      }
+    });
+  }
+  if (a.dbeta != nullptr) {
+    *a.dbeta = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) *a.dbeta += dbeta[slot];
+  }
+  constexpr int64_t block = 16;  // prototypes per work item
+  parallel((m + block - 1) / block, [&](int64_t item) {
+    Buffer<T> sum(d > dv ? d : dv), key(d);
+    for (int64_t row = item * block; row < m && row < (item + 1) * block; ++row) {
+      add_partial_sums(dkeys.data() + row * key_row, slots, m * key_row, d, sum.data());
+      const T factor = normalize_row(static_cast<const S*>(a.memory.keys) + row * d, d, a.memory.normalize, key.data());
+      normalize_row_backward(sum.data(), key.data(), factor, T(1), d, a.memory.normalize,
+                             static_cast<S*>(a.dkeys) + row * d);
+      if (tied) continue;
+      add_partial_sums(dvalues.data() + row * value_row, slots, m * value_row, dv, sum.data());
+      scaled_copy(sum.data(), dv, T(1), static_cast<S*>(a.dvalues) + row * dv);
+    }
+  });
+}
+
+void retrieve_forward(const RetrieveForward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.memory.type, retrieve_rows_forward, arguments)
+}
+
+void retrieve_backward(const RetrieveBackward& arguments) {
+  ANOMEM_FOR_TYPE(arguments.memory.type, retrieve_rows_backward, arguments)
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,195 @@
+// Vectors of the instruction set this file is compiled for (no include guard against the other sets: each has its own
+// translation unit and namespace). GCC's vector extensions, so the same code runs with SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/types.h"
+
+#define ANOMEM_INLINE inline __attribute__((always_inline))
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef float loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  static constexpr int lanes = ANOMEM_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef double loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  static constexpr int lanes = ANOMEM_VECTOR_BYTES / 8;
+};
+
+// A vector of the accumulation type T (float or double), and its number of lanes.
+template <class T>
+using vec = typename Simd<T>::vector;
+template <class T>
+constexpr int lanes = Simd<T>::lanes;
+
+template <class T>
+ANOMEM_INLINE vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::loose*>(p);
+}
+
+// Widened on the way: bfloat16 is the upper half of a float.
+ANOMEM_INLINE vec<float> load(const Bfloat16* p) {
+  typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+}
+
+template <class T>
+ANOMEM_INLINE void store(T* p, vec<T> x) {
+  *reinterpret_cast<typename Simd<T>::loose*>(p) = x;
+}
+
+ANOMEM_INLINE void store(Bfloat16* p, vec<float> x) {
+  typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  const words bits = (words)x;
+  const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const words nan = words{} + 0x7fc0;
+  *reinterpret_cast<halves*>(p) = __builtin_convertvector((words)(x == x) ? rounded : nan, halves);
+}
+
+// The first n < lanes elements; the rest of the vector is zero.
+template <class S>
+ANOMEM_INLINE vec<accumulator_t<S>> load_first(const S* p, int64_t n) {
+  S padded[lanes<accumulator_t<S>>] = {};
+  std::memcpy(padded, p, n * sizeof(S));
+  return load(padded);
+}
+
+template <class S>
+ANOMEM_INLINE void store_first(S* p, vec<accumulator_t<S>> x, int64_t n) {
+  S padded[lanes<accumulator_t<S>>];
+  store(padded, x);
+  std::memcpy(p, padded, n * sizeof(S));
+}
+
+template <class T>
+ANOMEM_INLINE vec<T> broadcast(T x) {
+  return vec<T>{} + x;
+}
+
+// One rounding where the instruction set has FMA: the compiler contracts the expression.
+template <class V>
+ANOMEM_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+
+// NaN in `b` is kept; NaN in `a` is not.
+template <class V>
+ANOMEM_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// 0, 1, 2, …
+template <class T>
+ANOMEM_INLINE typename Simd<T>::bits lane_index() {
+  typename Simd<T>::bits index;
+  for (int i = 0; i < lanes<T>; ++i) index[i] = i;
+  return index;
+}
+
+// Lane i of the result is lane (i + by) mod lanes of x.
+template <class T, int by>
+ANOMEM_INLINE vec<T> rotate(vec<T> x) {
+#if defined(__clang__)
+  T lane[lanes<T>], rotated[lanes<T>];
+  store(lane, x);
+  for (int i = 0; i < lanes<T>; ++i) rotated[i] = lane[(i + by) % lanes<T>];
+  return load(rotated);
+#else
+  return __builtin_shuffle(x, (lane_index<T>() + by) & (lanes<T> - 1));
+#endif
+}
+
+// Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. Both keep a NaN.
+template <class T, int half = lanes<T> / 2>
+ANOMEM_INLINE T sum_lanes(vec<T> x) {
+  if constexpr (half == 0) return x[0];
+  else return sum_lanes<T, half / 2>(x + rotate<T, half>(x));
+}
+
+template <class T, int half = lanes<T> / 2>
+ANOMEM_INLINE T max_lanes(vec<T> x) {
+  if constexpr (half == 0) {
+    return x[0];
+  } else {
+    const vec<T> other = rotate<T, half>(x);
+    return max_lanes<T, half / 2>((x > other) | (x != x) ? x : other);
+  }
+}
+
+// a · b, in two running sums.
+template <class S>
+ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count) {
+  using T = accumulator_t<S>;
+  vec<T> sum[2] = {};
+  const int64_t whole = count / lanes<T> * lanes<T>;
+  for (int64_t p = 0; p < whole; p += lanes<T>)
+    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
+  if (whole < count) sum[0] += load_first(a + whole, count - whole) * load_first(b + whole, count - whole);
+  return sum_lanes<T>(sum[0] + sum[1]);
+}
+
+template <class T>
+constexpr T log2e = T(1.4426950408889634074);
+
+// 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
+// x = n + f with n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum, from where
+// it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
+ANOMEM_INLINE vec<float> exp2_in_range(vec<float> x) {
+  constexpr float coefficients[] = {1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f,
+                                    2.402265092e-1f, 6.931472067e-1f, 1.0f};
+  const vec<float> magic = broadcast(12582912.0f);
+  const vec<float> shifted = x + magic;
+  const vec<float> f = x - (shifted - magic);
+  vec<float> power = broadcast(coefficients[0]);
+  for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
+  return power * (vec<float>)(((Simd<float>::bits)shifted << 23) + (127 << 23));
+}
+
+ANOMEM_INLINE vec<double> exp2_in_range(vec<double> x) {
+  constexpr double coefficients[] = {
+      4.455817908336064493e-10,  7.0741942972885210056e-9, 1.0178057087733941105e-7, 1.3215432535912376166e-6,
+      1.5252733841556772589e-5,  1.5403530463724354209e-4, 1.3333558146406470697e-3, 9.6181291075872566681e-3,
+      5.5504108664821627039e-2,  2.4022650695910159567e-1, 6.9314718055994530925e-1, 1.0};
+  const vec<double> magic = broadcast(6755399441055744.0);
+  const vec<double> shifted = x + magic;
+  const vec<double> f = x - (shifted - magic);
+  vec<double> power = broadcast(coefficients[0]);
+  for (int i = 1; i < 12; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
+  return power * (vec<double>)(((Simd<double>::bits)shifted << 52) + (int64_t(1023) << 52));
+}
+
+template <class T>
+constexpr T exp2_lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
+
+// 2^x for x ≤ 127 (1023): 0 below the smallest normal number, -inf included; NaN stays NaN.
+template <class V>
+ANOMEM_INLINE V exp2_or_zero(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  const V lowest = V{} + exp2_lowest<T>;
+  const auto below = x < lowest;
+  return below ? V{} : exp2_in_range(below ? lowest : x);
+}
+
+template <class V>
+ANOMEM_INLINE V exp_or_zero(V x) {
+  return exp2_or_zero(x * log2e<std::remove_reference_t<decltype(x[0])>>);
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

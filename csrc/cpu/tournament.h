@@ -1,0 +1,84 @@
+// Rounds of tile pairs in which no row of tiles occurs twice: the pairs of a round can run at once and each add to its
+// two rows, and every row receives its sums in the order of the rounds, whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/parallel.h"
+
+namespace anomem::cpu {
+
+// Every unordered pair of `tiles` tiles, and every tile with itself, by the circle method: with an odd number of places
+// each round leaves one tile over, which meets itself; with an even number a last round is for that.
+struct Tournament {
+  int64_t tiles;
+  bool odd() const { return tiles % 2 == 1; }
+  int64_t rounds() const { return tiles; }
+  int64_t pairs(int64_t round) const { return odd() ? (tiles + 1) / 2 : round == tiles - 1 ? tiles : tiles / 2; }
+
+  // first ≤ second
+  void pair(int64_t round, int64_t index, int64_t* first, int64_t* second) const {
+    const int64_t circle = odd() ? tiles : tiles - 1;
+    int64_t a, b;
+    if (!odd() && round == tiles - 1) {
+      a = b = index;
+    } else if (index == 0) {
+      a = round;
+      b = odd() ? round : tiles - 1;
+    } else {
+      a = (round + index) % circle;
+      b = (round - index + circle) % circle;
+    }
+    *first = a < b ? a : b;
+    *second = a < b ? b : a;
+  }
+};
+
+// Every pair of a row tile and a column tile.
+struct Crossing {
+  int64_t rows, columns;
+  int64_t rounds() const { return rows < columns ? columns : rows; }
+  int64_t pairs(int64_t) const { return rows < columns ? rows : columns; }
+  void pair(int64_t round, int64_t index, int64_t* row, int64_t* column) const {
+    *row = rows < columns ? index : (index + round) % rows;
+    *column = rows < columns ? (index + round) % columns : index;
+  }
+};
+
+// The range of tile `index`.
+struct Span {
+  int64_t first, count;
+  Span(int64_t index, int64_t tile, int64_t total)
+      : first(index * tile), count(total - first < tile ? total - first : tile) {}
+};
+
+// The three phases of a contrast over groups of which `wave` at a time have a place in the workspace:
+// prepare(group, place, block) and finish(group, place, block) for every block of rows, and between them
+// add(group, place, row tile, column tile) round by round.
+template <class Rounds, class Prepare, class Add, class Finish>
+void run_in_waves(int64_t groups, int64_t wave, int64_t blocks, const Rounds& schedule, const Prepare& prepare,
+                  const Add& add, const Finish& finish) {
+  for (int64_t start = 0; start < groups; start += wave) {
+    const int64_t here = groups - start < wave ? groups - start : wave;
+    if (schedule.rounds() == 1) {  // one tile: a group is one item
+      parallel(here, [&](int64_t place) {
+        for (int64_t block = 0; block < blocks; ++block) prepare(start + place, place, block);
+        add(start + place, place, 0, 0);
+        for (int64_t block = 0; block < blocks; ++block) finish(start + place, place, block);
+      });
+      continue;
+    }
+    parallel(here * blocks, [&](int64_t i) { prepare(start + i / blocks, i / blocks, i % blocks); });
+    for (int64_t round = 0; round < schedule.rounds(); ++round) {
+      const int64_t pairs = schedule.pairs(round);
+      parallel(here * pairs, [&](int64_t i) {
+        int64_t first, second;
+        schedule.pair(round, i % pairs, &first, &second);
+        add(start + i / pairs, i / pairs, first, second);
+      });
+    }
+    parallel(here * blocks, [&](int64_t i) { finish(start + i / blocks, i / blocks, i % blocks); });
+  }
+}
+
+}  // namespace anomem::cpu

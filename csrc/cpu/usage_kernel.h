@@ -1,0 +1,123 @@
+// Counts, weights, entropies and mean direction of a retrieval, without its result.
+#pragma once
+
+#include "cpu/panels.h"
+#include "cpu/softmax.h"
+#include "cpu/usage.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// Index of the largest weight, the first of equals; 0 in a row of NaN.
+template <class T>
+inline int64_t strongest(const T* e, int64_t m) {
+  int64_t best = 0;
+  for (int64_t j = 1; j < m; ++j) best = e[j] > e[best] ? j : best;
+  return best;
+}
+
+// sum ← sum + scale · x.
+template <class T>
+inline void add_scaled(const T* x, int64_t n, T scale, T* sum) {
+  for_vectors<T>(n, [&](int64_t i, int64_t count) {
+    store_some(sum + i, multiply_add(load_some(x + i, count), broadcast(scale), load_some(sum + i, count)), count);
+  });
+}
+
+// Sums over the queries of one work item.
+struct UsageSums {
+  int64_t* count;     // [M]
+  double* mass;       // [M]
+  double* direction;  // [d]
+};
+
+// Adds one chunk of queries at a time: in the working precision within a chunk, in float64 from chunk to chunk.
+template <class S>
+class UsageChunk {
+ public:
+  using T = accumulator_t<S>;
+
+  UsageChunk(const Usage& a, const Panels<S>& panels, int64_t rows)
+      : a_(a),
+        panels_(panels),
+        m_(a.memory.prototypes),
+        d_(a.memory.features),
+        score_row_(padded_row<T>(m_)),
+        read_row_(padded_row<T>(d_)),
+        query_(rows, d_, a.memory.normalize),
+        scores_(rows * score_row_),
+        read_(rows * read_row_),
+        scale_(rows),
+        mass_(m_),
+        direction_(d_) {}
+
+  void add(int64_t first, int64_t count, const UsageSums& sums) {
+    query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
+    product(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), scores_.data(), score_row_, false);
+    std::memset(mass_.data(), 0, m_ * sizeof(T));
+    for (int64_t r = 0; r < count; ++r) {
+      T* e = scores_.data() + r * score_row_;
+      const RowSum<T> row = exponentials<true>(e, m_, T(a_.memory.beta));
+      scale_[r] = 1 / row.sum;
+      static_cast<T*>(a_.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
+      sums.count[strongest(e, m_)] += 1;
+      add_scaled(e, m_, scale_[r], mass_.data());
+    }
+    product(count, d_, m_, scores_.data(), score_row_, 1, panels_.values(), read_.data(), read_row_, false);
+    std::memset(direction_.data(), 0, d_ * sizeof(T));
+    for (int64_t r = 0; r < count; ++r) {
+      const T* read = read_.data() + r * read_row_;
+      const T inverse = inverse_length(dot_product(read, read, d_) * scale_[r] * scale_[r]);
+      add_scaled(read, d_, scale_[r] * inverse, direction_.data());
+    }
+    for (int64_t j = 0; j < m_; ++j) sums.mass[j] += mass_[j];
+    for (int64_t j = 0; j < d_; ++j) sums.direction[j] += direction_[j];
+  }
+
+ private:
+  const Usage& a_;
+  const Panels<S>& panels_;
+  int64_t m_, d_, score_row_, read_row_;
+  QueryRows<S> query_;
+  Buffer<T> scores_, read_, scale_, mass_, direction_;
+};
+
+// means[j] ← Σ_slot sums[slot, j] / n.
+template <class T>
+inline void mean_over_slots(Buffer<double>& sums, int64_t slots, int64_t width, int64_t n, T* means) {
+  for (int64_t j = 0; j < width; ++j) {
+    double sum = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) sum += sums[slot * width + j];
+    means[j] = T(sum / double(n));
+  }
+}
+
+// Chunks are shared out to a number of slots that depends on sizes alone; the slots are added in order.
+template <class S>
+void usage_rows(const Usage& a) {
+  using T = accumulator_t<S>;
+  const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.queries;
+  const Panels<S> panels(a.memory, false);
+  const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
+  Buffer<int64_t> counts(slots * m);
+  Buffer<double> masses(slots * m), directions(slots * d);
+  parallel(slots, [&](int64_t slot) {
+    const UsageSums sums{counts.data() + slot * m, masses.data() + slot * m, directions.data() + slot * d};
+    std::memset(sums.count, 0, m * sizeof(int64_t));
+    std::memset(sums.mass, 0, m * sizeof(double));
+    std::memset(sums.direction, 0, d * sizeof(double));
+    UsageChunk<S> work(a, panels, rows);
+    for (int64_t chunk = slot * chunks / slots; chunk < (slot + 1) * chunks / slots; ++chunk) {
+      const int64_t first = chunk * rows;
+      work.add(first, n - first < rows ? n - first : rows, sums);
+    }
+  });
+  std::memset(a.count, 0, m * sizeof(int64_t));
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int64_t j = 0; j < m; ++j) a.count[j] += counts[slot * m + j];
+  mean_over_slots(masses, slots, m, n, static_cast<T*>(a.mass));
+  mean_over_slots(directions, slots, d, n, static_cast<T*>(a.direction));
+}
+
+void usage(const Usage& arguments) { ANOMEM_FOR_TYPE(arguments.memory.type, usage_rows, arguments) }
+
+}  // namespace anomem::cpu::ANOMEM_ISA

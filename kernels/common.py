@@ -1,0 +1,89 @@
+"""What every kernel file shares: inner products, rounding, loads, and the facts a launch needs.
+
+Everything here also runs in Triton's interpreter (`TRITON_INTERPRET=1`), which keeps bfloat16 as raw 16-bit integers:
+products and arithmetic on it must be in float32, and it truncates where the hardware rounds to nearest even. `dot` and
+`round_to` are the two places that know.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · LOG2E), and exp2 is one instruction
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in float32.
+
+    a: [X, Y], b: [Y, Z], acc: [X, Z] float32; PRECISION: "ieee" or "tf32", used by float32 operands only.
+    """
+    if INTERPRETING:
+        acc = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 → dtype, to nearest even."""
+    if INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(base, rows, stride, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of a row-major matrix [count, WIDTH]; zero outside. Offsets are 64-bit.
+
+    rows: [BLOCK] indices; stride: elements from row to row (columns are adjacent).
+    """
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if WIDTH != BLOCK_D:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, x, rows, stride, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write x [BLOCK, BLOCK_D] float32 into a matrix as `load_rows` reads it, rounded to the matrix's dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None]
+    if WIDTH != BLOCK_D:
+        mask = mask & (columns < WIDTH)[None, :]
+    target = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(target, round_to(x, base.dtype.element_ty), mask=mask)
+
+
+def block_of(features: int, smallest: int = 16) -> int:
+    """BLOCK_D of rows of this length: the next power of two, at least what a matrix instruction takes."""
+    return max(triton.next_power_of_2(features), smallest)
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets float32 matrix products round their operands to TF32 (`torch.backends.cuda.matmul`)."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The PRECISION of `dot` for operands of this dtype."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, where Triton launches; nothing for a CPU tensor."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Number of multiprocessors of the tensor's GPU; 2 for a CPU tensor, so that tests split their sums."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2

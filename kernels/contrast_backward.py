@@ -1,0 +1,276 @@
+"""Gradients of a contrast with respect to its raw rows, columns and temperature; deterministic, without atomics.
+
+With cosines c_ij = u_i·v_j, P_ij = exp(c_ij / tau − lse_i), δ_ij = 1 at the positive of row i, and upstream gradient
+g_i of the loss of row i,
+
+    du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij)
+
+and where rows and columns are the same joined views, so that c and δ are symmetric, in one pass
+
+    du_i = (1/tau) Σ_j W_ij u_j,   W_ij = g_i P_ij + g_j P_ji − (g_i + g_j) δ_ij,   W_ii = 0.
+
+The temperature's gradient comes with it: dtau = −(1/tau²) Σ_ij W_ij c_ij, half of that for joined views.
+
+Each block owns BLOCK_X rows x of one matrix and streams tiles of BLOCK_Y rows y of the other: W = [BLOCK_X, BLOCK_Y],
+du += W y, as in the backward of FlashAttention (Dao 2023). The block holds its gradient whole, so it also applies the
+backward of the row normalisation, unless the sum is cut into splits or the rows are too long: then float32 partial
+sums are left to `row_gradient_kernel`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anomem.kernels.common import device_of, dot, round_to
+from anomem.kernels.contrast_rows import row_gradient, store_row_gradient
+from anomem.kernels.contrast_tiles import (
+    features_of,
+    has_fixed_shift,
+    inverse_temperature,
+    is_special,
+    load_index,
+    load_tile,
+    opposite,
+    plan,
+    sees_one_column,
+    sliced_cosines,
+)
+from anomem.kernels.specs import Spec, names, spec
+from anomem.kernels.tiles import TABLE
+
+# What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
+JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# float16 weights are scaled so that the largest upstream gradient of their group becomes this: their smallest normal
+# number, 2⁻¹⁴, then is 2⁻²⁷ of it, and their sum at a positive stays below the largest, 65504.
+FLOAT16_PEAK = tl.constexpr(8192.0)
+
+
+@triton.jit
+def load_per_row(lse, upstream, rows, count):
+    """(lse, upstream gradient), [BLOCK] each; a row that is not there weighs nothing."""
+    mask = rows < count
+    return tl.load(lse + rows, mask=mask, other=float("inf")), tl.load(upstream + rows, mask=mask, other=0.0)
+
+
+@triton.jit
+def rectangle_weights(logit, lse, upstream, target, hidden, column, column_count):
+    """W = g (P − δ). `logit` is [BLOCK_X, BLOCK_Y]; the others are [BLOCK_X, 1] or [1, BLOCK_Y], as rows lie."""
+    weight = tl.exp(logit - lse)
+    weight = tl.where(column == target, weight - 1.0, weight) * upstream
+    outside = column >= column_count
+    if hidden is not None:
+        outside = outside | (column == hidden)
+    return tl.where(outside, 0.0, weight)
+
+
+@triton.jit
+def contrast_backward_kernel(
+    owned,  # [G, X, d], unit rows
+    streamed,  # [G, Y, d], unit rows
+    inverse,  # [G, X] float32, 1/|row| of the owned rows
+    lse,  # [G, R] float32
+    upstream,  # [G, R] float32
+    positive,  # [R] int64; None if JOINED
+    exclude,  # [R] int64, or None
+    temperature,  # 0-dim float32, or None
+    peak,  # [G] float32, max |upstream|: scales float16 weights; None otherwise
+    first,  # [G, border, d], written if there is no `partial`: see `store_row_gradient`
+    second,  # [G, X − border, d], or None
+    moment,  # [splits, G, X] float32: Σ_j W_ij c_ij, for the temperature's gradient; None if it is not wanted
+    partial,  # [splits, G, X, d] float32, or None
+    inverse_tau,
+    groups,
+    owned_count,
+    streamed_count,
+    border,
+    splits,
+    streamed_per_split,
+    FEATURES: tl.constexpr,
+    ROLE: tl.constexpr,
+    FIXED: tl.constexpr,
+    SLICED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """One tile of owned rows, one slice of their gradient's features. Grid: [G · splits · slices · tiles]."""
+    tiles = tl.cdiv(owned_count, BLOCK_X)
+    slices = tl.cdiv(FEATURES, BLOCK_OUT)
+    tile = tl.program_id(0) % tiles
+    slice_index = (tl.program_id(0) // tiles) % slices
+    split = (tl.program_id(0) // tiles // slices) % splits
+    group = (tl.program_id(0) // tiles // slices // splits).to(tl.int64)
+    x = owned + group * owned_count * FEATURES
+    y = streamed + group * streamed_count * FEATURES
+    row_count = streamed_count if ROLE == COLUMNS else owned_count
+    group_lse = lse + group * row_count
+    group_upstream = upstream + group * row_count
+
+    x_rows = tile * BLOCK_X + tl.arange(0, BLOCK_X)  # [BLOCK_X]
+    out = slice_index * BLOCK_OUT
+    inverse_tau = inverse_temperature(inverse_tau, temperature)
+    amplify = 1.0
+    if peak is not None:
+        largest = tl.load(peak + group)
+        amplify = tl.where((largest > 0) & (largest < float("inf")), FLOAT16_PEAK / largest, 1.0)
+    if ROLE != COLUMNS:
+        x_lse, x_upstream = load_per_row(group_lse, group_upstream, x_rows, owned_count)  # [BLOCK_X]
+        x_upstream = x_upstream * amplify
+    if ROLE == JOINED:
+        x_target = opposite(x_rows, owned_count)  # [BLOCK_X]
+        x_weight = tl.exp(-x_lse) * x_upstream  # [BLOCK_X], used where FIXED
+    if ROLE == ROWS:
+        x_target = load_index(positive, x_rows, owned_count)
+        x_hidden = None
+        if exclude is not None:
+            x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
+    if not SLICED:
+        x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+
+    du = tl.zeros((BLOCK_X, BLOCK_OUT), tl.float32)
+    x_moment = tl.zeros((BLOCK_X,), tl.float32)
+    begin = split * streamed_per_split
+    end = tl.minimum(begin + streamed_per_split, streamed_count)
+    for start in range(begin, end, BLOCK_Y):
+        y_rows = start + tl.arange(0, BLOCK_Y)  # [BLOCK_Y]
+        if SLICED:
+            cosine = sliced_cosines(
+                x, y, tile * BLOCK_X, start, owned_count, streamed_count, FEATURES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
+            )
+            y_tile = load_tile(y, start, streamed_count, out, FEATURES, BLOCK_Y, BLOCK_OUT)  # [BLOCK_Y, BLOCK_OUT]
+        else:
+            y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+            cosine = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        logit = cosine * inverse_tau  # [BLOCK_X, BLOCK_Y]
+        if ROLE != ROWS:
+            y_lse, y_upstream = load_per_row(group_lse, group_upstream, y_rows, streamed_count)  # [BLOCK_Y]
+            y_upstream = y_upstream * amplify
+        if ROLE == JOINED:
+            if FIXED:
+                # One exponential an element. With 1/tau ≤ 44 neither exp(c / tau) nor exp(−lse) leaves 2^±82, so that
+                # no shift is needed and any upstream gradient fits between them and the ends of float32.
+                weight = tl.exp(logit) * (x_weight[:, None] + (tl.exp(-y_lse) * y_upstream)[None, :])
+            else:
+                weight = tl.exp(logit - x_lse[:, None]) * x_upstream[:, None]
+                weight += tl.exp(logit - y_lse[None, :]) * y_upstream[None, :]
+            if is_special(tile * BLOCK_X, start, streamed_count, BLOCK_X, BLOCK_Y):
+                # −2 of the positive (once for each of the pair's rows) joins before W is rounded: it cancels most of P.
+                both = x_upstream[:, None] + y_upstream[None, :]
+                weight = tl.where(y_rows[None, :] == x_target[:, None], weight - both, weight)
+                outside = (y_rows[None, :] == x_rows[:, None]) | (y_rows >= streamed_count)[None, :]
+                weight = tl.where(outside, 0.0, weight)
+        elif ROLE == ROWS:
+            weight = rectangle_weights(
+                logit, x_lse[:, None], x_upstream[:, None], x_target[:, None], x_hidden, y_rows[None, :], streamed_count
+            )
+        else:
+            y_target = load_index(positive, y_rows, streamed_count)
+            y_hidden = None
+            if exclude is not None:
+                y_hidden = load_index(exclude, y_rows, streamed_count)[None, :]
+            weight = rectangle_weights(
+                logit, y_lse[None, :], y_upstream[None, :], y_target[None, :], y_hidden, x_rows[:, None], owned_count
+            )
+        if moment is not None:
+            x_moment += tl.sum(weight * cosine, axis=1)
+        du = dot(round_to(weight, y_tile.dtype), y_tile, du, PRECISION)
+    du = du * (inverse_tau / amplify)
+
+    part = tl.full((), split, tl.int64) * groups + group
+    if moment is not None:
+        at = part * owned_count + x_rows
+        tl.store(moment + at, x_moment / amplify, mask=(x_rows < owned_count) & (slice_index == 0))
+    if partial is None:
+        u = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT).to(
+            tl.float32
+        )  # [BLOCK_X, BLOCK_OUT]
+        factor = tl.load(inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)
+        store_row_gradient(du, u, factor, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
+    else:
+        mask = (x_rows < owned_count)[:, None] & (out + tl.arange(0, BLOCK_OUT) < FEATURES)[None, :]
+        at = (part * owned_count + x_rows)[:, None] * FEATURES + out + tl.arange(0, BLOCK_OUT)[None, :]
+        tl.store(partial + at, du, mask=mask)
+
+
+def gradient(
+    role: tl.constexpr,
+    owned: Tensor,
+    streamed: Tensor,
+    inverse: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+    first: Tensor,
+    second: Tensor | None,
+    wants_moment: bool,
+) -> Tensor | None:
+    """Write the gradient of the raw rows behind `owned`; arguments as in `contrast_backward_kernel`.
+
+    Returns:
+        Σ_ij W_ij c_ij over all groups, 0-dim float32, if `wants_moment`. Its order of summation is fixed.
+    """
+    groups, owned_count, features = owned.shape
+    if owned.numel() == 0:
+        return lse.new_zeros(()) if wants_moment else None
+    column_count = owned_count if role == COLUMNS else streamed.shape[1]
+    if sees_one_column(positive, exclude, column_count):
+        upstream = upstream * 0.0  # what would be left of P − 1 is rounding
+    cut = plan("contrast_backward", owned, streamed)
+    slices = triton.cdiv(features, cut.block_out)
+    fused = cut.splits == 1 and slices == 1
+    partial = None if fused else owned.new_empty(cut.splits, *owned.shape, dtype=torch.float32)
+    moment = lse.new_empty(cut.splits, groups, owned_count) if wants_moment else None
+    peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
+    with device_of(owned):
+        contrast_backward_kernel[(groups * cut.splits * slices * triton.cdiv(owned_count, cut.tile.rows),)](
+            owned, streamed, inverse, lse, upstream, positive, exclude, temperature, peak, first, second, moment,
+            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
+            cut.splits, cut.streamed_per_split, FEATURES=features, ROLE=role,
+            FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
+            BLOCK_X=cut.tile.rows, BLOCK_Y=cut.tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
+            **cut.tile.options,
+        )  # fmt: skip
+    if partial is not None:
+        row_gradient(partial, owned, inverse, first, second)
+    return None if moment is None else moment.sum()
+
+
+def specs(architecture: int) -> Iterator[Spec]:
+    """Every tile of the table for joined views at a learned temperature; common lengths also in every other role."""
+    counts = dict.fromkeys(("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"), "i32")
+    learned = {"temperature": "*fp32", "moment": "*fp32"}
+    index = {"positive": "*i64", "exclude": "*i64"}
+    for (kernel, kind, key), tiles in TABLE.items():
+        if kernel != "contrast_backward":
+            continue
+        unit = "*bf16" if kind == "half" else "*fp32"
+        tensors = dict.fromkeys(("owned", "streamed", "first"), unit) | {"inverse_tau": "fp32"}
+        tensors |= dict.fromkeys(("inverse", "lse", "upstream"), "*fp32")
+        sliced, block_d, block_out = features_of(kernel, kind, key)
+        left = {"partial": "*fp32"} if key > block_out else {}
+        variants = {"joined learned": (JOINED, False, {"second": unit} | learned)}
+        if kind == "half" and key in (128, 256):
+            variants["joined"] = (JOINED, True, {"second": unit})
+            variants["rows"] = (ROWS, False, index | learned)
+            variants["columns"] = (COLUMNS, False, index | {"temperature": "*fp32"})
+        for tile in tiles[architecture]:
+            for variant, (role, fixed, present) in variants.items():
+                arguments = tensors | counts | present | left
+                constants = {
+                    **{name: None for name in names(contrast_backward_kernel) if name.islower()},
+                    "FEATURES": key, "ROLE": role.value, "FIXED": fixed, "SLICED": sliced,
+                    "PRECISION": "tf32" if kind == "tf32" else "ieee",
+                    "BLOCK_X": tile.rows, "BLOCK_Y": tile.columns, "BLOCK_D": block_d, "BLOCK_OUT": block_out,
+                }  # fmt: skip
+                yield spec(
+                    f"contrast_backward {variant} {kind} d{key}", contrast_backward_kernel,
+                    arguments, constants, tile, matrix=kind != "ieee",
+                )  # fmt: skip

@@ -1,0 +1,241 @@
+"""Losses of the rows of a contrast, and their logarithms of sums, without a [R, C] matrix.
+
+    lse_i = log Σ_{j ≠ exclude_i} exp(u_i·v_j / tau),   l_i = lse_i − u_i·v_{positive_i} / tau
+    (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
+
+Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of cosines
+c_ij. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1: rows
+that were rounded to bfloat16 exceed it by 2⁻⁷, which leaves the exponential inside float32 at both ends. Where there
+are few rows the columns are cut into splits, whose sums a second kernel adds in their order: every run gives the same.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anomem.kernels.common import LN2, LOG2E, device_of, dot
+from anomem.kernels.contrast_tiles import (
+    features_of,
+    has_fixed_shift,
+    inverse_temperature,
+    is_special,
+    load_index,
+    load_tile,
+    opposite,
+    plan,
+    sees_one_column,
+    sliced_cosines,
+)
+from anomem.kernels.specs import Spec, spec
+from anomem.kernels.tiles import TABLE
+
+
+@triton.jit
+def _larger(shift, other):
+    """The larger of two shifts, and the same with 0 for −inf, where no column was seen yet: it can be subtracted."""
+    new = tl.maximum(shift, other)
+    return new, tl.where(new == -float("inf"), 0.0, new)
+
+
+@triton.jit
+def _store_losses(loss, lse, at, mask, shift, total, matched, inverse_tau):
+    # The difference first: where one column dominates, both cosines are nearly equal.
+    tl.store(loss + at, (shift - matched) * inverse_tau + tl.log2(total) * LN2, mask=mask)
+    tl.store(lse + at, shift * inverse_tau + tl.log2(total) * LN2, mask=mask)
+
+
+@triton.jit
+def contrast_forward_kernel(
+    unit_rows,  # [G, R, d]
+    unit_columns,  # [G, C, d]
+    positive,  # [R] int64; None where rows and columns are two joined views, and each row is hidden from itself
+    exclude,  # [R] int64, or None
+    temperature,  # 0-dim float32, or None
+    loss,  # [G, R] float32
+    lse,  # [G, R] float32
+    partial,  # [3, splits, G, R] float32: shift, sum and positive's cosine by split; None for one split
+    inverse_tau,
+    groups,
+    row_count,
+    column_count,
+    splits,
+    columns_per_split,
+    FEATURES: tl.constexpr,
+    FIXED: tl.constexpr,
+    SLICED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of rows against one split of the columns. Grid: [G · splits · tiles of rows], tiles fastest."""
+    tiles = tl.cdiv(row_count, BLOCK_R)
+    tile = tl.program_id(0) % tiles
+    split = (tl.program_id(0) // tiles) % splits
+    group = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    u = unit_rows + group * row_count * FEATURES
+    v = unit_columns + group * column_count * FEATURES
+
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    if positive is None:
+        target = opposite(rows, row_count)  # [BLOCK_R]
+    else:
+        target = load_index(positive, rows, row_count)
+        valid = (target >= 0) & (target < column_count)
+        if exclude is not None:
+            hidden = load_index(exclude, rows, row_count)  # [BLOCK_R]
+            valid = valid & (hidden >= 0) & (hidden < column_count)
+    inverse_tau = inverse_temperature(inverse_tau, temperature)
+    scale = inverse_tau * LOG2E
+    if not SLICED:
+        u_tile = load_tile(u, tile * BLOCK_R, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
+
+    shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    if FIXED:
+        shift = tl.full((BLOCK_R,), 1.0, tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    matched = tl.zeros((BLOCK_R,), tl.float32)
+    begin = split * columns_per_split
+    end = tl.minimum(begin + columns_per_split, column_count)
+    for first in range(begin, end, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        if SLICED:
+            cosine = sliced_cosines(
+                u, v, tile * BLOCK_R, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
+            )
+        else:
+            v_tile = load_tile(v, first, column_count, 0, FEATURES, BLOCK_C, BLOCK_D)  # [BLOCK_C, BLOCK_D]
+            cosine = dot(u_tile, tl.trans(v_tile), tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
+        if positive is None:
+            if is_special(tile * BLOCK_R, first, column_count, BLOCK_R, BLOCK_C):
+                outside = (columns[None, :] == rows[:, None]) | (columns >= column_count)[None, :]
+                cosine = tl.where(outside, -float("inf"), cosine)  # [BLOCK_R, BLOCK_C]
+                matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
+        else:
+            if exclude is not None:
+                cosine = tl.where(columns[None, :] == hidden[:, None], -float("inf"), cosine)
+            cosine = tl.where((columns < column_count)[None, :], cosine, -float("inf"))
+            matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
+        if FIXED:
+            total += tl.sum(tl.exp2(cosine * scale - scale), axis=1)
+        else:
+            new, safe = _larger(shift, tl.max(cosine, axis=1))
+            total = total * tl.exp2((shift - safe) * scale)
+            total += tl.sum(tl.exp2((cosine - safe[:, None]) * scale), axis=1)
+            shift = new
+    if positive is not None:
+        total = tl.where(valid, total, float("nan"))
+
+    mask = rows < row_count
+    if partial is None:
+        _store_losses(loss, lse, group * row_count + rows, mask, shift, total, matched, inverse_tau)
+    else:
+        at = (split * groups + group) * row_count + rows
+        part = tl.full((), splits, tl.int64) * groups * row_count
+        tl.store(partial + at, shift, mask=mask)
+        tl.store(partial + part + at, total, mask=mask)
+        tl.store(partial + 2 * part + at, matched, mask=mask)
+
+
+@triton.jit
+def add_splits_kernel(
+    partial,  # [3, splits, G · R] float32
+    temperature,  # 0-dim float32, or None
+    loss,  # [G · R] float32
+    lse,  # [G · R] float32
+    inverse_tau,
+    count,
+    splits,
+    BLOCK_R: tl.constexpr,
+):
+    """Losses from the sums of the splits, added in their order."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    mask = rows < count
+    inverse_tau = inverse_temperature(inverse_tau, temperature)
+    scale = inverse_tau * LOG2E
+    shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    matched = tl.zeros((BLOCK_R,), tl.float32)
+    for split in range(splits):
+        at = tl.full((), split, tl.int64) * count + rows
+        part = tl.full((), splits, tl.int64) * count
+        other = tl.load(partial + at, mask=mask, other=0.0)
+        new, safe = _larger(shift, other)
+        total = total * tl.exp2((shift - safe) * scale)
+        total += tl.load(partial + part + at, mask=mask, other=0.0) * tl.exp2((other - safe) * scale)
+        matched += tl.load(partial + 2 * part + at, mask=mask, other=0.0)
+        shift = new
+    _store_losses(loss, lse, rows, mask, shift, total, matched, inverse_tau)
+
+
+def losses(
+    unit_rows: Tensor,
+    unit_columns: Tensor,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and logarithm of the sum of each row.
+
+    Args:
+        unit_rows: [G, R, d] contiguous.
+        unit_columns: [G, C, d] contiguous; the same tensor for two joined views.
+        positive: [R] int64, or None for two joined views.
+        exclude: [R] int64, or None.
+        temperature: 0-dim float32, or None for the constant `tau`.
+        tau: see `temperature`.
+
+    Returns:
+        (loss, lse), [G, R] float32; NaN for a row whose index is out of range.
+    """
+    groups, row_count, features = unit_rows.shape
+    column_count = unit_columns.shape[1]
+    loss = unit_rows.new_empty(groups, row_count, dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    if loss.numel() == 0:
+        return loss, lse
+    # With the running maximum a row's only column gives loss 0 without rounding.
+    fixed = has_fixed_shift(unit_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
+    cut = plan("contrast_forward", unit_rows, unit_columns)
+    partial = loss.new_empty(3, cut.splits, groups, row_count) if cut.splits > 1 else None
+    with device_of(unit_rows):
+        contrast_forward_kernel[(groups * cut.splits * triton.cdiv(row_count, cut.tile.rows),)](
+            unit_rows, unit_columns, positive, exclude, temperature, loss, lse, partial, 1 / tau,
+            groups, row_count, column_count, cut.splits, cut.streamed_per_split,
+            FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
+            BLOCK_R=cut.tile.rows, BLOCK_C=cut.tile.columns, BLOCK_D=cut.block_d, **cut.tile.options,
+        )  # fmt: skip
+        if partial is not None:
+            add_splits_kernel[(triton.cdiv(loss.numel(), 256),)](
+                partial, temperature, loss, lse, 1 / tau, loss.numel(), cut.splits, BLOCK_R=256, num_warps=4
+            )
+    return loss, lse
+
+
+def specs(architecture: int) -> Iterator[Spec]:
+    """Every tile of the table with all that a call can have, the heaviest; common lengths also with the least."""
+    counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
+    optional = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
+    for (kernel, kind, key), tiles in TABLE.items():
+        if kernel != "contrast_forward":
+            continue
+        unit = "*bf16" if kind == "half" else "*fp32"
+        tensors = {"unit_rows": unit, "unit_columns": unit, "loss": "*fp32", "lse": "*fp32", "inverse_tau": "fp32"}
+        sliced, block_d, _ = features_of(kernel, kind, key)
+        variants = {"rectangle": ({"FIXED": False}, optional)}
+        if kind == "half" and key in (128, 256):
+            variants["joined"] = ({"FIXED": True} | dict.fromkeys(optional), {})
+        for tile in tiles[architecture]:
+            known = {
+                "FEATURES": key, "SLICED": sliced, "PRECISION": "tf32" if kind == "tf32" else "ieee",
+                "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": block_d,
+            }  # fmt: skip
+            for variant, (constants, present) in variants.items():
+                yield spec(
+                    f"contrast_forward {variant} {kind} d{key}", contrast_forward_kernel,
+                    tensors | counts | present, known | constants, tile, matrix=kind != "ieee",
+                )  # fmt: skip

@@ -1,0 +1,167 @@
+"""What the contrastive kernels share: score tiles, the temperature, and the plan of a launch.
+
+Product tiles hold cosines c_ij = u_i·v_j; the logits of the loss are c_ij / tau.
+
+Feature axis
+    Up to `WHOLE` features a block holds its rows whole, and the tile of streamed rows is read once for both
+    products. Beyond, the cosines are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
+    features of its rows' gradient: the cosines are computed d / BLOCK_OUT times, and nothing of their size is stored.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from anomem.kernels.common import block_of, dot, multiprocessors, precision
+from anomem.kernels.tiles import Tile, kind_of, tile_for
+
+# Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, and the constant 1/tau
+# replaces the running maximum.
+LOWEST_FIXED_SHIFT = 0.023
+# A backward tile of 256 features spills: the gradient alone takes half of the registers.
+WHOLE = {
+    "contrast_forward": {"half": 256, "tf32": 128, "ieee": 64},
+    "contrast_backward": {"half": 128, "tf32": 64, "ieee": 64},
+}
+SLICE = {"half": 64, "tf32": 32, "ieee": 32}
+
+
+@triton.jit
+def inverse_temperature(inverse_tau, temperature):
+    """1/tau: the number, or from the 0-dim tensor where the temperature is learned."""
+    if temperature is not None:
+        return 1.0 / tl.load(temperature)
+    return inverse_tau
+
+
+@triton.jit
+def load_tile(
+    base, first_row, count, first_feature, FEATURES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[BLOCK, BLOCK_D] of a contiguous matrix [count, FEATURES], from a row and a feature on; zero outside.
+
+    The tile's place is one 64-bit number; within the tile 32 bits do, and cost half the registers.
+    """
+    rows = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    corner = base + tl.full((), first_row, tl.int64) * FEATURES + first_feature
+    mask = (rows < count - first_row)[:, None]
+    if FEATURES % BLOCK_D != 0:
+        mask = mask & (columns < FEATURES - first_feature)[None, :]
+    return tl.load(corner + (rows[:, None] * FEATURES + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def sliced_cosines(
+    x,  # [x_count, FEATURES]
+    y,  # [y_count, FEATURES]
+    x_first,
+    y_first,
+    x_count,
+    y_count,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x yᵀ [BLOCK_X, BLOCK_Y] float32, summed over slices of BLOCK_D features."""
+    cosine = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for begin in range(0, FEATURES, BLOCK_D):
+        x_slice = load_tile(x, x_first, x_count, begin, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+        y_slice = load_tile(y, y_first, y_count, begin, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+        cosine = dot(x_slice, tl.trans(y_slice), cosine, PRECISION)
+    return cosine
+
+
+@triton.jit
+def opposite(rows, count):
+    """Index of each row's positive among the rows of two joined views: i + B for the first, i − B for the second."""
+    half = count // 2
+    return tl.where(rows < half, rows + half, rows - half)
+
+
+@triton.jit
+def is_special(x_begin, y_begin, count, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """Whether a tile of two joined views holds a diagonal element, a positive or padding; most hold none."""
+    half = count // 2
+    diagonal = (y_begin < x_begin + BLOCK_X) & (x_begin < y_begin + BLOCK_Y)
+    above = (y_begin < x_begin + half + BLOCK_X) & (x_begin + half < y_begin + BLOCK_Y)
+    below = (y_begin + half < x_begin + BLOCK_X) & (x_begin < y_begin + half + BLOCK_Y)
+    return diagonal | above | below | (y_begin + BLOCK_Y > count)
+
+
+@triton.jit
+def load_index(index, rows, count):
+    """[BLOCK] int32 column index per row, −1 where there is no row; a column index out of int32 stays out of range."""
+    value = tl.load(index + rows, mask=rows < count, other=-1)
+    return tl.minimum(tl.maximum(value, -1), 0x7FFFFFFF).to(tl.int32)
+
+
+def has_fixed_shift(unit: torch.Tensor, temperature: torch.Tensor | None, tau: float) -> bool:
+    """Whether exponentials need no running maximum.
+
+    A learned temperature is not known before the launch. Exact float32 keeps the maximum: exponents of up to 126 cost
+    7 of its 24 bits, more than plain PyTorch loses, and there the exponentials are not what takes the time.
+    """
+    exact = unit.dtype == torch.float32 and precision(unit.dtype) == "ieee"
+    return temperature is None and tau >= LOWEST_FIXED_SHIFT and not exact
+
+
+def sees_one_column(positive: torch.Tensor | None, exclude: torch.Tensor | None, columns: int) -> bool:
+    """Whether each row sees its positive alone: its loss and its gradient are 0, and nothing may round them."""
+    return columns == 2 if positive is None else columns == 1 and exclude is None
+
+
+def features_of(kernel: str, kind: str, key: int) -> tuple[bool, int, int]:
+    """What the specifications compile a key of the tile table at: SLICED, BLOCK_D and BLOCK_OUT of `key` features."""
+    whole = WHOLE[kernel][kind]
+    sliced = key > whole
+    return sliced, SLICE[kind] if sliced else key, min(key, whole)
+
+
+class Plan(NamedTuple):
+    """How one launch is cut up."""
+
+    tile: Tile
+    block_d: int
+    """BLOCK_D of the cosines' products."""
+    block_out: int
+    """BLOCK_OUT, the features of the gradient that one backward block owns."""
+    sliced: bool
+    precision: str
+    splits: int
+    """Into how many parts the streamed axis is cut, so that every multiprocessor has work."""
+    streamed_per_split: int
+    """A multiple of the tile's columns."""
+
+
+def plan(kernel: str, owned: torch.Tensor, streamed: torch.Tensor) -> Plan:
+    """Cut up a launch in which each block owns a tile of one matrix's rows and streams the other's.
+
+    Args:
+        kernel: "contrast_forward" or "contrast_backward", a key of the tile table.
+        owned: [G, X, d].
+        streamed: [G, Y, d].
+    """
+    groups, count, features = owned.shape
+    arithmetic = precision(owned.dtype)
+    kind = kind_of(owned.dtype, arithmetic)
+    whole = WHOLE[kernel][kind]
+    sliced = features > whole
+    block_d = SLICE[kind] if sliced else block_of(features)
+    block_out = min(block_of(features), whole)
+    key = 2 * whole if sliced else max(block_d, 64)
+    tile = tile_for(kernel, kind, key, owned.device)
+    if tile is None:
+        raise RuntimeError(f"no tile of {kernel} for {owned.dtype}, d = {features} fits the shared memory of this GPU")
+    blocks = groups * triton.cdiv(count, tile.rows)
+    if kernel == "contrast_backward":
+        blocks *= triton.cdiv(features, block_out)
+    streamed_tiles = triton.cdiv(streamed.shape[1], tile.columns)
+    splits = min(max(2 * multiprocessors(owned) // max(blocks, 1), 1), max(streamed_tiles, 1))
+    tiles_per_split = triton.cdiv(max(streamed_tiles, 1), splits)
+    splits = triton.cdiv(max(streamed_tiles, 1), tiles_per_split)
+    return Plan(tile, block_d, block_out, sliced, arithmetic, splits, tiles_per_split * tile.columns)

@@ -1,0 +1,92 @@
+"""Retrieval on GPUs: the choice among the schemes; the schemas are those of `anomem.ops.retrieve`.
+
+    flash     d, dv ≤ 256: whole rows in registers, online softmax (`retrieve_flash`)
+    chunked   any d, dv, M: the library's matrix products over L2-sized chunks of queries (`retrieve_chunked`)
+
+Exact float32 is chunked too: the library multiplies better than a tile of fused multiply-adds would.
+"""
+
+import torch
+from torch import Tensor
+
+from anomem.kernels import retrieve_chunked, retrieve_flash, rows
+from anomem.kernels.common import block_of, precision
+from anomem.kernels.tiles import Tile, kind_of, tile_for
+
+
+def forward(
+    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
+) -> tuple[Tensor, Tensor]:
+    """What the memory returns.
+
+    Args:
+        query: [N, d], unit inner stride, any row stride.
+        keys: [M, d], contiguous.
+        values: [M, dv], contiguous, or None for V = norm(K).
+        beta: 0-dim, read on the device, or None.
+        scale: factor on beta, or beta itself when that is None.
+        normalize: 0 none, 1 layer, 2 l2.
+
+    Returns:
+        out [N, dv] in query's dtype and lse [N] float32.
+    """
+    if query.shape[0] == 0:
+        width = (keys if values is None else values).shape[1]
+        return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
+    unit_keys = rows.normalized(keys, normalize)
+    tiles = flash_tiles(("retrieve_forward",), query, values)
+    if tiles is None:
+        return retrieve_chunked.forward(query, unit_keys, values, beta, scale, normalize)
+    return retrieve_flash.forward(query, unit_keys, values, beta, scale, normalize, tiles[0], precision(query.dtype))
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    normalize: int,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients; deterministic.
+
+    Args:
+        dout: [N, dv], contiguous.
+        dlse: [N] or None.
+        query, keys, values, beta, scale, normalize: as in `forward`.
+        out, lse: what `forward` returned.
+
+    Returns:
+        dquery [N, d], dkeys [M, d], dvalues [M, dv] (empty when tied), dbeta (0-dim; empty without beta).
+    """
+    dkeys = keys.new_empty(keys.shape)
+    dvalues = keys.new_empty(0) if values is None else values.new_empty(values.shape)
+    if query.shape[0] == 0:
+        dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
+        return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
+    unit_keys = rows.normalized(keys, normalize)
+    problem = (dout, dlse, query, unit_keys, values, beta, scale, normalize)
+    tiles = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
+    if tiles is None:
+        dquery, key_sums, value_sums, dbeta = retrieve_chunked.backward(*problem)
+    else:
+        dquery, key_sums, value_sums, dbeta = retrieve_flash.backward(*problem, out, lse, tiles, precision(query.dtype))
+    rows.normalized_backward(key_sums, keys, normalize, dkeys)
+    if value_sums is not None and values is not None:
+        rows.normalized_backward(value_sums, values, 0, dvalues)
+    return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
+
+
+def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Tile, ...] | None:
+    """The tiles of these flash kernels, or None where the rows are too long or no tile fits the device."""
+    width = query.shape[1] if values is None else max(query.shape[1], values.shape[1])
+    block = max(block_of(width), 64)  # shorter rows take the tile of 64
+    kind = kind_of(query.dtype, precision(query.dtype))
+    if block > 256 or kind == "ieee":
+        return None
+    tiles = tuple(tile_for(kernel, kind, block, query.device) for kernel in kernels)
+    return None if None in tiles else tiles

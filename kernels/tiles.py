@@ -1,0 +1,147 @@
+"""The table of tile sizes: per kernel, kind of dtype, BLOCK_D and architecture, two or three tiles, best first.
+
+The first tile whose shared memory fits the device is taken. The order comes from registers, spills and blocks per
+multiprocessor as `python -m anomem.kernels.inspect` reads them from the compiled kernels; none of it was measured on a
+GPU yet. `shared` is an upper bound that the same command checks.
+
+A 64-row tile takes 4 warps and a 128-row tile 8: 64 rows with 8 warps compute the first product twice, and 32 rows
+fall from wgmma to mma.sync.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Tile(NamedTuple):
+    """One configuration of a kernel."""
+
+    rows: int
+    """The axis that a block owns: BLOCK_N of queries, say."""
+    columns: int
+    """The axis that a block loops over: BLOCK_M of prototypes, say."""
+    warps: int
+    stages: int
+    shared: int
+    """Upper bound of the shared memory in KiB."""
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch, and of an ahead-of-time compilation."""
+        # Fused multiply-add is said aloud because Triton's default changes from release to release.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+Key = tuple[str, str, int]
+"""(kernel, "half" for bfloat16 and float16 or "tf32" or "ieee" for float32, BLOCK_D)."""
+
+ARCHITECTURES = (80, 90, 100)
+# In the interpreter small tiles let small tensors cross tile borders and end in tails.
+INTERPRETED = Tile(rows=32, columns=32, warps=4, stages=1, shared=0)
+
+TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
+    # Retrieval: queries × prototypes; `retrieve_prototype_sums` prototypes × queries. On sm_90 one stage at d = 64:
+    # with two, ptxas serialises the products (C7515). Rows of 128 < d ≤ 256 have no backward without spills, and
+    # exact float32 no fast product: both run on the library's (`retrieve_chunked`).
+    ("retrieve_forward", "half", 64): {
+        80: (Tile(64, 64, 4, 2, 24), Tile(64, 128, 4, 2, 40)),
+        90: (Tile(64, 128, 4, 1, 24), Tile(64, 64, 4, 1, 16)),
+        100: (Tile(64, 128, 4, 2, 73), Tile(64, 64, 4, 2, 41)),
+    },
+    ("retrieve_forward", "half", 128): {
+        80: (Tile(64, 64, 4, 2, 56), Tile(128, 64, 8, 2, 64)),
+        90: (Tile(64, 64, 4, 2, 80), Tile(64, 128, 4, 2, 144)),
+        100: (Tile(64, 64, 4, 2, 81), Tile(64, 128, 4, 2, 145)),
+    },
+    ("retrieve_forward", "half", 256): {
+        80: (Tile(64, 32, 4, 2, 68),),
+        90: (Tile(64, 64, 4, 2, 160), Tile(128, 64, 8, 2, 192)),
+        100: (Tile(128, 64, 8, 2, 194), Tile(64, 32, 4, 2, 97)),
+    },
+    ("retrieve_forward", "tf32", 64): {
+        80: (Tile(64, 64, 4, 2, 48),),
+        90: (Tile(64, 64, 4, 1, 48),),
+        100: (Tile(64, 64, 4, 2, 81),),
+    },
+    ("retrieve_forward", "tf32", 128): {
+        80: (Tile(64, 64, 4, 2, 113), Tile(64, 32, 4, 2, 80)),
+        90: (Tile(64, 64, 4, 2, 160),),
+        100: (Tile(64, 64, 4, 2, 161),),
+    },
+    ("retrieve_query_gradient", "half", 64): {
+        80: (Tile(64, 32, 4, 2, 24), Tile(128, 64, 8, 2, 48)),
+        90: (Tile(64, 64, 4, 1, 32),),
+        100: (Tile(64, 64, 4, 2, 57),),
+    },
+    ("retrieve_query_gradient", "half", 128): {
+        80: (Tile(64, 32, 4, 2, 52),),
+        90: (Tile(64, 64, 4, 2, 96), Tile(64, 32, 4, 2, 64)),
+        100: (Tile(64, 64, 4, 2, 113),),
+    },
+    ("retrieve_prototype_sums", "half", 64): {
+        80: (Tile(64, 64, 4, 2, 33), Tile(128, 64, 8, 2, 49)),
+        90: (Tile(64, 64, 4, 2, 49), Tile(128, 64, 8, 2, 65)),
+        100: (Tile(64, 64, 4, 2, 58),),
+    },
+    ("retrieve_prototype_sums", "half", 128): {
+        80: (Tile(64, 32, 4, 2, 53), Tile(128, 64, 8, 2, 97)),
+        90: (Tile(64, 64, 4, 2, 97), Tile(128, 64, 8, 2, 129)),
+        100: (Tile(64, 64, 4, 2, 114), Tile(128, 64, 8, 2, 146)),
+    },
+}
+
+# nt_xent and info_nce: owned × streamed rows. Twice the longest whole row stands for all rows that are read in slices.
+_CONTRAST = {
+    ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 24)),
+    ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 48)),
+    ("contrast_forward", "half", 256): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 96)),
+    ("contrast_forward", "half", 512): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 48)),
+    ("contrast_forward", "tf32", 128): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 96)),
+    ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_forward", "ieee", 64): (Tile(32, 16, 4, 1, 20),) * 3,
+    ("contrast_forward", "ieee", 128): (Tile(32, 32, 4, 1, 20),) * 3,
+    ("contrast_backward", "half", 64): (Tile(64, 64, 4, 2, 25), Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 41)),
+    ("contrast_backward", "half", 128): (Tile(64, 32, 4, 2, 29), Tile(64, 32, 4, 2, 50), Tile(64, 64, 4, 2, 66)),
+    ("contrast_backward", "half", 256): (Tile(64, 64, 4, 2, 24), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_backward", "tf32", 64): (Tile(64, 32, 4, 2, 35), Tile(64, 32, 4, 2, 41), Tile(64, 32, 4, 2, 49)),
+    ("contrast_backward", "tf32", 128): (Tile(64, 32, 4, 2, 25), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_backward", "ieee", 64): (Tile(32, 32, 4, 1, 25),) * 3,
+    ("contrast_backward", "ieee", 128): (Tile(32, 32, 4, 1, 20),) * 3,
+}
+for _key, _tiles in _CONTRAST.items():
+    TABLE[_key] = {architecture: (tile,) for architecture, tile in zip(ARCHITECTURES, _tiles, strict=True)}
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    """How the table names the operands' dtype."""
+    return precision if dtype == torch.float32 else "half"
+
+
+def tile_for(kernel: str, kind: str, block_d: int, device: torch.device) -> Tile | None:
+    """The tile a launch uses, or None where the table has none that fits the device.
+
+    Args:
+        kernel: its name in the table.
+        kind: from `kind_of`.
+        block_d: BLOCK_D.
+        device: where it runs; a CPU device means the interpreter.
+    """
+    if device.type == "cpu":
+        return INTERPRETED
+    architecture, limit = _device(device)
+    for tile in TABLE.get((kernel, kind, block_d), {}).get(architecture, ()):
+        if tile.shared <= limit:
+            return tile
+    return None
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """(row of the table, shared memory in KiB that one block may use)."""
+    target = triton.runtime.driver.active.utils.get_device_properties(
+        device.index if device.index is not None else torch.cuda.current_device()
+    )
+    major = torch.cuda.get_device_capability(device)[0]
+    # Consumer Blackwell (12.x) has neither wgmma nor tensor memory: it takes the tiles of Ampere.
+    return {9: 90, 10: 100}.get(major, 80), target["max_shared_mem"] // 1024

@@ -1,0 +1,136 @@
+"""The drawn augmentation: reproducible, one set of parameters per image, within its ranges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomem.augment import Augmentation, AugmentConfig
+from anomem.augment.geometry import Geometry
+from anomem.errors import ArgumentError
+
+CONFIGS = {"digits": AugmentConfig.for_dataset("digits"), "natural": AugmentConfig.for_dataset("cifar10")}
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(channels: int = 3) -> Tensor:
+    return torch.randint(0, 256, (8, channels, 20, 20), dtype=torch.uint8, generator=seeded(1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_generator_same_bits(name: str, channels: int) -> None:
+    augmentation = Augmentation(CONFIGS[name])
+    first, second = (augmentation(pictures(channels), seeded()) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, augmentation(pictures(channels), seeded(4)))
+    assert first.dtype == torch.float32
+    assert first.shape == (8, channels, 20, 20)
+    assert 0 <= float(first.min()) <= float(first.max()) <= 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_global_generator_is_not_touched(name: str) -> None:
+    before = torch.get_rng_state()
+    Augmentation(CONFIGS[name])(pictures(), seeded())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_image_has_its_own_parameters(name: str) -> None:
+    same = pictures()[:1].expand(8, -1, -1, -1)
+    views = Augmentation(replace(CONFIGS[name], noise=0.0))(same, seeded())
+    assert len(views.flatten(1).unique(dim=0)) == 8
+
+
+def test_uint8_and_float_agree() -> None:
+    augmentation = Augmentation(CONFIGS["natural"])
+    pixels = pictures()
+    assert torch.equal(augmentation(pixels, seeded()), augmentation(pixels.float().mul(1 / 255), seeded()))
+
+
+def test_nothing_changes_nothing_and_copies() -> None:
+    images = pictures().float().div(255)
+    view = Augmentation(AugmentConfig.nothing())(images, seeded())
+    assert torch.equal(view, images)
+    assert view.data_ptr() != images.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"crop_area": (0.3, 0.8)}, {"flip": 0.5}, {"zoom": (0.8, 1.2)}, {"rotation": 20.0}, {"shift": 0.2},
+        {"brightness": 0.4}, {"contrast": 0.4}, {"saturation": 0.4}, {"blur": 1.0}, {"noise": 0.1},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_each_option_alone_does_something(changed: dict[str, object]) -> None:
+    images = pictures().float().div(255)
+    view = Augmentation(replace(AugmentConfig.nothing(), **changed))(images, seeded())
+    assert not torch.equal(view, images)
+
+
+def test_jitter_and_blur_leave_the_images_that_were_not_drawn() -> None:
+    images = pictures().float().div(255)
+    config = replace(AugmentConfig.nothing(), brightness=0.4, contrast=0.4, saturation=0.4, jitter=0.5)
+    unchanged = (Augmentation(config)(images, seeded()) - images).abs().amax((1, 2, 3)) < 1e-6
+    assert 0 < int(unchanged.sum()) < 8
+    blurred = Augmentation(replace(AugmentConfig.nothing(), blur=0.5))(images, seeded())
+    assert 0 < int((blurred == images).all(3).all(2).all(1).sum()) < 8
+
+
+def test_parameters_stay_in_their_ranges_and_crops_in_the_image() -> None:
+    config = AugmentConfig(crop_area=(0.2, 0.6), zoom=(0.9, 1.2), rotation=15.0, shift=0.1, flip=0.3)
+    drawn = Geometry.drawn(torch.rand(Geometry.NUMBERS, 20_000, generator=seeded()), config)
+    assert float((drawn.crop_x.abs() + drawn.crop_width).max()) <= 1 + 1e-6
+    assert float((drawn.crop_y.abs() + drawn.crop_height).max()) <= 1 + 1e-6
+    area = drawn.crop_width * drawn.crop_height
+    assert 0.2 - 1e-6 <= float(area.min()) < float(area.max()) <= 0.6 + 1e-6
+    ratio = drawn.crop_width / drawn.crop_height
+    assert 3 / 4 - 1e-6 <= float(ratio.min()) < float(ratio.max()) <= 4 / 3 + 1e-6
+    assert abs(float((drawn.flip < 0).float().mean()) - 0.3) < 0.02
+    assert 0.9 <= float(drawn.zoom.min()) < float(drawn.zoom.max()) <= 1.2
+    assert float(drawn.angle.abs().max()) <= torch.pi / 12
+    assert float(drawn.shift_x.abs().max()) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"flip": 1.5}, "`flip`: expected a probability from 0 to 1, received 1.5"),
+        ({"crop_area": (0.5, 1.2)}, "`crop_area`: expected shares of at most 1"),
+        ({"zoom": (1.2, 0.8)}, "`zoom`: expected two numbers"),
+        ({"noise": -0.1}, "`noise`: expected a number ≥ 0, received -0.1"),
+        ({"padding": "mirror"}, "`padding`: expected one of 'zeros', 'border', 'reflection', received 'mirror'"),
+    ],
+)
+def test_bad_ranges(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
+        Augmentation(replace(AugmentConfig(), **changed))
+
+
+def test_bad_images() -> None:
+    augmentation = Augmentation(AugmentConfig())
+    with pytest.raises(ArgumentError, match=r"`images`: expected a tensor \[B, C, H, W\], received shape \[3, 8, 8\]"):
+        augmentation(torch.zeros(3, 8, 8), seeded())
+    with pytest.raises(ArgumentError, match=r"expected uint8, or float in \[0, 1\], received torch.int64"):
+        augmentation(torch.zeros(1, 3, 8, 8, dtype=torch.int64), seeded())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_on_a_gpu_without_waiting(name: str) -> None:
+    augmentation, images = Augmentation(CONFIGS[name]), pictures().cuda()
+    first = augmentation(images, torch.Generator("cuda").manual_seed(3))  # fills the cache of blur matrices
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = augmentation(images, torch.Generator("cuda").manual_seed(3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)

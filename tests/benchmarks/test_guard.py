@@ -1,0 +1,98 @@
+"""A guard against regressions that no clock can disturb: allocations and operator calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anomem import backends
+from anomem.models import ModelConfig, build_model
+from benchmarks.case import Case, case
+from benchmarks.memory import peak_bytes
+from benchmarks.operators import OPERATORS
+from benchmarks.timing import Subject, input_sets
+from benchmarks.training.phases import Phases
+from benchmarks.training.step import Step
+
+MIB = 2**20
+
+# Peak allocations of the native library's training call (forward and backward, inputs not counted) as a share of
+# eager's at the same size. The sizes are those at which eager is dominated by its [rows, columns] intermediates.
+SHARES = [
+    (case("nt_xent", G=2, B=512, d=64), 1 / 12),
+    (case("info_nce", R=2048, C=2048, d=64), 1 / 12),
+    (case("retrieve", N=8192, M=512, d=32, B=128), 1 / 12),
+    (case("shrink", N=8192, M=512, d=32, B=128), 1 / 40),
+    (case("deviation_map", B=32, d=32, H=16, M=512, training=False), 1 / 200),
+    (case("usage", N=8192, M=512, d=32, training=False), 1 / 200),
+]
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), keywords=None):
+        self.counts[str(function.overloadpacket)] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def peak(one: Case, impl: str) -> int:
+    """Peak allocation of one call, warm."""
+    subject = Subject(one, OPERATORS[one.operator].ours(impl), "cpu", input_sets(one, "cpu"))
+    subject.call()
+    return peak_bytes(subject.call, "cpu")
+
+
+def native_or_skip(operator: str) -> None:
+    """Skip where the native library cannot run an operator."""
+    reason = backends.obstacle(operator, "native", "cpu", torch.float32, 64)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("one", "share"), SHARES, ids=lambda value: getattr(value, "operator", ""))
+def test_native_allocates_a_small_share_of_eager(one: Case, share: float) -> None:
+    native_or_skip(one.operator)
+    assert peak(one, "native") <= share * peak(one, "reference")
+
+
+def test_native_nt_xent_grows_with_the_rows_and_not_with_their_square() -> None:
+    native_or_skip("nt_xent")
+    small, large = (peak(case("nt_xent", G=1, B=batch, d=64), "native") for batch in (512, 2048))
+    assert large < 5 * small  # 4 times the rows; 16 times the pairs
+
+
+def step_calls(impl: str) -> Counter[str]:
+    """Operator calls of one training step with three scales."""
+    model = build_model(ModelConfig(impl=impl), (16, 16), 3, (0.5,) * 3, (0.25,) * 3).train()  # type: ignore[arg-type]
+    step = Step(model, "cpu", bf16=False, loss_in_float32=False)
+    views = torch.rand(16, 3, 16, 16)
+    with Calls() as calls:
+        step(views, Phases("cpu", timed=False))
+    return calls.counts
+
+
+def test_one_native_call_for_each_operator_and_scale() -> None:
+    for operator in ("retrieve", "nt_xent", "gather", "variance"):
+        native_or_skip(operator)
+    calls = step_calls("native")
+    native = {name: count for name, count in calls.items() if name.startswith("anomem.")}
+    assert native == {
+        f"anomem.native_{operator}_{direction}": 3
+        for operator in ("retrieve", "nt_xent", "gather", "variance")
+        for direction in ("fwd", "bwd")
+    }
+    assert not {"aten.logsumexp", "aten._softmax", "aten.index_select", "aten.native_layer_norm"} & calls.keys()
+
+
+def test_fused_step_dispatches_fewer_operators_than_eager() -> None:
+    for operator in ("retrieve", "nt_xent", "gather", "variance"):
+        native_or_skip(operator)
+    assert sum(step_calls("native").values()) < 0.7 * sum(step_calls("reference").values())

@@ -1,0 +1,116 @@
+"""README and docs/PERFORMANCE.md say what the rows say."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rows
+from benchmarks.case import case
+from benchmarks.report import pages, pictures, tables
+from benchmarks.report.data import load
+from benchmarks.rows import Row, row_for
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+ABOUT = {
+    "commit": "0123456789ab",
+    "dirty": False,
+    "torch": "2.14.1",
+    "triton": None,
+    "cuda": None,
+    "device": "cpu",
+    "device_name": "x86_64 AVX512",
+    "threads": 2,
+}
+
+
+def measured(suite: str, one, name: str, milliseconds: float, peak: int) -> Row:
+    row = row_for(suite, one, name, "work", rows.MEASURED)
+    row.milliseconds = {"p20": 0.9 * milliseconds, "p50": milliseconds, "p80": 1.1 * milliseconds}
+    row.peak_bytes, row.flops, row.bytes = peak, 1e9, 1e7
+    row.floor_milliseconds, row.fraction_of_floor = 4.0, 4.0 / milliseconds
+    row.ceilings = {"product_flops": 1e11, "copy_bytes": 1e10}
+    row.about = ABOUT
+    return row
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    one = case("nt_xent", G=2, B=64, d=32, group="large")
+    times = {"eager": 20.0, "eager baddbmm": 16.0, "native": 8.0}
+    for name, milliseconds in times.items():
+        rows.append(tmp_path / "cpu-kernels.jsonl", measured("kernels", one, name, milliseconds, 2**20))
+    for size, eager, native in ((128, 1.0, 2.0), (512, 20.0, 8.0), (2048, None, 90.0)):
+        swept = case("nt_xent", G=1, B=size, d=32, group="over B")
+        if eager:
+            rows.append(tmp_path / "cpu-scaling.jsonl", measured("scaling", swept, "eager", eager, 2**20))
+        else:
+            row = measured("scaling", swept, "eager", 1.0, 0)
+            row.status, row.milliseconds, row.reason = rows.OUT_OF_MEMORY, None, "OOM at 1 GiB"
+            rows.append(tmp_path / "cpu-scaling.jsonl", row)
+        rows.append(tmp_path / "cpu-scaling.jsonl", measured("scaling", swept, "native", native, 2**18))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_pages_say_what_the_rows_say(page) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- rows: " in text
+    assert pages.render(text, RESULTS) == text, "run `python -m benchmarks.report`"
+
+
+def test_readme_figures_are_the_rows_figures() -> None:
+    # Independently of the renderer: every time of the README's CPU table is a median of a committed row.
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"<!-- rows: cpu-readme -->(.*?)<!-- end -->", text, re.DOTALL)
+    assert section is not None
+    found = [*load(RESULTS, "cpu", "kernels"), *load(RESULTS, "cpu", "training")]
+    medians = {f"{row.implementation} {tables.number(row.milliseconds['p50'])}" for row in found if row.milliseconds}
+    for line in section[1].splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert f"eager {cells[1]}" in medians
+            for cell in cells[2:4]:
+                value, _, name = cell.partition(" (")
+                assert cell == "–" or f"{name.removesuffix(')')} {value}" in medians
+
+
+def test_summary_compares_within_a_case(results) -> None:
+    text = tables.SECTIONS["cpu-summary"](results)
+    assert "| `nt_xent` G 2, B 64, d 32 (large) | 20.0 | 16.0 (eager baddbmm) | 8.00 (native) | 2.50× | 2.00× |" in text
+    assert "x86_64 AVX512, 2 threads" in text
+    assert "Commit 0123456789ab." in text
+
+
+def test_limits_and_crossovers_name_sizes(results) -> None:
+    assert "| B = 512 in 20.0 ms | B = 2048: OOM at 1 GiB |" in tables.SECTIONS["cpu-limits"](results)
+    assert "changes between B = 128 and 512" in tables.SECTIONS["cpu-crossovers"](results)
+
+
+def test_other_revisions_stay_out_of_the_report(results) -> None:
+    row = copy.deepcopy(load(results, "cpu", "kernels")[-1])
+    row.revision, row.milliseconds = "v0 (abc)", {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    before = tables.SECTIONS["cpu-kernels"](results)
+    rows.append(results / "cpu-kernels.jsonl", row)
+    assert tables.SECTIONS["cpu-kernels"](results) == before
+
+
+def test_without_rows_it_says_so(tmp_path) -> None:
+    for name, section in tables.SECTIONS.items():
+        assert "easured" in section(tmp_path) or name.endswith("losses")
+
+
+def test_unknown_marker_is_an_error(tmp_path) -> None:
+    with pytest.raises(KeyError, match="no section"):
+        pages.render("<!-- rows: gpu-tables -->\n<!-- end -->", tmp_path)
+
+
+def test_pictures_are_drawn_from_rows(results, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = pictures.draw_all(results, tmp_path / "pictures")
+    assert {path.name for path in drawn} == {"cpu-scaling-nt_xent.png", "cpu-roofline.png"}
+    assert all(path.stat().st_size > 10_000 for path in drawn)

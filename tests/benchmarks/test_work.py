@@ -1,0 +1,65 @@
+"""The flop accounting against torch's own count of what the reference does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomem.testing import gradients
+from benchmarks.case import case
+from benchmarks.operators import OPERATORS
+
+
+def counted(one) -> int:
+    """Flops of matrix products in the reference, as torch counts them."""
+    operator = OPERATORS[one.operator]
+    inputs = operator.inputs(one.dims, one.torch_dtype, 0)
+    with FlopCounterMode(display=False) as counter:
+        if one.training:
+            gradients(operator.ours("reference"), inputs)
+        else:
+            with torch.no_grad():
+                operator.ours("reference")(*inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("one", "reference_does"),
+    [
+        (case("retrieve", N=96, M=32, d=16, B=8), 1),
+        (case("retrieve", N=96, M=32, d=16, B=8, training=False), 1),
+        (case("info_nce", R=48, C=80, d=16), 1),
+        (case("deviation_map", B=3, d=16, H=4, M=32, training=False), 1),
+        # The reference does not use that the similarities are symmetric.
+        (case("nt_xent", G=3, B=16, d=32), 2),
+        (case("nt_xent", G=3, B=16, d=32, training=False), 2),
+    ],
+    ids=lambda value: value.title if hasattr(value, "title") else str(value),
+)
+def test_least_flops_are_the_reference_s_or_half_of_them(one, reference_does) -> None:
+    assert counted(one) == reference_does * OPERATORS[one.operator].least_work(one).flops
+
+
+def test_loss_of_a_scale_is_the_sum_of_its_parts() -> None:
+    one = case("memory_loss", n=4, B=16, d=32, M=24)
+    retrievals = 2 * OPERATORS["retrieve"].least_work(case("retrieve", N=64, M=24, d=32)).flops
+    contrasts = 2 * OPERATORS["nt_xent"].least_work(case("nt_xent", G=4, B=16, d=32)).flops
+    assert OPERATORS["memory_loss"].least_work(one).flops == retrievals + contrasts
+    assert counted(one) == retrievals + 2 * contrasts
+
+
+@pytest.mark.parametrize("name", ["gather", "variance"])
+def test_sampling_has_bytes_and_no_products(name) -> None:
+    sizes = {"gather": {"B": 4, "C": 8, "H": 4, "n": 3}, "variance": {"G": 3, "B": 8, "d": 16}}[name]
+    work = OPERATORS[name].least_work(case(name, **sizes))
+    assert work.flops == 0
+    assert work.bytes > 0
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_training_is_more_work_than_inference(name) -> None:
+    sizes = {"N": 64, "M": 8, "d": 16, "B": 4, "G": 2, "R": 8, "C": 8, "H": 4, "n": 4}
+    forward, both = (OPERATORS[name].least_work(case(name, training=training, **sizes)) for training in (False, True))
+    assert both.flops >= forward.flops
+    assert both.bytes >= forward.bytes

@@ -1,0 +1,98 @@
+"""Any torchvision-style data set becomes a task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import FakeData
+
+from anomem.data import DataConfig, StreamedImages, task_from_dataset
+from anomem.data.convert import as_uint8
+from anomem.errors import ArgumentError, UserError
+
+
+def pairs(count: int = 40, classes: int = 4) -> list[tuple[Tensor, int]]:
+    return [(torch.full((1, 8, 8), i / count), i % classes) for i in range(count)]
+
+
+CONFIG = DataConfig("mine", normal="1")
+
+
+def test_split_of_one_dataset() -> None:
+    task = task_from_dataset(pairs(), config=CONFIG)
+    assert task.name == "mine 1"
+    assert (len(task.train), len(task.test)) == (7, 12)
+    assert int(task.test_is_anomaly.sum()) == 9
+    exposed = task_from_dataset(pairs(), config=DataConfig("mine", normal="1", outlier_ratio=0.3))
+    assert (~exposed.train_is_normal).sum() == 2
+
+
+def test_own_test_set_and_class_names() -> None:
+    task = task_from_dataset(pairs(), pairs(8), config=DataConfig("mine", normal="b"), classes=("a", "b", "c", "d"))
+    assert (len(task.train), len(task.test)) == (10, 8)
+    assert task.test_kinds == ("a", "b", "c", "d") * 2
+
+
+def test_torchvision_dataset_of_pil_images() -> None:
+    fake = FakeData(30, (3, 12, 10), num_classes=3)
+    task = task_from_dataset(fake, config=DataConfig("fake", normal="0", image_size=16), aligned=False)
+    assert (task.train.channels, task.train.size, task.aligned) == (3, (16, 16), False)
+
+
+def test_streamed() -> None:
+    config = DataConfig("mine", normal="1", resident_megabytes=0, workers=0)
+    streamed, resident = (task_from_dataset(pairs(), config=c) for c in (config, CONFIG))
+    assert isinstance(streamed.train, StreamedImages)
+    order = torch.tensor([3, 0])
+    assert torch.equal(next(streamed.train.batches(order, 2))[0], next(resident.train.batches(order, 2))[0])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(np.full((4, 6), 51, np.uint8)),
+        np.full((4, 6), 51, np.uint8),
+        np.full((4, 6, 1), 0.2, np.float32),
+        torch.full((4, 6), 0.2),
+        torch.full((1, 4, 6), 51, dtype=torch.uint8),
+    ],
+    ids=["PIL", "uint8 array", "float array", "float tensor", "uint8 tensor"],
+)
+def test_anything_becomes_uint8(image: Any) -> None:
+    assert torch.equal(as_uint8(image), torch.full((1, 4, 6), 51, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.tensor([[0.5, float("nan")]]), "expected finite pixels, received NaN or infinity; repair or remove"),
+        (torch.tensor([[0.5, 2.0]]), "expected floating pixels from 0 to 1, received 0.5 to 2"),
+        (torch.zeros(2, 2, 2, 2), r"expected an image \[C, H, W\] or \[H, W\], received shape \[2, 2, 2, 2\]"),
+        (torch.zeros(2, 2, dtype=torch.int32), "expected uint8 or floating pixels, received torch.int32"),
+        ("cat.png", "expected a PIL image, an array or a tensor of pixels, received str"),
+    ],
+)
+def test_what_does_not(image: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        as_uint8(image)
+
+
+def test_nan_in_the_data_names_the_image() -> None:
+    data = pairs()
+    data[5] = (torch.full((1, 8, 8), float("nan")), 1)
+    with pytest.raises(UserError, match=r"`dataset\[5\]`: expected finite pixels, received NaN"):
+        task_from_dataset(data, config=CONFIG)
+
+
+def test_too_few_and_one_class() -> None:
+    with pytest.raises(UserError, match="`train`: expected at least two images, received 1"):
+        task_from_dataset(pairs(1), config=CONFIG)
+    with pytest.raises(UserError, match="found 3 of one class only"):
+        task_from_dataset(pairs(10, 1), config=DataConfig("mine"))
+    with pytest.raises(UserError, match="`classes`: expected a name for each label up to 3, received 2"):
+        task_from_dataset(pairs(), config=CONFIG, classes=("a", "b"))

@@ -1,0 +1,98 @@
+"""The measures against scikit-learn's and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sklearn import metrics as sk
+from torch import Tensor
+
+from anomem.errors import ArgumentError
+from anomem.evaluate import auroc, average_precision, fpr_at_tpr, pixel_auroc, roc_curve
+from anomem.testing import assert_within_budget, draw
+
+
+def cases() -> dict[str, tuple[Tensor, Tensor]]:
+    labels = torch.rand(500, generator=torch.Generator().manual_seed(1)) < 0.3
+    scores = draw(500, dtype=torch.float64) + labels
+    return {
+        "no ties": (scores, labels),
+        "many ties": (scores.round(), labels),
+        "all equal": (torch.zeros(500, dtype=torch.float64), labels),
+        "float32": (scores.float(), labels),
+        "bfloat16": (scores.bfloat16(), labels),
+        "two": (torch.tensor([0.0, 1.0]), torch.tensor([False, True])),
+        "rare": (scores, torch.arange(500) == 77),
+        "huge": (scores * 1e300, labels),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_equal_to_scikit_learn(name: str) -> None:
+    scores, labels = cases()[name]
+    plain, truth = scores.double().numpy(), labels.numpy()
+    theirs = [sk.roc_auc_score(truth, plain), sk.average_precision_score(truth, plain)]
+    false_positive, true_positive, _ = sk.roc_curve(truth, plain, drop_intermediate=False)
+    theirs.append(false_positive[true_positive >= 0.95][0])
+    ours = [auroc(scores, labels), average_precision(scores, labels), fpr_at_tpr(scores, labels)]
+    exact = torch.tensor(theirs, dtype=torch.float64)
+    # The average precision is a sum of N terms, rounded as often.
+    assert_within_budget(torch.tensor(ours, dtype=torch.float64), exact, exact, name, ulps=len(scores))
+    for mine, other in zip(roc_curve(scores, labels), (false_positive, true_positive), strict=True):
+        curve = torch.from_numpy(other)
+        assert_within_budget(mine, curve, curve, name)
+
+
+def test_by_hand() -> None:
+    scores, labels = torch.tensor([1.0, 2, 2, 3]), torch.tensor([False, True, False, True])
+    assert auroc(scores, labels) == 3.5 / 4  # of four pairs three are right and one is a tie
+    assert average_precision(scores, labels) == 0.5 * 1 + 0.5 * 2 / 3
+    assert fpr_at_tpr(scores, labels) == 0.5
+    assert fpr_at_tpr(scores, labels, 0.5) == 0.0
+
+
+def test_the_sign_matters() -> None:
+    scores, labels = cases()["no ties"]
+    assert auroc(-scores, labels) == pytest.approx(1 - auroc(scores, labels))
+    assert auroc(scores, ~labels) == pytest.approx(1 - auroc(scores, labels))
+    assert auroc(scores, labels) > 0.7
+
+
+def test_order_and_scale_do_not() -> None:
+    scores, labels = cases()["many ties"]
+    order = torch.randperm(500)
+    assert auroc(scores[order], labels[order]) == auroc(scores, labels)
+    assert auroc(2 * scores - 5, labels) == auroc(scores, labels)
+
+
+def test_pixels_of_all_images_together() -> None:
+    maps, masks = draw(3, 4, 5), draw(3, 4, 5, seed=1) > 1
+    assert pixel_auroc(maps, masks) == auroc(maps.flatten(), masks.flatten())
+    with pytest.raises(
+        ArgumentError, match=r"`masks`: expected the shape of `maps`, \[3, 4, 5\], received shape \[3, 4"
+    ):
+        pixel_auroc(maps, masks[..., :4])
+
+
+@pytest.mark.parametrize("measure", [auroc, average_precision, fpr_at_tpr, roc_curve])
+def test_bad_input(measure: Callable[..., object]) -> None:
+    labels = torch.tensor([True, False, True])
+    with pytest.raises(
+        ArgumentError, match="expected at least one anomaly and one normal, received 0 anomalies among 3"
+    ):
+        measure(torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="received 3 anomalies among 3; the measure is not defined for one class"):
+        measure(torch.zeros(3), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="`scores`: expected finite numbers, received 1 of 3 NaN or infinite"):
+        measure(torch.tensor([0, float("nan"), 1]), labels)
+    with pytest.raises(ArgumentError, match=r"`is_anomaly`: expected \[3\], one per score, received shape \[2\]"):
+        measure(torch.zeros(3), labels[:2])
+    with pytest.raises(ArgumentError, match=r"`is_anomaly`: expected bool, received torch\.int64"):
+        measure(torch.zeros(3), labels.long())
+
+
+def test_rate_out_of_range() -> None:
+    with pytest.raises(ArgumentError, match=r"`tpr`: expected a rate in \(0, 1\], received 0"):
+        fpr_at_tpr(*cases()["two"], tpr=0)

@@ -1,0 +1,50 @@
+"""Every shipped tile compiles for sm_80, sm_90 and sm_100 without a GPU, as the committed table says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The inspection in a process that compiles kernels instead of interpreting them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "anomem.kernels.inspect", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(900)
+def test_every_tile_compiles_as_committed() -> None:
+    result = run("--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_faults_are_found() -> None:
+    from anomem.kernels.inspect import Row, faults, shipped
+
+    sound, bad = {}, {}
+    broken = (
+        {"spills": 4}, {"serialised": True}, {"blocks": 0}, {"shared": 300 * 1024}, {"matrix": "none"},
+    )  # fmt: skip
+    instruction = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
+    for key, architecture, spec in shipped():
+        matrix = instruction[architecture] if spec.matrix else "none"
+        sound[key] = Row(128, 0, 0, 4, matrix, 0, False)
+    assert list(faults(sound, sound)) == []
+    key = next(key for key, _, spec in shipped() if spec.matrix)
+    for change in broken:
+        bad = sound | {key: sound[key]._replace(**change)}
+        found = list(faults(bad, None))
+        assert len(found) == 1, (change, found)
+        assert key in found[0]
+    fewer = sound | {key: sound[key]._replace(blocks=3)}
+    assert [fault for fault in faults(fewer, sound) if "committed 4" in fault]
+    missing = {name: row for name, row in sound.items() if name != key}
+    assert "no longer compiled" in next(faults(missing, sound))
+    assert "not in" in next(faults(sound, missing))

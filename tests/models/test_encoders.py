@@ -1,0 +1,89 @@
+"""Encoders: shapes, choice of scales, stems, and what is said about a wrong name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anomem.errors import ArgumentError
+from anomem.models import ModelConfig, build_encoder, build_model, describe, parameter_count
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "channels", "sizes"),
+    [
+        ("small", 16, (16, 32, 64), (8, 4, 2)),
+        ("resnet18", 32, (128, 256, 512), (16, 8, 4)),
+        ("resnet18", 96, (128, 256, 512), (12, 6, 3)),
+        ("resnet50", 32, (512, 1024, 2048), (16, 8, 4)),
+        ("efficientnet_b0", 32, (40, 112, 320), (8, 4, 2)),
+        ("efficientnet_b0", 96, (40, 112, 320), (12, 6, 3)),
+    ],
+)
+def test_shapes(backbone: str, side: int, channels: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    # Up to 64 pixels the stem keeps the resolution; above, it is torchvision's own.
+    encoder = build_encoder(ModelConfig(backbone=backbone), (side, side), 3).eval()
+    assert encoder.channels == channels
+    assert encoder.sizes == tuple((s, s) for s in sizes)
+    maps = encoder(torch.rand(2, 3, side, side))
+    assert [tuple(m.shape) for m in maps] == [(2, c, s, s) for c, s in zip(channels, sizes, strict=True)]
+
+
+def test_standard_stem_is_torchvisions_network() -> None:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(backbone="resnet18", stem="standard", scales=("layer4",)), (64, 64), 3).eval()
+    network = get_model("resnet18", weights=None).eval()
+    mine, theirs = list(encoder.state_dict().values()), list(network.state_dict().values())
+    assert [v.shape for v in mine] == [v.shape for v in theirs[: len(mine)]]
+    network.load_state_dict(dict(zip(network.state_dict(), [*mine, *theirs[len(mine) :]], strict=True)))
+    images = torch.rand(2, 3, 64, 64)
+    pooled = encoder(images)[0].mean(dim=(2, 3))
+    torch.testing.assert_close(network.fc(pooled), network(images))
+
+
+def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
+    encoder = build_encoder(ModelConfig(scales=("block2", "stem")), (16, 16), 1)
+    assert encoder.names == ("stem", "block2")
+    assert list(encoder.stages) == ["stem", "block1", "block2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "argument", "text"),
+    [
+        (ModelConfig(backbone="resnet19"), "backbone", "resnet18"),  # type: ignore[arg-type]
+        (ModelConfig(scales=("layer9",)), "scales", "block1"),
+        (ModelConfig(stem="tiny"), "stem", "standard"),  # type: ignore[arg-type]
+        (ModelConfig(prototypes=(8, 8)), "prototypes", "3, one per scale"),
+        (ModelConfig(projection=0), "projection", "≥ 1"),
+        (ModelConfig(normalize="rms"), "normalize", "layer"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_settings_are_named(config: ModelConfig, argument: str, text: str) -> None:
+    with pytest.raises(ArgumentError, match=text) as caught:
+        build_model(config, (16, 16), 1, [0.5], [0.5])
+    assert caught.value.argument == argument
+
+
+def test_an_image_set_of_one_colour_has_no_spread() -> None:
+    with pytest.raises(ArgumentError, match="std"):
+        build_model(ModelConfig(), (16, 16), 1, [0.5], [0.0])
+
+
+def test_building_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = build_model(ModelConfig(), (16, 16), 1, [0.5], [0.5], seed=7).state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    second = build_model(ModelConfig(), (16, 16), 1, [0.5], [0.5], seed=7).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_description_counts_every_parameter() -> None:
+    model = build_model(ModelConfig(prototypes=(4, 5, 6), projection=8), (16, 16), 1, [0.5], [0.5])
+    text = describe(model)
+    assert f"{parameter_count(model):,} parameters" in text.splitlines()[-1]
+    assert "memory [5, 8]" in text
+    assert "map [B, 32, 4, 4]" in text

@@ -1,0 +1,85 @@
+"""The library itself: it loads once, runs with every instruction set, and says what is wrong with its environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anomem.ops import native
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARISONS = """
+import torch
+from anomem import functional as F, reference as R
+from anomem.testing import compare, draw
+
+positive = torch.arange(140) % 70
+for dtype in (torch.float32, torch.bfloat16):
+    rows, columns = draw(2, 140, 37, dtype=dtype, seed=1), draw(2, 70, 37, dtype=dtype, seed=2)
+    for tau in (0.005, 0.2):
+        compare(
+            lambda a, b: F.nt_xent(a, b, temperature=tau, reduction="none", impl="native"),
+            lambda a, b: R.nt_xent_rows(a, b, tau),
+            (rows, draw(2, 140, 37, dtype=dtype, seed=3)),
+        )
+        compare(
+            lambda a, b: F.info_nce(a, b, positive, temperature=tau, reduction="none", impl="native"),
+            lambda a, b: R.info_nce_rows(a, b, positive, None, tau),
+            (rows, columns),
+        )
+    compare(
+        lambda q, k: F.hopfield_retrieve(q, k, impl="native"),
+        lambda q, k: F.hopfield_retrieve(q, k, impl="reference"),
+        (rows[0], columns[0]),
+    )
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    done = run(COMPARISONS, ANOMEM_CPU=isa)
+    if "cannot run it" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    done = run(
+        "import torch; from anomem.functional import nt_xent\nnt_xent(*torch.ones(2, 3, 4), impl='native')",
+        ANOMEM_CPU="sse9",
+    )
+    assert done.returncode == 1, done.stderr
+    assert 'ANOMEM_CPU: expected baseline, avx2 or avx512, received "sse9"' in done.stderr
+
+
+def test_it_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.obstacle("cpu") is None
+    monkeypatch.setattr("torch.ops.load_library", lambda path: pytest.fail("a second load"))
+    assert native.obstacle("cpu") is None
+
+
+def test_a_folder_without_it_and_an_unknown_device_are_told(tmp_path: Path) -> None:
+    done = run("from anomem.ops import native; print(native.obstacle('cpu'))", ANOMEM_LIBRARY=str(tmp_path))
+    assert done.stdout.strip() == f"ANOMEM_LIBRARY={tmp_path}: no _C.so in it"
+    assert native.obstacle("mps") == "the native library has no kernels for mps tensors"
+
+
+def test_a_file_that_is_no_library_is_told(tmp_path: Path) -> None:
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    done = run("from anomem.ops import native; print(native.obstacle('cpu'))", ANOMEM_LIBRARY=str(tmp_path))
+    assert "_C.so does not load with torch" in done.stdout
