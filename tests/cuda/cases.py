@@ -118,9 +118,7 @@ def test_variance(device: str, dtype: torch.dtype, aligned: bool, shape: tuple[i
 def test_variance_far_from_the_origin(device: str) -> None:
     """E[x²] − E[x]² would lose every digit here."""
     x = draw(2, 700, 9) + 1000
-    compare(
-        lambda x: sampling.variance_hinge(x, 2.0, 1e-4), lambda x: reference.variance_hinge(x, 2.0), [x.to(device)]
-    )
+    compare(lambda x: sampling.variance_hinge(x, 2.0, 1e-4), lambda x: reference.variance_hinge(x, 2.0), [x.to(device)])
 
 
 def test_variance_of_nan_is_nan(device: str) -> None:

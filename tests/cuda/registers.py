@@ -84,7 +84,9 @@ def wide_accesses(ptx: str) -> dict[str, tuple[int, int]]:
     for part in re.split(r"\.entry\s+", ptx)[1:]:
         name = re.match(r"\w+", part)
         assert name is not None
-        counts[name[0]] = tuple(len(re.findall(rf"\b{access}\.global\.(?:\w+\.)*v4\.", part)) for access in ("ld", "st"))
+        counts[name[0]] = tuple(
+            len(re.findall(rf"\b{access}\.global\.(?:\w+\.)*v4\.", part)) for access in ("ld", "st")
+        )
     return counts  # type: ignore[return-value]
 
 
@@ -109,7 +111,9 @@ def main() -> None:
         for kernel, usages in table.items():
             row = {a: {"registers": u.registers, "shared": u.shared} for a, u in usages.items()}
             rows.append(f"    {json.dumps(kernel)}: {json.dumps(row)}")
-        about = "Registers per thread and bytes of shared memory per block; rewrite: python -m tests.cuda.registers --write"
+        about = (
+            "Registers per thread and bytes of shared memory per block; rewrite: python -m tests.cuda.registers --write"
+        )
         body = ",\n".join(rows)
         TABLE.write_text(f'{{\n  "about": {json.dumps(about)},\n  "kernels": {{\n{body}\n  }}\n}}\n')
     for kernel, usages in table.items():

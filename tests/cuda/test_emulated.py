@@ -53,7 +53,9 @@ def run_cases(library: Path, *options: str, **environment: str) -> None:
 
 def runtime(name: str) -> str:
     """Where g++ keeps a sanitizer's runtime library."""
-    return subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_kernels(tmp_path: Path) -> None:
