@@ -13,8 +13,8 @@ from tests.cuda.registers import ARCHITECTURES, ROOT, Usage
 pytestmark = pytest.mark.skipif(
     registers.compiler() is None or shutil.which("c++filt") is None, reason="needs nvcc to compile the CUDA kernels"
 )
-# Kernels without a row of floats to read or write in packs.
-WITHOUT_WIDE_LOADS = {"ListPositions", "VarianceLoss", "TakePlanes"}
+# Kernels that read or write no rows: indices, single numbers, planes across their length.
+WITHOUT_WIDE_LOADS = {"ListPositions", "ScatterPlanes", "TakePlanes", "VarianceLoss"}
 WITHOUT_WIDE_STORES = {"ListPositions", "VarianceLoss", "RowDistance", "RowDots"}
 
 
