@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import tables
+from benchmarks.report import accuracy, tables
 
-PAGES = ("README.md", "docs/PERFORMANCE.md")
+PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md")
+SECTIONS = tables.SECTIONS | accuracy.SECTIONS
 _MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,9 +25,9 @@ def render(text: str, results: Path) -> str:
 
     def section(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in tables.SECTIONS:
-            raise KeyError(f"no section {name!r}; there are {', '.join(tables.SECTIONS)}")
-        return f"{match[1]}{tables.SECTIONS[name](results)}\n{match[3]}"
+        if name not in SECTIONS:
+            raise KeyError(f"no section {name!r}; there are {', '.join(SECTIONS)}")
+        return f"{match[1]}{SECTIONS[name](results)}\n{match[3]}"
 
     return _MARKED.sub(section, text)
 
