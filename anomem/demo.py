@@ -140,7 +140,7 @@ def main() -> int:
     console.print(
         "Your own images next: put normal ones into DIR/train/normal, test ones into DIR/test/<kind>, then\n"
         "  anomem train --preset folder --data.root DIR --data.normal normal --run.directory runs/mine\n"
-        "  anomem evaluate runs/mine && anomem plot runs/mine && anomem score runs/mine IMAGES…",
+        "  anomem evaluate runs/mine && anomem plot runs/mine && anomem score --run runs/mine IMAGES…",
         markup=False,
     )
     return 0
