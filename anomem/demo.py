@@ -132,7 +132,7 @@ def main() -> int:
     console.print(
         "Digits are an easy set: three nearest neighbours on raw pixels are near perfect there, and an untrained "
         "encoder with the same scoring does as well as a trained one: it is the scoring that lifts AnoMem on digits. "
-        "Training shows where defects are to be located."
+        "The last column says what training does for locating defects."
     )
     console.print(
         f"Figures: {FOLDER}/*/figures/*.png; the scratches' heat maps: {FOLDER}/brick-scratches/figures/extremes.png"
