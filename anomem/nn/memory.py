@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anomem import backends
 from anomem import functional as F
 from anomem.backends import Impl
-from anomem.reference.normalize import Normalize
+from anomem.reference.normalize import Normalize, normalize_rows
 from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number
 
 
@@ -86,16 +86,27 @@ class HopfieldMemory(nn.Module):
     def fill(self, features: Tensor, generator: torch.Generator | None = None) -> None:
         """Replace the prototypes by distinct rows of a feature set, drawn at random.
 
+        Separate values become the same rows, normalised, so that a filled memory reads alike with and without them.
+
         Args:
             features: [N, d], N ≥ 1. With fewer rows than prototypes, rows repeat.
             generator: source of randomness, on the device of `features`.
+
+        Raises:
+            ArgumentError: `features` has another width, or the memory has values of another width, which features
+                cannot fill.
         """
         width = self.prototypes.shape[1]
         right = features.dim() == 2 and features.shape[1] == width and features.shape[0] > 0
         require(right, "features", lambda: f"[N, {width}] with N ≥ 1", features)
+        values = self.values
+        fits = values is None or values.shape[1] == width
+        require(fits, "values", lambda: f"of the queries' width {width}, to be filled with features", values)
         count, have = self.prototypes.shape[0], features.shape[0]
         order = torch.randperm(have, generator=generator, device=features.device)
         self.prototypes.copy_(features[order[torch.arange(count, device=features.device) % have]])
+        if values is not None:
+            values.copy_(normalize_rows(self.prototypes, self.normalize))
 
     def forward(self, query: Tensor) -> Tensor:
         """What the memory returns for each query: [..., d] -> [..., d] (or [..., dv])."""

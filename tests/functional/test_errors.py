@@ -62,6 +62,7 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("temperature", "a number > 0", lambda: ann.NTXentLoss(0.0)),
     ("variance_weight", "a number ≥ 0", lambda: ann.ContrastedMemoryLoss(variance_weight=-0.1)),
     ("features", "[N, 4] with N ≥ 1", lambda: ann.HopfieldMemory(4, 2).fill(torch.randn(0, 4))),
+    ("values", "width 4", lambda: ann.HopfieldMemory(4, 2, value_features=3).fill(torch.randn(9, 4))),
 ]  # fmt: skip
 
 

@@ -90,6 +90,16 @@ def test_fill_takes_distinct_rows_and_repeats_when_there_are_too_few() -> None:
     assert memory.prototypes[:, 0].sort().values.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_memory_that_was_filled_reads_alike_with_separate_values() -> None:
+    features, query = draw(20, 8), draw(5, 8)
+    for normalize in ("none", "l2", "layer"):
+        tied = ann.HopfieldMemory(8, 6, normalize=normalize)
+        separate = ann.HopfieldMemory(8, 6, normalize=normalize, value_features=8)
+        for memory in (tied, separate):
+            memory.fill(features, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(separate(query), tied(query))
+
+
 def test_a_memory_is_saved_loaded_and_copied() -> None:
     memory = ann.HopfieldMemory(8, 4, learn_beta=True)
     other = ann.HopfieldMemory(8, 4, learn_beta=True)
