@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "errors": set(),
+    "files": set(),
     "reference": set(),
     "kernels": set(),
     "validation": {"errors"},
@@ -34,12 +35,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "plots": {"data", "errors", "evaluate", "functional", "models", "nn", "reference", "validation"},
     "train": {
-        "__init__", "augment", "backends", "data", "errors", "evaluate", "functional", "models", "nn", "reference",
-        "validation",
+        "__init__", "augment", "backends", "data", "errors", "evaluate", "files", "functional", "models", "nn",
+        "reference", "validation",
     },
     "cli": {
-        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "functional", "models", "nn", "plots",
-        "reference", "train", "validation",
+        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "files", "functional", "models", "nn",
+        "plots", "reference", "train", "validation",
     },
     "demo": {
         "augment", "cli", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from anomem.cli.options import Evaluate, Plot, Score, Train
 from anomem.errors import UserError
+from anomem.files import write_atomically
 from anomem.train.presets import preset
 
 
@@ -27,7 +28,8 @@ def train(command: Train) -> None:
         if command.settings != preset("digits") or command.config or command.preset:
             raise UserError("`--resume` goes on with the settings of the run: give no others")
         path = run.resume(command.resume, quiet=command.quiet)
-    print(path if command.quiet else f"run written to {path}; next: anomem evaluate {path}")
+    following = f"anomem evaluate {path}, or anomem score --run {path} FILES"
+    print(path if command.quiet else f"run written to {path}; next: {following}")
 
 
 def evaluate(command: Evaluate) -> None:
@@ -120,7 +122,7 @@ def _write(output: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
         text = buffer.getvalue()
     try:
-        output.write_text(text, encoding="utf-8")
+        write_atomically(output, text.encode())
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from anomem.data.config import DataConfig
 from anomem.data.convert import as_uint8, resize, resize_masks
-from anomem.data.images import resident_or_streamed
+from anomem.data.images import ResidentImages, resident_or_streamed
 from anomem.data.task import Task, assemble, class_index, generator, outlier_count
 from anomem.errors import UserError
 
@@ -67,11 +67,13 @@ def folder(config: DataConfig) -> Task:
     "normal", "ok") holds normal ones, every other is a kind of anomaly. With `outlier_ratio`, labelled anomalies are
     drawn from `test` by seed and are not tested on. If there is a folder `ground_truth`, every anomalous image needs a
     mask there: `ground_truth/<kind>/<name>.png` or `<name>_mask.png`, anything but black is anomalous.
+
+    Without a folder `test` the task has no test images: enough to train on and to score files with.
     """
     root, size = Path(config.root), config.image_size or 128
     normal = _normal_folder(root / "train", config.normal)
     train = image_files(root / "train" / normal)
-    kinds = _subfolders(root / "test")
+    kinds = _subfolders(root / "test") if (root / "test").exists() else []
     test = [(path, kind) for kind in kinds for path in image_files(root / "test" / kind)]
     odd = [kind != normal and kind not in GOOD for _, kind in test]
     anomalies = [i for i, is_anomaly in enumerate(odd) if is_anomaly]
@@ -80,15 +82,17 @@ def folder(config: DataConfig) -> Task:
     kept = [i for i in range(len(test)) if i not in drawn]
     files = [*train, *(test[i][0] for i in sorted(drawn))]
     tested = [test[i][0] for i in kept]
-    is_anomaly = torch.tensor([odd[i] for i in kept])
+    is_anomaly = torch.tensor([odd[i] for i in kept], dtype=torch.bool)
     masks = None
-    if (root / "ground_truth").is_dir():
+    if test and (root / "ground_truth").is_dir():
         marks = [_mask(root, path, kind, size) if odd[i] else None for i, (path, kind) in enumerate(test)]
         blank = torch.zeros(size, size, dtype=torch.bool)
         masks = torch.stack([blank if (mask := marks[i]) is None else mask for i in kept])
 
     train_set, test_set = (
         resident_or_streamed(ImageFiles(paths, size, config.grey), config.resident_megabytes, config.workers)
+        if paths
+        else ResidentImages(torch.empty(0, 1 if config.grey else 3, size, size, dtype=torch.uint8))
         for paths in (files, tested)
     )
     return assemble(
@@ -102,6 +106,7 @@ def folder(config: DataConfig) -> Task:
         aligned=config.aligned is not False,
         test_masks=masks,
         test_paths=[str(path) for path in tested],
+        train_only=not test,
     )
 
 

@@ -73,6 +73,7 @@ def assemble(
     aligned: bool,
     test_masks: Tensor | None = None,
     test_paths: Sequence[str] | None = None,
+    train_only: bool = False,
 ) -> Task:
     """Check a task's parts and measure the channel statistics of its training normals.
 
@@ -87,6 +88,7 @@ def assemble(
         aligned: see `Task`.
         test_masks: [T, H, W] bool or None.
         test_paths: T files or None.
+        train_only: there is nothing to test on, and that is meant.
 
     Raises:
         UserError: fewer than two training normals, or only one class among the test images.
@@ -98,7 +100,7 @@ def assemble(
             "add images or name another normal class"
         )
     anomalies = int(test_is_anomaly.sum())
-    if anomalies in (0, len(test)):
+    if not train_only and anomalies in (0, len(test)):
         only = "normal" if anomalies == 0 else "anomalous"
         raise UserError(
             f"{name}: expected normal and anomalous test images, found {len(test)} of one class only ({only}); "

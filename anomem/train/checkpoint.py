@@ -7,8 +7,6 @@ either the old checkpoint or the new one.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from anomem.errors import UserError
+from anomem.files import write_atomically
 from anomem.validation import shape_of
 
 FORMAT = 1
@@ -33,25 +32,6 @@ class Checkpoint(NamedTuple):
     """On the CPU."""
     about: dict[str, Any]
     """Plain values kept beside them."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it holds either what it held or all of the new content.
-
-    Args:
-        path: where; its folder exists.
-        content: what.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(

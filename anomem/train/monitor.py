@@ -11,12 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from anomem.errors import UserError
 from anomem.train.config import RunConfig
+from anomem.train.display import Display, by_name
 from anomem.train.rundir import RunDirectory
 from anomem.validation import require_count
 
@@ -82,17 +81,10 @@ class Monitor:
         self.writer = _tensorboard(run) if config.tensorboard and run is not None else None
         if run is not None and start < steps:  # a stage that is complete has rows of later ones after its own
             run.keep_rows(stage, start)
-        self.progress: Progress | None = None
+        self.progress: Display | None = None
         if not quiet and sys.stdout.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
-            )
-            self.progress = Progress(*columns, console=Console(soft_wrap=True))
-            self.task = self.progress.add_task(stage, total=steps, completed=start, values="")
+            self.progress = Display()
+            self.task = self.progress.add_task(stage, total=steps, completed=start, loss="", speed="")
 
     def __enter__(self) -> Monitor:
         if self.progress is not None:
@@ -164,21 +156,18 @@ class Monitor:
         self._show(row, values)
 
     def _show(self, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
-        text = f"{_line(values)}  {row['images_per_second']:.0f} images/s"
+        terms = by_name(values)
+        speed = f"{row['images_per_second']:.0f} images/s"
         if self.progress is not None:
-            self.progress.update(self.task, values=text)
+            self.progress.terms = {name: numbers for name, numbers in terms.items() if name != "loss"}
+            self.progress.update(self.task, loss=f"loss {values['loss']:.3g}", speed=speed)
         elif not self.quiet:
             done, left = row["step"] - self.start, self.steps - row["step"]
             remaining = row["seconds"] / max(done, 1) * left
-            print(f"{self.stage} {row['step']}/{self.steps}  {text}  {remaining:.0f} s left", flush=True)
-
-
-def _line(values: Mapping[str, float]) -> str:
-    """Values of one kind side by side, fine to coarse: "loss 1.23  contrast 2.1 1.9 1.5"."""
-    grouped: dict[str, list[float]] = {}
-    for name, value in values.items():
-        grouped.setdefault(name.split("/")[0], []).append(value)
-    return "  ".join(f"{name} {' '.join(f'{v:.3g}' for v in numbers)}" for name, numbers in grouped.items())
+            line = "  ".join(
+                f"{name} {' '.join(f'{v:.3g}' for v in numbers.values())}" for name, numbers in terms.items()
+            )
+            print(f"{self.stage} {row['step']}/{self.steps}  {line}  {speed}  {remaining:.0f} s left", flush=True)
 
 
 def _tensorboard(run: RunDirectory) -> Any:

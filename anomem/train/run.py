@@ -97,11 +97,17 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
         path: the run directory.
 
     Raises:
-        UserError: as `load_scorer`, or the data are not there.
+        UserError: as `load_scorer`, or the data are not there or hold no test images.
     """
     scorer = load_scorer(path)
     run, config = RunDirectory.open(path)
-    return run, config, load_task(config.data).to(device_of(config.run)), scorer
+    task = load_task(config.data)
+    if not len(task.test):
+        raise UserError(
+            f"the run {path} has no test images to measure: expected normal and anomalous ones in folders of "
+            f"{Path(config.data.root) / 'test'}; add some, or score files with `anomem score --run {path} FILES`"
+        )
+    return run, config, task.to(device_of(config.run)), scorer
 
 
 def check_settings(config: TrainConfig) -> None:

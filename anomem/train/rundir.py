@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomem.errors import UserError
-from anomem.train.checkpoint import write_atomically
+from anomem.files import write_atomically
 from anomem.train.config import TrainConfig
 from anomem.train.serialize import load_config, to_dict
 

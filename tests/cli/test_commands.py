@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,27 @@ def test_scores_of_a_folder_as_a_file(
     rows = json.loads(output.read_text()) if suffix == "json" else list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [str(p) for p in pictures]
     assert all(set(row) == {"path", "plain", "prior", "energy", "detector"} for row in rows)
+
+
+def test_a_folder_of_normal_images_is_enough_to_train_and_score(
+    anomem: Command, pictures: list[Path], tmp_path: Path
+) -> None:
+    good = tmp_path / "data" / "train" / "good"
+    good.mkdir(parents=True)
+    for picture in pictures:
+        shutil.copy(picture, good)
+    run = tmp_path / "run"
+    small = ("--model.backbone=small", "--data.image-size=32", "--optimizer.steps=2", "--optimizer.warmup=0")
+    where = (f"--data.root={tmp_path / 'data'}", f"--run.directory={run}", "--run.device=cpu", "--score.copies=0")
+    done = anomem("train", "--preset=folder", "--data.normal=good", *small, *where)
+    assert (done.code, "0 test images" in done.out) == (0, True), done.err
+    scored = anomem("score", good, "--run", run)
+    assert (scored.code, len(scored.out.splitlines())) == (0, len(pictures))
+    for command in ("evaluate", "plot"):
+        refused = anomem(command, run)
+        assert refused.code == 2
+        assert "no test images" in refused.err
+        assert str(tmp_path / "data" / "test") in refused.err
 
 
 def test_plot(anomem: Command, finished: Path) -> None:

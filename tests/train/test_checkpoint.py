@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from anomem.errors import UserError
-from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint, write_atomically
+from anomem.files import write_atomically
+from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint
 
 
 def test_round_trip_and_replacement(tmp_path: Path) -> None:
