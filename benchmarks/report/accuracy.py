@@ -12,7 +12,7 @@ from benchmarks.accuracy.tables import GOALS, GROUPS, Group, seeds_of
 # Scores that a reader compares; every variant of the plain deviation is in the rows.
 SCORES = (
     "plain", "prior", "energy", "detector", "detector/features", "stage2",
-    "kNN-3", "one-class SVM", "LOF", "isolation forest",
+    "kNN-3", "one-class SVM", "LOF", "isolation forest", "patch PCA",
 )  # fmt: skip
 NOT_MEASURED = "Not measured yet."
 

@@ -76,7 +76,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
         path: of the picture.
     """
     groups = list(dict.fromkeys(row.group for row in measured))
-    figure, axes = _figure(2, len(groups), 4.6 * len(groups), 7.2, sharex="col")
+    figure, axes = figure_of(2, len(groups), 4.6 * len(groups), 7.2, sharex="col")
     for column, group in enumerate(groups):
         axis_name = group.removeprefix("over ")
         rows = [row for row in measured if row.group == group]
@@ -113,7 +113,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
         "a line ends where memory (OOM) or the bound on a call's time ends it",
         fontsize=11,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _sweep_line(time: Any, memory: Any, axis: str, name: str, line: list[Row], done: list[Row]) -> None:
@@ -137,7 +137,7 @@ def roofline(measured: list[Row], path: Path) -> None:
         measured: rows of the kernel suite.
         path: of the picture.
     """
-    figure, axes = _figure(1, 1, 8.0, 5.4)
+    figure, axes = figure_of(1, 1, 8.0, 5.4)
     from matplotlib.ticker import LogLocator
 
     plot = axes[0][0]
@@ -180,7 +180,7 @@ def roofline(measured: list[Row], path: Path) -> None:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     about = measured[0].about
     figure.suptitle(f"{dtype} — {about['device_name']}, {about['threads']} threads")
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(steps: list[dict[str, Any]], path: Path) -> None:
@@ -190,7 +190,7 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
         steps: rows of `benchmarks.profile_training`.
         path: of the picture.
     """
-    figure, axes = _figure(1, 1, 9.0, 1.6 + 0.8 * len(steps))
+    figure, axes = figure_of(1, 1, 9.0, 1.6 + 0.8 * len(steps))
     plot = axes[0][0]
     phases = list(dict.fromkeys(phase for row in steps for phase in row["milliseconds"]))
     names = [row["pipeline"] for row in steps]
@@ -207,7 +207,7 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     about = steps[0]["about"]
     figure.suptitle(f"{steps[0]['title']} — {about['device_name']}, {about['threads']} threads", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _count(value: float) -> str:
@@ -217,7 +217,16 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-def _figure(lines: int, columns: int, width: float, height: float, sharex: Any = False) -> Any:
+def figure_of(lines: int, columns: int, width: float, height: float, sharex: Any = False) -> Any:
+    """A figure and its axes [lines][columns], drawn without a screen.
+
+    Args:
+        lines: of axes.
+        columns: of axes.
+        width: of the figure in inches.
+        height: of the figure in inches.
+        sharex: as in `matplotlib.pyplot.subplots`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,7 +235,13 @@ def _figure(lines: int, columns: int, width: float, height: float, sharex: Any =
     return plt.subplots(lines, columns, figsize=(width, height), squeeze=False, sharex=sharex, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and forget it.
+
+    Args:
+        figure: from `figure_of`.
+        path: of the picture.
+    """
     import matplotlib.pyplot as plt
 
     # Without the date and version a picture of the same rows is the same file.
