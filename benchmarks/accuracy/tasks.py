@@ -43,14 +43,10 @@ def jobs() -> Iterator[Job]:
         for setting in SETTINGS:
             for normal in DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
-    for anomalies in ("photographs", "scratch"):
-        for setting in ("one-class", "untrained", "one prototype", "raw pixels"):
-            for normal in TEXTURES:
-                yield Job("textures", normal, anomalies, 0, setting)
-    for seed, settings in ((0, ("one-class, refilled",)), (1, ("one-class", "one-class, refilled", "untrained"))):
-        for setting in settings:
-            for normal in TEXTURES:
-                yield Job("textures", normal, "photographs", seed, setting)
-    for setting in ("one-class", "untrained", "raw pixels"):
-        for normal in OTHER_DIGITS:
-            yield Job("digits", normal, "classes", 0, setting)
+        for setting in ("one-class", "untrained", "raw pixels"):
+            for normal in OTHER_DIGITS:
+                yield Job("digits", normal, "classes", seed, setting)
+        for anomalies in ("photographs", "scratch"):
+            for setting in ("one-class", "one-class, refilled", "untrained", "one prototype", "raw pixels"):
+                for normal in TEXTURES:
+                    yield Job("textures", normal, anomalies, seed, setting)
