@@ -251,19 +251,22 @@ void tile_weights(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, 
     }
 }
 
-// C [m, features] += A [m, k] B, for a B packed by `pack` in panels `panel` elements apart.
+// C [m, features] += A [m, k] B, for a B packed by `pack` in panels `panel` elements apart. The product is summed on its
+// own before it is added: rounding errors grow with the root of the longest chain of additions, and one chain over all
+// tiles would be as long as the batch.
 template <class T>
 void add_product(int64_t m, int64_t features, int64_t k, const T* a, int64_t row, int64_t step, const T* b,
                  int64_t panel, T* c, int64_t c_row) {
   constexpr int height = Block<T>::height, width = Block<T>::width;
   for (int64_t f = 0; f < features; f += width, b += panel)
     for (int64_t i = 0; i < m; i += height) {
-      vec<T> sums[height][2];
-      for (int r = 0; r < height; ++r)
-        for (int h = 0; h < 2; ++h) sums[r][h] = load(c + (i + r) * c_row + f + h * lanes<T>);
+      vec<T> sums[height][2] = {};
       multiply<T, height>(k, a + i * row, row, step, b, sums);
       for (int r = 0; r < height; ++r)
-        for (int h = 0; h < 2; ++h) store(c + (i + r) * c_row + f + h * lanes<T>, sums[r][h]);
+        for (int h = 0; h < 2; ++h) {
+          T* to = c + (i + r) * c_row + f + h * lanes<T>;
+          store(to, load(to) + sums[r][h]);
+        }
     }
 }
 
