@@ -31,6 +31,7 @@ class Entry:
     once: Callable[[], float]
     peak_bytes: int
     checked: dict[str, int]
+    compile_seconds: float | None = None
     seconds: list[float] = field(default_factory=list)
 
 
@@ -72,7 +73,7 @@ class Runner:
                 note(f"{case.title}: {implementation.name}, check and warm-up")
                 try:
                     if implementation.compiles and not self.suite.compiles_for(case):
-                        reason = "left out where it would compile for tens of seconds"
+                        reason = "left out where compiling would take longer than measuring"
                         raise NoTime(rows.UNAVAILABLE, reason)
                     bench.fits(implementation)
                     self._expect(case, implementation)
@@ -91,9 +92,11 @@ class Runner:
                     row = row_for(self.suite.name, case, implementation.name, self.base.revision, none.status)
                     yield self._finish(case, row, none)
         note(f"{case.title}: timing")
-        self._time(entries)
+        with machine.Others() as others:
+            self._time(entries)
         for entry in entries:
-            yield self._measured(case, entry)
+            # The base revision's process would count as another.
+            yield self._measured(case, entry, None if self.base else others.cores)
         del bench, entries
         gc.collect()
 
@@ -125,7 +128,8 @@ class Runner:
         return self.ceilings.floor_seconds(case)
 
     def _entry(self, ready: Ready) -> Entry:
-        return Entry(ready.implementation, WORK, ready.subject.once, ready.peak_bytes, ready.checked)
+        once, peak, checked = ready.subject.once, ready.peak_bytes, ready.checked
+        return Entry(ready.implementation, WORK, once, peak, checked, ready.compile_seconds)
 
     def _base_entry(self, case: Case, implementation: Implementation) -> Entry:
         assert self.base is not None
@@ -133,7 +137,7 @@ class Runner:
         answer = base.ready(case, name, self.bounds)
         return Entry(implementation, base.revision, lambda: base.once(name), answer["peak_bytes"], answer["checked"])
 
-    def _measured(self, case: Case, entry: Entry) -> Row:
+    def _measured(self, case: Case, entry: Entry, others: float | None) -> Row:
         row = row_for(self.suite.name, case, entry.implementation.name, entry.revision, rows.MEASURED)
         times = torch.tensor(entry.seconds, dtype=torch.float64) * 1e3
         p20, p50, p80 = (float(q) for q in torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)))
@@ -141,6 +145,8 @@ class Runner:
         row.repeats = len(entry.seconds)
         row.peak_bytes = entry.peak_bytes
         row.checked = entry.checked
+        row.compile_seconds = entry.compile_seconds
+        row.others = others
         floor = self.ceilings.floor_seconds(case) * 1e3
         row.fraction_of_floor = floor / p50
         if entry.revision == WORK:

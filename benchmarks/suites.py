@@ -51,6 +51,7 @@ def smoke(device: str) -> Suite:
         case("info_nce", R=512, C=512, d=64),
         case("gather", B=64, C=64, H=16, n=8),
         case("variance", G=8, B=128, d=128),
+        case("sample", B=64, C=64, H=16, n=8),
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
         case("memory_loss", n=4, B=64, d=64, M=64),
@@ -102,6 +103,23 @@ def kernels(device: str) -> Suite:
     # Where every case would compile, a CPU would mostly compile.
     groups = None if device == "cuda" else ("resnet18 scale 1", "large")
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
+
+
+def grid(device: str) -> Suite:
+    """Retrieval and NT-Xent over a grid of sizes, and sampling at the size of a large map, with a compiler in each."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    cases = [
+        case("nt_xent", G=groups, B=batch, d=d, dtype=dtype, group="grid")
+        for groups, batch, d in ((8, 256, 128), (16, 512, 128), (16, 1024, 128), (4, 1024, 256))
+    ]
+    cases += [
+        case("retrieve", N=queries, M=prototypes, d=d, B=128, dtype=dtype, group="grid")
+        for queries in (8192, 32768, 131072)
+        for prototypes in (64, 512)
+        for d in (64, 128, 256)
+    ]
+    cases.append(case("sample", B=256, C=256, H=16, n=64, dtype=dtype, group="grid"))
+    return Suite("grid", tuple(cases), seconds=0.25)
 
 
 def training(device: str) -> Suite:
@@ -156,6 +174,7 @@ def positions(side: int) -> int:
 SUITES: dict[str, Callable[[str], Suite]] = {
     "smoke": smoke,
     "kernels": kernels,
+    "grid": grid,
     "training": training,
     "scaling": scaling,
 }

@@ -75,7 +75,8 @@ def details(device: str, suite: str) -> Callable[[Path], str]:
                 assert row.milliseconds is not None
                 spread = f"{number(row.milliseconds['p20'])} – {number(row.milliseconds['p80'])}"
                 head = label(row) if i == 0 else ""
-                cells = [head, row.implementation, number(median(row)), spread, size(row.peak_bytes)]
+                compiled = f", compiled in {number(row.compile_seconds)} s" if row.compile_seconds else ""
+                cells = [head, row.implementation + compiled, number(median(row)), spread, size(row.peak_bytes)]
                 lines.append(f"| {' | '.join(cells)} | {row.fraction_of_floor:.0%} |")
             lines += [
                 f"| | {row.implementation} | {row.status} | {escape(row.reason)} | | |"
@@ -130,11 +131,40 @@ def limits(device: str) -> Callable[[Path], str]:
     return section
 
 
+def grid(device: str) -> Callable[[Path], str]:
+    """One line a case of the grid: the library against eager, `torch.compile` and the best of all others."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, "grid")
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        lines = [
+            "| operator and size | eager ms | torch.compile ms | best other ms | anomem ms | against eager | "
+            "against torch.compile | against best other | peak memory, eager → anomem |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for group in cases_of(measured):
+            by_name = {row.implementation: row for row in group if row.status == rows.MEASURED}
+            mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
+            rivals = [by_name.get("eager"), by_name.get("torch.compile"), best_of_others(group, but="torch.compile")]
+            times_of = [number(median(rival)) if rival else "–" for rival in rivals]
+            if rivals[-1]:
+                times_of[-1] += f" ({rivals[-1].implementation})"
+            against = [times(median(rival) / median(mine)) if rival and mine else "–" for rival in rivals]
+            memory = f"{size(rivals[0].peak_bytes if rivals[0] else None)} → {size(mine.peak_bytes if mine else None)}"
+            own = f"{number(median(mine))} ({mine.implementation})" if mine else "–"
+            lines.append(f"| {' | '.join([label(group[0]), *times_of, own, *against, memory])} |")
+        return "\n".join([provenance(measured), "", *lines])
+
+    return section
+
+
 def losses(device: str) -> Callable[[Path], str]:
     """The cases in which the library is not the fastest, with the one that is."""
 
     def section(results: Path) -> str:
-        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        suites = ("kernels", "grid", "training")
+        measured = [row for suite in suites for row in load(results, device, suite)]
         lines = ["| operator and size | fastest | ms | anomem ms | anomem / fastest |", "|---|---|--:|--:|--:|"]
         head = len(lines)
         for group in cases_of(measured):
@@ -219,10 +249,12 @@ def picture(told: str, name: str) -> str:
 def provenance(measured: list[Row]) -> str:
     """Where and of what code the rows are."""
     about, ceilings = measured[0].about, measured[0].ceilings
+    others = max((row.others for row in measured if row.others is not None), default=None)
+    alone = "" if others is None else f" Other processes used at most {others:g} of the cores."
     commits = sorted({f"{row.about['commit']}{' with changes' if row.about['dirty'] else ''}" for row in measured})
     return (
         f"{machine_line(about)} Ceilings of the run: product {ceilings['product_flops'] / 1e9:.0f} Gflop/s "
-        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. Commit {', '.join(commits)}."
+        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. Commit {', '.join(commits)}.{alone}"
     )
 
 
@@ -279,6 +311,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),
+        ("grid", grid(device)),
         ("limits", limits(device)),
         ("losses", losses(device)),
         ("crossovers", crossovers(device)),

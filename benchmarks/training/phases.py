@@ -20,7 +20,7 @@ class Phases:
 
     Args:
         device: "cpu" or "cuda".
-        timed: whether to time at all.
+        timed: whether to time at all; may be changed between steps.
     """
 
     def __init__(self, device: str, timed: bool) -> None:
