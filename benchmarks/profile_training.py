@@ -142,8 +142,8 @@ class Bar:
         self.phases.timed = timed
         for _ in range(steps):
             self.step(next(self._views), self.phases)
-            if timed:
-                self.phases.end_of_step()
+        if timed:
+            self.phases.end_of_block(steps)
 
     def clock(self, steps: int) -> None:
         """Seconds of a step, from some of them without a wait in between."""

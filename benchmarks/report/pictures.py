@@ -199,12 +199,15 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
         widths = [row["milliseconds"].get(phase, 0.0) for row in steps]
         plot.barh(names, widths, left=left, color=colour, edgecolor="white", linewidth=0.5, label=phase)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = [1e3 * row["seconds_per_step"] for row in steps]
+    plot.scatter(whole, names, marker="|", s=900, color=BLACK, linewidth=2, zorder=3, label="step, phases not timed")
     for i, row in enumerate(steps):
-        plot.annotate(f" {row['images_per_second']:.0f} images/s", (left[i], i), va="center", fontsize=9)
-    plot.set_xlim(0, max(left) * 1.2)
+        end = max(left[i], whole[i])
+        plot.annotate(f"  {row['images_per_second']:.0f} images/s", (end, i), va="center", fontsize=9)
+    plot.set_xlim(0, max(*left, *whole) * 1.2)
     plot.invert_yaxis()
     plot.set_xlabel("ms per step")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9, markerscale=0.4)
     about = steps[0]["about"]
     figure.suptitle(f"{steps[0]['title']} — {about['device_name']}, {about['threads']} threads", fontsize=11)
     save(figure, path)

@@ -6,7 +6,7 @@ Pictures are linked as from a page in `docs/`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import rows
@@ -226,16 +226,16 @@ def training_steps(device: str) -> Callable[[Path], str]:
             return NOT_ON_GPU if device == "cuda" else "Not measured yet."
         phases = list(dict.fromkeys(phase for row in measured for phase in row["milliseconds"]))
         lines = [
-            f"| step by | {' | '.join(phases)} | step ms | images/s | peak memory |",
-            f"|---|{'--:|' * (len(phases) + 3)}",
+            f"| ms of a step | {' | '.join(phases)} | sum | without phases | images/s | peak memory |",
+            f"|---|{'--:|' * (len(phases) + 4)}",
         ]
         for row in measured:
             cells = [number(row["milliseconds"][phase]) if phase in row["milliseconds"] else "–" for phase in phases]
-            step = sum(row["milliseconds"].values())
-            cells += [number(step), f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
+            cells += [number(sum(row["milliseconds"].values())), number(1e3 * row["seconds_per_step"])]
+            cells += [f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
             lines.append(f"| {row['pipeline']} | {' | '.join(cells)} |")
         about = measured[0]["about"]
-        head = f"{measured[0]['title']}. {machine_line(about)}"
+        head = f"{measured[0]['title']}. {machine_line(about)} {commits(row['about'] for row in measured)}"
         return "\n".join([head, "", *lines, "", picture("A training step by phase", f"{device}-training")])
 
     return section
@@ -251,11 +251,17 @@ def provenance(measured: list[Row]) -> str:
     about, ceilings = measured[0].about, measured[0].ceilings
     others = max((row.others for row in measured if row.others is not None), default=None)
     alone = "" if others is None else f" Other processes used at most {others:g} of the cores."
-    commits = sorted({f"{row.about['commit']}{' with changes' if row.about['dirty'] else ''}" for row in measured})
     return (
         f"{machine_line(about)} Ceilings of the run: product {ceilings['product_flops'] / 1e9:.0f} Gflop/s "
-        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. Commit {', '.join(commits)}.{alone}"
+        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. "
+        f"{commits(row.about for row in measured)}{alone}"
     )
+
+
+def commits(abouts: Iterable[dict[str, object]]) -> str:
+    """Of what code rows are."""
+    states = {f"{about['commit']}{' with changes' if about['dirty'] else ''}" for about in abouts}
+    return f"Commit {', '.join(sorted(states))}."
 
 
 def machine_line(about: dict[str, object]) -> str:

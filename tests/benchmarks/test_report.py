@@ -11,7 +11,7 @@ import pytest
 from benchmarks import rows
 from benchmarks.case import case
 from benchmarks.report import pages, pictures, tables
-from benchmarks.report.data import load
+from benchmarks.report.data import load, load_training
 from benchmarks.rows import Row, row_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,14 @@ def test_other_revisions_stay_out_of_the_report(results) -> None:
 def test_without_rows_it_says_so(tmp_path) -> None:
     for name, section in tables.SECTIONS.items():
         assert "easured" in section(tmp_path) or name.endswith("losses")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_phases_of_a_committed_step_add_up_to_it(device) -> None:
+    for row in load_training(RESULTS, device):
+        share = sum(row["milliseconds"].values()) / (1e3 * row["seconds_per_step"])
+        # Where a GPU is waited for after each phase, launches and kernels no longer overlap.
+        assert 0.8 < share < (1.25 if device == "cpu" else 2.0), row["pipeline"]
 
 
 def test_unknown_marker_is_an_error(tmp_path) -> None:
