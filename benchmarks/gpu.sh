@@ -27,14 +27,15 @@ failed=0
 
 tell() { echo "$*" | tee -a "$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: runs the command with a time limit, its output in NAME.log; 0 if it succeeded.
+# step NAME SECONDS COMMAND...: runs the command with a time limit, its output in NAME.log; 0 if it succeeded, 124 if
+# its time was over, also where none was left to start it.
 step() {
   local name=$1 seconds=$2 left status from
   shift 2
   left=$((limit - SECONDS + began))
   if [ "$left" -lt 10 ]; then
     tell "$name: skipped, no time is left of $limit s"
-    return 1
+    return 124
   fi
   [ "$seconds" -gt "$left" ] && seconds=$left
   from=$SECONDS
