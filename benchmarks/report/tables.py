@@ -13,6 +13,8 @@ from benchmarks import rows
 from benchmarks.report.data import OURS, best_of_others, cases_of, load, load_training
 from benchmarks.rows import Row
 
+NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
+"""What was tried and has no time."""
 NOT_ON_GPU = "Not measured on a GPU yet."
 README_GROUPS = ("resnet18 scale 1", "large")
 """Cases of the README's table; `docs/PERFORMANCE.md` has all."""
@@ -81,7 +83,7 @@ def details(device: str, suite: str) -> Callable[[Path], str]:
             lines += [
                 f"| | {row.implementation} | {row.status} | {escape(row.reason)} | | |"
                 for row in group
-                if row.status in (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
+                if row.status in NO_TIME
             ]
         text = [provenance(measured), "", *lines, "", *absent(measured)]
         if suite == "kernels":
@@ -138,6 +140,11 @@ def grid(device: str) -> Callable[[Path], str]:
         measured = load(results, device, "grid")
         if not measured:
             return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        reasons = [
+            f"- {label(row)}, {row.implementation}: {row.status}, {row.reason}."
+            for row in measured
+            if row.status in NO_TIME
+        ]
         lines = [
             "| operator and size | eager ms | torch.compile ms | best other ms | anomem ms | against eager | "
             "against torch.compile | against best other | peak memory, eager → anomem |",
@@ -148,13 +155,15 @@ def grid(device: str) -> Callable[[Path], str]:
             mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
             rivals = [by_name.get("eager"), by_name.get("torch.compile"), best_of_others(group, but="torch.compile")]
             times_of = [number(median(rival)) if rival else "–" for rival in rivals]
-            if rivals[-1]:
-                times_of[-1] += f" ({rivals[-1].implementation})"
+            if compiled := rivals[1]:
+                times_of[1] += f" (compiled in {number(compiled.compile_seconds or 0)} s)"
+            if other := rivals[2]:
+                times_of[2] += f" ({other.implementation})"
             against = [times(median(rival) / median(mine)) if rival and mine else "–" for rival in rivals]
             memory = f"{size(rivals[0].peak_bytes if rivals[0] else None)} → {size(mine.peak_bytes if mine else None)}"
             own = f"{number(median(mine))} ({mine.implementation})" if mine else "–"
             lines.append(f"| {' | '.join([label(group[0]), *times_of, own, *against, memory])} |")
-        return "\n".join([provenance(measured), "", *lines])
+        return "\n".join([provenance(measured), "", *lines, *(["", *reasons] if reasons else [])])
 
     return section
 

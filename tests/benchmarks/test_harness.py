@@ -11,6 +11,7 @@ import torch
 from benchmarks import rows
 from benchmarks.case import Implementation, Unavailable, case
 from benchmarks.compiling import TookTooLong, time_limit
+from benchmarks.machine import Others
 from benchmarks.memory import is_out_of_memory, peak_bytes
 from benchmarks.operators import OPERATORS
 from benchmarks.prepare import Bench, Bounds, NoTime
@@ -181,6 +182,14 @@ def test_time_is_foreseen_from_what_an_implementation_stores(monkeypatch) -> Non
     assert [row.status for row in found] == [rows.OVER_TIME] * 3
     assert started == list(cases[:2])  # the third stores four times as much
     assert "an earlier case's rate makes it 0.1 s" in found[2].reason
+
+
+def test_cores_of_others_are_what_this_process_did_not_use(monkeypatch) -> None:
+    readings = iter([(10.0, 100.0, 5.0), (12.0, 103.0, 6.0)])  # wall, all cores, this process
+    monkeypatch.setattr(Others, "_seconds", lambda self: next(readings))
+    with Others() as others:
+        pass
+    assert others.cores == 1.0  # 2 s of the 3 that cores were busy, in 2 s
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
