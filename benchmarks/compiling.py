@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks import CACHE_GIVEN
+
 
 class TookTooLong(BaseException):
     """A limit has passed. No `Exception`: compilers catch those, and would go on."""
@@ -55,7 +57,7 @@ def warm_up(device: str) -> None:
     """
     import torch._inductor.config as inductor
 
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if not CACHE_GIVEN:
         folder = tempfile.mkdtemp(prefix="anomem-inductor-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -68,7 +68,8 @@ def main(options: Options) -> int:
     backbone = options.backbone or ("resnet18" if device == "cuda" else "small")
     batch = options.batch or (1024 if device == "cuda" else 128)
     bf16 = device == "cuda" if options.bf16 is None else options.bf16
-    images = random_images(8 * batch, options.side)
+    # More than the steps take: where an epoch ends, workers begin with empty queues, and a real one is far longer.
+    images = random_images((options.warmup + 2 * options.steps + 8) * batch, options.side)
     config = {"backbone": backbone, "batch": batch, "side": options.side, "bf16": bf16, "workers": options.workers}
     title = (
         f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels, {'bfloat16' if bf16 else 'float32'}"
