@@ -17,6 +17,9 @@ from benchmarks.memory import is_out_of_memory, peak_bytes
 from benchmarks.operators import OPERATORS
 from benchmarks.timing import Subject, input_sets
 
+SLOW = 1.0
+"""Seconds of a first call next to which what it allocates and plans is nothing: it is the warm-up."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -98,7 +101,7 @@ class Bench:
                     calls: list[float] = []
                     while len(calls) < 2:  # the first call builds, allocates and plans
                         calls.append(subject.once())
-                        if calls[-1] > self.bounds.seconds and not implementation.compiles:
+                        if calls[-1] > min(SLOW, self.bounds.seconds) and not implementation.compiles:
                             break
             except TookTooLong:
                 what = "compiling" if implementation.compiles else "the check and the first calls"
@@ -164,4 +167,5 @@ def first_line(error: BaseException) -> str:
 
 def gib(size: float) -> str:
     """Bytes in GiB."""
-    return f"{size / 2**30:.3g} GiB"
+    number = size / 2**30
+    return f"{number:.0f} GiB" if number >= 100 else f"{number:.3g} GiB"

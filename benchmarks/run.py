@@ -45,7 +45,7 @@ class Options:
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
-    """A call may take this long (default: 2; in sweeps 1 on a CPU, 5 on a GPU); slower is a row that says so."""
+    """A call may take this long (default: the suite's, 2 to 6); slower is a row that says so."""
     memory: float | None = None
     """GiB that a call may allocate (default: half of the device's memory on a CPU, all of it on a GPU)."""
 
@@ -162,8 +162,7 @@ def _bounds(options: Options, device: str) -> Bounds:
     if device == "cpu":
         # Inputs, results and libraries come on top of what a call may allocate.
         limit_process(int(size) + 4 * 2**30)
-    sweep = 1.0 if device == "cpu" else 5.0
-    return Bounds(options.seconds or (sweep if options.suite == "scaling" else 2.0), size)
+    return Bounds(options.seconds or suite(options.suite, device).call_seconds, size)
 
 
 if __name__ == "__main__":

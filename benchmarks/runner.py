@@ -104,8 +104,9 @@ class Runner:
         """Round after round, each implementation once, until each has its repeats."""
         for _ in range(self.suite.most_repeats):
             for entry in entries:
-                enough = len(entry.seconds) >= self.suite.least_repeats
-                if not (enough and sum(entry.seconds) > self.suite.seconds):
+                spent = sum(entry.seconds)
+                enough = len(entry.seconds) >= self.suite.least_repeats or spent > self.suite.most_seconds
+                if not (enough and spent > self.suite.seconds):
                     entry.seconds.append(entry.once())
 
     def _expect(self, case: Case, implementation: Implementation) -> None:

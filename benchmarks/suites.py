@@ -24,6 +24,10 @@ class Suite:
     """Time spent on the repeats of one implementation of one case."""
     least_repeats: int = 5
     most_repeats: int = 50
+    most_seconds: float = 4.0
+    """Where repeats take this long, fewer than the least will do."""
+    call_seconds: float = 2.0
+    """What a call may take; slower is a row that says so."""
     compiled_groups: tuple[str, ...] | None = None
     """Groups in which implementations that compile for tens of seconds take part; None: in all."""
 
@@ -119,7 +123,7 @@ def grid(device: str) -> Suite:
         for d in (64, 128, 256)
     ]
     cases.append(case("sample", B=256, C=256, H=16, n=64, dtype=dtype, group="grid"))
-    return Suite("grid", tuple(cases), seconds=0.25)
+    return Suite("grid", tuple(cases), seconds=0.25, call_seconds=3.0)
 
 
 def training(device: str) -> Suite:
@@ -163,7 +167,15 @@ def scaling(device: str) -> Suite:
         cases.append(case("nt_xent", G=1, B=batch, d=128, dtype=dtype, group="over B"))
     for d in (64, 128, 256, 512):
         cases.append(case("nt_xent", G=4, B=512, d=d, dtype=dtype, group="over d"))
-    return Suite("scaling", tuple(cases), seconds=0.2, least_repeats=3, compiled_groups=None if on_gpu else ())
+    return Suite(
+        "scaling",
+        tuple(cases),
+        seconds=0.2,
+        least_repeats=3,
+        compiled_groups=None if on_gpu else (),
+        # Long enough for the library's own largest size on two cores.
+        call_seconds=5.0 if on_gpu else 6.0,
+    )
 
 
 def positions(side: int) -> int:
