@@ -118,9 +118,10 @@ class Runner:
             raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.2g} s")
 
     def _learn(self, case: Case, implementation: Implementation, seconds: float) -> None:
-        """Remember an implementation's rate, from calls that are not mostly overhead."""
-        if seconds > 0.1 * self.bounds.seconds:
-            self._rates[_series(case, implementation)] = seconds / self._cost(case, implementation)
+        """Remember an implementation's latest rate, once its calls are not mostly overhead."""
+        series = _series(case, implementation)
+        if seconds > 0.1 * self.bounds.seconds or series in self._rates:
+            self._rates[series] = seconds / self._cost(case, implementation)
 
     def _cost(self, case: Case, implementation: Implementation) -> float:
         """What the time of an implementation grows with: its own intermediate, else the floor."""
