@@ -115,7 +115,8 @@ class Runner:
         seconds = self.ceilings.floor_seconds(case) if rate is None else rate * self._cost(case, implementation)
         if seconds > 1.5 * self.bounds.seconds:
             source = "the floor alone" if rate is None else "an earlier case's rate"
-            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.2g} s")
+            told = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {told} s")
 
     def _learn(self, case: Case, implementation: Implementation, seconds: float) -> None:
         """Remember an implementation's latest rate, once its calls are not mostly overhead."""
