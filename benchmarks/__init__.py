@@ -13,3 +13,6 @@ import os
 
 # The profiler, which counts allocations, otherwise reports on standard error that it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# Read before torch is imported, which puts its default there.
+CACHE_GIVEN = "TORCHINDUCTOR_CACHE_DIR" in os.environ

@@ -67,6 +67,6 @@ class Implementation:
     elements: Callable[[dict[str, int]], int] | None = None
     """Elements of the intermediate, where it is not the operator's own (`Operator.stored`)."""
     compiles: bool = False
-    """Takes tens of seconds to build."""
+    """Compiles when it is first called; how long that takes is a figure of its own."""
     ours: bool = False
     """Part of this library; also measured at the base revision."""

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ def processor() -> str:
     if "cpu family" in values and "model" in values:
         described += f", family {values['cpu family']} model {values['model']}"
     return described
+
+
+class Others:
+    """Measures, as a context, how many cores other processes keep busy: `cores` afterwards, None where Linux is not."""
+
+    cores: float | None = None
+
+    def __enter__(self) -> Others:
+        self._before = self._seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = self._seconds()
+        if self._before is not None and after is not None:
+            wall, busy, own = (end - start for end, start in zip(after, self._before, strict=True))
+            self.cores = max(0.0, round((busy - own) / wall, 2)) if wall else 0.0
+
+    def _seconds(self) -> tuple[float, float, float] | None:
+        """Wall time, time that all cores were busy, time that this process used."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()
+        except OSError:
+            return None
+        user, nice, system, _, _, interrupts, soft, *_ = (int(field) for field in fields[1:])
+        busy = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,17 +12,23 @@ import torch
 from benchmarks import rows
 from benchmarks.case import Case, Implementation, Unavailable
 from benchmarks.check import Truth, Wrong, checked_at
+from benchmarks.compiling import TookTooLong, time_limit, warm_up
 from benchmarks.memory import is_out_of_memory, peak_bytes
 from benchmarks.operators import OPERATORS
 from benchmarks.timing import Subject, input_sets
 
+SLOW = 1.0
+"""Seconds of a first call next to which what it allocates and plans is nothing: it is the warm-up."""
+
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one call may take. Beyond it the row says so instead of a time."""
+    """What one call may take, and what comes before it. Beyond it the row says so instead of a time."""
 
     seconds: float
     bytes: float
+    preparation: float = 60.0
+    """Seconds of compiling, checking and warming up."""
 
 
 class NoTime(Exception):
@@ -49,6 +56,8 @@ class Ready:
     warm_seconds: float
     peak_bytes: int
     checked: dict[str, int]
+    compile_seconds: float | None
+    """What the first call took beyond a warm one, of implementations that compile."""
 
 
 class Bench:
@@ -74,22 +83,37 @@ class Bench:
             NoTime: it is unavailable, wrong, fails, or passes a bound.
         """
         self.fits(implementation)
+        limit = self.bounds.preparation
         with reasons():
             function = implementation.build(self.case, self.device)
+            if implementation.compiles:
+                warm_up(self.device)
             at = checked_at(self.case, implementation.compiles)
-            # What is built for a batch of the case's own size is built again for the size of the check.
-            candidate = function if at is self.case else implementation.build(at, self.device)
-            self._truth(at).check(implementation, candidate)
-            subject = Subject(self.case, function, self.device, self._inputs())
-            for _ in range(2):  # the first call builds, allocates and plans
-                seconds = subject.once()
-                if seconds > self.bounds.seconds and not implementation.compiles:
-                    break
+            truth, sets = self._truth(at), self._inputs()
+            try:
+                with time_limit(limit):
+                    # What is built for a batch of the case's own size is built again for the size of the check.
+                    candidate = function if at is self.case else implementation.build(at, self.device)
+                    begun = time.perf_counter()
+                    truth.check(implementation, candidate)
+                    checking = time.perf_counter() - begun
+                    subject = Subject(self.case, function, self.device, sets)
+                    calls: list[float] = []
+                    while len(calls) < 2:  # the first call builds, allocates and plans
+                        calls.append(subject.once())
+                        if calls[-1] > min(SLOW, self.bounds.seconds) and not implementation.compiles:
+                            break
+            except TookTooLong:
+                what = "compiling" if implementation.compiles else "the check and the first calls"
+                raise NoTime(rows.OVER_TIME, f"{what} took longer than {limit:g} s") from None
+            seconds = calls[-1]
             if seconds > self.bounds.seconds:
                 reason = f"over {self.bounds.seconds:g} s: one call took {seconds:.1f} s"
                 raise NoTime(rows.OVER_TIME, reason, seconds)
             peak = peak_bytes(subject.call, self.device)
-        return Ready(implementation, subject, seconds, peak, at.dims)
+        first = checking if at is self.case else calls[0]
+        compiled = max(0.0, first - seconds) if implementation.compiles else None
+        return Ready(implementation, subject, seconds, peak, at.dims, compiled)
 
     def fits(self, implementation: Implementation) -> None:
         """Not to start what would not fit.
@@ -143,4 +167,5 @@ def first_line(error: BaseException) -> str:
 
 def gib(size: float) -> str:
     """Bytes in GiB."""
-    return f"{size / 2**30:.3g} GiB"
+    number = size / 2**30
+    return f"{number:.0f} GiB" if number >= 100 else f"{number:.3g} GiB"

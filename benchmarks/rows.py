@@ -38,6 +38,8 @@ class Row:
     repeats: int = 0
     peak_bytes: int | None = None
     """Largest amount allocated during a call beyond what its inputs hold."""
+    compile_seconds: float | None = None
+    """Of implementations that compile: what the first call took beyond a warm one, from an empty cache."""
     checked: dict[str, int] | None = None
     """The sizes at which the result was held to float64."""
     flops: float = 0.0
@@ -48,6 +50,8 @@ class Row:
     """Floor divided by the median; above 1 where caches beat the copy that the floor is made from."""
     ceilings: dict[str, float] = field(default_factory=dict)
     """Measured in the same run: matrix product in flop/s, copy in byte/s."""
+    others: float | None = None
+    """Cores that other processes kept busy while the case was timed; from a tenth on the times are theirs too."""
     about: dict[str, Any] = field(default_factory=dict)
     """Code, libraries, device; see `benchmarks.machine`."""
 

@@ -21,13 +21,17 @@ from benchmarks.rows import Row
 from benchmarks.runner import Runner
 from benchmarks.suites import suite
 
+DISTURBED = 0.1
+"""Cores in use by others from which on a run says so."""
+
 
 @dataclass(frozen=True)
 class Options:
     """What is measured, and for how long."""
 
-    suite: Literal["smoke", "kernels", "training", "scaling"] = "kernels"
-    """smoke: does it work here; kernels: every operator; training: the loss of each scale; scaling: sweeps."""
+    suite: Literal["smoke", "kernels", "grid", "training", "scaling"] = "kernels"
+    """smoke: does it work here; kernels: every operator; grid: retrieval and NT-Xent, each case with torch.compile;
+    training: the loss of each scale; scaling: sweeps."""
     device: Literal["cpu", "cuda"] | None = None
     """Where; a GPU where there is one."""
     filter: str = ""
@@ -37,11 +41,11 @@ class Options:
     resume: bool = True
     """Keep rows of the file that were measured at this state of the code and go on with the others."""
     compile: bool = True
-    """Measure what compiles for tens of seconds too (the smoke suite never does)."""
+    """Measure what is compiled first, too (the smoke suite never does)."""
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
-    """A call may take this long (default: 2; in sweeps 1 on a CPU, 5 on a GPU); slower is a row that says so."""
+    """A call may take this long (default: the suite's, 2 to 6); slower is a row that says so."""
     memory: float | None = None
     """GiB that a call may allocate (default: half of the device's memory on a CPU, all of it on a GPU)."""
 
@@ -85,6 +89,9 @@ def main(options: Options) -> int:
                     if path:
                         rows.append(path, row)
                 bar.step()
+    busiest = max((row.others for row in new if row.others is not None), default=0.0)
+    if busiest > DISTURBED:
+        say(f"other processes used up to {busiest:g} cores while a case was timed: measure again on a quiet machine")
     wanted = {case.title for case in cases}
     latest = {row.key: row for row in [*old, *new]}
     show([row for row in latest.values() if _title(row) in wanted])
@@ -155,8 +162,7 @@ def _bounds(options: Options, device: str) -> Bounds:
     if device == "cpu":
         # Inputs, results and libraries come on top of what a call may allocate.
         limit_process(int(size) + 4 * 2**30)
-    sweep = 1.0 if device == "cpu" else 5.0
-    return Bounds(options.seconds or (sweep if options.suite == "scaling" else 2.0), size)
+    return Bounds(options.seconds or suite(options.suite, device).call_seconds, size)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Entry:
     once: Callable[[], float]
     peak_bytes: int
     checked: dict[str, int]
+    compile_seconds: float | None = None
     seconds: list[float] = field(default_factory=list)
 
 
@@ -72,7 +73,7 @@ class Runner:
                 note(f"{case.title}: {implementation.name}, check and warm-up")
                 try:
                     if implementation.compiles and not self.suite.compiles_for(case):
-                        reason = "left out where it would compile for tens of seconds"
+                        reason = "left out where compiling would take longer than measuring"
                         raise NoTime(rows.UNAVAILABLE, reason)
                     bench.fits(implementation)
                     self._expect(case, implementation)
@@ -91,9 +92,11 @@ class Runner:
                     row = row_for(self.suite.name, case, implementation.name, self.base.revision, none.status)
                     yield self._finish(case, row, none)
         note(f"{case.title}: timing")
-        self._time(entries)
+        with machine.Others() as others:
+            self._time(entries)
         for entry in entries:
-            yield self._measured(case, entry)
+            # The base revision's process would count as another.
+            yield self._measured(case, entry, None if self.base else others.cores)
         del bench, entries
         gc.collect()
 
@@ -101,8 +104,9 @@ class Runner:
         """Round after round, each implementation once, until each has its repeats."""
         for _ in range(self.suite.most_repeats):
             for entry in entries:
-                enough = len(entry.seconds) >= self.suite.least_repeats
-                if not (enough and sum(entry.seconds) > self.suite.seconds):
+                spent = sum(entry.seconds)
+                enough = len(entry.seconds) >= self.suite.least_repeats or spent > self.suite.most_seconds
+                if not (enough and spent > self.suite.seconds):
                     entry.seconds.append(entry.once())
 
     def _expect(self, case: Case, implementation: Implementation) -> None:
@@ -111,12 +115,14 @@ class Runner:
         seconds = self.ceilings.floor_seconds(case) if rate is None else rate * self._cost(case, implementation)
         if seconds > 1.5 * self.bounds.seconds:
             source = "the floor alone" if rate is None else "an earlier case's rate"
-            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {seconds:.2g} s")
+            told = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+            raise NoTime(rows.OVER_TIME, f"over {self.bounds.seconds:g} s: {source} makes it {told} s")
 
     def _learn(self, case: Case, implementation: Implementation, seconds: float) -> None:
-        """Remember an implementation's rate, from calls that are not mostly overhead."""
-        if seconds > 0.1 * self.bounds.seconds:
-            self._rates[_series(case, implementation)] = seconds / self._cost(case, implementation)
+        """Remember an implementation's latest rate, once its calls are not mostly overhead."""
+        series = _series(case, implementation)
+        if seconds > 0.1 * self.bounds.seconds or series in self._rates:
+            self._rates[series] = seconds / self._cost(case, implementation)
 
     def _cost(self, case: Case, implementation: Implementation) -> float:
         """What the time of an implementation grows with: its own intermediate, else the floor."""
@@ -125,7 +131,8 @@ class Runner:
         return self.ceilings.floor_seconds(case)
 
     def _entry(self, ready: Ready) -> Entry:
-        return Entry(ready.implementation, WORK, ready.subject.once, ready.peak_bytes, ready.checked)
+        once, peak, checked = ready.subject.once, ready.peak_bytes, ready.checked
+        return Entry(ready.implementation, WORK, once, peak, checked, ready.compile_seconds)
 
     def _base_entry(self, case: Case, implementation: Implementation) -> Entry:
         assert self.base is not None
@@ -133,7 +140,7 @@ class Runner:
         answer = base.ready(case, name, self.bounds)
         return Entry(implementation, base.revision, lambda: base.once(name), answer["peak_bytes"], answer["checked"])
 
-    def _measured(self, case: Case, entry: Entry) -> Row:
+    def _measured(self, case: Case, entry: Entry, others: float | None) -> Row:
         row = row_for(self.suite.name, case, entry.implementation.name, entry.revision, rows.MEASURED)
         times = torch.tensor(entry.seconds, dtype=torch.float64) * 1e3
         p20, p50, p80 = (float(q) for q in torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)))
@@ -141,6 +148,8 @@ class Runner:
         row.repeats = len(entry.seconds)
         row.peak_bytes = entry.peak_bytes
         row.checked = entry.checked
+        row.compile_seconds = entry.compile_seconds
+        row.others = others
         floor = self.ceilings.floor_seconds(case) * 1e3
         row.fraction_of_floor = floor / p50
         if entry.revision == WORK:

@@ -24,6 +24,10 @@ class Suite:
     """Time spent on the repeats of one implementation of one case."""
     least_repeats: int = 5
     most_repeats: int = 50
+    most_seconds: float = 4.0
+    """Where repeats take this long, fewer than the least will do."""
+    call_seconds: float = 2.0
+    """What a call may take; slower is a row that says so."""
     compiled_groups: tuple[str, ...] | None = None
     """Groups in which implementations that compile for tens of seconds take part; None: in all."""
 
@@ -51,6 +55,7 @@ def smoke(device: str) -> Suite:
         case("info_nce", R=512, C=512, d=64),
         case("gather", B=64, C=64, H=16, n=8),
         case("variance", G=8, B=128, d=128),
+        case("sample", B=64, C=64, H=16, n=8),
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
         case("memory_loss", n=4, B=64, d=64, M=64),
@@ -104,6 +109,23 @@ def kernels(device: str) -> Suite:
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
 
+def grid(device: str) -> Suite:
+    """Retrieval and NT-Xent over a grid of sizes, and sampling at the size of a large map, with a compiler in each."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    cases = [
+        case("nt_xent", G=groups, B=batch, d=d, dtype=dtype, group="grid")
+        for groups, batch, d in ((8, 256, 128), (16, 512, 128), (16, 1024, 128), (4, 1024, 256))
+    ]
+    cases += [
+        case("retrieve", N=queries, M=prototypes, d=d, B=128, dtype=dtype, group="grid")
+        for queries in (8192, 32768, 131072)
+        for prototypes in (64, 512)
+        for d in (64, 128, 256)
+    ]
+    cases.append(case("sample", B=256, C=256, H=16, n=64, dtype=dtype, group="grid"))
+    return Suite("grid", tuple(cases), seconds=0.25, call_seconds=3.0)
+
+
 def training(device: str) -> Suite:
     """The loss of each scale as a whole."""
     batch = 1024 if device == "cuda" else 128
@@ -145,7 +167,15 @@ def scaling(device: str) -> Suite:
         cases.append(case("nt_xent", G=1, B=batch, d=128, dtype=dtype, group="over B"))
     for d in (64, 128, 256, 512):
         cases.append(case("nt_xent", G=4, B=512, d=d, dtype=dtype, group="over d"))
-    return Suite("scaling", tuple(cases), seconds=0.2, least_repeats=3, compiled_groups=None if on_gpu else ())
+    return Suite(
+        "scaling",
+        tuple(cases),
+        seconds=0.2,
+        least_repeats=3,
+        compiled_groups=None if on_gpu else (),
+        # Long enough for the library's own largest size on two cores.
+        call_seconds=5.0 if on_gpu else 6.0,
+    )
 
 
 def positions(side: int) -> int:
@@ -156,6 +186,7 @@ def positions(side: int) -> int:
 SUITES: dict[str, Callable[[str], Suite]] = {
     "smoke": smoke,
     "kernels": kernels,
+    "grid": grid,
     "training": training,
     "scaling": scaling,
 }

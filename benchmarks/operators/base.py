@@ -42,8 +42,8 @@ class Operator:
     """A size at which the float64 check is cheap, with the axes that decide about a kernel's code path kept."""
     width: str = "d"
     """Which size is the length of a row, for `anomem.backends.obstacle`."""
-    backend_name: str | None = None
-    """Its name in `anomem.backends.OPERATORS`, where that is another one."""
+    parts: tuple[str, ...] = ()
+    """The operators of `anomem.backends` that it is made of, where it is not one itself."""
 
     def least_work(self, case: Case) -> Work:
         """The work of a case."""

@@ -51,5 +51,5 @@ MEMORY_LOSS = Operator(
     work,
     lambda dims: 2 * dims["n"] * ((2 * dims["B"]) ** 2 + dims["B"] * dims["M"]),
     lambda dims: capped(dims, n=2, B=255),
-    backend_name="nt_xent",
+    parts=("nt_xent", "retrieve", "variance"),
 )

@@ -67,3 +67,28 @@ VARIANCE = Operator(
     lambda dims: dims["G"] * dims["B"] * dims["d"],
     lambda dims: capped(dims, G=8),
 )
+
+
+def sample(impl: str) -> Function:
+    """Gather with L2 normalisation, then the variance hinge of what was gathered."""
+    return lambda feature_map, positions: F.variance_hinge(gather(impl)(feature_map, positions), impl=impl)
+
+
+def sample_work(dims: Dims, itemsize: int, training: bool) -> Work:
+    """Forward reads n·B·C elements; backward reads them again and writes the whole map."""
+    B, C, H, n = (dims[name] for name in ("B", "C", "H", "n"))
+    picked = n * B * C
+    return Work(0, (picked + (picked + B * C * H * H if training else 0)) * itemsize)
+
+
+SAMPLE = Operator(
+    "sample",
+    "n positions of a map, L2-normalised, and the hinge on their standard deviation",
+    map_and_positions,
+    sample,
+    sample_work,
+    lambda dims: dims["n"] * dims["B"] * dims["C"],
+    lambda dims: capped(dims, B=64),
+    width="C",
+    parts=("gather", "variance"),
+)

@@ -42,7 +42,7 @@ def cases_of(measured: Iterable[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def best_of_others(group: list[Row]) -> Row | None:
-    """The fastest rival of a case that is neither eager nor the library."""
-    others = [row for row in group if row.milliseconds and row.implementation not in (*OURS, "eager")]
+def best_of_others(group: list[Row], *, but: str = "eager") -> Row | None:
+    """The fastest rival of a case that is neither eager nor the library, nor another one of its own column."""
+    others = [row for row in group if row.milliseconds and row.implementation not in (*OURS, "eager", but)]
     return min(others, key=lambda row: row.milliseconds["p50"] if row.milliseconds else 0.0, default=None)

@@ -36,6 +36,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "lightly (formula)": (PINK, "d"),
 }
 SWEPT = {"N": "queries N", "M": "prototypes M", "d": "features d", "G": "groups G", "B": "images B"}
+NO_MEMORY = "the next size: OOM"
 PHASE_COLOURS = (GREY, YELLOW, SKY, GREEN, BLUE, ORANGE, PINK, RED)
 
 
@@ -101,6 +102,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
             plot.grid(True, which="major", alpha=0.3)
             plot.set_ylabel(label if column == 0 else "")
             plot.xaxis.set_major_formatter(lambda x, _: _count(x))
+            _plain_numbers(plot.yaxis)
             plot.tick_params(labelbottom=True)
         memory.set_xlabel(SWEPT[axis_name])
     handles = {
@@ -110,7 +112,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
     about = measured[0].about
     figure.suptitle(
         f"{measured[0].operator}, {measured[0].dtype} — {about['device_name']}, {about['threads']} threads\n"
-        "a line ends where memory (OOM) or the bound on a call's time ends it",
+        "a line ends where memory or the bound on a call's time ends it",
         fontsize=11,
     )
     save(figure, path)
@@ -123,11 +125,9 @@ def _sweep_line(time: Any, memory: Any, axis: str, name: str, line: list[Row], d
     medians = [row.milliseconds["p50"] for row in done if row.milliseconds]
     time.plot(sizes, medians, label=f"anomem ({name})" if name in OURS else name, **style)
     memory.plot(sizes, [max(row.peak_bytes or 0, 1) / 2**20 for row in done], **style)
-    stopped = [row for row in line if row.status == OUT_OF_MEMORY and row.shape[axis] > sizes[-1]]
-    if stopped:
-        time.annotate(
-            "OOM", (sizes[-1], medians[-1]), xytext=(4, 4), textcoords="offset points", color=colour, fontsize=8
-        )
+    beyond = [row for row in line if row.shape[axis] > sizes[-1]]
+    if beyond and beyond[0].status == OUT_OF_MEMORY:
+        time.plot(sizes[-1:], medians[-1:], "x", color=RED, markersize=11, markeredgewidth=2, zorder=3, label=NO_MEMORY)
 
 
 def roofline(measured: list[Row], path: Path) -> None:
@@ -138,8 +138,6 @@ def roofline(measured: list[Row], path: Path) -> None:
         path: of the picture.
     """
     figure, axes = figure_of(1, 1, 8.0, 5.4)
-    from matplotlib.ticker import LogLocator
-
     plot = axes[0][0]
     ceilings = measured[0].ceilings
     peak, copy = ceilings["product_flops"] / 1e9, ceilings["copy_bytes"] / 1e9
@@ -170,9 +168,7 @@ def roofline(measured: list[Row], path: Path) -> None:
     plot.set_xscale("log")
     plot.set_yscale("log")
     for axis in (plot.xaxis, plot.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: "")
-    plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        _plain_numbers(axis)
     plot.set_ylim(top=1.7 * peak)
     plot.set_xlabel("least flops / least bytes of the operator, flop/byte")
     plot.set_ylabel("least flops / measured time, Gflop/s")
@@ -199,15 +195,28 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
         widths = [row["milliseconds"].get(phase, 0.0) for row in steps]
         plot.barh(names, widths, left=left, color=colour, edgecolor="white", linewidth=0.5, label=phase)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = [1e3 * row["seconds_per_step"] for row in steps]
+    plot.scatter(whole, names, marker="|", s=900, color=BLACK, linewidth=2, zorder=3, label="step, phases not timed")
     for i, row in enumerate(steps):
-        plot.annotate(f" {row['images_per_second']:.0f} images/s", (left[i], i), va="center", fontsize=9)
-    plot.set_xlim(0, max(left) * 1.2)
+        end = max(left[i], whole[i])
+        plot.annotate(f"  {row['images_per_second']:.0f} images/s", (end, i), va="center", fontsize=9)
+    plot.set_xlim(0, max(*left, *whole) * 1.2)
     plot.invert_yaxis()
     plot.set_xlabel("ms per step")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9, markerscale=0.4)
     about = steps[0]["about"]
     figure.suptitle(f"{steps[0]['title']} — {about['device_name']}, {about['threads']} threads", fontsize=11)
     save(figure, path)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """500 and not 5 × 10²; within two decades also a label at 2 and 5."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _count(value: float) -> str:

@@ -6,13 +6,15 @@ Pictures are linked as from a page in `docs/`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.report.data import OURS, best_of_others, cases_of, load, load_training
 from benchmarks.rows import Row
 
+NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
+"""What was tried and has no time."""
 NOT_ON_GPU = "Not measured on a GPU yet."
 README_GROUPS = ("resnet18 scale 1", "large")
 """Cases of the README's table; `docs/PERFORMANCE.md` has all."""
@@ -75,12 +77,13 @@ def details(device: str, suite: str) -> Callable[[Path], str]:
                 assert row.milliseconds is not None
                 spread = f"{number(row.milliseconds['p20'])} – {number(row.milliseconds['p80'])}"
                 head = label(row) if i == 0 else ""
-                cells = [head, row.implementation, number(median(row)), spread, size(row.peak_bytes)]
+                compiled = f", compiled in {number(row.compile_seconds)} s" if row.compile_seconds else ""
+                cells = [head, row.implementation + compiled, number(median(row)), spread, size(row.peak_bytes)]
                 lines.append(f"| {' | '.join(cells)} | {row.fraction_of_floor:.0%} |")
             lines += [
                 f"| | {row.implementation} | {row.status} | {escape(row.reason)} | | |"
                 for row in group
-                if row.status in (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
+                if row.status in NO_TIME
             ]
         text = [provenance(measured), "", *lines, "", *absent(measured)]
         if suite == "kernels":
@@ -130,11 +133,47 @@ def limits(device: str) -> Callable[[Path], str]:
     return section
 
 
+def grid(device: str) -> Callable[[Path], str]:
+    """One line a case of the grid: the library against eager, `torch.compile` and the best of all others."""
+
+    def section(results: Path) -> str:
+        measured = load(results, device, "grid")
+        if not measured:
+            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+        reasons = [
+            f"- {label(row)}, {row.implementation}: {row.status}, {row.reason}."
+            for row in measured
+            if row.status in NO_TIME
+        ]
+        lines = [
+            "| operator and size | eager ms | torch.compile ms | best other ms | anomem ms | against eager | "
+            "against torch.compile | against best other | peak memory, eager → anomem |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for group in cases_of(measured):
+            by_name = {row.implementation: row for row in group if row.status == rows.MEASURED}
+            mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
+            rivals = [by_name.get("eager"), by_name.get("torch.compile"), best_of_others(group, but="torch.compile")]
+            times_of = [number(median(rival)) if rival else "–" for rival in rivals]
+            if compiled := rivals[1]:
+                times_of[1] += f" (compiled in {number(compiled.compile_seconds or 0)} s)"
+            if other := rivals[2]:
+                times_of[2] += f" ({other.implementation})"
+            against = [times(median(rival) / median(mine)) if rival and mine else "–" for rival in rivals]
+            memory = f"{size(rivals[0].peak_bytes if rivals[0] else None)} → {size(mine.peak_bytes if mine else None)}"
+            own = f"{number(median(mine))} ({mine.implementation})" if mine else "–"
+            lines.append(f"| {' | '.join([label(group[0]), *times_of, own, *against, memory])} |")
+        return "\n".join([provenance(measured), "", *lines, *(["", *reasons] if reasons else [])])
+
+    return section
+
+
 def losses(device: str) -> Callable[[Path], str]:
     """The cases in which the library is not the fastest, with the one that is."""
 
     def section(results: Path) -> str:
-        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
+        suites = ("kernels", "grid", "training")
+        measured = [row for suite in suites for row in load(results, device, suite)]
         lines = ["| operator and size | fastest | ms | anomem ms | anomem / fastest |", "|---|---|--:|--:|--:|"]
         head = len(lines)
         for group in cases_of(measured):
@@ -196,16 +235,16 @@ def training_steps(device: str) -> Callable[[Path], str]:
             return NOT_ON_GPU if device == "cuda" else "Not measured yet."
         phases = list(dict.fromkeys(phase for row in measured for phase in row["milliseconds"]))
         lines = [
-            f"| step by | {' | '.join(phases)} | step ms | images/s | peak memory |",
-            f"|---|{'--:|' * (len(phases) + 3)}",
+            f"| ms of a step | {' | '.join(phases)} | sum | without phases | images/s | peak memory |",
+            f"|---|{'--:|' * (len(phases) + 4)}",
         ]
         for row in measured:
             cells = [number(row["milliseconds"][phase]) if phase in row["milliseconds"] else "–" for phase in phases]
-            step = sum(row["milliseconds"].values())
-            cells += [number(step), f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
+            cells += [number(sum(row["milliseconds"].values())), number(1e3 * row["seconds_per_step"])]
+            cells += [f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
             lines.append(f"| {row['pipeline']} | {' | '.join(cells)} |")
         about = measured[0]["about"]
-        head = f"{measured[0]['title']}. {machine_line(about)}"
+        head = f"{measured[0]['title']}. {machine_line(about)} {commits(row['about'] for row in measured)}"
         return "\n".join([head, "", *lines, "", picture("A training step by phase", f"{device}-training")])
 
     return section
@@ -219,11 +258,19 @@ def picture(told: str, name: str) -> str:
 def provenance(measured: list[Row]) -> str:
     """Where and of what code the rows are."""
     about, ceilings = measured[0].about, measured[0].ceilings
-    commits = sorted({f"{row.about['commit']}{' with changes' if row.about['dirty'] else ''}" for row in measured})
+    others = max((row.others for row in measured if row.others is not None), default=None)
+    alone = "" if others is None else f" Other processes used at most {others:g} of the cores."
     return (
         f"{machine_line(about)} Ceilings of the run: product {ceilings['product_flops'] / 1e9:.0f} Gflop/s "
-        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. Commit {', '.join(commits)}."
+        f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. "
+        f"{commits(row.about for row in measured)}{alone}"
     )
+
+
+def commits(abouts: Iterable[dict[str, object]]) -> str:
+    """Of what code rows are."""
+    states = {f"{about['commit']}{' with changes' if about['dirty'] else ''}" for about in abouts}
+    return f"Commit {', '.join(sorted(states))}."
 
 
 def machine_line(about: dict[str, object]) -> str:
@@ -279,6 +326,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),
+        ("grid", grid(device)),
         ("limits", limits(device)),
         ("losses", losses(device)),
         ("crossovers", crossovers(device)),

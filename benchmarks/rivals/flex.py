@@ -21,8 +21,9 @@ def build(case: Case, device: str) -> Function:
 
     def retrieve(query: Tensor, prototypes: Tensor) -> Tensor:
         d = query.shape[-1]
-        state = F.layer_norm(query, (d,))[None, None]  # [1, 1, N, d]
-        keys = F.layer_norm(prototypes, (d,))[None, None]  # [1, 1, M, d]
+        # Normalised after the axes are added: inductor's CPU template takes no view of a matrix it has yet to compute.
+        state = F.layer_norm(query[None, None], (d,))  # [1, 1, N, d]
+        keys = F.layer_norm(prototypes[None, None], (d,))  # [1, 1, M, d]
         return flex_attention(state, keys, keys)[0, 0]
 
     function: Function = torch.compile(retrieve, dynamic=False)

@@ -17,8 +17,7 @@ def build(impl: str, case: Case, device: str) -> Function:
     operator = OPERATORS[case.operator]
     # Not imported by name: at a base revision the package comes from another folder.
     backends = importlib.import_module("anomem.backends")
-    parts = ("nt_xent", "retrieve") if case.operator == "memory_loss" else (case.operator,)
-    for part in parts:
+    for part in operator.parts or (case.operator,):
         reason = backends.obstacle(part, impl, device, case.torch_dtype, case.dims[operator.width])
         if reason is not None:
             raise Unavailable(reason)

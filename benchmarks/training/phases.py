@@ -20,14 +20,14 @@ class Phases:
 
     Args:
         device: "cpu" or "cuda".
-        timed: whether to time at all.
+        timed: whether to time at all; may be changed between steps.
     """
 
     def __init__(self, device: str, timed: bool) -> None:
         self.device = device
         self.timed = timed
-        self._step: dict[str, float] = defaultdict(float)
-        self._steps: list[dict[str, float]] = []
+        self._running: dict[str, float] = defaultdict(float)
+        self._blocks: list[dict[str, float]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -41,17 +41,17 @@ class Phases:
         with record_function(name):
             yield
         self._wait()
-        self._step[name] += time.perf_counter() - start
+        self._running[name] += time.perf_counter() - start
 
-    def end_of_step(self) -> None:
-        """Close a step."""
-        self._steps.append(dict(self._step))
-        self._step.clear()
+    def end_of_block(self, steps: int) -> None:
+        """Close a block of steps; of each phase their mean is kept, as workers make some steps wait for several."""
+        self._blocks.append({name: seconds / steps for name, seconds in self._running.items()})
+        self._running.clear()
 
     def milliseconds(self) -> dict[str, float]:
-        """Median of each phase over the steps."""
-        names = list(dict.fromkeys(name for step in self._steps for name in step))
-        return {name: 1e3 * median(step.get(name, 0.0) for step in self._steps) for name in names}
+        """Median of each phase over the blocks."""
+        names = list(dict.fromkeys(name for block in self._blocks for name in block))
+        return {name: 1e3 * median(block.get(name, 0.0) for block in self._blocks) for name in names}
 
     def _wait(self) -> None:
         if self.device == "cuda":

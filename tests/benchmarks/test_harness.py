@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+
 import pytest
 import torch
 
 from benchmarks import rows
 from benchmarks.case import Implementation, Unavailable, case
+from benchmarks.compiling import TookTooLong, time_limit
+from benchmarks.machine import Others
 from benchmarks.memory import is_out_of_memory, peak_bytes
 from benchmarks.operators import OPERATORS
 from benchmarks.prepare import Bench, Bounds, NoTime
@@ -97,6 +102,46 @@ def test_peak_is_exact_and_a_difference() -> None:
     del held
 
 
+def test_limit_interrupts_a_child_process() -> None:
+    begun = time.perf_counter()
+    with pytest.raises(TookTooLong), time_limit(0.2):
+        subprocess.run(["sleep", "30"])
+    assert time.perf_counter() - begun < 10
+
+
+def test_compiler_that_does_not_end_makes_a_row(monkeypatch) -> None:
+    def never_ends(case, device):
+        def retrieve(query, prototypes):
+            try:
+                time.sleep(30)
+            except Exception:  # as a compiler does that falls back to something else
+                time.sleep(30)
+
+        return retrieve
+
+    monkeypatch.setattr("benchmarks.prepare.warm_up", lambda device: None)
+    found = no_time(made(never_ends, compiles=True), bounds=Bounds(seconds=60.0, bytes=2**30, preparation=0.2))
+    assert (found.status, found.reason) == (rows.OVER_TIME, "compiling took longer than 0.2 s")
+
+
+def test_time_to_compile_is_apart_from_the_time_of_a_call(monkeypatch) -> None:
+    def compiles_for_a_while(case, device):
+        reference, compiled = OPERATORS["retrieve"].ours("reference"), []
+
+        def retrieve(query, prototypes):
+            if not compiled:
+                time.sleep(0.3)
+                compiled.append(True)
+            return reference(query, prototypes)
+
+        return retrieve
+
+    monkeypatch.setattr("benchmarks.prepare.warm_up", lambda device: None)
+    ready = Bench(SMALL, "cpu", BOUNDS).ready(made(compiles_for_a_while, compiles=True))
+    assert ready.compile_seconds is not None
+    assert ready.compile_seconds > 0.25 > ready.warm_seconds
+
+
 def test_runner_makes_rows_and_skips_known_ones(tmp_path, monkeypatch) -> None:
     small = Suite("test", (SMALL,), seconds=0.001, least_repeats=2, most_repeats=3, compiled_groups=())
     runner = Runner(small, "cpu", BOUNDS, None, set())
@@ -137,6 +182,14 @@ def test_time_is_foreseen_from_what_an_implementation_stores(monkeypatch) -> Non
     assert [row.status for row in found] == [rows.OVER_TIME] * 3
     assert started == list(cases[:2])  # the third stores four times as much
     assert "an earlier case's rate makes it 0.1 s" in found[2].reason
+
+
+def test_cores_of_others_are_what_this_process_did_not_use(monkeypatch) -> None:
+    readings = iter([(10.0, 100.0, 5.0), (12.0, 103.0, 6.0)])  # wall, all cores, this process
+    monkeypatch.setattr(Others, "_seconds", lambda self: next(readings))
+    with Others() as others:
+        pass
+    assert others.cores == 1.0  # 2 s of the 3 that cores were busy, in 2 s
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import rows
 from benchmarks.case import case
 from benchmarks.report import pages, pictures, tables
-from benchmarks.report.data import load
+from benchmarks.report.data import load, load_training
 from benchmarks.rows import Row, row_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +86,20 @@ def test_summary_compares_within_a_case(results) -> None:
     assert "Commit 0123456789ab." in text
 
 
+def test_grid_names_each_rival_and_what_has_no_time(results) -> None:
+    one = case("nt_xent", G=16, B=64, d=32, group="grid")
+    for name, milliseconds in {"eager": 20.0, "torch.compile": 10.0, "eager baddbmm": 16.0, "native": 4.0}.items():
+        row = measured("grid", one, name, milliseconds, 2**20)
+        row.compile_seconds = 4.5 if name == "torch.compile" else None
+        rows.append(results / "cpu-grid.jsonl", row)
+    slow = measured("grid", one, "lightly", 1.0, 0)
+    slow.status, slow.milliseconds, slow.reason = rows.OVER_TIME, None, "over 2 s: one call took 3.0 s"
+    rows.append(results / "cpu-grid.jsonl", slow)
+    text = tables.SECTIONS["cpu-grid"](results)
+    assert "| 20.0 | 10.0 (compiled in 4.50 s) | 16.0 (eager baddbmm) | 4.00 (native) | 5.00× | 2.50× | 4.00× |" in text
+    assert "lightly: over time, over 2 s: one call took 3.0 s." in text
+
+
 def test_limits_and_crossovers_name_sizes(results) -> None:
     assert "| B = 512 in 20.0 ms | B = 2048: OOM at 1 GiB |" in tables.SECTIONS["cpu-limits"](results)
     assert "changes between B = 128 and 512" in tables.SECTIONS["cpu-crossovers"](results)
@@ -102,6 +116,14 @@ def test_other_revisions_stay_out_of_the_report(results) -> None:
 def test_without_rows_it_says_so(tmp_path) -> None:
     for name, section in tables.SECTIONS.items():
         assert "easured" in section(tmp_path) or name.endswith("losses")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_phases_of_a_committed_step_add_up_to_it(device) -> None:
+    for row in load_training(RESULTS, device):
+        share = sum(row["milliseconds"].values()) / (1e3 * row["seconds_per_step"])
+        # Where a GPU is waited for after each phase, launches and kernels no longer overlap.
+        assert 0.8 < share < (1.25 if device == "cpu" else 2.0), row["pipeline"]
 
 
 def test_unknown_marker_is_an_error(tmp_path) -> None:

@@ -34,7 +34,7 @@ def test_a_step_changes_the_model_and_times_every_phase() -> None:
     step, phases = Step(model, "cpu", bf16=False, loss_in_float32=True), Phases("cpu", timed=True)
     source = Batched(random_images(16, 16), 6, "cpu").views(phases)
     step(next(source), phases)
-    phases.end_of_step()
+    phases.end_of_block(1)
     assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     assert list(phases.milliseconds()) == [
         "data", "augmentation", "encoder forward", "gather", "retrieval", "contrastive", "backward", "optimizer",
