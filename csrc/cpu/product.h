@@ -28,16 +28,28 @@ struct Accumulate {
   }
 };
 
+// Terms that are summed in one chain: rounding errors grow with the root of its length. Longer sums are sums of chains.
+constexpr int64_t chain = 256;
+
 template <int rows, class T, class Finish>
 inline void product_rows(int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c,
                          int64_t c_row, const Finish& finish) {
-  vec<T> sums[rows][2] = {};
-  multiply<T, rows>(k, a + first * row, row, step, panel, sums);
+  vec<T> total[rows][2];  // of the chains before the last; the registers are full of one chain's sums
+  for (int64_t start = 0;; start += chain) {
+    const bool last = k - start <= chain;
+    vec<T> sums[rows][2] = {};
+    multiply<T, rows>(last ? k - start : chain, a + first * row + start * step, row, step,
+                      panel + start * Block<T>::width, sums);
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-      finish.template operator()<T>(first + i, c + (first + i) * c_row + half * lanes<T>, sums[i][half]);
+      for (int half = 0; half < 2; ++half) {
+        if (start > 0) sums[i][half] += total[i][half];
+        if (last) finish.template operator()<T>(first + i, c + (first + i) * c_row + half * lanes<T>, sums[i][half]);
+        else total[i][half] = sums[i][half];
+      }
+    if (last) return;
+  }
 }
 
 // The last rows, fewer than `tall`, in one piece.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve
 from anomem.testing import compare, draw
@@ -37,6 +38,26 @@ def tensors(n: int, m: int, d: int, dv: int, dtype: torch.dtype = torch.float32)
     """query [n, d], prototypes [m, d], values [m, dv] or None."""
     values = draw(m, dv, dtype=dtype, seed=3) if dv else None
     return [draw(n, d, dtype=dtype, seed=1), draw(m, d, dtype=dtype, seed=2), values]
+
+
+def test_rounding_does_not_grow_with_the_memory() -> None:
+    # Read from 8192 prototypes in one chain, a value had eight times plain PyTorch's error, growing with the root of M.
+    query, prototypes, _ = tensors(64, 8192, 16, 0)
+    assert query is not None
+    assert prototypes is not None
+    upstream = draw(64, 16, seed=4)
+
+    def both(impl: Impl, dtype: torch.dtype) -> Tensor:
+        leaf = query.to(dtype).requires_grad_()
+        out = hopfield_retrieve(leaf, prototypes.to(dtype), impl=impl)
+        (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype))
+        return torch.stack([out.detach(), gradient]).double()
+
+    exact = both("reference", torch.float64)
+    native, plain = (
+        (both(impl, torch.float32) - exact).square().mean((1, 2)).sqrt() for impl in ("native", "reference")
+    )
+    assert bool((native <= 1.5 * plain).all()), (native, plain)
 
 
 def pair(n: int, m: int, d: int) -> tuple[Tensor, Tensor]:
