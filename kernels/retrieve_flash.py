@@ -11,6 +11,7 @@ There are many queries and few prototypes, so dK and dV are split over the queri
 and one of SPLIT spans of queries, and writes a float32 partial sum; the partial sums are added in a fixed order.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -270,31 +271,34 @@ def spans(count: int, tiles: int, block: int, processors: int) -> tuple[int, int
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table, tied and with separate values, with LayerNorm and a learned beta (the heaviest)."""
-    pointer = {"half": "*bf16", "tf32": "*fp32"}
-    numbers = {"N": "i32", "M": "i32", "query_stride": "i32", "scale": "fp32", "beta": "*fp32", "lse": "*fp32"}
-    for (kernel, kind, width), tiles in TABLE.items():
+    """Every tile of the table, tied and with separate values, with LayerNorm and a learned beta (the heaviest).
+
+    At rows that fill their blocks, and at rows that leave a rest, which needs masks.
+    """
+    numbers = {"N": "i32", "M": "i32", "span": "i32", "query_stride": "i32", "scale": "fp32"}
+    for (kernel, kind, block), tiles in TABLE.items():
         if kernel not in _KERNELS:
             continue
         function, outputs, variants = _KERNELS[kernel]
-        for tile in tiles[architecture]:
-            for variant, constants in variants.items():
-                swapped = kernel == "retrieve_prototype_sums"
-                blocks = (tile.columns, tile.rows) if swapped else (tile.rows, tile.columns)
-                tensors = dict.fromkeys(("query", "keys", "values", "out", "dout", "dquery"), pointer[kind])
-                arguments = {**tensors, **numbers, **dict.fromkeys(outputs, "*fp32"), "span": "i32"}
-                known = {
-                    "NORMALIZE": 1, "PRECISION": "tf32" if kind == "tf32" else "ieee", "D": width, "DV": width,
-                    "BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "BLOCK_D": width, "BLOCK_DV": width, **constants,
-                }  # fmt: skip
-                wanted = names(function)
-                yield spec(
-                    f"{kernel} {variant} {kind} d{width}",
-                    function,
-                    {name: kind for name, kind in arguments.items() if name in wanted and name not in constants},
-                    {name: value for name, value in known.items() if name in wanted},
-                    tile,
-                )
+        wanted = names(function)
+        row = "*bf16" if kind == "half" else "*fp32"
+        arguments = dict.fromkeys(("query", "keys", "values", "out", "dout", "dquery"), row) | numbers
+        arguments |= dict.fromkeys(("beta", "lse", *outputs), "*fp32")
+        for tile, width, (variant, constants) in itertools.product(
+            tiles[architecture], (block, block - 8), variants.items()
+        ):
+            swapped = kernel == "retrieve_prototype_sums"
+            rows_and_columns = (tile.columns, tile.rows) if swapped else (tile.rows, tile.columns)
+            known = {
+                "NORMALIZE": 1, "PRECISION": "tf32" if kind == "tf32" else "ieee", "D": width, "DV": width,
+                "BLOCK_N": rows_and_columns[0], "BLOCK_M": rows_and_columns[1], "BLOCK_D": block, "BLOCK_DV": block,
+                **constants,
+            }  # fmt: skip
+            yield spec(
+                f"{kernel} {variant} {kind} d{width}", function,
+                {name: kind for name, kind in arguments.items() if name in wanted and name not in constants},
+                {name: value for name, value in known.items() if name in wanted}, tile,
+            )  # fmt: skip
 
 
 _SEPARATE: dict[str, dict[str, object]] = {"tied": {"values": None}, "separate": {}}
