@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anomem.kernels import retrieve_chunked, retrieve_flash, retrieve_resident, rows
 from anomem.kernels.common import block_of, precision
+from anomem.kernels.memory import Memory
 from anomem.kernels.tiles import Tile, kind_of, tile_for
 
 
@@ -37,16 +38,14 @@ def forward(
     if query.shape[0] == 0:
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
-    unit_keys = rows.normalized(keys, normalize)
+    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     tiles = flash_tiles(("retrieve_forward",), query, values)
     if tiles is not None:
-        return retrieve_flash.forward(
-            query, unit_keys, values, beta, scale, normalize, tiles[0], precision(query.dtype)
-        )
+        return retrieve_flash.forward(query, memory, tiles[0], precision(query.dtype))
     tile = resident_tile(query, keys)
     if tile is not None:
-        return retrieve_resident.forward(rows.normalized(query, normalize), unit_keys, values, beta, scale, tile)
-    return retrieve_chunked.forward(query, unit_keys, values, beta, scale, normalize)
+        return retrieve_resident.forward(rows.normalized(query, normalize), memory, tile)
+    return retrieve_chunked.forward(query, memory)
 
 
 def backward(
@@ -77,13 +76,13 @@ def backward(
     if query.shape[0] == 0:
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
-    unit_keys = rows.normalized(keys, normalize)
-    problem = (dout, dlse, query, unit_keys, values, beta, scale, normalize)
+    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     tiles = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
     if tiles is None:
-        dquery, key_sums, value_sums, dbeta = retrieve_chunked.backward(*problem)
+        gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
-        dquery, key_sums, value_sums, dbeta = retrieve_flash.backward(*problem, out, lse, tiles, precision(query.dtype))
+        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, tiles, precision(query.dtype))
+    dquery, key_sums, value_sums, dbeta = gradients
     rows.normalized_backward(key_sums, keys, normalize, dkeys)
     if value_sums is not None and values is not None:
         rows.normalized_backward(value_sums, values, 0, dvalues)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.common import LN2, LOG2E, block_of, device_of, dot, load_rows, multiprocessors, round_to, store_rows
+from anomem.kernels.memory import Memory, inverse_temperature
 from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
 from anomem.kernels.specs import Spec, names, spec
 from anomem.kernels.tiles import TABLE, Tile
@@ -28,14 +29,6 @@ from anomem.kernels.tiles import TABLE, Tile
 # What `_prototype_sums` adds up: dK + dV of a tied memory, dK alone or dV alone. Separate values take two launches:
 # with both sums in one block there is no tile without spills at d = 256.
 TIED, KEYS, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def inverse_temperature(beta, scale):
-    """b = scale · beta, read on the device; beta is a pointer or None."""
-    if beta is not None:
-        scale = scale * tl.load(beta).to(tl.float32)
-    return scale
 
 
 @triton.jit
@@ -160,32 +153,20 @@ def _prototype_sums(
     store_rows(partials + split.to(tl.int64) * M * W, gradient, m, W, M, W, BLOCK_W)
 
 
-def forward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
-    tile: Tile,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, tile: Tile, precision: str) -> tuple[Tensor, Tensor]:
     """One pass over the memory per tile of queries.
 
     Args:
         query: [N, d], N ≥ 1, unit inner stride.
-        keys: [M, d], contiguous, normalised already.
-        values: [M, dv], contiguous, or None for V = K.
-        beta: 0-dim or None.
-        scale: factor on beta.
-        normalize: 0 none, 1 layer, 2 l2, of the queries.
+        memory: see `Memory`.
         tile: BLOCK_N × BLOCK_M.
         precision: of float32 products.
 
     Returns:
         out [N, dv] in query's dtype, lse [N] float32.
     """
-    (count, d), dv = query.shape, (keys if values is None else values).shape[1]
+    keys, values, beta, scale, normalize = memory
+    (count, d), dv = query.shape, memory.read.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
     with device_of(query):
         _forward[(triton.cdiv(count, tile.rows),)](
@@ -199,11 +180,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
+    memory: Memory,
     out: Tensor,
     lse: Tensor,
     tiles: tuple[Tile, Tile],
@@ -214,7 +191,7 @@ def backward(
     Args:
         dout: [N, dv], contiguous.
         dlse: [N] or None.
-        query, keys, values, beta, scale, normalize, precision: as in `forward`.
+        query, memory, precision: as in `forward`.
         out, lse: what `forward` returned.
         tiles: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M × BLOCK_N).
 
@@ -222,6 +199,7 @@ def backward(
         dquery [N, d]; partial sums [SPLIT, M, d] of the gradient of the normalised keys and [SPLIT, M, dv] of the
         values' (None when tied), float32; dbeta (0-dim) or None.
     """
+    keys, values, beta, scale, normalize = memory
     (count, d), prototypes, dv = query.shape, keys.shape[0], dout.shape[1]
     for_query, for_sums = tiles
     delta = rows.row_constant(out, dout, dlse)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.common import LN2, LOG2E, device_of, dot, round_to
-from anomem.kernels.retrieve_flash import inverse_temperature
+from anomem.kernels.memory import Memory, inverse_temperature
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import TABLE, Tile
 
@@ -63,28 +63,23 @@ def _forward(
         tl.store(target, round_to(o, out.dtype.element_ty), mask=(n < N)[:, None] & (columns < DV)[None, :])
 
 
-def forward(
-    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, tile: Tile
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, tile: Tile) -> tuple[Tensor, Tensor]:
     """One block per tile of queries.
 
     Args:
         query: [N, d] bfloat16 or float16, N ≥ 1, unit inner stride, normalised already.
-        keys: [M, d], contiguous, normalised already, M ≤ MOST_PROTOTYPES.
-        values: [M, dv], contiguous, or None for V = K.
-        beta: 0-dim or None.
-        scale: factor on beta.
+        memory: of at most MOST_PROTOTYPES prototypes.
         tile: its rows are BLOCK_N.
 
     Returns:
         out [N, dv] in query's dtype, lse [N] float32.
     """
-    v = keys if values is None else values
-    (count, d), dv = query.shape, v.shape[1]
+    keys, _, beta, scale, _ = memory
+    (count, d), dv = query.shape, memory.read.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
     with device_of(query):
         _forward[(triton.cdiv(count, tile.rows),)](
-            query, keys, v, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
+            query, keys, memory.read, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
             d, dv, tile.rows, block_of_memory(keys.shape[0]), BLOCK_D, **tile.options,
         )  # fmt: skip
     return out, lse
