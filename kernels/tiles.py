@@ -92,7 +92,7 @@ TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
         100: (Tile(64, 64, 4, 2, 57),),
     },
     ("retrieve_query_gradient", "half", 128): {
-        80: (Tile(32, 32, 4, 2, 34),),
+        80: (Tile(32, 32, 4, 1, 32),),
         90: (Tile(64, 64, 4, 2, 96), Tile(64, 32, 4, 2, 64)),
         100: (Tile(64, 64, 4, 2, 113),),
     },
