@@ -1,7 +1,7 @@
 """What every kernel file shares: inner products, rounding, loads, and the facts a launch needs.
 
 Everything here also runs in Triton's interpreter (`TRITON_INTERPRET=1`), which keeps bfloat16 as raw 16-bit integers:
-products and arithmetic on it must be in float32, and it truncates where the hardware rounds to nearest even. `dot` and
+arithmetic on it must be in float32, and it truncates where the hardware rounds to nearest even. `dot` and
 `round_to` are the two places that know.
 """
 
@@ -24,10 +24,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     a: [X, Y], b: [Y, Z], acc: [X, Z] float32; PRECISION: "ieee" or "tf32", used by float32 operands only.
     """
     if INTERPRETING:
-        acc = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        # numpy's float32 products differ from machine to machine, and those of (b, a) from those of (a, b), as no GPU's
+        # do; in P = exp(c / tau − lse) one unit in the last place of c is 1e-5 of P at tau = 0.005.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), input_precision="ieee", out_dtype=tl.float64)
+        acc = acc + product.to(tl.float32)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def rounded_product(x, y):
+    """x y in float32, rounded here: the compiler cannot fuse it into a multiply-add with what is added to it next.
+
+    x: [X, Y]; y: [X, Y], or what broadcasts to it.
+    """
+    return tl.fma(x, tl.broadcast_to(y, x.shape), tl.zeros(x.shape, tl.float32))
 
 
 @triton.jit

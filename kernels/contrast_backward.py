@@ -9,7 +9,7 @@ and where rows and columns are the same joined views, so that c and δ are symme
 
     du_i = (1/tau) Σ_j W_ij u_j,   W_ij = g_i P_ij + g_j P_ji − (g_i + g_j) δ_ij,   W_ii = 0.
 
-The temperature's gradient comes with it: dtau = −(1/tau²) Σ_ij W_ij c_ij, half of that for joined views.
+The temperature's gradient comes with it: dtau = −(1/tau) Σ_ij W_ij c_ij / tau, half of that for joined views.
 
 Each block owns BLOCK_X rows x of one matrix and streams tiles of BLOCK_Y rows y of the other: W = [BLOCK_X, BLOCK_Y],
 du += W y, as in the backward of FlashAttention (Dao 2023). The block holds its gradient whole, so it also applies the
@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import device_of, dot, round_to
-from anomem.kernels.contrast_rows import row_gradient, store_row_gradient
+from anomem.kernels.common import device_of, dot, round_to, rounded_product
+from anomem.kernels.contrast_rows import load_mantissa, mantissa, row_gradient, store_row_gradient
 from anomem.kernels.contrast_tiles import (
-    features_of,
+    cosines,
     has_fixed_shift,
     inverse_temperature,
     is_special,
@@ -35,11 +35,11 @@ from anomem.kernels.contrast_tiles import (
     load_tile,
     opposite,
     plan,
+    points,
     sees_one_column,
-    sliced_cosines,
+    sliced_product,
 )
 from anomem.kernels.specs import Spec, names, spec
-from anomem.kernels.tiles import TABLE
 
 # What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -68,9 +68,10 @@ def rectangle_weights(logit, lse, upstream, target, hidden, column, column_count
 
 @triton.jit
 def contrast_backward_kernel(
-    owned,  # [G, X, d], unit rows
-    streamed,  # [G, Y, d], unit rows
-    inverse,  # [G, X] float32, 1/|row| of the owned rows
+    owned,  # [G, X, d], scaled rows
+    streamed,  # [G, Y, d], scaled rows
+    owned_inverse,  # [G, X] float32, 1/|row|
+    streamed_inverse,  # [G, Y] float32
     lse,  # [G, R] float32
     upstream,  # [G, R] float32
     positive,  # [R] int64; None if JOINED
@@ -79,7 +80,7 @@ def contrast_backward_kernel(
     peak,  # [G] float32, max |upstream|: scales float16 weights; None otherwise
     first,  # [G, border, d], written if there is no `partial`: see `store_row_gradient`
     second,  # [G, X − border, d], or None
-    moment,  # [splits, G, X] float32: Σ_j W_ij c_ij, for the temperature's gradient; None if it is not wanted
+    moment,  # [splits, G, X] float32: Σ_j W_ij c_ij / tau, for the temperature's gradient; None if it is not wanted
     partial,  # [splits, G, X, d] float32, or None
     inverse_tau,
     groups,
@@ -108,6 +109,7 @@ def contrast_backward_kernel(
     x = owned + group * owned_count * FEATURES
     y = streamed + group * streamed_count * FEATURES
     row_count = streamed_count if ROLE == COLUMNS else owned_count
+    y_inverse = streamed_inverse + group * streamed_count
     group_lse = lse + group * row_count
     group_upstream = upstream + group * row_count
 
@@ -129,6 +131,8 @@ def contrast_backward_kernel(
         x_hidden = None
         if exclude is not None:
             x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
+    r = tl.load(owned_inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)  # [BLOCK_X]
+    x_factor = mantissa(r)
     if not SLICED:
         x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
 
@@ -139,14 +143,15 @@ def contrast_backward_kernel(
     for start in range(begin, end, BLOCK_Y):
         y_rows = start + tl.arange(0, BLOCK_Y)  # [BLOCK_Y]
         if SLICED:
-            cosine = sliced_cosines(
+            product = sliced_product(
                 x, y, tile * BLOCK_X, start, owned_count, streamed_count, FEATURES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
             )
             y_tile = load_tile(y, start, streamed_count, out, FEATURES, BLOCK_Y, BLOCK_OUT)  # [BLOCK_Y, BLOCK_OUT]
         else:
             y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
-            cosine = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
-        logit = cosine * inverse_tau  # [BLOCK_X, BLOCK_Y]
+            product = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        y_factor = load_mantissa(y_inverse, y_rows, streamed_count)  # [BLOCK_Y]
+        logit = rounded_product(cosines(product, x_factor, y_factor), inverse_tau)  # [BLOCK_X, BLOCK_Y]
         if ROLE != ROWS:
             y_lse, y_upstream = load_per_row(group_lse, group_upstream, y_rows, streamed_count)  # [BLOCK_Y]
             y_upstream = y_upstream * amplify
@@ -177,8 +182,8 @@ def contrast_backward_kernel(
                 logit, y_lse[None, :], y_upstream[None, :], y_target[None, :], y_hidden, x_rows[:, None], owned_count
             )
         if moment is not None:
-            x_moment += tl.sum(weight * cosine, axis=1)
-        du = dot(round_to(weight, y_tile.dtype), y_tile, du, PRECISION)
+            x_moment += tl.sum(weight * logit, axis=1)
+        du = dot(round_to(weight * y_factor[None, :], y_tile.dtype), y_tile, du, PRECISION)
     du = du * (inverse_tau / amplify)
 
     part = tl.full((), split, tl.int64) * groups + group
@@ -186,11 +191,9 @@ def contrast_backward_kernel(
         at = part * owned_count + x_rows
         tl.store(moment + at, x_moment / amplify, mask=(x_rows < owned_count) & (slice_index == 0))
     if partial is None:
-        u = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT).to(
-            tl.float32
-        )  # [BLOCK_X, BLOCK_OUT]
-        factor = tl.load(inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)
-        store_row_gradient(du, u, factor, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
+        s = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT)  # [BLOCK_X, BLOCK_OUT]
+        u = s.to(tl.float32) * x_factor[:, None]
+        store_row_gradient(du, u, r, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
     else:
         mask = (x_rows < owned_count)[:, None] & (out + tl.arange(0, BLOCK_OUT) < FEATURES)[None, :]
         at = (part * owned_count + x_rows)[:, None] * FEATURES + out + tl.arange(0, BLOCK_OUT)[None, :]
@@ -201,7 +204,8 @@ def gradient(
     role: tl.constexpr,
     owned: Tensor,
     streamed: Tensor,
-    inverse: Tensor,
+    owned_inverse: Tensor,
+    streamed_inverse: Tensor,
     lse: Tensor,
     upstream: Tensor,
     positive: Tensor | None,
@@ -215,7 +219,7 @@ def gradient(
     """Write the gradient of the raw rows behind `owned`; arguments as in `contrast_backward_kernel`.
 
     Returns:
-        Σ_ij W_ij c_ij over all groups, 0-dim float32, if `wants_moment`. Its order of summation is fixed.
+        Σ_ij W_ij c_ij / tau over all groups, 0-dim float32, if `wants_moment`. Its order of summation is fixed.
     """
     groups, owned_count, features = owned.shape
     if owned.numel() == 0:
@@ -229,48 +233,47 @@ def gradient(
     partial = None if fused else owned.new_empty(cut.splits, *owned.shape, dtype=torch.float32)
     moment = lse.new_empty(cut.splits, groups, owned_count) if wants_moment else None
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
+    fixed = role == JOINED and has_fixed_shift(owned, temperature, tau)
     with device_of(owned):
         contrast_backward_kernel[(groups * cut.splits * slices * triton.cdiv(owned_count, cut.tile.rows),)](
-            owned, streamed, inverse, lse, upstream, positive, exclude, temperature, peak, first, second, moment,
-            partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
+            owned, streamed, owned_inverse, streamed_inverse, lse, upstream, positive, exclude, temperature, peak,
+            first, second, moment, partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
             cut.splits, cut.streamed_per_split, FEATURES=features, ROLE=role,
-            FIXED=has_fixed_shift(owned, temperature, tau), SLICED=cut.sliced, PRECISION=cut.precision,
+            FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_X=cut.tile.rows, BLOCK_Y=cut.tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
             **cut.tile.options,
         )  # fmt: skip
     if partial is not None:
-        row_gradient(partial, owned, inverse, first, second)
+        row_gradient(partial, owned, owned_inverse, first, second)
     return None if moment is None else moment.sum()
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table for joined views at a learned temperature; common lengths also in every other role."""
+    """Every tile of the table in every role, with all that a call can have: an exclusion, a learned temperature."""
     counts = dict.fromkeys(("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"), "i32")
-    learned = {"temperature": "*fp32", "moment": "*fp32"}
     index = {"positive": "*i64", "exclude": "*i64"}
-    for (kernel, kind, key), tiles in TABLE.items():
-        if kernel != "contrast_backward":
-            continue
-        unit = "*bf16" if kind == "half" else "*fp32"
-        tensors = dict.fromkeys(("owned", "streamed", "first"), unit) | {"inverse_tau": "fp32"}
-        tensors |= dict.fromkeys(("inverse", "lse", "upstream"), "*fp32")
-        sliced, block_d, block_out = features_of(kernel, kind, key)
-        left = {"partial": "*fp32"} if key > block_out else {}
-        variants = {"joined learned": (JOINED, False, {"second": unit} | learned)}
-        if kind == "half" and key in (128, 256):
-            variants["joined"] = (JOINED, True, {"second": unit})
-            variants["rows"] = (ROWS, False, index | learned)
-            variants["columns"] = (COLUMNS, False, index | {"temperature": "*fp32"})
-        for tile in tiles[architecture]:
-            for variant, (role, fixed, present) in variants.items():
-                arguments = tensors | counts | present | left
-                constants = {
-                    **{name: None for name in names(contrast_backward_kernel) if name.islower()},
-                    "FEATURES": key, "ROLE": role.value, "FIXED": fixed, "SLICED": sliced,
-                    "PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    "BLOCK_X": tile.rows, "BLOCK_Y": tile.columns, "BLOCK_D": block_d, "BLOCK_OUT": block_out,
-                }  # fmt: skip
-                yield spec(
-                    f"contrast_backward {variant} {kind} d{key}", contrast_backward_kernel,
-                    arguments, constants, tile, matrix=kind != "ieee",
-                )  # fmt: skip
+    for point in points("contrast_backward", architecture):
+        row = "*bf16" if point.kind == "half" else "*fp32"
+        tensors = dict.fromkeys(("owned", "streamed", "first"), row) | {"inverse_tau": "fp32"}
+        tensors |= dict.fromkeys(("owned_inverse", "streamed_inverse", "lse", "upstream"), "*fp32")
+        if point.features > point.block_out:
+            tensors["partial"] = "*fp32"
+        variants = {
+            "joined": (JOINED, False, {"second": row, "temperature": "*fp32", "moment": "*fp32"}),
+            "joined fixed": (JOINED, True, {"second": row}),
+            "rows": (ROWS, False, index | {"temperature": "*fp32", "moment": "*fp32"}),
+            "columns": (COLUMNS, False, index | {"temperature": "*fp32"}),
+        }
+        for variant, (role, fixed, present) in variants.items():
+            if fixed and not point.fixed:
+                continue
+            constants = {
+                **{name: None for name in names(contrast_backward_kernel) if name.islower()},
+                "FEATURES": point.features, "ROLE": role.value, "FIXED": fixed, "SLICED": point.sliced,
+                "PRECISION": point.precision, "BLOCK_X": point.tile.rows, "BLOCK_Y": point.tile.columns,
+                "BLOCK_D": point.block_d, "BLOCK_OUT": point.block_out,
+            }  # fmt: skip
+            yield spec(
+                f"contrast_backward {variant} {point.kind} d{point.features}", contrast_backward_kernel,
+                tensors | counts | present, constants, point.tile, matrix=point.kind != "ieee",
+            )  # fmt: skip

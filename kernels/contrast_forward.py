@@ -4,9 +4,9 @@
     (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
 
 Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of cosines
-c_ij. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1: rows
-that were rounded to bfloat16 exceed it by 2⁻⁷, which leaves the exponential inside float32 at both ends. Where there
-are few rows the columns are cut into splits, whose sums a second kernel adds in their order: every run gives the same.
+c_ij. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1.
+Where there are few rows the columns are cut into splits, whose sums a second kernel adds in their order: every run
+gives the same.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.common import LN2, LOG2E, device_of, dot
+from anomem.kernels.contrast_rows import load_mantissa
 from anomem.kernels.contrast_tiles import (
-    features_of,
+    cosines,
     has_fixed_shift,
     inverse_temperature,
     is_special,
@@ -26,11 +27,11 @@ from anomem.kernels.contrast_tiles import (
     load_tile,
     opposite,
     plan,
+    points,
     sees_one_column,
-    sliced_cosines,
+    sliced_product,
 )
 from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import TABLE
 
 
 @triton.jit
@@ -49,8 +50,10 @@ def _store_losses(loss, lse, at, mask, shift, total, matched, inverse_tau):
 
 @triton.jit
 def contrast_forward_kernel(
-    unit_rows,  # [G, R, d]
-    unit_columns,  # [G, C, d]
+    scaled_rows,  # [G, R, d]
+    scaled_columns,  # [G, C, d]
+    row_inverse,  # [G, R] float32, 1/|row|
+    column_inverse,  # [G, C] float32
     positive,  # [R] int64; None where rows and columns are two joined views, and each row is hidden from itself
     exclude,  # [R] int64, or None
     temperature,  # 0-dim float32, or None
@@ -76,8 +79,8 @@ def contrast_forward_kernel(
     tile = tl.program_id(0) % tiles
     split = (tl.program_id(0) // tiles) % splits
     group = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    u = unit_rows + group * row_count * FEATURES
-    v = unit_columns + group * column_count * FEATURES
+    x = scaled_rows + group * row_count * FEATURES
+    y = scaled_columns + group * column_count * FEATURES
 
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     if positive is None:
@@ -90,8 +93,9 @@ def contrast_forward_kernel(
             valid = valid & (hidden >= 0) & (hidden < column_count)
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     scale = inverse_tau * LOG2E
+    x_factor = load_mantissa(row_inverse + group * row_count, rows, row_count)  # [BLOCK_R]
     if not SLICED:
-        u_tile = load_tile(u, tile * BLOCK_R, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
+        x_tile = load_tile(x, tile * BLOCK_R, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
 
     shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     if FIXED:
@@ -103,16 +107,18 @@ def contrast_forward_kernel(
     for first in range(begin, end, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         if SLICED:
-            cosine = sliced_cosines(
-                u, v, tile * BLOCK_R, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
+            product = sliced_product(
+                x, y, tile * BLOCK_R, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
             )
         else:
-            v_tile = load_tile(v, first, column_count, 0, FEATURES, BLOCK_C, BLOCK_D)  # [BLOCK_C, BLOCK_D]
-            cosine = dot(u_tile, tl.trans(v_tile), tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
+            y_tile = load_tile(y, first, column_count, 0, FEATURES, BLOCK_C, BLOCK_D)  # [BLOCK_C, BLOCK_D]
+            product = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_R, BLOCK_C), tl.float32), PRECISION)
+        y_factor = load_mantissa(column_inverse + group * column_count, columns, column_count)  # [BLOCK_C]
+        cosine = cosines(product, x_factor, y_factor)  # [BLOCK_R, BLOCK_C]
         if positive is None:
             if is_special(tile * BLOCK_R, first, column_count, BLOCK_R, BLOCK_C):
                 outside = (columns[None, :] == rows[:, None]) | (columns >= column_count)[None, :]
-                cosine = tl.where(outside, -float("inf"), cosine)  # [BLOCK_R, BLOCK_C]
+                cosine = tl.where(outside, -float("inf"), cosine)
                 matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
         else:
             if exclude is not None:
@@ -172,8 +178,10 @@ def add_splits_kernel(
 
 
 def losses(
-    unit_rows: Tensor,
-    unit_columns: Tensor,
+    scaled_rows: Tensor,
+    scaled_columns: Tensor,
+    row_inverse: Tensor,
+    column_inverse: Tensor,
     positive: Tensor | None,
     exclude: Tensor | None,
     temperature: Tensor | None,
@@ -182,8 +190,10 @@ def losses(
     """Loss and logarithm of the sum of each row.
 
     Args:
-        unit_rows: [G, R, d] contiguous.
-        unit_columns: [G, C, d] contiguous; the same tensor for two joined views.
+        scaled_rows: [G, R, d] contiguous; see `contrast_rows`.
+        scaled_columns: [G, C, d] contiguous; the same tensor for two joined views.
+        row_inverse: [G, R] float32, 1/|row|.
+        column_inverse: [G, C] float32.
         positive: [R] int64, or None for two joined views.
         exclude: [R] int64, or None.
         temperature: 0-dim float32, or None for the constant `tau`.
@@ -192,20 +202,20 @@ def losses(
     Returns:
         (loss, lse), [G, R] float32; NaN for a row whose index is out of range.
     """
-    groups, row_count, features = unit_rows.shape
-    column_count = unit_columns.shape[1]
-    loss = unit_rows.new_empty(groups, row_count, dtype=torch.float32)
+    groups, row_count, features = scaled_rows.shape
+    column_count = scaled_columns.shape[1]
+    loss = scaled_rows.new_empty(groups, row_count, dtype=torch.float32)
     lse = torch.empty_like(loss)
     if loss.numel() == 0:
         return loss, lse
     # With the running maximum a row's only column gives loss 0 without rounding.
-    fixed = has_fixed_shift(unit_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
-    cut = plan("contrast_forward", unit_rows, unit_columns)
+    fixed = has_fixed_shift(scaled_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
+    cut = plan("contrast_forward", scaled_rows, scaled_columns)
     partial = loss.new_empty(3, cut.splits, groups, row_count) if cut.splits > 1 else None
-    with device_of(unit_rows):
+    with device_of(scaled_rows):
         contrast_forward_kernel[(groups * cut.splits * triton.cdiv(row_count, cut.tile.rows),)](
-            unit_rows, unit_columns, positive, exclude, temperature, loss, lse, partial, 1 / tau,
-            groups, row_count, column_count, cut.splits, cut.streamed_per_split,
+            scaled_rows, scaled_columns, row_inverse, column_inverse, positive, exclude, temperature,
+            loss, lse, partial, 1 / tau, groups, row_count, column_count, cut.splits, cut.streamed_per_split,
             FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_R=cut.tile.rows, BLOCK_C=cut.tile.columns, BLOCK_D=cut.block_d, **cut.tile.options,
         )  # fmt: skip
@@ -217,25 +227,28 @@ def losses(
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table with all that a call can have, the heaviest; common lengths also with the least."""
+    """Every tile of the table, joined views and rectangle, with either shift and all that a call can have."""
     counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
-    optional = {"positive": "*i64", "exclude": "*i64", "temperature": "*fp32", "partial": "*fp32"}
-    for (kernel, kind, key), tiles in TABLE.items():
-        if kernel != "contrast_forward":
-            continue
-        unit = "*bf16" if kind == "half" else "*fp32"
-        tensors = {"unit_rows": unit, "unit_columns": unit, "loss": "*fp32", "lse": "*fp32", "inverse_tau": "fp32"}
-        sliced, block_d, _ = features_of(kernel, kind, key)
-        variants = {"rectangle": ({"FIXED": False}, optional)}
-        if kind == "half" and key in (128, 256):
-            variants["joined"] = ({"FIXED": True} | dict.fromkeys(optional), {})
-        for tile in tiles[architecture]:
-            known = {
-                "FEATURES": key, "SLICED": sliced, "PRECISION": "tf32" if kind == "tf32" else "ieee",
-                "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": block_d,
+    index = {"positive": "*i64", "exclude": "*i64"}
+    variants = {
+        "joined": (False, {"temperature": "*fp32"}),
+        "joined fixed": (True, {}),
+        "rectangle": (False, {"temperature": "*fp32"} | index),
+        "rectangle fixed": (True, index),
+    }
+    for point in points("contrast_forward", architecture):
+        row = "*bf16" if point.kind == "half" else "*fp32"
+        tensors = {"scaled_rows": row, "scaled_columns": row, "inverse_tau": "fp32"}
+        tensors |= dict.fromkeys(("row_inverse", "column_inverse", "loss", "lse", "partial"), "*fp32")
+        for variant, (fixed, present) in variants.items():
+            if fixed and not point.fixed:
+                continue
+            constants = {
+                **dict.fromkeys({"temperature", *index} - set(present)),
+                "FEATURES": point.features, "FIXED": fixed, "SLICED": point.sliced, "PRECISION": point.precision,
+                "BLOCK_R": point.tile.rows, "BLOCK_C": point.tile.columns, "BLOCK_D": point.block_d,
             }  # fmt: skip
-            for variant, (constants, present) in variants.items():
-                yield spec(
-                    f"contrast_forward {variant} {kind} d{key}", contrast_forward_kernel,
-                    tensors | counts | present, known | constants, tile, matrix=kind != "ieee",
-                )  # fmt: skip
+            yield spec(
+                f"contrast_forward {variant} {point.kind} d{point.features}", contrast_forward_kernel,
+                tensors | counts | present, constants, point.tile, matrix=point.kind != "ieee",
+            )  # fmt: skip

@@ -1,21 +1,23 @@
 """What the contrastive kernels share: score tiles, the temperature, and the plan of a launch.
 
-Product tiles hold cosines c_ij = u_i·v_j; the logits of the loss are c_ij / tau.
+Products are those of scaled rows, x_i·y_j; the cosines are c_ij = m_i m_j (x_i·y_j) with the factors of
+`contrast_rows`, and the logits of the loss c_ij / tau.
 
 Feature axis
     Up to `WHOLE` features a block holds its rows whole, and the tile of streamed rows is read once for both
-    products. Beyond, the cosines are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
-    features of its rows' gradient: the cosines are computed d / BLOCK_OUT times, and nothing of their size is stored.
+    products. Beyond, the products are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT
+    features of its rows' gradient: the products are computed d / BLOCK_OUT times, and nothing of their size is stored.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from anomem.kernels.common import block_of, dot, multiprocessors, precision
-from anomem.kernels.tiles import Tile, kind_of, tile_for
+from anomem.kernels.common import block_of, dot, multiprocessors, precision, rounded_product
+from anomem.kernels.tiles import TABLE, Tile, kind_of, tile_for
 
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, and the constant 1/tau
 # replaces the running maximum.
@@ -54,7 +56,7 @@ def load_tile(
 
 
 @triton.jit
-def sliced_cosines(
+def sliced_product(
     x,  # [x_count, FEATURES]
     y,  # [y_count, FEATURES]
     x_first,
@@ -68,12 +70,22 @@ def sliced_cosines(
     BLOCK_D: tl.constexpr,
 ):
     """x yᵀ [BLOCK_X, BLOCK_Y] float32, summed over slices of BLOCK_D features."""
-    cosine = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    product = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
     for begin in range(0, FEATURES, BLOCK_D):
         x_slice = load_tile(x, x_first, x_count, begin, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
         y_slice = load_tile(y, y_first, y_count, begin, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
-        cosine = dot(x_slice, tl.trans(y_slice), cosine, PRECISION)
-    return cosine
+        product = dot(x_slice, tl.trans(y_slice), product, PRECISION)
+    return product
+
+
+@triton.jit
+def cosines(product, x_factor, y_factor):
+    """c [BLOCK_X, BLOCK_Y] from products [BLOCK_X, BLOCK_Y] and the rows' factors m, [BLOCK_X] and [BLOCK_Y].
+
+    Its bits do not depend on which of the two rows is x nor on what follows. So where one column has all the weight,
+    its cosine minus the maximum and its logit minus lse are 0, and not the rounding error of a cosine over tau.
+    """
+    return rounded_product(product, x_factor[:, None] * y_factor[None, :])
 
 
 @triton.jit
@@ -100,13 +112,13 @@ def load_index(index, rows, count):
     return tl.minimum(tl.maximum(value, -1), 0x7FFFFFFF).to(tl.int32)
 
 
-def has_fixed_shift(unit: torch.Tensor, temperature: torch.Tensor | None, tau: float) -> bool:
+def has_fixed_shift(rows: torch.Tensor, temperature: torch.Tensor | None, tau: float) -> bool:
     """Whether exponentials need no running maximum.
 
     A learned temperature is not known before the launch. Exact float32 keeps the maximum: exponents of up to 126 cost
     7 of its 24 bits, more than plain PyTorch loses, and there the exponentials are not what takes the time.
     """
-    exact = unit.dtype == torch.float32 and precision(unit.dtype) == "ieee"
+    exact = rows.dtype == torch.float32 and precision(rows.dtype) == "ieee"
     return temperature is None and tau >= LOWEST_FIXED_SHIFT and not exact
 
 
@@ -115,19 +127,12 @@ def sees_one_column(positive: torch.Tensor | None, exclude: torch.Tensor | None,
     return columns == 2 if positive is None else columns == 1 and exclude is None
 
 
-def features_of(kernel: str, kind: str, key: int) -> tuple[bool, int, int]:
-    """What the specifications compile a key of the tile table at: SLICED, BLOCK_D and BLOCK_OUT of `key` features."""
-    whole = WHOLE[kernel][kind]
-    sliced = key > whole
-    return sliced, SLICE[kind] if sliced else key, min(key, whole)
-
-
 class Plan(NamedTuple):
     """How one launch is cut up."""
 
     tile: Tile
     block_d: int
-    """BLOCK_D of the cosines' products."""
+    """BLOCK_D of the products."""
     block_out: int
     """BLOCK_OUT, the features of the gradient that one backward block owns."""
     sliced: bool
@@ -165,3 +170,38 @@ def plan(kernel: str, owned: torch.Tensor, streamed: torch.Tensor) -> Plan:
     tiles_per_split = triton.cdiv(max(streamed_tiles, 1), splits)
     splits = triton.cdiv(max(streamed_tiles, 1), tiles_per_split)
     return Plan(tile, block_d, block_out, sliced, arithmetic, splits, tiles_per_split * tile.columns)
+
+
+class Point(NamedTuple):
+    """What a tile of the table is compiled for ahead of time."""
+
+    kind: str
+    features: int
+    sliced: bool
+    block_d: int
+    block_out: int
+    precision: str
+    fixed: bool
+    """Whether also with the fixed shift."""
+    tile: Tile
+
+
+def points(kernel: str, architecture: int) -> Iterator[Point]:
+    """Every tile of the table at rows that fill their blocks, and at rows that leave a rest, which needs masks.
+
+    Args:
+        kernel: "contrast_forward" or "contrast_backward".
+        architecture: a row of the table.
+    """
+    for (name, kind, key), tiles in TABLE.items():
+        if name != kernel:
+            continue
+        whole = WHOLE[kernel][kind]
+        sliced = key > whole
+        block_d = SLICE[kind] if sliced else key
+        arithmetic = "tf32" if kind == "tf32" else "ieee"
+        for tile in tiles[architecture]:
+            for features in (key, key - 8):
+                # Of float32 only where it is rounded to TF32: see `has_fixed_shift`.
+                fixed = kind != "ieee" and features == key
+                yield Point(kind, features, sliced, block_d, min(key, whole), arithmetic, fixed, tile)

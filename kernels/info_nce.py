@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anomem.kernels.contrast_backward import COLUMNS, ROWS, gradient
 from anomem.kernels.contrast_forward import losses
-from anomem.kernels.contrast_rows import unit_rows
+from anomem.kernels.contrast_rows import scaled_rows
 
 
 def forward(
@@ -34,22 +34,22 @@ def forward(
         tau: see `temperature`.
 
     Returns:
-        loss [G, R] float32, lse [G, R] float32, unit_rows [G, R, d], unit_columns [G, C, d],
-        inv_norm_rows [G, R] float32, inv_norm_columns [G, C] float32.
+        loss [G, R] float32, lse [G, R] float32, scaled rows [G, R, d] and columns [G, C, d] (see `contrast_rows`), and
+        their 1/|row| [G, R] and [G, C] float32.
     """
-    u, v = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
-    inverse_u, inverse_v = (x.new_empty(x.shape[:2], dtype=torch.float32) for x in (rows, columns))
-    unit_rows(rows, u, inverse_u, columns, v, inverse_v)
-    loss, lse = losses(u, v, positive.contiguous(), _contiguous(exclude), temperature, tau)
-    return loss, lse, u, v, inverse_u, inverse_v
+    x, y = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+    inverse_x, inverse_y = (raw.new_empty(raw.shape[:2], dtype=torch.float32) for raw in (rows, columns))
+    scaled_rows(rows, x, inverse_x, columns, y, inverse_y)
+    loss, lse = losses(x, y, inverse_x, inverse_y, positive.contiguous(), _contiguous(exclude), temperature, tau)
+    return loss, lse, x, y, inverse_x, inverse_y
 
 
 def backward(
     dloss: Tensor,
-    unit_rows: Tensor,
-    unit_columns: Tensor,
-    inv_norm_rows: Tensor,
-    inv_norm_columns: Tensor,
+    x: Tensor,
+    y: Tensor,
+    inverse_x: Tensor,
+    inverse_y: Tensor,
     lse: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
@@ -60,10 +60,10 @@ def backward(
 
     Args:
         dloss: [G, R] float32, contiguous.
-        unit_rows: of the forward.
-        unit_columns: of the forward.
-        inv_norm_rows: of the forward.
-        inv_norm_columns: of the forward.
+        x: scaled rows, of the forward.
+        y: scaled columns, of the forward.
+        inverse_x: 1/|row|, of the forward.
+        inverse_y: 1/|column|, of the forward.
         lse: of the forward.
         positive: of the forward.
         exclude: of the forward.
@@ -73,12 +73,12 @@ def backward(
     Returns:
         drows [G, R, d], dcolumns [G, C, d], dtemperature 0-dim float32 (empty without a learned temperature).
     """
-    drows, dcolumns = torch.empty_like(unit_rows), torch.empty_like(unit_columns)
+    drows, dcolumns = torch.empty_like(x), torch.empty_like(y)
     given = (lse, dloss, positive.contiguous(), _contiguous(exclude), temperature, tau)
     learned = temperature is not None
-    moment = gradient(ROWS, unit_rows, unit_columns, inv_norm_rows, *given, drows, None, learned)
-    gradient(COLUMNS, unit_columns, unit_rows, inv_norm_columns, *given, dcolumns, None, False)
-    dtemperature = -moment / temperature.square() if learned else lse.new_empty(0)
+    moment = gradient(ROWS, x, y, inverse_x, inverse_y, *given, drows, None, learned)
+    gradient(COLUMNS, y, x, inverse_y, inverse_x, *given, dcolumns, None, False)
+    dtemperature = -moment / temperature if learned else lse.new_empty(0)
     return drows, dcolumns, dtemperature
 
 

@@ -1,16 +1,21 @@
 """Retrieval on GPUs: the choice among the schemes; the schemas are those of `anomem.ops.retrieve`.
 
-    flash     d, dv ≤ 256: whole rows in registers, online softmax (`retrieve_flash`)
-    chunked   any d, dv, M: the library's matrix products over L2-sized chunks of queries (`retrieve_chunked`)
+    flash      d, dv ≤ 256: whole rows in registers, online softmax (`retrieve_flash`)
+    resident   any d, dv, and M ≤ 256: whole score rows in registers, no backward (`retrieve_resident`)
+    chunked    any d, dv, M: the library's matrix products over L2-sized chunks of queries (`retrieve_chunked`)
 
-Exact float32 is chunked too: the library multiplies better than a tile of fused multiply-adds would.
+Exact float32 is chunked: the library multiplies better than a tile of fused multiply-adds would. So is the backward
+beyond 128 features: there flash would recompute, 7 products of 2 N M d operations against 5 of the chunked scheme, in
+poor tiles. Those of 256 features that do not spill have 32 rows or 8 warps for 64 of them on sm_80, which computes some
+products twice, and one block per multiprocessor on sm_100; on sm_90 none was found for separate values.
 """
 
 import torch
 from torch import Tensor
 
-from anomem.kernels import retrieve_chunked, retrieve_flash, rows
+from anomem.kernels import retrieve_chunked, retrieve_flash, retrieve_resident, rows
 from anomem.kernels.common import block_of, precision
+from anomem.kernels.memory import Memory
 from anomem.kernels.tiles import Tile, kind_of, tile_for
 
 
@@ -33,11 +38,14 @@ def forward(
     if query.shape[0] == 0:
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
-    unit_keys = rows.normalized(keys, normalize)
+    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     tiles = flash_tiles(("retrieve_forward",), query, values)
-    if tiles is None:
-        return retrieve_chunked.forward(query, unit_keys, values, beta, scale, normalize)
-    return retrieve_flash.forward(query, unit_keys, values, beta, scale, normalize, tiles[0], precision(query.dtype))
+    if tiles is not None:
+        return retrieve_flash.forward(query, memory, tiles[0], precision(query.dtype))
+    tile = resident_tile(query, keys)
+    if tile is not None:
+        return retrieve_resident.forward(rows.normalized(query, normalize), memory, tile)
+    return retrieve_chunked.forward(query, memory)
 
 
 def backward(
@@ -68,13 +76,13 @@ def backward(
     if query.shape[0] == 0:
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
-    unit_keys = rows.normalized(keys, normalize)
-    problem = (dout, dlse, query, unit_keys, values, beta, scale, normalize)
+    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     tiles = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
     if tiles is None:
-        dquery, key_sums, value_sums, dbeta = retrieve_chunked.backward(*problem)
+        gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
-        dquery, key_sums, value_sums, dbeta = retrieve_flash.backward(*problem, out, lse, tiles, precision(query.dtype))
+        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, tiles, precision(query.dtype))
+    dquery, key_sums, value_sums, dbeta = gradients
     rows.normalized_backward(key_sums, keys, normalize, dkeys)
     if value_sums is not None and values is not None:
         rows.normalized_backward(value_sums, values, 0, dvalues)
@@ -90,3 +98,11 @@ def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) 
         return None
     tiles = tuple(tile_for(kernel, kind, block, query.device) for kernel in kernels)
     return None if None in tiles else tiles
+
+
+def resident_tile(query: Tensor, keys: Tensor) -> Tile | None:
+    """The tile of the resident kernel, or None where the memory is too large or no tile fits the device."""
+    block = retrieve_resident.block_of_memory(keys.shape[0])
+    if query.dtype == torch.float32 or block > retrieve_resident.MOST_PROTOTYPES:
+        return None
+    return tile_for("retrieve_resident", "half", block, query.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.common import LN2, LOG2E, device_of, round_to
-from anomem.kernels.retrieve_flash import inverse_temperature
+from anomem.kernels.memory import Memory, inverse_temperature
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import Tile
 
@@ -99,11 +99,10 @@ def _softmax_backward(
         tl.store(dbeta + n, along_beta * scale, mask=n < N)
 
 
-def forward(
-    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     """out [N, dv] and lse [N]; arguments as in `retrieve_flash.forward`."""
-    v = keys if values is None else values
+    keys, _, beta, scale, normalize = memory
+    v = memory.read
     count, prototypes = query.shape[0], keys.shape[0]
     out, lse = query.new_empty(count, v.shape[1]), query.new_empty(count, dtype=torch.float32)
     for part in chunks(count, prototypes, query.dtype):
@@ -119,23 +118,17 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
+    dout: Tensor, dlse: Tensor | None, query: Tensor, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients by recomputation; results as of `retrieve_flash.backward`, with SPLIT = 1.
 
     Args:
         dout: [N, dv], contiguous.
         dlse: [N] or None.
-        query, keys, values, beta, scale, normalize: as in `forward`.
+        query, memory: as in `forward`.
     """
-    v = keys if values is None else values
+    keys, values, beta, scale, normalize = memory
+    v = memory.read
     (count, d), prototypes = query.shape, keys.shape[0]
     dquery = query.new_empty(count, d)
     key_sums = torch.zeros_like(keys, dtype=torch.float32)

@@ -11,6 +11,7 @@ There are many queries and few prototypes, so dK and dV are split over the queri
 and one of SPLIT spans of queries, and writes a float32 partial sum; the partial sums are added in a fixed order.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.common import LN2, LOG2E, block_of, device_of, dot, load_rows, multiprocessors, round_to, store_rows
+from anomem.kernels.memory import Memory, inverse_temperature
 from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
 from anomem.kernels.specs import Spec, names, spec
 from anomem.kernels.tiles import TABLE, Tile
@@ -27,14 +29,6 @@ from anomem.kernels.tiles import TABLE, Tile
 # What `_prototype_sums` adds up: dK + dV of a tied memory, dK alone or dV alone. Separate values take two launches:
 # with both sums in one block there is no tile without spills at d = 256.
 TIED, KEYS, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def inverse_temperature(beta, scale):
-    """b = scale · beta, read on the device; beta is a pointer or None."""
-    if beta is not None:
-        scale = scale * tl.load(beta).to(tl.float32)
-    return scale
 
 
 @triton.jit
@@ -159,32 +153,20 @@ def _prototype_sums(
     store_rows(partials + split.to(tl.int64) * M * W, gradient, m, W, M, W, BLOCK_W)
 
 
-def forward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
-    tile: Tile,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, tile: Tile, precision: str) -> tuple[Tensor, Tensor]:
     """One pass over the memory per tile of queries.
 
     Args:
         query: [N, d], N ≥ 1, unit inner stride.
-        keys: [M, d], contiguous, normalised already.
-        values: [M, dv], contiguous, or None for V = K.
-        beta: 0-dim or None.
-        scale: factor on beta.
-        normalize: 0 none, 1 layer, 2 l2, of the queries.
+        memory: see `Memory`.
         tile: BLOCK_N × BLOCK_M.
         precision: of float32 products.
 
     Returns:
         out [N, dv] in query's dtype, lse [N] float32.
     """
-    (count, d), dv = query.shape, (keys if values is None else values).shape[1]
+    keys, values, beta, scale, normalize = memory
+    (count, d), dv = query.shape, memory.read.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
     with device_of(query):
         _forward[(triton.cdiv(count, tile.rows),)](
@@ -198,11 +180,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
+    memory: Memory,
     out: Tensor,
     lse: Tensor,
     tiles: tuple[Tile, Tile],
@@ -213,7 +191,7 @@ def backward(
     Args:
         dout: [N, dv], contiguous.
         dlse: [N] or None.
-        query, keys, values, beta, scale, normalize, precision: as in `forward`.
+        query, memory, precision: as in `forward`.
         out, lse: what `forward` returned.
         tiles: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M × BLOCK_N).
 
@@ -221,6 +199,7 @@ def backward(
         dquery [N, d]; partial sums [SPLIT, M, d] of the gradient of the normalised keys and [SPLIT, M, dv] of the
         values' (None when tied), float32; dbeta (0-dim) or None.
     """
+    keys, values, beta, scale, normalize = memory
     (count, d), prototypes, dv = query.shape, keys.shape[0], dout.shape[1]
     for_query, for_sums = tiles
     delta = rows.row_constant(out, dout, dlse)
@@ -270,31 +249,34 @@ def spans(count: int, tiles: int, block: int, processors: int) -> tuple[int, int
 
 
 def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table, tied and with separate values, with LayerNorm and a learned beta (the heaviest)."""
-    pointer = {"half": "*bf16", "tf32": "*fp32"}
-    numbers = {"N": "i32", "M": "i32", "query_stride": "i32", "scale": "fp32", "beta": "*fp32", "lse": "*fp32"}
-    for (kernel, kind, width), tiles in TABLE.items():
+    """Every tile of the table, tied and with separate values, with LayerNorm and a learned beta (the heaviest).
+
+    At rows that fill their blocks, and at rows that leave a rest, which needs masks.
+    """
+    numbers = {"N": "i32", "M": "i32", "span": "i32", "query_stride": "i32", "scale": "fp32"}
+    for (kernel, kind, block), tiles in TABLE.items():
         if kernel not in _KERNELS:
             continue
         function, outputs, variants = _KERNELS[kernel]
-        for tile in tiles[architecture]:
-            for variant, constants in variants.items():
-                swapped = kernel == "retrieve_prototype_sums"
-                blocks = (tile.columns, tile.rows) if swapped else (tile.rows, tile.columns)
-                tensors = dict.fromkeys(("query", "keys", "values", "out", "dout", "dquery"), pointer[kind])
-                arguments = {**tensors, **numbers, **dict.fromkeys(outputs, "*fp32"), "span": "i32"}
-                known = {
-                    "NORMALIZE": 1, "PRECISION": "tf32" if kind == "tf32" else "ieee", "D": width, "DV": width,
-                    "BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "BLOCK_D": width, "BLOCK_DV": width, **constants,
-                }  # fmt: skip
-                wanted = names(function)
-                yield spec(
-                    f"{kernel} {variant} {kind} d{width}",
-                    function,
-                    {name: kind for name, kind in arguments.items() if name in wanted and name not in constants},
-                    {name: value for name, value in known.items() if name in wanted},
-                    tile,
-                )
+        wanted = names(function)
+        row = "*bf16" if kind == "half" else "*fp32"
+        arguments = dict.fromkeys(("query", "keys", "values", "out", "dout", "dquery"), row) | numbers
+        arguments |= dict.fromkeys(("beta", "lse", *outputs), "*fp32")
+        for tile, width, (variant, constants) in itertools.product(
+            tiles[architecture], (block, block - 8), variants.items()
+        ):
+            swapped = kernel == "retrieve_prototype_sums"
+            rows_and_columns = (tile.columns, tile.rows) if swapped else (tile.rows, tile.columns)
+            known = {
+                "NORMALIZE": 1, "PRECISION": "tf32" if kind == "tf32" else "ieee", "D": width, "DV": width,
+                "BLOCK_N": rows_and_columns[0], "BLOCK_M": rows_and_columns[1], "BLOCK_D": block, "BLOCK_DV": block,
+                **constants,
+            }  # fmt: skip
+            yield spec(
+                f"{kernel} {variant} {kind} d{width}", function,
+                {name: kind for name, kind in arguments.items() if name in wanted and name not in constants},
+                {name: value for name, value in known.items() if name in wanted}, tile,
+            )  # fmt: skip
 
 
 _SEPARATE: dict[str, dict[str, object]] = {"tied": {"values": None}, "separate": {}}

@@ -1,11 +1,12 @@
-"""The table of tile sizes: per kernel, kind of dtype, BLOCK_D and architecture, two or three tiles, best first.
+"""The table of tile sizes: per kernel, kind of dtype, BLOCK_D and architecture, one to three tiles, best first.
 
 The first tile whose shared memory fits the device is taken. The order comes from registers, spills and blocks per
 multiprocessor as `python -m anomem.kernels.inspect` reads them from the compiled kernels; none of it was measured on a
 GPU yet. `shared` is an upper bound that the same command checks.
 
-A 64-row tile takes 4 warps and a 128-row tile 8: 64 rows with 8 warps compute the first product twice, and 32 rows
-fall from wgmma to mma.sync.
+Warps beyond what a product has work for compute parts of it twice. On sm_90 a 64-row tile takes 4 warps and a 128-row
+tile 8, and with 32 rows wgmma falls back to mma.sync. On sm_80 a backward product is split among the warps by columns,
+of which each takes at least 8 (64x16 with 4 warps: 80 instructions where 48 do).
 """
 
 from typing import NamedTuple
@@ -42,8 +43,8 @@ INTERPRETED = Tile(rows=32, columns=32, warps=4, stages=1, shared=0)
 
 TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
     # Retrieval: queries × prototypes; `retrieve_prototype_sums` prototypes × queries. On sm_90 one stage at d = 64:
-    # with two, ptxas serialises the products (C7515). Rows of 128 < d ≤ 256 have no backward without spills, and
-    # exact float32 no fast product: both run on the library's (`retrieve_chunked`).
+    # with two, ptxas serialises the products (C7515). What has no tile here runs on the library's products: see
+    # `retrieve`.
     ("retrieve_forward", "half", 64): {
         80: (Tile(64, 64, 4, 2, 24), Tile(64, 128, 4, 2, 40)),
         90: (Tile(64, 128, 4, 1, 24), Tile(64, 64, 4, 1, 16)),
@@ -65,17 +66,33 @@ TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
         100: (Tile(64, 64, 4, 2, 81),),
     },
     ("retrieve_forward", "tf32", 128): {
-        80: (Tile(64, 64, 4, 2, 113), Tile(64, 32, 4, 2, 80)),
+        80: (Tile(64, 32, 4, 2, 80),),
         90: (Tile(64, 64, 4, 2, 160),),
         100: (Tile(64, 64, 4, 2, 161),),
     },
+    # Queries × all prototypes; the key's last part is BLOCK_M.
+    ("retrieve_resident", "half", 64): {
+        80: (Tile(64, 64, 4, 2, 24),),
+        90: (Tile(64, 64, 4, 2, 32),),
+        100: (Tile(128, 64, 8, 2, 49),),
+    },
+    ("retrieve_resident", "half", 128): {
+        80: (Tile(64, 128, 4, 2, 40),),
+        90: (Tile(128, 128, 8, 2, 64),),
+        100: (Tile(128, 128, 8, 2, 73),),
+    },
+    ("retrieve_resident", "half", 256): {
+        80: (Tile(64, 256, 8, 2, 72),),
+        90: (Tile(128, 256, 8, 2, 96),),
+        100: (Tile(128, 256, 8, 2, 137),),
+    },
     ("retrieve_query_gradient", "half", 64): {
-        80: (Tile(64, 32, 4, 2, 24), Tile(128, 64, 8, 2, 48)),
+        80: (Tile(64, 32, 4, 2, 24),),
         90: (Tile(64, 64, 4, 1, 32),),
         100: (Tile(64, 64, 4, 2, 57),),
     },
     ("retrieve_query_gradient", "half", 128): {
-        80: (Tile(64, 32, 4, 2, 52),),
+        80: (Tile(32, 32, 4, 1, 32),),
         90: (Tile(64, 64, 4, 2, 96), Tile(64, 32, 4, 2, 64)),
         100: (Tile(64, 64, 4, 2, 113),),
     },
@@ -95,20 +112,20 @@ TABLE: dict[Key, dict[int, tuple[Tile, ...]]] = {
 _CONTRAST = {
     ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 25)),
     ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
-    ("contrast_forward", "half", 256): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
+    ("contrast_forward", "half", 256): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "half", 512): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
     ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
-    ("contrast_forward", "tf32", 128): (Tile(64, 64, 4, 2, 65), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
+    ("contrast_forward", "tf32", 128): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
     ("contrast_forward", "ieee", 64): (Tile(32, 16, 4, 1, 20),) * 3,
-    ("contrast_forward", "ieee", 128): (Tile(32, 32, 4, 1, 20),) * 3,
-    ("contrast_backward", "half", 64): (Tile(64, 64, 4, 2, 25), Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 41)),
-    ("contrast_backward", "half", 128): (Tile(64, 32, 4, 2, 29), Tile(64, 32, 4, 2, 50), Tile(64, 64, 4, 2, 66)),
-    ("contrast_backward", "half", 256): (Tile(64, 64, 4, 2, 24), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
-    ("contrast_backward", "tf32", 64): (Tile(64, 32, 4, 2, 35), Tile(64, 32, 4, 2, 41), Tile(64, 32, 4, 2, 49)),
+    ("contrast_forward", "ieee", 128): (Tile(32, 16, 4, 1, 7),) * 3,
+    ("contrast_backward", "half", 64): (Tile(64, 32, 4, 2, 13), Tile(64, 64, 4, 2, 33), Tile(64, 32, 4, 2, 21)),
+    ("contrast_backward", "half", 128): (Tile(32, 32, 4, 2, 19), Tile(64, 32, 4, 2, 50), Tile(64, 32, 4, 1, 25)),
+    ("contrast_backward", "half", 256): (Tile(32, 64, 4, 2, 20), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_backward", "tf32", 64): (Tile(32, 32, 4, 2, 25), Tile(64, 32, 4, 2, 41), Tile(64, 32, 4, 3, 42)),
     ("contrast_backward", "tf32", 128): (Tile(64, 32, 4, 2, 25), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
-    ("contrast_backward", "ieee", 64): (Tile(32, 32, 4, 1, 25),) * 3,
-    ("contrast_backward", "ieee", 128): (Tile(32, 32, 4, 1, 20),) * 3,
+    ("contrast_backward", "ieee", 64): (Tile(16, 32, 4, 1, 14), Tile(16, 32, 4, 1, 14), Tile(16, 16, 4, 1, 9)),
+    ("contrast_backward", "ieee", 128): (Tile(32, 32, 8, 1, 12), Tile(32, 32, 8, 1, 12), Tile(16, 16, 4, 1, 5)),
 }
 for _key, _tiles in _CONTRAST.items():
     TABLE[_key] = {architecture: (tile,) for architecture, tile in zip(ARCHITECTURES, _tiles, strict=True)}

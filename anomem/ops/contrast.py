@@ -10,6 +10,8 @@ from torch import Tensor
 from anomem.ops import batching, composite
 from anomem.ops.library import accumulator, define, empty, implement_with_triton
 
+# `unit` and `inv_norm` are what the same backend's backward reads: unit rows and 1/|row|. In Triton unit rows up
+# to a factor between 1 and 2, which it finds in 1/|row| (see `anomem.kernels.contrast_rows`).
 _NT_XENT_FORWARD = (
     "(Tensor z, Tensor z_pair, Tensor? temperature, float tau) -> "
     "(Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm)"

@@ -25,6 +25,40 @@ def test_every_tile_compiles_as_committed() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
+    from anomem.kernels.inspect import committed_rows, shipped
+
+    rows = committed_rows()
+    keys = {key for key, _, _ in shipped()}
+    assert set(rows) == {"3.6", "3.8"}
+    for release, table in rows.items():
+        assert set(table) == keys, release
+
+
+def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
+    from anomem.kernels.inspect import shipped
+    from anomem.kernels.tiles import TABLE
+
+    roles = {
+        "retrieve_forward": {"tied", "separate"},
+        "retrieve_query_gradient": {"tied", "separate"},
+        "retrieve_prototype_sums": {"tied", "keys", "values"},
+        "retrieve_resident": {""},
+        "contrast_forward": {"joined", "rectangle"},
+        "contrast_backward": {"joined", "rows", "columns"},
+    }
+    fixed = {"contrast_forward": {"joined fixed", "rectangle fixed"}, "contrast_backward": {"joined fixed"}}
+    compiled = {(spec.name, architecture, spec.tile) for _, architecture, spec in shipped()}
+    for (kernel, kind, block), tiles in TABLE.items():
+        wanted = roles[kernel] | (fixed.get(kernel, set()) if kind != "ieee" else set())
+        width = 512 if kernel == "retrieve_resident" else block
+        for architecture, candidates in tiles.items():
+            for tile in candidates:
+                for role in wanted:
+                    name = f"{kernel} {role} {kind} d{width} {tile.rows}x{tile.columns}".replace("  ", " ")
+                    assert (name, architecture, tile) in compiled, (name, architecture)
+
+
 def test_faults_are_found() -> None:
     from anomem.kernels.inspect import Row, faults, shipped
 

@@ -111,11 +111,11 @@ def test_a_gradient_of_the_columns_from_half_of_the_rows_is_rejected(monkeypatch
     positive, complete = torch.arange(33), info_nce.gradient
 
     def half(role: object, owned: Tensor, streamed: Tensor, *rest: object) -> Tensor | None:
-        inverse, lse, upstream, *others = rest
+        inverse_owned, inverse_streamed, lse, upstream, *others = rest
         if role == info_nce.COLUMNS:
             upstream = upstream.clone()
             upstream[:, upstream.shape[1] // 2 :] = 0
-        return complete(role, owned, streamed, inverse, lse, upstream, *others)
+        return complete(role, owned, streamed, inverse_owned, inverse_streamed, lse, upstream, *others)
 
     inputs = [draw(1, 33, 16), draw(1, 40, 16, seed=1)]
     functions = (

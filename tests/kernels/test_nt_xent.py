@@ -11,7 +11,7 @@ from torch import Tensor
 from anomem import functional as AF
 from anomem import reference as R
 from anomem.errors import ArgumentError
-from anomem.testing import compare, draw, gradients
+from anomem.testing import assert_within_budget, compare, draw, gradients
 
 # Padding is computed and masked, so the interpreter's numpy may overflow where no result is.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,7 +28,7 @@ def views(groups: int, batch: int, features: int, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tau", [0.005, 0.022, 0.023, 0.2, 10.0])
-@pytest.mark.parametrize("shape", [(1, 33, 40), (3, 7, 16), (2, 1, 16)])
+@pytest.mark.parametrize("shape", [(1, 33, 40), (3, 7, 16), (1, 2, 16), (2, 1, 16)])
 def test_rows_and_gradients(shape: tuple[int, int, int], tau: float, dtype: torch.dtype) -> None:
     compare(kernel(tau), lambda a, b: R.nt_xent_rows(a, b, tau), views(*shape, dtype))
 
@@ -53,9 +53,26 @@ def test_learned_temperature(tau: float, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("tau", [0.005, 0.2])
+@pytest.mark.parametrize("shape", [(1, 33, 40), (1, 2, 16), (1, 2, 128)])
+def test_losses_of_short_floats_are_as_exact_as_in_float32(
+    shape: tuple[int, int, int], tau: float, dtype: torch.dtype
+) -> None:
+    z, z_pair = views(*shape, dtype)
+    plain, exact = (R.nt_xent_rows(z.to(wide), z_pair.to(wide), tau) for wide in (torch.float32, torch.float64))
+    assert_within_budget(kernel(tau)(z, z_pair), plain, exact)
+    rounded = [R.l2_normalize(x.float()).to(dtype).float() for x in (z, z_pair)]
+    with pytest.raises(AssertionError, match=r"error .* of the largest magnitude"):
+        assert_within_budget(R.nt_xent_rows(*rounded, tau), plain, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_pairs(dtype: torch.dtype) -> None:
-    compare(kernel(0.2), lambda a, b: R.nt_xent_rows(a, b, 0.2), views(1, 2, 16, dtype))
+@pytest.mark.parametrize("length", [1e-3, 1e4])
+def test_the_lengths_of_the_rows_do_not_matter(length: float, dtype: torch.dtype) -> None:
+    z, z_pair = views(1, 9, 16, dtype)
+    z[:, ::2] *= length
+    compare(kernel(0.2), lambda a, b: R.nt_xent_rows(a, b, 0.2), [z, z_pair])
 
 
 def test_strided_views_are_read_in_place() -> None:
