@@ -60,7 +60,9 @@ def cpu_module() -> Extension:
     if shutil.which(compiler.split()[0]) is None:
         raise CannotBuild(f"no C++ compiler ({compiler}) found, so the CPU kernels are left out")
     sanitize = os.environ.get("ANOMEM_SANITIZE")
-    flags = ["-g1", "-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+    # Python is built with -fwrapv and hands it on, which would hide signed overflow from the sanitizer.
+    debug = ["-g1", "-O1", "-fno-wrapv", "-fno-omit-frame-pointer"]
+    flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3"]
     return Extension(
         "anomem._C",
         sources=sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),

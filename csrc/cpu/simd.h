@@ -20,6 +20,7 @@ struct Simd<float> {
   typedef float vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef float loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   static constexpr int lanes = ANOMEM_VECTOR_BYTES / 4;
 };
 
@@ -28,6 +29,7 @@ struct Simd<double> {
   typedef double vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef double loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef uint64_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   static constexpr int lanes = ANOMEM_VECTOR_BYTES / 8;
 };
 
@@ -45,7 +47,7 @@ ANOMEM_INLINE vec<T> load(const T* p) {
 // Widened on the way: bfloat16 is the upper half of a float.
 ANOMEM_INLINE vec<float> load(const Bfloat16* p) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef Simd<float>::words words;
   return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 
@@ -56,7 +58,7 @@ ANOMEM_INLINE void store(T* p, vec<T> x) {
 
 ANOMEM_INLINE void store(Bfloat16* p, vec<float> x) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef Simd<float>::words words;
   const words bits = (words)x;
   const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const words nan = words{} + 0x7fc0;
@@ -148,7 +150,8 @@ ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count
 template <class T>
 constexpr T log2e = T(1.4426950408889634074);
 
-// 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
+// 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN. Beyond
+// that range some number, which the caller drops: hence words, whose sums wrap around.
 // x = n + f with n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum, from where
 // it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
 ANOMEM_INLINE vec<float> exp2_in_range(vec<float> x) {
@@ -159,7 +162,7 @@ ANOMEM_INLINE vec<float> exp2_in_range(vec<float> x) {
   const vec<float> f = x - (shifted - magic);
   vec<float> power = broadcast(coefficients[0]);
   for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<float>)(((Simd<float>::bits)shifted << 23) + (127 << 23));
+  return power * (vec<float>)(((Simd<float>::words)shifted << 23) + (127u << 23));
 }
 
 ANOMEM_INLINE vec<double> exp2_in_range(vec<double> x) {
@@ -172,7 +175,7 @@ ANOMEM_INLINE vec<double> exp2_in_range(vec<double> x) {
   const vec<double> f = x - (shifted - magic);
   vec<double> power = broadcast(coefficients[0]);
   for (int i = 1; i < 12; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<double>)(((Simd<double>::bits)shifted << 52) + (int64_t(1023) << 52));
+  return power * (vec<double>)(((Simd<double>::words)shifted << 52) + (uint64_t(1023) << 52));
 }
 
 template <class T>

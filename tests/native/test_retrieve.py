@@ -93,7 +93,8 @@ def test_learned_beta_within_budget(sizes: tuple[int, int, int, int], dtype: tor
 
 @pytest.mark.parametrize("beta", [0.0, -0.5, 0.01, 20.0])
 def test_given_beta(beta: float) -> None:
-    compare(read("native", beta=beta), read("reference", beta=beta), tensors(40, 70, 24, 0))
+    """Of many queries: a large beta decides between prototypes that are nearly tied, and few such draws are luck."""
+    compare(read("native", beta=beta), read("reference", beta=beta), tensors(3000, 70, 24, 0))
 
 
 @pytest.mark.parametrize("normalize", ["layer", "none"])
