@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -27,6 +28,13 @@ TORCH_TARGET = "0x020b000000000000"
 
 class CannotBuild(Exception):
     """Why a module cannot be built on this machine."""
+
+
+class AnyPythonWheel(bdist_wheel):
+    """A wheel for one platform and any Python 3: the libraries know torch's C functions and nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 def extensions() -> tuple[list[Extension], Any]:
@@ -151,5 +159,5 @@ if __name__ == "__main__":
         package_dir={"anomem": "anomem", "anomem.kernels": "kernels"},
         package_data={"anomem": ["py.typed"]},
         ext_modules=ext_modules,
-        cmdclass={"build_ext": command},
+        cmdclass={"build_ext": command, "bdist_wheel": AnyPythonWheel},
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from anomem.ops import native
 
@@ -38,6 +41,17 @@ def test_it_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.obstacle("cpu") is None
     monkeypatch.setattr("torch.ops.load_library", lambda path: pytest.fail("a second load"))
     assert native.obstacle("cpu") is None
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, which lists a library's symbols, is not installed")
+def test_it_serves_any_python_and_any_later_torch() -> None:
+    """The wheel's tag says so: torch's C functions, whose names stay as they are, and nothing of Python."""
+    assert native.obstacle("cpu") is None
+    (path,) = (path for path in torch.ops.loaded_libraries if path.endswith("anomem/_C.so"))
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert [name for name in names if re.match(r"_?Py|_ZNK?(2at|3c10|5torch)", name)] == []
 
 
 def test_a_folder_without_it_and_an_unknown_device_are_told(tmp_path: Path) -> None:
