@@ -7,7 +7,8 @@ import torch
 
 from anomem.functional import info_nce
 from anomem.reference import info_nce_rows
-from anomem.testing import compare, draw
+from anomem.testing import compare, draw, gradients
+from tests.native.invariances import assert_same_bits_with_any_number_of_threads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,8 +48,8 @@ def test_opcheck_and_compile() -> None:
     for exclude, temperature in ((None, None), ((positive + 1) % 5, torch.tensor(0.3))):
         forward = (rows, columns, positive, exclude, temperature, 0.2)
         torch.library.opcheck(operators.native_info_nce_fwd.default, forward)
-        loss, lse, *unit = operators.native_info_nce_fwd(*forward)
-        backward = (torch.ones_like(loss), *unit, lse, positive, exclude, temperature, 0.2)
+        loss, lse, *inv_norms = operators.native_info_nce_fwd(*forward)
+        backward = (torch.ones_like(loss), rows, columns, *inv_norms, lse, positive, exclude, temperature, 0.2)
         torch.library.opcheck(operators.native_info_nce_bwd.default, backward)
     compiled = torch.compile(lambda a, b: info_nce(a, b, positive, impl="native"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(rows, columns), info_nce(rows, columns, positive, impl="native"))
@@ -62,16 +63,10 @@ def test_autocast() -> None:
 
 
 def test_same_bits_with_any_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        leaves = [draw(1, n, 20, seed=n).requires_grad_() for n in (300, 500)]
-        loss = info_nce(*leaves, torch.arange(300), impl="native")
-        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    sides = [draw(1, n, 20, seed=n) for n in (300, 500)]
+    assert_same_bits_with_any_number_of_threads(
+        lambda: gradients(lambda a, b: info_nce(a, b, torch.arange(300), impl="native"), sides)
+    )
 
 
 def test_an_index_out_of_range_is_refused_by_the_operator() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve
 from anomem.testing import compare, draw
+from tests.native.invariances import assert_compiles_for_any_number_of_rows, assert_same_bits_with_any_number_of_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # N, M, d, dv (0: the normalised prototypes are the values), normalize. Every N, M and d meets a tail of some block: of
@@ -129,14 +130,7 @@ def test_double_backward() -> None:
 
 @pytest.mark.parametrize("sizes", [(5, 3, 7, 4), (1300, 70, 24, 0), (300, 600, 33, 9)])
 def test_same_bits_with_any_number_of_threads(sizes: tuple[int, int, int, int]) -> None:
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3, 1):
-        torch.set_num_threads(count)
-        results.append(both_passes(tensors(*sizes)))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    assert_same_bits_with_any_number_of_threads(lambda: both_passes(tensors(*sizes)))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -188,13 +182,7 @@ def test_compiles_in_one_graph_with_any_number_of_queries() -> None:
         out, lse = hopfield_retrieve(query, prototypes, return_lse=True, impl="native")
         return (out**2).sum() + lse.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    prototypes = draw(9, 8, seed=2).requires_grad_()
-    for n in (4, 7, 30):
-        query = draw(n, 8, seed=1).requires_grad_()
-        expected = torch.autograd.grad(loss(query, prototypes), (query, prototypes))
-        got = torch.autograd.grad(compiled(query, prototypes), (query, prototypes))
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert_compiles_for_any_number_of_rows(loss, draw(9, 8, seed=2))
 
 
 def test_autocast() -> None:
