@@ -70,7 +70,8 @@ def cpu_module() -> Extension:
     sanitize = os.environ.get("ANOMEM_SANITIZE")
     # Python is built with -fwrapv and hands it on, which would hide signed overflow from the sanitizer.
     debug = ["-g1", "-O1", "-fno-wrapv", "-fno-omit-frame-pointer"]
-    flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3"]
+    # -g0: Python hands on -g too, and nine tenths of the library would be about its own source.
+    flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"]
     return Extension(
         "anomem._C",
         sources=sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
@@ -108,6 +109,7 @@ def cuda_module() -> Extension:
         include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
         library_dirs=[*libraries, str(home / "lib64")],
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        language="c++",  # of the link: .cu says nothing to setuptools, which would leave libstdc++ out
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden"],
