@@ -10,16 +10,15 @@ from torch import Tensor
 from anomem.ops import batching, composite
 from anomem.ops.library import accumulator, define, empty, implement_with_triton
 
-# A backend's forward returns the loss, the lse of each row and what its backward needs of the norms. The native one
-# makes the normalised rows again from the rows themselves; the Triton one keeps them, in the rows' dtype.
+# A forward returns the loss and what its backward wants. Triton: the lse of each row, the normalised rows and 1/norm.
+# Native: a total of each row (its lse, or the sum that this is the logarithm of) and 1/norm, because the backward makes
+# the normalised rows again from the rows themselves.
 _TEMPERATURE = "Tensor? temperature, float tau"
-_NT_XENT = f"(Tensor z, Tensor z_pair, {_TEMPERATURE}) -> (Tensor rows, Tensor lse, "
-_NT_XENT_GRADIENTS = f"Tensor lse, {_TEMPERATURE}) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)"
+_NT_XENT = f"(Tensor z, Tensor z_pair, {_TEMPERATURE}) -> (Tensor rows, "
+_NT_XENT_GRADIENTS = f"{_TEMPERATURE}) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)"
 _INFO_NCE_INDEX = "Tensor positive, Tensor? exclude"
-_INFO_NCE = f"(Tensor rows, Tensor columns, {_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor loss, Tensor lse, "
-_INFO_NCE_GRADIENTS = (
-    f"Tensor lse, {_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor drows, Tensor dcolumns, Tensor dtemperature)"
-)
+_INFO_NCE = f"(Tensor rows, Tensor columns, {_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor loss, "
+_INFO_NCE_GRADIENTS = f"{_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor drows, Tensor dcolumns, Tensor dtemperature)"
 
 
 def _gradients_fake(first: Tensor, second: Tensor, lse: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
@@ -33,9 +32,9 @@ def _native_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, 
 
 
 def _native_nt_xent_gradients_fake(
-    drows: Tensor, z: Tensor, z_pair: Tensor, inv_norm: Tensor, lse: Tensor, temperature: Tensor | None, tau: float
+    drows: Tensor, z: Tensor, z_pair: Tensor, inv_norm: Tensor, total: Tensor, temperature: Tensor | None, tau: float
 ) -> tuple[Tensor, ...]:
-    return _gradients_fake(z, z_pair, lse, temperature)
+    return _gradients_fake(z, z_pair, total, temperature)
 
 
 def _triton_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, ...]:
@@ -63,13 +62,13 @@ def _native_info_nce_gradients_fake(
     columns: Tensor,
     inv_norm_rows: Tensor,
     inv_norm_columns: Tensor,
-    lse: Tensor,
+    total: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
     temperature: Tensor | None,
     tau: float,
 ) -> tuple[Tensor, ...]:
-    return _gradients_fake(rows, columns, lse, temperature)
+    return _gradients_fake(rows, columns, total, temperature)
 
 
 def _triton_info_nce_fake(
@@ -80,29 +79,29 @@ def _triton_info_nce_fake(
 
 
 _NORMS, _UNITS = "Tensor inv_norm_rows, Tensor inv_norm_columns", "Tensor unit_rows, Tensor unit_columns"
-define("native_nt_xent_fwd", f"{_NT_XENT}Tensor inv_norm)", _native_nt_xent_fake)
+define("native_nt_xent_fwd", f"{_NT_XENT}Tensor total, Tensor inv_norm)", _native_nt_xent_fake)
 define(
     "native_nt_xent_bwd",
-    f"(Tensor drows, Tensor z, Tensor z_pair, Tensor inv_norm, {_NT_XENT_GRADIENTS}",
+    f"(Tensor drows, Tensor z, Tensor z_pair, Tensor inv_norm, Tensor total, {_NT_XENT_GRADIENTS}",
     _native_nt_xent_gradients_fake,
 )
-define("triton_nt_xent_fwd", f"{_NT_XENT}Tensor unit, Tensor inv_norm)", _triton_nt_xent_fake)
+define("triton_nt_xent_fwd", f"{_NT_XENT}Tensor lse, Tensor unit, Tensor inv_norm)", _triton_nt_xent_fake)
 define(
     "triton_nt_xent_bwd",
-    f"(Tensor drows, Tensor unit, Tensor inv_norm, {_NT_XENT_GRADIENTS}",
+    f"(Tensor drows, Tensor unit, Tensor inv_norm, Tensor lse, {_NT_XENT_GRADIENTS}",
     _triton_nt_xent_gradients_fake,
 )
-define("native_info_nce_fwd", f"{_INFO_NCE}{_NORMS})", _native_info_nce_fake)
+define("native_info_nce_fwd", f"{_INFO_NCE}Tensor total, {_NORMS})", _native_info_nce_fake)
 define(
     "native_info_nce_bwd",
-    f"(Tensor dloss, Tensor rows, Tensor columns, {_NORMS}, {_INFO_NCE_GRADIENTS}",
+    f"(Tensor dloss, Tensor rows, Tensor columns, {_NORMS}, Tensor total, {_INFO_NCE_GRADIENTS}",
     _native_info_nce_gradients_fake,
 )
-define("triton_info_nce_fwd", f"{_INFO_NCE}{_UNITS}, {_NORMS})", _triton_info_nce_fake)
-# Its gradients have the shapes of the units, which stand where the native operator has the rows.
+define("triton_info_nce_fwd", f"{_INFO_NCE}Tensor lse, {_UNITS}, {_NORMS})", _triton_info_nce_fake)
+# Its units and lse stand where the native operator has the rows and their totals, and have the same shapes.
 define(
     "triton_info_nce_bwd",
-    f"(Tensor dloss, {_UNITS}, {_NORMS}, {_INFO_NCE_GRADIENTS}",
+    f"(Tensor dloss, {_UNITS}, {_NORMS}, Tensor lse, {_INFO_NCE_GRADIENTS}",
     _native_info_nce_gradients_fake,
 )
 for _operator in ("nt_xent", "info_nce"):
@@ -172,7 +171,7 @@ class _NTXent(torch.autograd.Function):
     def backward(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if drows is None:
             return (None,) * 5
-        z, z_pair, temperature, lse, *kept = ctx.saved_tensors
+        z, z_pair, temperature, total, *kept = ctx.saved_tensors
         if composite.wants_graph():
             grads = composite.differentiable_gradients(
                 _nt_xent_composite(ctx.tau), (z, z_pair, temperature), ctx.needs_input_grad[:3], (drows,)
@@ -181,9 +180,9 @@ class _NTXent(torch.autograd.Function):
         operators = torch.ops.anomem
         drows = drows.contiguous()
         if ctx.backend == "native":
-            gradients = operators.native_nt_xent_bwd(drows, z, z_pair, *kept, lse, temperature, ctx.tau)
+            gradients = operators.native_nt_xent_bwd(drows, z, z_pair, *kept, total, temperature, ctx.tau)
         else:
-            gradients = operators.triton_nt_xent_bwd(drows, *kept, lse, temperature, ctx.tau)
+            gradients = operators.triton_nt_xent_bwd(drows, *kept, total, temperature, ctx.tau)
         dz, dz_pair, dtemperature = gradients
         return dz, dz_pair, None if temperature is None else dtemperature, None, None
 
@@ -222,7 +221,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return (None,) * 7
-        rows, columns, positive, exclude, temperature, lse, *kept = ctx.saved_tensors
+        rows, columns, positive, exclude, temperature, total, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if composite.wants_graph():
             drows, dcolumns, dtemperature = composite.differentiable_gradients(
@@ -233,7 +232,7 @@ class _InfoNCE(torch.autograd.Function):
             )
             return drows, dcolumns, None, None, dtemperature, None, None
         operators = torch.ops.anomem
-        rest = (*kept, lse, positive, exclude, temperature, ctx.tau)
+        rest = (*kept, total, positive, exclude, temperature, ctx.tau)
         if ctx.backend == "native":
             gradients = operators.native_info_nce_bwd(dloss.contiguous(), rows, columns, *rest)
         else:

@@ -102,29 +102,29 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor
                                                    const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
-  Tensor loss = views.per_row(rows), lse = views.per_row(rows), inv_norm = views.per_row(rows);
+  Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, cpu::nt_xent_forward_workspace(rows, views.features)}, views.sums);
   cpu::nt_xent_forward({views.type, groups, batch, views.features, temperature_of(temperature, tau),
-                        {views.rows[0], views.rows[1]}, loss.mutable_data_ptr(), lse.mutable_data_ptr(),
+                        {views.rows[0], views.rows[1]}, loss.mutable_data_ptr(), total.mutable_data_ptr(),
                         inv_norm.mutable_data_ptr(), workspace.mutable_data_ptr(), wave});
-  return {loss, lse, inv_norm};
+  return {loss, total, inv_norm};
 }
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& dloss, const Tensor& z, const Tensor& z_pair,
-                                                    const Tensor& inv_norm, const Tensor& lse,
+                                                    const Tensor& inv_norm, const Tensor& total,
                                                     const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
   check_per_row(dloss, "drows", views.sums, groups, rows);
   check_per_row(inv_norm, "inv_norm", views.sums, groups, rows);
-  check_per_row(lse, "lse", views.sums, groups, rows);
+  check_per_row(total, "total", views.sums, groups, rows);
   const double value = temperature_of(temperature, tau);
   Tensor dz = views.gradient(0), dz_pair = views.gradient(1), along = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, cpu::nt_xent_backward_workspace(rows, views.features)}, views.sums);
   cpu::nt_xent_backward({views.type, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
-                         dloss.const_data_ptr(), lse.const_data_ptr(), inv_norm.const_data_ptr(),
+                         dloss.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
                          {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()}, along.mutable_data_ptr(),
                          workspace.mutable_data_ptr(), wave});
   // Each similarity counts in both of its rows.
@@ -138,27 +138,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, 
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   check_index(positive, "positive", r, c);
   if (exclude.has_value()) check_index(*exclude, "exclude", r, c);
-  Tensor loss = sides.per_row(r), lse = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
+  Tensor loss = sides.per_row(r), total = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   Tensor workspace = empty({wave, cpu::info_nce_forward_workspace(r, c, sides.features)}, sides.sums);
   cpu::info_nce_forward({sides.type, groups, {r, c}, sides.features, temperature_of(temperature, tau),
                          {sides.rows[0], sides.rows[1]}, positive.const_data_ptr<int64_t>(),
                          exclude.has_value() ? exclude->const_data_ptr<int64_t>() : nullptr,
-                         loss.mutable_data_ptr(), lse.mutable_data_ptr(),
+                         loss.mutable_data_ptr(), total.mutable_data_ptr(),
                          {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()},
                          workspace.mutable_data_ptr(), wave});
-  return {loss, lse, inv_rows, inv_columns};
+  return {loss, total, inv_rows, inv_columns};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns,
                                                      const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
-                                                     const Tensor& lse, const Tensor& positive,
+                                                     const Tensor& total, const Tensor& positive,
                                                      const OptionalTensor& exclude, const OptionalTensor& temperature,
                                                      double tau) {
   const Sides sides(rows, "rows", columns, "columns");
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   check_per_row(dloss, "dloss", sides.sums, groups, r);
-  check_per_row(lse, "lse", sides.sums, groups, r);
+  check_per_row(total, "total", sides.sums, groups, r);
   check_per_row(inv_norm_rows, "inv_norm_rows", sides.sums, groups, r);
   check_per_row(inv_norm_columns, "inv_norm_columns", sides.sums, groups, c);
   check_index(positive, "positive", r, c);
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   Tensor workspace = empty({wave, cpu::info_nce_backward_workspace(r, c, sides.features)}, sides.sums);
   cpu::info_nce_backward({sides.type, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
-                          dloss.const_data_ptr(), lse.const_data_ptr(),
+                          dloss.const_data_ptr(), total.const_data_ptr(),
                           {inv_norm_rows.const_data_ptr(), inv_norm_columns.const_data_ptr()},
                           positive.const_data_ptr<int64_t>(),
                           exclude.has_value() ? exclude->const_data_ptr<int64_t>() : nullptr,

@@ -8,6 +8,8 @@
 
 namespace anomem::cpu {
 
+// `total` is what the forward leaves for the backward to make P of: see finish_row in contrast_tile.h.
+
 // Rows [G, count, d] of unit inner stride.
 struct Rows {
   const void* data;  // S
@@ -19,7 +21,7 @@ struct NtXentForward {
   int64_t groups, batch, features;
   double tau;
   Rows view[2];                   // [G, B, d] each
-  void *loss, *lse, *inv_norm;    // T [G, 2B]
+  void *loss, *total, *inv_norm;    // T [G, 2B]
   void* workspace;                // T [wave, nt_xent_forward_workspace]
   int64_t wave;                   // groups that are worked on together
 };
@@ -29,7 +31,7 @@ struct NtXentBackward {
   int64_t groups, batch, features;
   double tau;
   Rows view[2];                        // [G, B, d] each
-  const void *dloss, *lse, *inv_norm;  // T [G, 2B]
+  const void *dloss, *total, *inv_norm;  // T [G, 2B]
   void* dview[2];                      // S [G, B, d], contiguous
   void* along;                         // T [G, 2B]: (1/tau) dU_i·u_i, of which the temperature's gradient is made
   void* workspace;                     // T [wave, nt_xent_backward_workspace]
@@ -42,7 +44,7 @@ struct InfoNceForward {
   double tau;
   Rows side[2];                        // [G, R, d] and [G, C, d]
   const int64_t *positive, *exclude;   // [R]; exclude may be null
-  void *loss, *lse;                    // T [G, R]
+  void *loss, *total;                    // T [G, R]
   void* inv_norm[2];                   // T [G, R] and [G, C]
   void* workspace;                     // T [wave, info_nce_forward_workspace]
   int64_t wave;
@@ -53,7 +55,7 @@ struct InfoNceBackward {
   int64_t groups, count[2], features;
   double tau;
   Rows side[2];
-  const void *dloss, *lse;             // T [G, R]
+  const void *dloss, *total;             // T [G, R]
   const void* inv_norm[2];
   const int64_t *positive, *exclude;
   void* dside[2];                      // S [G, R, d] and [G, C, d], contiguous

@@ -41,7 +41,7 @@ struct InfoNceForwardRun {
                     row_padding);
   }
 
-  // Loss and lse of one tile of rows.
+  // Loss and total of one tile of rows.
   void reduce(int64_t group, int64_t place, int64_t index) const {
     const Span mine(index, tile, rows);
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
@@ -59,20 +59,30 @@ struct InfoNceForwardRun {
         merge_sum(scale.fixed_shift, sum + i, peak + i, sums.row_sum[i], sums.row_peak[i]);
     }
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
-    T* lse = static_cast<T*>(arguments.lse) + group * rows;
-    for (int64_t i = 0; i < mine.count; ++i) {
-      const int64_t row = mine.first + i, positive = arguments.positive[row];
-      const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
-      const double logit = hidden ? -INFINITY
-                                  : unit_product(x(group, 0, row), inv_norm(group, 0, row), x(group, 1, positive),
-                                                 inv_norm(group, 1, positive), features) /
-                                        arguments.tau;
-      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak[i]);
-      // One visible column: it is the positive, and the loss is exactly 0.
-      const double exact = visible() == 1 && !hidden ? logit : shift + std::log(double(sum[i]));
-      lse[row] = T(exact);
-      loss[row] = T(exact - logit);
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    for (int64_t start = 0; start < mine.count; start += row_padding) {
+      const int64_t count = mine.count - start < row_padding ? mine.count - start : row_padding;
+      const int64_t first = mine.first + start;
+      T terms[row_padding];
+      find_positives(group, place, first, count, terms);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == arguments.positive[row];
+        if (hidden) terms[i] = scale.fixed_shift ? T(0) : -T(INFINITY);
+        finish_row(scale, sum[start + i], peak[start + i], terms[i], visible() == 1 && !hidden, loss + row, total + row);
+      }
     }
+  }
+
+  // `positive_terms` of the rows first … first + count.
+  void find_positives(int64_t group, int64_t place, int64_t first, int64_t count, T* terms) const {
+    Buffer<T> unit(count * features), positives(row_padding * features);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t positive = arguments.positive[first + i];
+      scaled_copy(x(group, 1, positive), features, inv_norm(group, 1, positive), unit.data() + i * features);
+    }
+    pack_transposed(unit.data(), features, count, features, positives.data(), row_padding);
+    positive_terms(scale, features, packed(place, 0) + first * features, positives.data(), terms);
   }
 
   int64_t visible() const { return columns - (arguments.exclude != nullptr); }
@@ -130,11 +140,11 @@ struct InfoNceBackwardRun {
     T* zeroed = gradient(place, side) + span.first * wide;
     for (int64_t i = 0; i < row_padding * wide; ++i) zeroed[i] = 0;
     if (side == 1) return;
-    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      lse(place)[i] = real ? lse_in[i] : T(0);
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+      lse(place)[i] = real ? total_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T(0);
     }
   }
 

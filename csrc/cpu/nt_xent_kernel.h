@@ -85,18 +85,18 @@ struct NtXentForwardRun {
   void finish(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
-    T* lse = static_cast<T*>(arguments.lse) + group * rows;
-    for (int64_t i = span.first; i < span.first + span.count; ++i) {
-      const int64_t positive = i < batch ? i + batch : i - batch;
-      // In double: the loss is a difference of two numbers that may be much larger.
-      const double logit =
-          unit_product(x(group, i), inv_norm(group, i), x(group, positive), inv_norm(group, positive), features) /
-          arguments.tau;
-      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak(place)[i]);
-      // One pair: the only other row is the positive, and the loss is exactly 0.
-      const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));
-      lse[i] = T(exact);
-      loss[i] = T(exact - logit);
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    Buffer<T> unit(span.count * features), positives(row_padding * features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i, positive = row < batch ? row + batch : row - batch;
+      scaled_copy(x(group, positive), features, inv_norm(group, positive), unit.data() + i * features);
+    }
+    pack_transposed(unit.data(), features, span.count, features, positives.data(), row_padding);
+    T terms[row_padding];
+    positive_terms(scale, features, packed(place) + span.first * features, positives.data(), terms);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i;
+      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], rows == 2, loss + row, total + row);
     }
   }
 
@@ -135,7 +135,7 @@ struct NtXentBackwardRun {
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
-    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     Buffer<T> unit(span.count * features);
     for (int64_t i = 0; i < span.count; ++i)
       scaled_copy(x(group, span.first + i), features, inv_norm(group, span.first + i), unit.data() + i * features);
@@ -144,8 +144,8 @@ struct NtXentBackwardRun {
          padded * Block<T>::width, row_padding);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      lse(place)[i] = real ? lse_in[i] : T(0);
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+      lse(place)[i] = real ? total_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T(0);
       for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
     }
   }

@@ -27,19 +27,6 @@ inline accumulator_t<S> inverse_norm(const S* x, int64_t features) {
   return accumulator_t<S>(length <= 1e-12 ? 0.0 : 1.0 / length);
 }
 
-// The cosine of two rows.
-template <class S>
-inline accumulator_t<S> unit_product(const S* x, accumulator_t<S> x_inv_norm, const S* y, accumulator_t<S> y_inv_norm,
-                                     int64_t features) {
-  using T = accumulator_t<S>;
-  vec<T> sum[2] = {};
-  for_vectors<T>(features, [&](int64_t p, int64_t count) {
-    vec<T>& half = sum[p / lanes<T> % 2];
-    half = multiply_add(load_some(x + p, count) * x_inv_norm, load_some(y + p, count) * y_inv_norm, half);
-  });
-  return sum_lanes<T>(sum[0] + sum[1]);
-}
-
 // dx = (dy − u (u·dy)) / |x| for dy = scale · gradient; a zero row gets 0. Returns u·dy.
 template <class S>
 inline accumulator_t<S> unnormalize_gradient(const accumulator_t<S>* gradient, accumulator_t<S> scale, const S* x,
@@ -61,8 +48,8 @@ inline accumulator_t<S> unnormalize_gradient(const accumulator_t<S>* gradient, a
 
 // What a row weighs in the backward, see RowWeights.
 template <class T>
-inline T row_weight(bool fixed_shift, T shift, T dloss, T lse) {
-  return fixed_shift ? T(double(dloss) * std::exp2(double(shift) - double(lse) * log2e<double>)) : dloss;
+inline T row_weight(bool fixed_shift, T dloss, T total) {
+  return fixed_shift ? dloss / total : dloss;
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA
