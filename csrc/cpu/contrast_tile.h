@@ -26,7 +26,7 @@ struct Scale {
 
   explicit Scale(double tau) {
     const double base2 = log2e<double> / tau;
-    fixed_shift = tau > 0 && 2 * base2 <= double(-exp2_lowest<T>) - 26;
+    fixed_shift = tau > 0 && 2 * base2 + 1 <= double(-exp2_lowest<T>) - 26;
     factor = T(fixed_shift ? base2 : 1 / tau);
     rest = T((fixed_shift ? base2 : 1 / tau) - double(factor));
     shift = fixed_shift ? int(base2) + 1 : 0;
