@@ -65,13 +65,14 @@ report: $(VENV)/.installed
 	$(PY) -m benchmarks.report
 
 # The module under test is a library inside Python, which is not instrumented: the sanitizers' runtime is loaded first,
-# and libstdc++ with it, without which it would not find the functions behind C++ exceptions.
+# and libstdc++ with it, without which it would not find the functions behind C++ exceptions. What a sanitizer says
+# before it ends the process must not be captured (--capture=sys).
 sanitize: $(VENV)/.installed
 	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force \
 	  --build-temp build/sanitized/objects --build-lib build/sanitized
 	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
-	  $(PY) -m pytest -p no:xdist tests/native
+	  $(PY) -m pytest -p no:xdist --capture=sys tests/native
 
 clean:
 	rm -rf build dist *.egg-info anomem/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

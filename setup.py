@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -27,6 +28,13 @@ TORCH_TARGET = "0x020b000000000000"
 
 class CannotBuild(Exception):
     """Why a module cannot be built on this machine."""
+
+
+class AnyPythonWheel(bdist_wheel):
+    """A wheel for one platform and any Python 3: the libraries know torch's C functions and nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 def extensions() -> tuple[list[Extension], Any]:
@@ -60,7 +68,10 @@ def cpu_module() -> Extension:
     if shutil.which(compiler.split()[0]) is None:
         raise CannotBuild(f"no C++ compiler ({compiler}) found, so the CPU kernels are left out")
     sanitize = os.environ.get("ANOMEM_SANITIZE")
-    flags = ["-g1", "-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+    # Python is built with -fwrapv and hands it on, which would hide signed overflow from the sanitizer.
+    debug = ["-g1", "-O1", "-fno-wrapv", "-fno-omit-frame-pointer"]
+    # -g0: Python hands on -g too, and nine tenths of the library would be about its own source.
+    flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"]
     return Extension(
         "anomem._C",
         sources=sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
@@ -98,6 +109,7 @@ def cuda_module() -> Extension:
         include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
         library_dirs=[*libraries, str(home / "lib64")],
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        language="c++",  # of the link: .cu says nothing to setuptools, which would leave libstdc++ out
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden"],
@@ -149,5 +161,5 @@ if __name__ == "__main__":
         package_dir={"anomem": "anomem", "anomem.kernels": "kernels"},
         package_data={"anomem": ["py.typed"]},
         ext_modules=ext_modules,
-        cmdclass={"build_ext": command},
+        cmdclass={"build_ext": command, "bdist_wheel": AnyPythonWheel},
     )

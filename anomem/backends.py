@@ -103,6 +103,15 @@ AUTO: tuple[Rule, ...] = (
         _float32,
     ),
     Rule(
+        "info_nce",
+        "cpu",
+        "native",
+        "float32 on the CPU",
+        "1.9 to 2.5 times as fast as eager, forward and backward, from R=C=128 to 1024 and 6 times at R=C=4096, d=128 "
+        "(2 threads, AVX-512)",
+        _float32,
+    ),
+    Rule(
         "gather",
         "cpu",
         "native",

@@ -110,7 +110,7 @@ def kernels(device: str) -> Suite:
 
 
 def grid(device: str) -> Suite:
-    """Retrieval and NT-Xent over a grid of sizes, and sampling at the size of a large map, with a compiler in each."""
+    """Retrieval, NT-Xent and InfoNCE over a grid of sizes, and sampling from a large map, with a compiler in each."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     cases = [
         case("nt_xent", G=groups, B=batch, d=d, dtype=dtype, group="grid")
@@ -122,6 +122,17 @@ def grid(device: str) -> Suite:
         for prototypes in (64, 512)
         for d in (64, 128, 256)
     ]
+    cases += [
+        case("info_nce", R=rows, C=columns, d=128, dtype=dtype, group="grid")
+        for rows, columns in ((128, 128), (1024, 1024), (512, 4096))
+    ]
+    if device != "cuda":
+        cases += [
+            case("nt_xent", G=8, B=256, d=128, dtype="bfloat16", group="grid"),
+            case("info_nce", R=1024, C=1024, d=128, dtype="bfloat16", group="grid"),
+            case("retrieve", N=1024, M=64, d=128, B=128, dtype="bfloat16", group="grid"),
+            case("retrieve", N=8192, M=512, d=128, B=128, dtype="bfloat16", group="grid"),
+        ]
     cases.append(case("sample", B=256, C=256, H=16, n=64, dtype=dtype, group="grid"))
     return Suite("grid", tuple(cases), seconds=0.25, call_seconds=3.0)
 

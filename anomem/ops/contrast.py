@@ -10,90 +10,101 @@ from torch import Tensor
 from anomem.ops import batching, composite
 from anomem.ops.library import accumulator, define, empty, implement_with_triton
 
-# `unit` and `inv_norm` are what the same backend's backward reads: unit rows and 1/|row|. In Triton unit rows up
-# to a factor between 1 and 2, which it finds in 1/|row| (see `anomem.kernels.contrast_rows`).
-_NT_XENT_FORWARD = (
-    "(Tensor z, Tensor z_pair, Tensor? temperature, float tau) -> "
-    "(Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm)"
-)
-_NT_XENT_BACKWARD = (
-    "(Tensor drows, Tensor unit, Tensor inv_norm, Tensor lse, Tensor? temperature, float tau) -> "
-    "(Tensor dz, Tensor dz_pair, Tensor dtemperature)"
-)
-_INFO_NCE_FORWARD = (
-    "(Tensor rows, Tensor columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
-    "(Tensor loss, Tensor lse, Tensor unit_rows, Tensor unit_columns, Tensor inv_norm_rows, Tensor inv_norm_columns)"
-)
-_INFO_NCE_BACKWARD = (
-    "(Tensor dloss, Tensor unit_rows, Tensor unit_columns, Tensor inv_norm_rows, Tensor inv_norm_columns, Tensor lse, "
-    "Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
-    "(Tensor drows, Tensor dcolumns, Tensor dtemperature)"
-)
+# A forward returns the loss and what its backward wants. Triton: the lse of each row, the unit rows up to a factor
+# between 1 and 2, and 1/norm, in which it finds that factor (see `anomem.kernels.contrast_rows`).
+# Native: a total of each row (its lse, or the sum that this is the logarithm of) and 1/norm, because the backward makes
+# the normalised rows again from the rows themselves.
+_TEMPERATURE = "Tensor? temperature, float tau"
+_NT_XENT = f"(Tensor z, Tensor z_pair, {_TEMPERATURE}) -> (Tensor rows, "
+_NT_XENT_GRADIENTS = f"{_TEMPERATURE}) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)"
+_INFO_NCE_INDEX = "Tensor positive, Tensor? exclude"
+_INFO_NCE = f"(Tensor rows, Tensor columns, {_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor loss, "
+_INFO_NCE_GRADIENTS = f"{_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor drows, Tensor dcolumns, Tensor dtemperature)"
 
 
-def _nt_xent_forward_fake(
-    z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups, batch, features = z.shape
-    dtype = accumulator(z)
-    rows = (groups, 2 * batch)
-    return (
-        empty(z, *rows, dtype=dtype),
-        empty(z, *rows, dtype=dtype),
-        empty(z, *rows, features),
-        empty(z, *rows, dtype=dtype),
-    )
-
-
-def _nt_xent_backward_fake(
-    drows: Tensor, unit: Tensor, inv_norm: Tensor, lse: Tensor, temperature: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, rows, features = unit.shape
+def _gradients_fake(first: Tensor, second: Tensor, lse: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
     dtemperature = empty(lse, 0) if temperature is None else empty(lse)
-    return empty(unit, groups, rows // 2, features), empty(unit, groups, rows // 2, features), dtemperature
+    return empty(first, *first.shape), empty(second, *second.shape), dtemperature
 
 
-def _info_nce_forward_fake(
+def _native_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, ...]:
+    groups, batch, _ = z.shape
+    return tuple(empty(z, groups, 2 * batch, dtype=accumulator(z)) for _ in range(3))
+
+
+def _native_nt_xent_gradients_fake(
+    drows: Tensor, z: Tensor, z_pair: Tensor, inv_norm: Tensor, total: Tensor, temperature: Tensor | None, tau: float
+) -> tuple[Tensor, ...]:
+    return _gradients_fake(z, z_pair, total, temperature)
+
+
+def _triton_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, ...]:
+    groups, batch, features = z.shape
+    rows, lse, inv_norm = _native_nt_xent_fake(z, z_pair, temperature, tau)
+    return rows, lse, empty(z, groups, 2 * batch, features), inv_norm
+
+
+def _triton_nt_xent_gradients_fake(
+    drows: Tensor, unit: Tensor, inv_norm: Tensor, lse: Tensor, temperature: Tensor | None, tau: float
+) -> tuple[Tensor, ...]:
+    views = unit[:, : unit.shape[1] // 2]
+    return _gradients_fake(views, views, lse, temperature)
+
+
+def _native_info_nce_fake(
+    rows: Tensor, columns: Tensor, positive: Tensor, exclude: Tensor | None, temperature: Tensor | None, tau: float
+) -> tuple[Tensor, ...]:
+    return tuple(empty(rows, *x.shape[:2], dtype=accumulator(rows)) for x in (rows, rows, rows, columns))
+
+
+def _native_info_nce_gradients_fake(
+    dloss: Tensor,
     rows: Tensor,
     columns: Tensor,
-    positive: Tensor,
-    exclude: Tensor | None,
-    temperature: Tensor | None,
-    tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulator(rows)
-    per_row, per_column = rows.shape[:2], columns.shape[:2]
-    return (
-        empty(rows, *per_row, dtype=dtype),
-        empty(rows, *per_row, dtype=dtype),
-        empty(rows, *rows.shape),
-        empty(columns, *columns.shape),
-        empty(rows, *per_row, dtype=dtype),
-        empty(rows, *per_column, dtype=dtype),
-    )
-
-
-def _info_nce_backward_fake(
-    dloss: Tensor,
-    unit_rows: Tensor,
-    unit_columns: Tensor,
     inv_norm_rows: Tensor,
     inv_norm_columns: Tensor,
-    lse: Tensor,
+    total: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
     temperature: Tensor | None,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtemperature = empty(lse, 0) if temperature is None else empty(lse)
-    return empty(unit_rows, *unit_rows.shape), empty(unit_columns, *unit_columns.shape), dtemperature
+) -> tuple[Tensor, ...]:
+    return _gradients_fake(rows, columns, total, temperature)
 
 
-for _backend in ("native", "triton"):
-    define(f"{_backend}_nt_xent_fwd", _NT_XENT_FORWARD, _nt_xent_forward_fake)
-    define(f"{_backend}_nt_xent_bwd", _NT_XENT_BACKWARD, _nt_xent_backward_fake)
-    define(f"{_backend}_info_nce_fwd", _INFO_NCE_FORWARD, _info_nce_forward_fake)
-    define(f"{_backend}_info_nce_bwd", _INFO_NCE_BACKWARD, _info_nce_backward_fake)
+def _triton_info_nce_fake(
+    rows: Tensor, columns: Tensor, positive: Tensor, exclude: Tensor | None, temperature: Tensor | None, tau: float
+) -> tuple[Tensor, ...]:
+    loss, lse, *inv_norms = _native_info_nce_fake(rows, columns, positive, exclude, temperature, tau)
+    return loss, lse, empty(rows, *rows.shape), empty(columns, *columns.shape), *inv_norms
+
+
+_NORMS, _UNITS = "Tensor inv_norm_rows, Tensor inv_norm_columns", "Tensor unit_rows, Tensor unit_columns"
+define("native_nt_xent_fwd", f"{_NT_XENT}Tensor total, Tensor inv_norm)", _native_nt_xent_fake)
+define(
+    "native_nt_xent_bwd",
+    f"(Tensor drows, Tensor z, Tensor z_pair, Tensor inv_norm, Tensor total, {_NT_XENT_GRADIENTS}",
+    _native_nt_xent_gradients_fake,
+)
+define("triton_nt_xent_fwd", f"{_NT_XENT}Tensor lse, Tensor unit, Tensor inv_norm)", _triton_nt_xent_fake)
+define(
+    "triton_nt_xent_bwd",
+    f"(Tensor drows, Tensor unit, Tensor inv_norm, Tensor lse, {_NT_XENT_GRADIENTS}",
+    _triton_nt_xent_gradients_fake,
+)
+define("native_info_nce_fwd", f"{_INFO_NCE}Tensor total, {_NORMS})", _native_info_nce_fake)
+define(
+    "native_info_nce_bwd",
+    f"(Tensor dloss, Tensor rows, Tensor columns, {_NORMS}, Tensor total, {_INFO_NCE_GRADIENTS}",
+    _native_info_nce_gradients_fake,
+)
+define("triton_info_nce_fwd", f"{_INFO_NCE}Tensor lse, {_UNITS}, {_NORMS})", _triton_info_nce_fake)
+# Its units and lse stand where the native operator has the rows and their totals, and have the same shapes.
+define(
+    "triton_info_nce_bwd",
+    f"(Tensor dloss, {_UNITS}, {_NORMS}, Tensor lse, {_INFO_NCE_GRADIENTS}",
+    _native_info_nce_gradients_fake,
+)
 for _operator in ("nt_xent", "info_nce"):
     implement_with_triton(f"triton_{_operator}_fwd", _operator, "forward")
     implement_with_triton(f"triton_{_operator}_bwd", _operator, "backward")
@@ -145,35 +156,35 @@ def info_nce(
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(
-        z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str) -> tuple[Tensor, ...]:
         operators = torch.ops.anomem
         run = operators.native_nt_xent_fwd if backend == "native" else operators.triton_nt_xent_fwd
-        rows, lse, unit, inv_norm = run(z, z_pair, temperature, tau)
-        return rows, lse, unit, inv_norm
+        return tuple(run(z, z_pair, temperature, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         z, z_pair, temperature, ctx.tau, ctx.backend = inputs
-        _, lse, unit, inv_norm = output
-        ctx.mark_non_differentiable(lse, unit, inv_norm)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, z_pair, temperature, lse, unit, inv_norm)
+        ctx.save_for_backward(z, z_pair, temperature, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if drows is None:
             return (None,) * 5
-        z, z_pair, temperature, lse, unit, inv_norm = ctx.saved_tensors
+        z, z_pair, temperature, total, *kept = ctx.saved_tensors
         if composite.wants_graph():
             grads = composite.differentiable_gradients(
                 _nt_xent_composite(ctx.tau), (z, z_pair, temperature), ctx.needs_input_grad[:3], (drows,)
             )
             return (*grads, None, None)
         operators = torch.ops.anomem
-        run = operators.native_nt_xent_bwd if ctx.backend == "native" else operators.triton_nt_xent_bwd
-        dz, dz_pair, dtemperature = run(drows.contiguous(), unit, inv_norm, lse, temperature, ctx.tau)
+        drows = drows.contiguous()
+        if ctx.backend == "native":
+            gradients = operators.native_nt_xent_bwd(drows, z, z_pair, *kept, total, temperature, ctx.tau)
+        else:
+            gradients = operators.triton_nt_xent_bwd(drows, *kept, total, temperature, ctx.tau)
+        dz, dz_pair, dtemperature = gradients
         return dz, dz_pair, None if temperature is None else dtemperature, None, None
 
     @staticmethod
@@ -211,7 +222,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return (None,) * 7
-        rows, columns, positive, exclude, temperature, lse, *unit = ctx.saved_tensors
+        rows, columns, positive, exclude, temperature, total, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if composite.wants_graph():
             drows, dcolumns, dtemperature = composite.differentiable_gradients(
@@ -222,8 +233,12 @@ class _InfoNCE(torch.autograd.Function):
             )
             return drows, dcolumns, None, None, dtemperature, None, None
         operators = torch.ops.anomem
-        run = operators.native_info_nce_bwd if ctx.backend == "native" else operators.triton_info_nce_bwd
-        drows, dcolumns, dtemperature = run(dloss.contiguous(), *unit, lse, positive, exclude, temperature, ctx.tau)
+        rest = (*kept, total, positive, exclude, temperature, ctx.tau)
+        if ctx.backend == "native":
+            gradients = operators.native_info_nce_bwd(dloss.contiguous(), rows, columns, *rest)
+        else:
+            gradients = operators.triton_info_nce_bwd(dloss.contiguous(), *rest)
+        drows, dcolumns, dtemperature = gradients
         return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None
 
     @staticmethod

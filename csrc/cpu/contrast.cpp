@@ -36,10 +36,11 @@ Tensor temperature_gradient(const OptionalTensor& temperature, const Tensor& alo
   return result;
 }
 
-void check_unit_stride(const Tensor& tensor, const char* name) {
+cpu::Rows rows_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 3, name, ": expected three axes");
   STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1 || tensor.numel() == 0, name,
                   ": expected rows of unit stride");
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
 // Kernels read [R] indices without a check of their own, so a value outside would read foreign memory.
@@ -61,120 +62,113 @@ int64_t wave_of(int64_t groups, int64_t items_per_group) {
   return cpu::groups_in_a_wave(groups, items_per_group > 0 ? items_per_group : 1, cpu::thread_count());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor& z_pair,
-                                                           const OptionalTensor& temperature, double tau) {
-  check_unit_stride(z, "z");
-  check_unit_stride(z_pair, "z_pair");
-  const int64_t groups = z.size(0), batch = z.size(1), features = z.size(2), rows = 2 * batch;
-  check_shape(z_pair, "z_pair", {groups, batch, features});
-  check_type(z_pair, "z_pair", z.scalar_type());
-  const cpu::Type type = type_of(z, "z");
-  const ScalarType sums = accumulator(type);
-  Tensor loss = empty({groups, rows}, sums), lse = empty({groups, rows}, sums);
-  Tensor unit = empty({groups, rows, features}, z.scalar_type()), inv_norm = empty({groups, rows}, sums);
-  const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Tensor workspace = empty({wave, cpu::nt_xent_forward_workspace(rows, features)}, sums);
-  cpu::nt_xent_forward({type, groups, batch, features, temperature_of(temperature, tau),
-                        {z.const_data_ptr(), z_pair.const_data_ptr()},
-                        {z.stride(0), z_pair.stride(0)}, {z.stride(1), z_pair.stride(1)},
-                        loss.mutable_data_ptr(), lse.mutable_data_ptr(), unit.mutable_data_ptr(),
-                        inv_norm.mutable_data_ptr(), workspace.mutable_data_ptr(), wave});
-  return {loss, lse, unit, inv_norm};
+// The sums of one row each, as the backward gets them.
+void check_per_row(const Tensor& tensor, const char* name, ScalarType type, int64_t groups, int64_t rows) {
+  check_type(tensor, name, type);
+  check_shape(tensor, name, {groups, rows});
+  check_contiguous(tensor, name);
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& dloss, const Tensor& unit, const Tensor& inv_norm,
-                                                    const Tensor& lse, const OptionalTensor& temperature, double tau) {
-  STD_TORCH_CHECK(unit.dim() == 3 && unit.size(1) % 2 == 0, "unit: expected [G, 2B, d]");
-  const int64_t groups = unit.size(0), rows = unit.size(1), features = unit.size(2);
-  const cpu::Type type = type_of(unit, "unit");
-  const ScalarType sums = accumulator(type);
-  check_contiguous(unit, "unit");
-  const struct {
-    const Tensor& tensor;
-    const char* name;
-  } per_row[] = {{dloss, "drows"}, {inv_norm, "inv_norm"}, {lse, "lse"}};
-  for (const auto& argument : per_row) {
-    check_type(argument.tensor, argument.name, sums);
-    check_shape(argument.tensor, argument.name, {groups, rows});
-    check_contiguous(argument.tensor, argument.name);
+// Two sets of rows, [G, R, d] and [G, C, d], with what every contrast checks and allocates for them.
+struct Sides {
+  cpu::Rows rows[2];
+  cpu::Type type;
+  ScalarType elements, sums;
+  int64_t groups, count[2], features;
+
+  Sides(const Tensor& first, const char* first_name, const Tensor& second, const char* second_name)
+      : rows{rows_of(first, first_name), rows_of(second, second_name)},
+        type(type_of(first, first_name)),
+        elements(first.scalar_type()),
+        sums(accumulator(type)),
+        groups(first.size(0)),
+        count{first.size(1), second.size(1)},
+        features(first.size(2)) {
+    check_shape(second, second_name, {groups, count[1], features});
+    check_type(second, second_name, elements);
   }
-  const double value = temperature_of(temperature, tau);
-  Tensor dz = empty({groups, rows / 2, features}, unit.scalar_type());
-  Tensor dz_pair = empty({groups, rows / 2, features}, unit.scalar_type());
-  Tensor along = empty({groups, rows}, sums);
+
+  Tensor per_row(int64_t rows) const { return empty({groups, rows}, sums); }
+  Tensor gradient(int side) const { return empty({groups, count[side], features}, elements); }
+};
+
+Sides views_of(const Tensor& z, const Tensor& z_pair) {
+  const Sides views(z, "z", z_pair, "z_pair");
+  STD_TORCH_CHECK(views.count[0] == views.count[1], "z_pair: expected as many rows as in z");
+  return views;
+}
+
+std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor& z_pair,
+                                                   const OptionalTensor& temperature, double tau) {
+  const Sides views = views_of(z, z_pair);
+  const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
+  Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Tensor workspace = empty({wave, cpu::nt_xent_backward_workspace(rows, features)}, sums);
-  cpu::nt_xent_backward({type, groups, rows / 2, features, value, dloss.const_data_ptr(), lse.const_data_ptr(),
-                         inv_norm.const_data_ptr(), unit.const_data_ptr(),
+  Tensor workspace = empty({wave, cpu::nt_xent_forward_workspace(rows, views.features)}, views.sums);
+  cpu::nt_xent_forward({views.type, groups, batch, views.features, temperature_of(temperature, tau),
+                        {views.rows[0], views.rows[1]}, loss.mutable_data_ptr(), total.mutable_data_ptr(),
+                        inv_norm.mutable_data_ptr(), workspace.mutable_data_ptr(), wave});
+  return {loss, total, inv_norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& dloss, const Tensor& z, const Tensor& z_pair,
+                                                    const Tensor& inv_norm, const Tensor& total,
+                                                    const OptionalTensor& temperature, double tau) {
+  const Sides views = views_of(z, z_pair);
+  const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
+  check_per_row(dloss, "drows", views.sums, groups, rows);
+  check_per_row(inv_norm, "inv_norm", views.sums, groups, rows);
+  check_per_row(total, "total", views.sums, groups, rows);
+  const double value = temperature_of(temperature, tau);
+  Tensor dz = views.gradient(0), dz_pair = views.gradient(1), along = views.per_row(rows);
+  const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
+  Tensor workspace = empty({wave, cpu::nt_xent_backward_workspace(rows, views.features)}, views.sums);
+  cpu::nt_xent_backward({views.type, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
+                         dloss.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
                          {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()}, along.mutable_data_ptr(),
                          workspace.mutable_data_ptr(), wave});
   // Each similarity counts in both of its rows.
   return {dz, dz_pair, temperature_gradient(temperature, along, value, 0.5)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
-    const Tensor& rows, const Tensor& columns, const Tensor& positive, const OptionalTensor& exclude,
-    const OptionalTensor& temperature, double tau) {
-  STD_TORCH_CHECK(rows.dim() == 3 && columns.dim() == 3, "rows, columns: expected [G, R, d] and [G, C, d]");
-  const int64_t groups = rows.size(0), features = rows.size(2), r = rows.size(1), c = columns.size(1);
-  check_shape(columns, "columns", {groups, c, features});
-  check_type(columns, "columns", rows.scalar_type());
-  check_contiguous(rows, "rows");
-  check_contiguous(columns, "columns");
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, const Tensor& columns,
+                                                            const Tensor& positive, const OptionalTensor& exclude,
+                                                            const OptionalTensor& temperature, double tau) {
+  const Sides sides(rows, "rows", columns, "columns");
+  const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   check_index(positive, "positive", r, c);
   if (exclude.has_value()) check_index(*exclude, "exclude", r, c);
-  const cpu::Type type = type_of(rows, "rows");
-  const ScalarType sums = accumulator(type);
-  Tensor loss = empty({groups, r}, sums), lse = empty({groups, r}, sums);
-  Tensor unit_rows = empty({groups, r, features}, rows.scalar_type());
-  Tensor unit_columns = empty({groups, c, features}, rows.scalar_type());
-  Tensor inv_rows = empty({groups, r}, sums), inv_columns = empty({groups, c}, sums);
+  Tensor loss = sides.per_row(r), total = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  Tensor workspace = empty({wave, cpu::info_nce_forward_workspace(r, c, features)}, sums);
-  cpu::info_nce_forward({type, groups, {r, c}, features, temperature_of(temperature, tau),
-                         {rows.const_data_ptr(), columns.const_data_ptr()}, positive.const_data_ptr<int64_t>(),
+  Tensor workspace = empty({wave, cpu::info_nce_forward_workspace(r, c, sides.features)}, sides.sums);
+  cpu::info_nce_forward({sides.type, groups, {r, c}, sides.features, temperature_of(temperature, tau),
+                         {sides.rows[0], sides.rows[1]}, positive.const_data_ptr<int64_t>(),
                          exclude.has_value() ? exclude->const_data_ptr<int64_t>() : nullptr,
-                         loss.mutable_data_ptr(), lse.mutable_data_ptr(),
-                         {unit_rows.mutable_data_ptr(), unit_columns.mutable_data_ptr()},
+                         loss.mutable_data_ptr(), total.mutable_data_ptr(),
                          {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()},
                          workspace.mutable_data_ptr(), wave});
-  return {loss, lse, unit_rows, unit_columns, inv_rows, inv_columns};
+  return {loss, total, inv_rows, inv_columns};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_backward(
-    const Tensor& dloss, const Tensor& unit_rows, const Tensor& unit_columns, const Tensor& inv_norm_rows,
-    const Tensor& inv_norm_columns, const Tensor& lse, const Tensor& positive, const OptionalTensor& exclude,
-    const OptionalTensor& temperature, double tau) {
-  STD_TORCH_CHECK(unit_rows.dim() == 3 && unit_columns.dim() == 3, "unit_rows, unit_columns: expected three axes");
-  const int64_t groups = unit_rows.size(0), features = unit_rows.size(2);
-  const int64_t r = unit_rows.size(1), c = unit_columns.size(1);
-  const cpu::Type type = type_of(unit_rows, "unit_rows");
-  const ScalarType sums = accumulator(type);
-  const struct {
-    const Tensor& tensor;
-    const char* name;
-    int64_t count;
-  } per_row[] = {{dloss, "dloss", r}, {lse, "lse", r}, {inv_norm_rows, "inv_norm_rows", r},
-                 {inv_norm_columns, "inv_norm_columns", c}};
-  for (const auto& argument : per_row) {
-    check_type(argument.tensor, argument.name, sums);
-    check_shape(argument.tensor, argument.name, {groups, argument.count});
-    check_contiguous(argument.tensor, argument.name);
-  }
-  check_shape(unit_columns, "unit_columns", {groups, c, features});
-  check_type(unit_columns, "unit_columns", unit_rows.scalar_type());
-  check_contiguous(unit_rows, "unit_rows");
-  check_contiguous(unit_columns, "unit_columns");
+std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns,
+                                                     const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
+                                                     const Tensor& total, const Tensor& positive,
+                                                     const OptionalTensor& exclude, const OptionalTensor& temperature,
+                                                     double tau) {
+  const Sides sides(rows, "rows", columns, "columns");
+  const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
+  check_per_row(dloss, "dloss", sides.sums, groups, r);
+  check_per_row(total, "total", sides.sums, groups, r);
+  check_per_row(inv_norm_rows, "inv_norm_rows", sides.sums, groups, r);
+  check_per_row(inv_norm_columns, "inv_norm_columns", sides.sums, groups, c);
   check_index(positive, "positive", r, c);
   if (exclude.has_value()) check_index(*exclude, "exclude", r, c);
   const double value = temperature_of(temperature, tau);
-  Tensor drows = empty({groups, r, features}, unit_rows.scalar_type());
-  Tensor dcolumns = empty({groups, c, features}, unit_rows.scalar_type());
-  Tensor along = empty({groups, r}, sums);
+  Tensor drows = sides.gradient(0), dcolumns = sides.gradient(1), along = sides.per_row(r);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  Tensor workspace = empty({wave, cpu::info_nce_backward_workspace(r, c, features)}, sums);
-  cpu::info_nce_backward({type, groups, {r, c}, features, value, dloss.const_data_ptr(), lse.const_data_ptr(),
-                          {unit_rows.const_data_ptr(), unit_columns.const_data_ptr()},
+  Tensor workspace = empty({wave, cpu::info_nce_backward_workspace(r, c, sides.features)}, sides.sums);
+  cpu::info_nce_backward({sides.type, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
+                          dloss.const_data_ptr(), total.const_data_ptr(),
                           {inv_norm_rows.const_data_ptr(), inv_norm_columns.const_data_ptr()},
                           positive.const_data_ptr<int64_t>(),
                           exclude.has_value() ? exclude->const_data_ptr<int64_t>() : nullptr,

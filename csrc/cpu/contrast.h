@@ -8,15 +8,20 @@
 
 namespace anomem::cpu {
 
+// `total` is what the forward leaves for the backward to make P of: see finish_row in contrast_tile.h.
+
+// Rows [G, count, d] of unit inner stride.
+struct Rows {
+  const void* data;  // S
+  int64_t group_stride, row_stride;
+};
+
 struct NtXentForward {
   Type type;
   int64_t groups, batch, features;
   double tau;
-  const void* view[2];            // S [G, B, d] each, unit inner stride
-  int64_t group_stride[2], row_stride[2];
-  void *loss, *lse;               // T [G, 2B]
-  void* unit;                     // S [G, 2B, d]
-  void* inv_norm;                 // T [G, 2B]
+  Rows view[2];                   // [G, B, d] each
+  void *loss, *total, *inv_norm;    // T [G, 2B]
   void* workspace;                // T [wave, nt_xent_forward_workspace]
   int64_t wave;                   // groups that are worked on together
 };
@@ -25,8 +30,8 @@ struct NtXentBackward {
   Type type;
   int64_t groups, batch, features;
   double tau;
-  const void *dloss, *lse, *inv_norm;  // T [G, 2B]
-  const void* unit;                    // S [G, 2B, d]
+  Rows view[2];                        // [G, B, d] each
+  const void *dloss, *total, *inv_norm;  // T [G, 2B]
   void* dview[2];                      // S [G, B, d], contiguous
   void* along;                         // T [G, 2B]: (1/tau) dU_i·u_i, of which the temperature's gradient is made
   void* workspace;                     // T [wave, nt_xent_backward_workspace]
@@ -37,10 +42,10 @@ struct InfoNceForward {
   Type type;
   int64_t groups, count[2], features;  // count: R rows, C columns
   double tau;
-  const void* side[2];                 // S [G, R, d] and [G, C, d], contiguous
+  Rows side[2];                        // [G, R, d] and [G, C, d]
   const int64_t *positive, *exclude;   // [R]; exclude may be null
-  void *loss, *lse;                    // T [G, R]
-  void *unit[2], *inv_norm[2];         // S as `side`; T [G, R] and [G, C]
+  void *loss, *total;                    // T [G, R]
+  void* inv_norm[2];                   // T [G, R] and [G, C]
   void* workspace;                     // T [wave, info_nce_forward_workspace]
   int64_t wave;
 };
@@ -49,8 +54,9 @@ struct InfoNceBackward {
   Type type;
   int64_t groups, count[2], features;
   double tau;
-  const void *dloss, *lse;             // T [G, R]
-  const void *unit[2], *inv_norm[2];
+  Rows side[2];
+  const void *dloss, *total;             // T [G, R]
+  const void* inv_norm[2];
   const int64_t *positive, *exclude;
   void* dside[2];                      // S [G, R, d] and [G, C, d], contiguous
   void* along;                         // T [G, R]

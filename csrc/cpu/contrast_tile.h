@@ -2,6 +2,7 @@
 // The forward keeps only their sums; the backward writes the weights W of the tile, which then multiply the rows.
 #pragma once
 
+#include "cpu/contrast.h"
 #include "cpu/gemm.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -21,15 +22,21 @@ struct Scale {
   // far from the ends of the range (float: tau ≥ 0.029; the distance leaves room for upstream gradients up to 2^26).
   // Below that temperature the maximum is found on the way.
   bool fixed_shift;
-  T shift;  // in base 2; 0 without a fixed shift
+  int shift;  // in base 2, a whole number; 0 without a fixed shift
 
   explicit Scale(double tau) {
     const double base2 = log2e<double> / tau;
-    fixed_shift = tau > 0 && 2 * base2 <= double(-exp2_lowest<T>) - 26;
+    fixed_shift = tau > 0 && 2 * base2 + 1 <= double(-exp2_lowest<T>) - 26;
     factor = T(fixed_shift ? base2 : 1 / tau);
     rest = T((fixed_shift ? base2 : 1 / tau) - double(factor));
-    shift = fixed_shift ? factor : T(0);
+    shift = fixed_shift ? int(base2) + 1 : 0;
   }
+
+  // exp(logit − shift), with a fixed shift only.
+  ANOMEM_INLINE vec<T> exponential(vec<T> s) const {
+    return exp2_of_product(s, broadcast(factor), broadcast(rest), shift);
+  }
+  ANOMEM_INLINE vec<T> logit(vec<T> s) const { return multiply_add(s, broadcast(factor), s * broadcast(rest)); }
 };
 
 // Which elements of the similarities take part. `none` and `all` answer for a register block at (row, column); `lanes`
@@ -119,12 +126,11 @@ constexpr T no_peak = T(-1e30);
 template <class T, bool masked, class Keep>
 ANOMEM_INLINE void add_exponentials(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
                                     int64_t row, int64_t column, vec<T>* row_sum, vec<T> (&column_sum)[2]) {
-  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
 #pragma GCC unroll 8
   for (int i = 0; i < Block<T>::height; ++i) {
     vec<T> e[2];
     for (int h = 0; h < 2; ++h) {
-      e[h] = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
+      e[h] = scale.exponential(s[i][h]);
       if (masked) e[h] = keep.template lanes<T>(row + i, column_index<T>(column + h * lanes<T>)) ? e[h] : vec<T>{};
       column_sum[h] += e[h];
     }
@@ -170,7 +176,7 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
       for (int r = 0; r < Block<T>::height; ++r) {
         for (int h = 0; h < 2; ++h) {
           const auto mask = keep.template lanes<T>(row + r, column_index<T>(column + h * lanes<T>));
-          s[r][h] = mask ? multiply_add(s[r][h], broadcast(scale.factor), s[r][h] * broadcast(scale.rest)) : broadcast(T(-INFINITY));
+          s[r][h] = mask ? scale.logit(s[r][h]) : broadcast(T(-INFINITY));
           top[h] = larger(top[h], s[r][h]);
         }
         const vec<T> peak = larger(larger(row_peak[i + r], s[r][0]), s[r][1]);
@@ -196,8 +202,35 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
   }
 }
 
-// What a row (or column) weighs in the backward: with a fixed shift its upstream gradient times exp(shift − lse);
-// without one the upstream gradient itself, beside its lse.
+// What the sums of up to `row_padding` rows contain of their positives: exp(logit − shift) with a fixed shift, else the
+// logit. Of packed rows and positives, in the order of additions of `multiply`: where the positive dominates its row the
+// loss is a difference of equal numbers, and must be 0.
+template <class T>
+void positive_terms(const Scale<T>& scale, int64_t features, const T* rows, const T* positives, T* terms) {
+  for (int64_t panel = 0; panel < row_padding; panel += Block<T>::width)
+    for (int64_t lane = 0; lane < Block<T>::width; lane += lanes<T>) {
+      const int64_t start = panel * features + lane;
+      vec<T> s{};
+      for (int64_t p = 0; p < features; ++p)
+        s = multiply_add(load(rows + start + p * Block<T>::width), load(positives + start + p * Block<T>::width), s);
+      store(terms + panel + lane, scale.fixed_shift ? scale.exponential(s) : scale.logit(s));
+    }
+}
+
+// Loss of one row, and its total: what the backward makes P of, the sum itself with a fixed shift and lse without one.
+// (The logarithm of a small sum would be rounded to more than the sum is.) With `only` the positive is all there is to
+// sum, and the loss is exactly 0 (or NaN).
+template <class T>
+inline void finish_row(const Scale<T>& scale, T sum, T peak, T positive_term, bool only, T* loss, T* total) {
+  const double top = scale.fixed_shift ? 0.0 : double(peak);
+  const double positive = scale.fixed_shift ? std::log(double(positive_term)) : double(positive_term) - top;
+  const double all = only ? positive : std::log(double(sum));
+  *total = scale.fixed_shift ? sum : T(top + all);
+  *loss = T(all - positive);
+}
+
+// What a row (or column) weighs in the backward: with a fixed shift its upstream gradient over its sum of
+// exp(logit − shift); without one the upstream gradient itself, beside its lse.
 template <class T>
 struct RowWeights {
   const T* weight;  // [rows, padded with zeros]
@@ -209,7 +242,6 @@ template <class T, bool fixed_shift, bool both, bool masked, class Keep>
 ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const Scale<T>& scale, const Keep& keep,
                                  int64_t row, int64_t column, const RowWeights<T>& rows, const RowWeights<T>& columns,
                                  T* to, int64_t stride) {
-  const vec<T> factor = broadcast(scale.factor), rest = broadcast(scale.rest), shift = broadcast(-scale.shift);
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
     const int64_t j = column + h * lanes<T>;
@@ -220,10 +252,9 @@ ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const S
       const vec<T> mine = broadcast(rows.weight[row + i]);
       vec<T> weight;
       if (fixed_shift) {
-        const vec<T> e = exp2_in_range(multiply_add(s[i][h], rest, multiply_add(s[i][h], factor, shift)));
-        weight = e * (both ? mine + theirs : mine);
+        weight = scale.exponential(s[i][h]) * (both ? mine + theirs : mine);
       } else {
-        const vec<T> logit = multiply_add(s[i][h], factor, s[i][h] * rest);
+        const vec<T> logit = scale.logit(s[i][h]);
         weight = mine * exp_or_zero(logit - broadcast(rows.lse[row + i]));
         if (both) weight += theirs * exp_or_zero(logit - their_lse);
       }

@@ -23,22 +23,25 @@ struct InfoNceForwardRun {
     return static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
            side * padded[0] * features;
   }
-  S* unit(int64_t group, int side) const {
-    return static_cast<S*>(arguments.unit[side]) + group * arguments.count[side] * features;
+  const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
+  T& inv_norm(int64_t group, int side, int64_t i) const {
+    return static_cast<T*>(arguments.inv_norm[side])[group * arguments.count[side] + i];
   }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const int side = block >= padded[0] / row_padding;
     const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    const S* x = static_cast<const S*>(arguments.side[side]) + group * arguments.count[side] * features;
-    T* inv_norm = static_cast<T*>(arguments.inv_norm[side]) + group * arguments.count[side];
-    for (int64_t i = span.first; i < span.first + span.count; ++i)
-      normalize_row(x + i * features, features, unit(group, side) + i * features, inv_norm + i);
-    pack_transposed(unit(group, side) + span.first * features, features, span.count, features,
-                    packed(place, side) + span.first * features, row_padding);
+    Buffer<T> unit(span.count * features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const S* row = x(group, side, span.first + i);
+      scaled_copy(row, features, inv_norm(group, side, span.first + i) = inverse_norm(row, features),
+                  unit.data() + i * features);
+    }
+    pack_transposed(unit.data(), features, span.count, features, packed(place, side) + span.first * features,
+                    row_padding);
   }
 
-  // Loss and lse of one tile of rows.
+  // Loss and total of one tile of rows.
   void reduce(int64_t group, int64_t place, int64_t index) const {
     const Span mine(index, tile, rows);
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
@@ -56,19 +59,30 @@ struct InfoNceForwardRun {
         merge_sum(scale.fixed_shift, sum + i, peak + i, sums.row_sum[i], sums.row_peak[i]);
     }
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
-    T* lse = static_cast<T*>(arguments.lse) + group * rows;
-    for (int64_t i = 0; i < mine.count; ++i) {
-      const int64_t row = mine.first + i, positive = arguments.positive[row];
-      const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == positive;
-      const double logit = hidden ? -INFINITY
-                             : dot_product(unit(group, 0) + row * features, unit(group, 1) + positive * features, features) /
-                                   arguments.tau;
-      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak[i]);
-      // One visible column: it is the positive, and the loss is exactly 0.
-      const double exact = visible() == 1 && !hidden ? logit : shift + std::log(double(sum[i]));
-      lse[row] = T(exact);
-      loss[row] = T(exact - logit);
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    for (int64_t start = 0; start < mine.count; start += row_padding) {
+      const int64_t count = mine.count - start < row_padding ? mine.count - start : row_padding;
+      const int64_t first = mine.first + start;
+      T terms[row_padding];
+      find_positives(group, place, first, count, terms);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        const bool hidden = arguments.exclude != nullptr && arguments.exclude[row] == arguments.positive[row];
+        if (hidden) terms[i] = scale.fixed_shift ? T(0) : -T(INFINITY);
+        finish_row(scale, sum[start + i], peak[start + i], terms[i], visible() == 1 && !hidden, loss + row, total + row);
+      }
     }
+  }
+
+  // `positive_terms` of the rows first … first + count.
+  void find_positives(int64_t group, int64_t place, int64_t first, int64_t count, T* terms) const {
+    Buffer<T> unit(count * features), positives(row_padding * features);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t positive = arguments.positive[first + i];
+      scaled_copy(x(group, 1, positive), features, inv_norm(group, 1, positive), unit.data() + i * features);
+    }
+    pack_transposed(unit.data(), features, count, features, positives.data(), row_padding);
+    positive_terms(scale, features, packed(place, 0) + first * features, positives.data(), terms);
   }
 
   int64_t visible() const { return columns - (arguments.exclude != nullptr); }
@@ -106,26 +120,31 @@ struct InfoNceBackwardRun {
   T* gradient(int64_t place, int side) const { return packed_features(place, side) + padded[side] * wide; }
   T* weight(int64_t place) const { return gradient(place, 1) + padded[1] * wide; }
   T* lse(int64_t place) const { return weight(place) + padded[0]; }
-  const S* unit(int64_t group, int side) const {
-    return static_cast<const S*>(arguments.unit[side]) + group * arguments.count[side] * features;
+  const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
+  T inv_norm(int64_t group, int side, int64_t i) const {
+    return static_cast<const T*>(arguments.inv_norm[side])[group * arguments.count[side] + i];
   }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const int side = block >= padded[0] / row_padding;
     const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    const S* source = unit(group, side) + span.first * features;
-    pack_transposed(source, features, span.count, features, packed(place, side) + span.first * features, row_padding);
-    pack(source, features, span.count, features, packed_features(place, side) + span.first * Block<T>::width,
+    Buffer<T> unit(span.count * features);
+    for (int64_t i = 0; i < span.count; ++i)
+      scaled_copy(x(group, side, span.first + i), features, inv_norm(group, side, span.first + i),
+                  unit.data() + i * features);
+    pack_transposed(unit.data(), features, span.count, features, packed(place, side) + span.first * features,
+                    row_padding);
+    pack(unit.data(), features, span.count, features, packed_features(place, side) + span.first * Block<T>::width,
          padded[side] * Block<T>::width, row_padding);
     T* zeroed = gradient(place, side) + span.first * wide;
     for (int64_t i = 0; i < row_padding * wide; ++i) zeroed[i] = 0;
     if (side == 1) return;
-    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      lse(place)[i] = real ? lse_in[i] : T(0);
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+      lse(place)[i] = real ? total_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T(0);
     }
   }
 
@@ -158,12 +177,11 @@ struct InfoNceBackwardRun {
   void finish(int64_t group, int64_t place, int64_t block) const {
     const int side = block >= padded[0] / row_padding;
     const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    const T* inv_norm = static_cast<const T*>(arguments.inv_norm[side]) + group * arguments.count[side];
     S* dx = static_cast<S*>(arguments.dside[side]) + group * arguments.count[side] * features;
     T* along = static_cast<T*>(arguments.along) + group * rows;
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
-      const T inner = unnormalize_gradient(gradient(place, side) + i * wide, T(1 / arguments.tau),
-                                           unit(group, side) + i * features, inv_norm[i], features, dx + i * features);
+      const T inner = unnormalize_gradient(gradient(place, side) + i * wide, T(1 / arguments.tau), x(group, side, i),
+                                           inv_norm(group, side, i), features, dx + i * features);
       if (side == 0) along[i] = inner;
     }
   }

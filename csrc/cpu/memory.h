@@ -19,4 +19,11 @@ struct Memory {
   double beta;
 };
 
+// Rows of queries that one work item takes at a time: multiples of every block's height, as many as leave the tile of
+// scores in the second-level cache, and fewer where there would be too few items to share out. Depends on sizes alone.
+inline int64_t chunk_rows(int64_t queries, int64_t prototypes) {
+  if (prototypes > 1024 || queries < 16 * 126) return 42;
+  return 126;
+}
+
 }  // namespace anomem::cpu

@@ -3,12 +3,20 @@
 // dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j) − [j = i±B](dl_i + dl_j), a_i = dl_i exp(shift − lse_i).
 #pragma once
 
+#include "cpu/buffer.h"
 #include "cpu/contrast.h"
 #include "cpu/contrast_tile.h"
 #include "cpu/tournament.h"
 #include "cpu/unit_rows.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
+
+// Row i of the 2B rows of a group.
+template <class S>
+ANOMEM_INLINE const S* row_of(const Rows (&view)[2], int64_t batch, int64_t group, int64_t i) {
+  const int side = i >= batch;
+  return row_of<S>(view[side], group, i - side * batch);
+}
 
 // Adds one tile's sum to a row's: with peaks, both are brought to the larger one.
 template <class T>
@@ -39,20 +47,19 @@ struct NtXentForwardRun {
   }
   T* sum(int64_t place) const { return packed(place) + padded * features; }
   T* peak(int64_t place) const { return sum(place) + padded; }
-  S* unit(int64_t group) const { return static_cast<S*>(arguments.unit) + group * rows * features; }
+  const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
+  T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
 
   // Normalises `row_padding` rows and packs them.
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
-    T* inv_norm = static_cast<T*>(arguments.inv_norm) + group * rows;
-    for (int64_t i = span.first; i < span.first + span.count; ++i) {
-      const int side = i >= batch;
-      const S* x = static_cast<const S*>(arguments.view[side]) + group * arguments.group_stride[side] +
-                   (i - side * batch) * arguments.row_stride[side];
-      normalize_row(x, features, unit(group) + i * features, inv_norm + i);
+    Buffer<T> unit(span.count * features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const S* row = x(group, span.first + i);
+      scaled_copy(row, features, inv_norm(group, span.first + i) = inverse_norm(row, features),
+                  unit.data() + i * features);
     }
-    pack_transposed(unit(group) + span.first * features, features, span.count, features,
-                    packed(place) + span.first * features, row_padding);
+    pack_transposed(unit.data(), features, span.count, features, packed(place) + span.first * features, row_padding);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       sum(place)[i] = 0;
       peak(place)[i] = no_peak<T>;
@@ -78,16 +85,18 @@ struct NtXentForwardRun {
   void finish(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
-    T* lse = static_cast<T*>(arguments.lse) + group * rows;
-    for (int64_t i = span.first; i < span.first + span.count; ++i) {
-      const int64_t positive = i < batch ? i + batch : i - batch;
-      // In double: the loss is a difference of two numbers that may be much larger.
-      const double logit = dot_product(unit(group) + i * features, unit(group) + positive * features, features) / arguments.tau;
-      const double shift = scale.fixed_shift ? double(scale.shift) / log2e<double> : double(peak(place)[i]);
-      // One pair: the only other row is the positive, and the loss is exactly 0.
-      const double exact = rows == 2 ? logit : shift + std::log(double(sum(place)[i]));
-      lse[i] = T(exact);
-      loss[i] = T(exact - logit);
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    Buffer<T> unit(span.count * features), positives(row_padding * features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i, positive = row < batch ? row + batch : row - batch;
+      scaled_copy(x(group, positive), features, inv_norm(group, positive), unit.data() + i * features);
+    }
+    pack_transposed(unit.data(), features, span.count, features, positives.data(), row_padding);
+    T terms[row_padding];
+    positive_terms(scale, features, packed(place) + span.first * features, positives.data(), terms);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i;
+      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], rows == 2, loss + row, total + row);
     }
   }
 
@@ -120,20 +129,23 @@ struct NtXentBackwardRun {
   T* gradient(int64_t place) const { return packed_features(place) + padded * wide; }
   T* weight(int64_t place) const { return gradient(place) + padded * wide; }
   T* lse(int64_t place) const { return weight(place) + padded; }
-  const S* unit(int64_t group) const { return static_cast<const S*>(arguments.unit) + group * rows * features; }
+  const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
+  T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
-    const T* lse_in = static_cast<const T*>(arguments.lse) + group * rows;
-    const S* source = unit(group) + span.first * features;
-    pack_transposed(source, features, span.count, features, packed(place) + span.first * features, row_padding);
-    pack(source, features, span.count, features, packed_features(place) + span.first * Block<T>::width,
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
+    Buffer<T> unit(span.count * features);
+    for (int64_t i = 0; i < span.count; ++i)
+      scaled_copy(x(group, span.first + i), features, inv_norm(group, span.first + i), unit.data() + i * features);
+    pack_transposed(unit.data(), features, span.count, features, packed(place) + span.first * features, row_padding);
+    pack(unit.data(), features, span.count, features, packed_features(place) + span.first * Block<T>::width,
          padded * Block<T>::width, row_padding);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
-      lse(place)[i] = real ? lse_in[i] : T(0);
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, scale.shift, dloss(group)[i], lse_in[i]) : T(0);
+      lse(place)[i] = real ? total_in[i] : T(0);
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T(0);
       for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
     }
   }
@@ -175,15 +187,13 @@ struct NtXentBackwardRun {
 
   void finish(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
-    const T* inv_norm = static_cast<const T*>(arguments.inv_norm) + group * rows;
     T* along = static_cast<T*>(arguments.along) + group * rows;
     // One pair: its loss is constant. A product with 0 keeps NaN.
     const T factor = rows == 2 ? T(0) : T(1 / arguments.tau);
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int side = i >= batch;
       S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
-      along[i] = unnormalize_gradient(gradient(place) + i * wide, factor, unit(group) + i * features, inv_norm[i],
-                                      features, dx);
+      along[i] = unnormalize_gradient(gradient(place) + i * wide, factor, x(group, i), inv_norm(group, i), features, dx);
     }
   }
 

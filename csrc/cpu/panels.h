@@ -9,13 +9,6 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// Rows of queries that one work item takes at a time: multiples of every block's height, as many as leave the tile of
-// scores in the second-level cache, and fewer where there would be too few items to share out. Depends on sizes alone.
-inline int64_t chunk_rows(int64_t queries, int64_t prototypes) {
-  if (prototypes > 1024 || queries < 8 * 126) return 42;
-  return 126;
-}
-
 // norm(K) [M, d], widened.
 template <class S>
 void normalized_keys(const Memory& memory, accumulator_t<S>* to) {

@@ -97,12 +97,4 @@ inline void pack_scaled(const T* source, int64_t stride, int64_t k, int64_t n, T
     }
 }
 
-// Row length, in elements, of a tile with n columns: whole panels, and not a multiple of 1 KiB, which would put every
-// row of a tile into the same few sets of the cache.
-template <class T>
-inline int64_t padded_row(int64_t n) {
-  const int64_t padded = round_up(n, Block<T>::width);
-  return padded * int64_t(sizeof(T)) % 1024 == 0 ? padded + 64 / int64_t(sizeof(T)) : padded;
-}
-
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -50,11 +50,13 @@ Backward backward(const Tensor& dout, const optional<Tensor>& dlse, const option
   Tensor dkeys = empty({memory.prototypes, memory.features}, query.scalar_type());
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, query.scalar_type())
                           : empty({0}, query.scalar_type());
+  Tensor workspace = empty({cpu::BackwardPlan(memory, queries).workspace}, sums);
   double slope = 0;
   cpu::retrieve_backward({memory, shrinkage, query.const_data_ptr(), queries, query.stride(0), lse.const_data_ptr(),
-                          dout.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr, dentropy ? dentropy->const_data_ptr() : nullptr,
-                          dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(),
-                          values ? dvalues.mutable_data_ptr() : nullptr, beta ? &slope : nullptr});
+                          dout.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr,
+                          dentropy ? dentropy->const_data_ptr() : nullptr, dquery.mutable_data_ptr(),
+                          dkeys.mutable_data_ptr(), values ? dvalues.mutable_data_ptr() : nullptr,
+                          beta ? &slope : nullptr, workspace.mutable_data_ptr()});
   Tensor dbeta = beta ? scalar(scale * slope, sums) : empty({0}, sums);
   return {dquery, dkeys, dvalues, dbeta};
 }

@@ -9,24 +9,6 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// The gradient of the memory is summed over all queries: chunks are shared out to this many partial sums, which are
-// then added in order, so that the result does not depend on the number of threads.
-inline int64_t partial_sums(int64_t chunks, int64_t prototypes, int64_t width) {
-  const int64_t affordable = (int64_t(1) << 22) / (prototypes * width);  // 16 MiB of floats
-  const int64_t worthwhile = chunks / 8;  // so that filling and adding them stays small beside the products
-  const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
-  const int64_t slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
-  return chunks < slots ? chunks : slots;
-}
-
-// Rows of a chunk of the backward pass: its two tiles of scores and its four tiles of rows in the second-level cache.
-template <class T>
-inline int64_t backward_rows(const Memory& memory, int64_t queries) {
-  const int64_t row = int64_t(sizeof(T)) * 2 * (memory.prototypes + memory.features + memory.value_features);
-  const int64_t rows = chunk_rows(queries, memory.prototypes);
-  return rows > 84 && row * rows > (int64_t(896) << 10) ? 84 : rows;
-}
-
 template <class S>
 void retrieve_rows_forward(const RetrieveForward& a) {
   using T = accumulator_t<S>;
@@ -196,17 +178,17 @@ void retrieve_rows_backward(const RetrieveBackward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
   const bool tied = a.memory.values == nullptr;
-  const int64_t rows = backward_rows<T>(a.memory, n), chunks = (n + rows - 1) / rows;
-  const int64_t key_row = padded_row<T>(d), value_row = tied ? 0 : padded_row<T>(dv);
-  const int64_t slots = partial_sums(chunks, m, key_row + value_row);
-  Buffer<T> dkeys(slots * m * key_row), dvalues(slots * m * value_row);
+  const BackwardPlan plan(a.memory, n);
+  const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
+  const int64_t key_row = plan.key_row, value_row = plan.value_row;
+  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * m * key_row;
   Buffer<double> dbeta(slots);
   {
     const Panels<S> panels(a.memory, true);
     parallel(slots, [&](int64_t slot) {
       BackwardSlot<S> work(a, panels, rows);
-      T* keys = dkeys.data() + slot * m * key_row;
-      T* values = tied ? keys : dvalues.data() + slot * m * value_row;
+      T* keys = dkeys + slot * m * key_row;
+      T* values = tied ? keys : dvalues + slot * m * value_row;
       dbeta[slot] = 0;
       const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -223,12 +205,12 @@ void retrieve_rows_backward(const RetrieveBackward& a) {
   parallel((m + block - 1) / block, [&](int64_t item) {
     Buffer<T> sum(d > dv ? d : dv), key(d);
     for (int64_t row = item * block; row < m && row < (item + 1) * block; ++row) {
-      add_partial_sums(dkeys.data() + row * key_row, slots, m * key_row, d, sum.data());
+      add_partial_sums(dkeys + row * key_row, slots, m * key_row, d, sum.data());
       const T factor = normalize_row(static_cast<const S*>(a.memory.keys) + row * d, d, a.memory.normalize, key.data());
       normalize_row_backward(sum.data(), key.data(), factor, T(1), d, a.memory.normalize,
                              static_cast<S*>(a.dkeys) + row * d);
       if (tied) continue;
-      add_partial_sums(dvalues.data() + row * value_row, slots, m * value_row, dv, sum.data());
+      add_partial_sums(dvalues + row * value_row, slots, m * value_row, dv, sum.data());
       scaled_copy(sum.data(), dv, T(1), static_cast<S*>(a.dvalues) + row * dv);
     }
   });

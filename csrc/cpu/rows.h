@@ -38,10 +38,10 @@ inline void scale_row(T* x, int64_t n, T scale) {
   for_vectors<T>(n, [&](int64_t i, int64_t count) { store_some(x + i, load_some(x + i, count) * scale, count); });
 }
 
-// to ← scale · x, rounded to the element type of `to`.
-template <class S>
-inline void scaled_copy(const accumulator_t<S>* x, int64_t n, accumulator_t<S> scale, S* to) {
-  for_vectors<accumulator_t<S>>(
+// to ← scale · x, widened or rounded to the element type of `to`.
+template <class From, class To>
+inline void scaled_copy(const From* x, int64_t n, accumulator_t<To> scale, To* to) {
+  for_vectors<accumulator_t<To>>(
       n, [&](int64_t i, int64_t count) { store_some(to + i, load_some(x + i, count) * scale, count); });
 }
 
@@ -80,8 +80,7 @@ inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accu
     });
     factor = inverse_length(sum_lanes<T>(squares));
   }
-  const vec<T> scale = broadcast(factor);
-  for_vectors<T>(d, [&](int64_t i, int64_t count) { store_some(y + i, load_some(x + i, count) * scale, count); });
+  scaled_copy(x, d, factor, y);
   return factor;
 }
 

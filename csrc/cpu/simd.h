@@ -20,6 +20,7 @@ struct Simd<float> {
   typedef float vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef float loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   static constexpr int lanes = ANOMEM_VECTOR_BYTES / 4;
 };
 
@@ -28,6 +29,7 @@ struct Simd<double> {
   typedef double vector __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef double loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef uint64_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   static constexpr int lanes = ANOMEM_VECTOR_BYTES / 8;
 };
 
@@ -45,7 +47,7 @@ ANOMEM_INLINE vec<T> load(const T* p) {
 // Widened on the way: bfloat16 is the upper half of a float.
 ANOMEM_INLINE vec<float> load(const Bfloat16* p) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef Simd<float>::words words;
   return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 
@@ -56,7 +58,7 @@ ANOMEM_INLINE void store(T* p, vec<T> x) {
 
 ANOMEM_INLINE void store(Bfloat16* p, vec<float> x) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
+  typedef Simd<float>::words words;
   const words bits = (words)x;
   const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const words nan = words{} + 0x7fc0;
@@ -148,31 +150,47 @@ ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count
 template <class T>
 constexpr T log2e = T(1.4426950408889634074);
 
-// 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
-// x = n + f with n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum, from where
-// it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
-ANOMEM_INLINE vec<float> exp2_in_range(vec<float> x) {
+// How 2^x is made, with x = n + f, n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the
+// sum, from where it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
+template <class T>
+constexpr T rounding = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);
+
+// 2^f · 2^(n + bias), n in the low bits of `shifted`. Where n + bias is no exponent, some number that the caller drops:
+// hence words, whose sums wrap around.
+ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bias) {
   constexpr float coefficients[] = {1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f,
                                     2.402265092e-1f, 6.931472067e-1f, 1.0f};
-  const vec<float> magic = broadcast(12582912.0f);
-  const vec<float> shifted = x + magic;
-  const vec<float> f = x - (shifted - magic);
   vec<float> power = broadcast(coefficients[0]);
   for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<float>)(((Simd<float>::bits)shifted << 23) + (127 << 23));
+  return power * (vec<float>)(((Simd<float>::words)shifted << 23) + (uint32_t(127 + bias) << 23));
 }
 
-ANOMEM_INLINE vec<double> exp2_in_range(vec<double> x) {
+ANOMEM_INLINE vec<double> exp2_of_parts(vec<double> f, vec<double> shifted, int bias) {
   constexpr double coefficients[] = {
       4.455817908336064493e-10,  7.0741942972885210056e-9, 1.0178057087733941105e-7, 1.3215432535912376166e-6,
       1.5252733841556772589e-5,  1.5403530463724354209e-4, 1.3333558146406470697e-3, 9.6181291075872566681e-3,
       5.5504108664821627039e-2,  2.4022650695910159567e-1, 6.9314718055994530925e-1, 1.0};
-  const vec<double> magic = broadcast(6755399441055744.0);
-  const vec<double> shifted = x + magic;
-  const vec<double> f = x - (shifted - magic);
   vec<double> power = broadcast(coefficients[0]);
   for (int i = 1; i < 12; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<double>)(((Simd<double>::bits)shifted << 52) + (int64_t(1023) << 52));
+  return power * (vec<double>)(((Simd<double>::words)shifted << 52) + (uint64_t(1023 + bias) << 52));
+}
+
+// 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
+template <class V>
+ANOMEM_INLINE V exp2_in_range(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  const V shifted = x + rounding<T>;
+  return exp2_of_parts(x - (shifted - rounding<T>), shifted, 0);
+}
+
+// 2^(x · (factor + rest) − shift), in the same range. The shift goes into the exponent alone: subtracted from the product
+// it would take the product's last digits with it.
+template <class V>
+ANOMEM_INLINE V exp2_of_product(V x, V factor, V rest, int shift) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  const V shifted = multiply_add(x, factor, V{} + rounding<T>);
+  const V f = multiply_add(x, rest, multiply_add(x, factor, rounding<T> - shifted));
+  return exp2_of_parts(f, shifted, -shift);
 }
 
 template <class T>

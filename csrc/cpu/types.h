@@ -53,6 +53,14 @@ inline S narrow(accumulator_t<S> x) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Row length, in elements of the accumulation type T, of a tile with n columns: whole panels of the widest instruction
+// set, and not a multiple of 1 KiB, which would put every row of a tile into the same few sets of the cache.
+template <class T>
+inline int64_t padded_row(int64_t n) {
+  const int64_t padded = round_up(n, 128 / int64_t(sizeof(T)));
+  return padded * int64_t(sizeof(T)) % 1024 == 0 ? padded + 64 / int64_t(sizeof(T)) : padded;
+}
+
 }  // namespace anomem::cpu
 
 // Calls `function<T>(...)` for the element type named by a `Type`.

@@ -12,16 +12,9 @@ namespace {
 template <class T>
 void take_positions(const DeviceScope& scope, const Tensor& map, int64_t image, int64_t images, int64_t first,
                     int64_t count, int64_t normalize, const Tensor& out) {
-  TakeArguments<T> a{};
-  a.map = data<T>(map) + image * map.stride(0);
+  TakeArguments<T> a = take_from<T>(map);
+  a.map += image * a.stride_batch;
   a.batch = images;
-  a.channels = map.size(1);
-  a.width = map.size(3);
-  a.size = map.size(2) * map.size(3);
-  a.stride_batch = map.stride(0);
-  a.stride_channel = map.stride(1);
-  a.stride_height = map.stride(2);
-  a.stride_width = map.stride(3);
   a.first = first;
   a.count = count;
   a.out = writable<T>(out);

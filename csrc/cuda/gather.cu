@@ -33,16 +33,7 @@ std::tuple<Tensor, Tensor> gather_forward(const Tensor& map, const Tensor& posit
       normalize ? empty(map, {count, batch}, ScalarType::Float) : empty(map, {0}, ScalarType::Float);
   with_type_of(map, [&](auto zero) {
     using T = decltype(zero);
-    TakeArguments<T> a{};
-    a.map = data<T>(map);
-    a.batch = batch;
-    a.channels = channels;
-    a.width = map.size(3);
-    a.size = map.size(2) * map.size(3);
-    a.stride_batch = map.stride(0);
-    a.stride_channel = map.stride(1);
-    a.stride_height = map.stride(2);
-    a.stride_width = map.stride(3);
+    TakeArguments<T> a = take_from<T>(map);
     a.positions = data<int64_t>(positions);
     a.positions_stride = positions.dim() == 1 ? 0 : count;
     a.count = count;

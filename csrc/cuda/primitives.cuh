@@ -161,6 +161,26 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
+// A kernel with one warp per row: `Kernel` says how many `rows(arguments)` there are and does one in `row(arguments, r,
+// lane)`.
+template <class Kernel, class KernelArguments>
+struct WarpPerRow {
+  using Arguments = KernelArguments;
+  using Shared = Nothing;
+  static constexpr int kThreads = kBlock;
+
+  static int64_t blocks(const Arguments& a) { return ceil_div(Kernel::rows(a), kWarps); }
+
+  __device__ static void run(const Arguments& a, Shared&) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t rows = Kernel::rows(a);
+    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < rows;
+         r += static_cast<int64_t>(gridDim.x) * kWarps) {
+      Kernel::row(a, r, lane);
+    }
+  }
+};
+
 // The threads that share one row: a warp, or the whole block for long rows.
 template <int kSize>
 struct Team {

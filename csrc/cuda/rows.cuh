@@ -20,54 +20,48 @@ struct NormalizeBackwardArguments {
 // One warp per row; mean and length are taken again from x.
 //   layer: dx = (dy − mean(dy) − y mean(y dy)) / sigma        l2: dx = (dy − y (y·dy)) / |x|, 0 for a zero row
 template <class T>
-struct NormalizeBackward {
+struct NormalizeBackward : WarpPerRow<NormalizeBackward<T>, NormalizeBackwardArguments<T>> {
   using Arguments = NormalizeBackwardArguments<T>;
-  using Shared = Nothing;
-  static constexpr int kThreads = kBlock;
 
-  static int64_t blocks(const Arguments& a) { return ceil_div(a.rows, kWarps); }
+  __host__ __device__ static int64_t rows(const Arguments& a) { return a.rows; }
 
-  __device__ static void run(const Arguments& a, Shared&) {
-    const int lane = threadIdx.x % kWarp;
-    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < a.rows;
-         r += static_cast<int64_t>(gridDim.x) * kWarps) {
-      const T* x = a.x + r * a.stride;
-      const float* dy = a.dy + r * a.features;
-      const Affine affine = row_affine(x, a.features, a.normalize, lane);
-      float shift = 0, along = 0;
-      if (a.normalize != kNone) {
-        walk(x, a.features, lane, kWarp, [&](auto width, int64_t c) {
-          float v[width], dv[width];
-          load(v, x + c);
-          load(dv, dy + c);
-#pragma unroll
-          for (int k = 0; k < width; ++k) {
-            shift += dv[k];
-            along += dv[k] * (v[k] - affine.shift) * affine.scale;
-          }
-        });
-        along = warp_sum(along);
-        shift = warp_sum(shift);
-        if (a.normalize == kLayer) {
-          along /= a.features;
-          shift /= a.features;
-        } else {
-          shift = 0;
-        }
-      }
-      T* dx = a.dx + r * a.features;
-      walk(dx, a.features, lane, kWarp, [&](auto width, int64_t c) {
+  __device__ static void row(const Arguments& a, int64_t r, int lane) {
+    const T* x = a.x + r * a.stride;
+    const float* dy = a.dy + r * a.features;
+    const Affine affine = row_affine(x, a.features, a.normalize, lane);
+    float shift = 0, along = 0;
+    if (a.normalize != kNone) {
+      walk(x, a.features, lane, kWarp, [&](auto width, int64_t c) {
         float v[width], dv[width];
         load(v, x + c);
         load(dv, dy + c);
 #pragma unroll
         for (int k = 0; k < width; ++k) {
-          const float y = (v[k] - affine.shift) * affine.scale;
-          dv[k] = a.normalize == kNone ? dv[k] : (dv[k] - shift - y * along) * affine.scale;
+          shift += dv[k];
+          along += dv[k] * (v[k] - affine.shift) * affine.scale;
         }
-        store(dx + c, dv);
       });
+      along = warp_sum(along);
+      shift = warp_sum(shift);
+      if (a.normalize == kLayer) {
+        along /= a.features;
+        shift /= a.features;
+      } else {
+        shift = 0;
+      }
     }
+    T* dx = a.dx + r * a.features;
+    walk(dx, a.features, lane, kWarp, [&](auto width, int64_t c) {
+      float v[width], dv[width];
+      load(v, x + c);
+      load(dv, dy + c);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float y = (v[k] - affine.shift) * affine.scale;
+        dv[k] = a.normalize == kNone ? dv[k] : (dv[k] - shift - y * along) * affine.scale;
+      }
+      store(dx + c, dv);
+    });
   }
 };
 
@@ -83,41 +77,35 @@ struct RowDistanceArguments {
 
 // 1 − cos or |q − r|, one warp per row.
 template <class T>
-struct RowDistance {
+struct RowDistance : WarpPerRow<RowDistance<T>, RowDistanceArguments<T>> {
   using Arguments = RowDistanceArguments<T>;
-  using Shared = Nothing;
-  static constexpr int kThreads = kBlock;
 
-  static int64_t blocks(const Arguments& a) { return ceil_div(a.rows, kWarps); }
+  __host__ __device__ static int64_t rows(const Arguments& a) { return a.rows; }
 
-  __device__ static void run(const Arguments& a, Shared&) {
-    const int lane = threadIdx.x % kWarp;
-    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < a.rows;
-         r += static_cast<int64_t>(gridDim.x) * kWarps) {
-      const T* q = a.query + r * a.features;
-      const float* y = a.retrieved + r * a.features;
-      float dot = 0, left = 0, right = 0, square = 0;
-      walk(q, a.features, lane, kWarp, [&](auto width, int64_t c) {
-        float u[width], v[width];
-        load(u, q + c);
-        load(v, y + c);
+  __device__ static void row(const Arguments& a, int64_t r, int lane) {
+    const T* q = a.query + r * a.features;
+    const float* y = a.retrieved + r * a.features;
+    float dot = 0, left = 0, right = 0, square = 0;
+    walk(q, a.features, lane, kWarp, [&](auto width, int64_t c) {
+      float u[width], v[width];
+      load(u, q + c);
+      load(v, y + c);
 #pragma unroll
-        for (int k = 0; k < width; ++k) {
-          dot += u[k] * v[k];
-          left += u[k] * u[k];
-          right += v[k] * v[k];
-          square += (u[k] - v[k]) * (u[k] - v[k]);
-        }
-      });
-      float result;
-      if (a.distance == kEuclidean) {
-        result = sqrtf(warp_sum(square));
-      } else {
-        const float lengths = length(warp_sum(left)) * length(warp_sum(right));
-        result = 1.0f - warp_sum(dot) / lengths;
+      for (int k = 0; k < width; ++k) {
+        dot += u[k] * v[k];
+        left += u[k] * u[k];
+        right += v[k] * v[k];
+        square += (u[k] - v[k]) * (u[k] - v[k]);
       }
-      if (lane == 0) a.out[r] = result;
+    });
+    float result;
+    if (a.distance == kEuclidean) {
+      result = sqrtf(warp_sum(square));
+    } else {
+      const float lengths = length(warp_sum(left)) * length(warp_sum(right));
+      result = 1.0f - warp_sum(dot) / lengths;
     }
+    if (lane == 0) a.out[r] = result;
   }
 
  private:

@@ -75,30 +75,24 @@ struct RowDotsArguments {
 
 // a_n · b_n, one warp per row: y · dy of the L2 norm's backward.
 template <class T>
-struct RowDots {
+struct RowDots : WarpPerRow<RowDots<T>, RowDotsArguments<T>> {
   using Arguments = RowDotsArguments<T>;
-  using Shared = Nothing;
-  static constexpr int kThreads = kBlock;
 
-  static int64_t blocks(const Arguments& a) { return ceil_div(a.rows, kWarps); }
+  __host__ __device__ static int64_t rows(const Arguments& a) { return a.rows; }
 
-  __device__ static void run(const Arguments& a, Shared&) {
-    const int lane = threadIdx.x % kWarp;
-    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < a.rows;
-         r += static_cast<int64_t>(gridDim.x) * kWarps) {
-      const T* x = a.a + r * a.features;
-      const T* y = a.b + r * a.features;
-      float dot = 0;
-      walk(x, a.features, lane, kWarp, [&](auto width, int64_t c) {
-        float u[width], v[width];
-        load(u, x + c);
-        load(v, y + c);
+  __device__ static void row(const Arguments& a, int64_t r, int lane) {
+    const T* x = a.a + r * a.features;
+    const T* y = a.b + r * a.features;
+    float dot = 0;
+    walk(x, a.features, lane, kWarp, [&](auto width, int64_t c) {
+      float u[width], v[width];
+      load(u, x + c);
+      load(v, y + c);
 #pragma unroll
-        for (int k = 0; k < width; ++k) dot += u[k] * v[k];
-      });
-      dot = warp_sum(dot);
-      if (lane == 0) a.dots[r] = dot;
-    }
+      for (int k = 0; k < width; ++k) dot += u[k] * v[k];
+    });
+    dot = warp_sum(dot);
+    if (lane == 0) a.dots[r] = dot;
   }
 };
 
@@ -137,27 +131,21 @@ struct ScatterArguments {
 
 // Channels-last: one warp per position.
 template <class T>
-struct ScatterRows {
+struct ScatterRows : WarpPerRow<ScatterRows<T>, ScatterArguments<T>> {
   using Arguments = ScatterArguments<T>;
-  using Shared = Nothing;
-  static constexpr int kThreads = kBlock;
 
-  static int64_t blocks(const Arguments& a) { return ceil_div(a.batch * a.size, kWarps); }
+  __host__ __device__ static int64_t rows(const Arguments& a) { return a.batch * a.size; }
 
-  __device__ static void run(const Arguments& a, Shared&) {
-    const int lane = threadIdx.x % kWarp;
-    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < a.batch * a.size;
-         r += static_cast<int64_t>(gridDim.x) * kWarps) {
-      const int64_t b = r / a.size;
-      const int32_t first = a.first[b * a.first_stride + r % a.size];
-      const int32_t* next = a.next + b * a.next_stride;
-      T* dx = a.dmap + r * a.channels;
-      walk(dx, a.channels, lane, kWarp, [&](auto width, int64_t c) {
-        float sum[width] = {};
-        for (int32_t i = first; i >= 0; i = next[i]) a.add(sum, i * a.batch + b, c);
-        store(dx + c, sum);
-      });
-    }
+  __device__ static void row(const Arguments& a, int64_t r, int lane) {
+    const int64_t b = r / a.size;
+    const int32_t first = a.first[b * a.first_stride + r % a.size];
+    const int32_t* next = a.next + b * a.next_stride;
+    T* dx = a.dmap + r * a.channels;
+    walk(dx, a.channels, lane, kWarp, [&](auto width, int64_t c) {
+      float sum[width] = {};
+      for (int32_t i = first; i >= 0; i = next[i]) a.add(sum, i * a.batch + b, c);
+      store(dx + c, sum);
+    });
   }
 };
 

@@ -32,36 +32,29 @@ struct TakeArguments {
 
 // Maps whose channels are adjacent (channels-last; plain rows [N, d] as one image): one warp per vector.
 template <class T>
-struct TakeRows {
+struct TakeRows : WarpPerRow<TakeRows<T>, TakeArguments<T>> {
   using Arguments = TakeArguments<T>;
-  using Shared = Nothing;
-  static constexpr int kThreads = kBlock;
 
-  static int64_t blocks(const Arguments& a) { return ceil_div(a.count * a.batch, kWarps); }
+  __host__ __device__ static int64_t rows(const Arguments& a) { return a.count * a.batch; }
 
-  __device__ static void run(const Arguments& a, Shared&) {
-    const int lane = threadIdx.x % kWarp;
-    const int64_t rows = a.count * a.batch;
-    for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; r < rows;
-         r += static_cast<int64_t>(gridDim.x) * kWarps) {
-      const int64_t i = r / a.batch, b = r % a.batch;
-      const T* x = a.vector(b, i);  // [C]
-      T* y = a.out + i * a.out_stride_position + b * a.out_stride_batch;
-      Affine affine{0.0f, x == nullptr ? NAN : 1.0f};
-      if (x != nullptr && a.normalize != kNone) affine = row_affine(x, a.channels, a.normalize, lane);
-      if (a.inv_norm != nullptr && lane == 0) a.inv_norm[r] = affine.scale;
-      walk(y, a.channels, lane, kWarp, [&](auto width, int64_t c) {
-        float v[width];
-        if (x != nullptr) {
-          load(v, x + c);
-        } else {
-          for (float& value : v) value = NAN;
-        }
+  __device__ static void row(const Arguments& a, int64_t r, int lane) {
+    const int64_t i = r / a.batch, b = r % a.batch;
+    const T* x = a.vector(b, i);  // [C]
+    T* y = a.out + i * a.out_stride_position + b * a.out_stride_batch;
+    Affine affine{0.0f, x == nullptr ? NAN : 1.0f};
+    if (x != nullptr && a.normalize != kNone) affine = row_affine(x, a.channels, a.normalize, lane);
+    if (a.inv_norm != nullptr && lane == 0) a.inv_norm[r] = affine.scale;
+    walk(y, a.channels, lane, kWarp, [&](auto width, int64_t c) {
+      float v[width];
+      if (x != nullptr) {
+        load(v, x + c);
+      } else {
+        for (float& value : v) value = NAN;
+      }
 #pragma unroll
-        for (float& value : v) value = (value - affine.shift) * affine.scale;
-        store(y + c, v);
-      });
-    }
+      for (float& value : v) value = (value - affine.shift) * affine.scale;
+      store(y + c, v);
+    });
   }
 };
 

@@ -1,4 +1,4 @@
-// The choice between the two ways to take rows out of a map.
+// Taking rows out of a map: the arguments, and the choice between the two ways.
 #pragma once
 
 #include <cuda/launch.cuh>
@@ -12,6 +12,22 @@ template <class T>
 void take(const DeviceScope& scope, const TakeArguments<T>& arguments) {
   if (arguments.stride_channel == 1) return launch<TakeRows<T>>(scope, arguments);
   launch<TakePlanes<T>>(scope, arguments);
+}
+
+// Arguments of a take from a map [B, C, H, W]: what of it and where to is left to fill in.
+template <class T>
+TakeArguments<T> take_from(const Tensor& map) {
+  TakeArguments<T> a{};
+  a.map = data<T>(map);
+  a.batch = map.size(0);
+  a.channels = map.size(1);
+  a.width = map.size(3);
+  a.size = map.size(2) * map.size(3);
+  a.stride_batch = map.stride(0);
+  a.stride_channel = map.stride(1);
+  a.stride_height = map.stride(2);
+  a.stride_width = map.stride(3);
+  return a;
 }
 
 // norm(x) of rows [N, d] with unit inner stride, into y [N, d].

@@ -26,7 +26,8 @@ def usage() -> dict[str, dict[str, Usage]]:
 def test_every_kernel_is_measured(usage: dict[str, dict[str, Usage]]) -> None:
     declared = set()
     for source in (ROOT / "csrc" / "cuda").glob("*.cuh"):
-        declared |= set(re.findall(r"struct (\w+) \{\n  using Arguments", source.read_text()))
+        declared |= set(re.findall(r"struct (\w+)(?: : [^{]*)? \{\n  using Arguments", source.read_text()))
+    declared -= {"WarpPerRow"}  # what kernels derive from
     assert len(declared) > 10
     assert declared == {kernel.split("<")[0] for kernel in usage}
     assert all(set(architectures) == set(ARCHITECTURES) for architectures in usage.values())

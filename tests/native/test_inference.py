@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anomem.functional import deviation_map, hopfield_retrieve, memory_diagnostics
 from anomem.testing import assert_within_budget, draw
+from tests.native.invariances import assert_same_bits_with_any_number_of_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # B, d, H, W, M: tails of the vectors, the panels, the register blocks and the chunks of positions.
@@ -122,16 +123,13 @@ def test_direction_is_the_mean_unit_retrieval() -> None:
 
 
 def test_same_bits_with_any_number_of_threads() -> None:
-    threads = torch.get_num_threads()
     feature_map, query, prototypes = draw(3, 24, 20, 20), draw(1300, 24, seed=2), draw(70, 24, seed=1)
-    results = []
-    for count in (1, 2, 3, 1):
-        torch.set_num_threads(count)
-        used = memory_diagnostics(query, prototypes, impl="native")
-        results.append([deviation_map(feature_map, prototypes, impl="native"), *used])
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    assert_same_bits_with_any_number_of_threads(
+        lambda: [
+            deviation_map(feature_map, prototypes, impl="native"),
+            *memory_diagnostics(query, prototypes, impl="native"),
+        ]
+    )
 
 
 def test_opcheck() -> None:

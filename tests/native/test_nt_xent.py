@@ -10,6 +10,7 @@ from anomem.errors import ArgumentError
 from anomem.functional import nt_xent
 from anomem.reference import nt_xent_rows
 from anomem.testing import compare, draw
+from tests.native.invariances import assert_same_bits_with_any_number_of_threads
 
 SHAPES = [(1, 1, 3), (1, 2, 5), (2, 3, 7), (1, 16, 33), (3, 65, 17), (2, 200, 40), (1, 300, 130), (16, 9, 64)]
 
@@ -73,14 +74,7 @@ def test_learned_temperature() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 300, 20), (5, 40, 33)])
 def test_same_bits_with_any_number_of_threads(shape: tuple[int, int, int]) -> None:
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3, 1):
-        torch.set_num_threads(count)
-        results.append(both_passes(*views(*shape)))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    assert_same_bits_with_any_number_of_threads(lambda: both_passes(*views(*shape)))
 
 
 def test_one_pair_costs_nothing() -> None:
@@ -116,17 +110,17 @@ def test_a_group_of_nothing() -> None:
 def test_the_operator_refuses_what_it_would_misread() -> None:
     z, z_pair = views(2, 3, 4)
     forward, backward = torch.ops.anomem.native_nt_xent_fwd, torch.ops.anomem.native_nt_xent_bwd
-    rows, lse, unit, inv_norm = forward(z, z_pair, None, 0.2)
+    rows, total, inv_norm = forward(z, z_pair, None, 0.2)
     with pytest.raises(RuntimeError, match="z_pair"):
         forward(z, z_pair[:1], None, 0.2)
     with pytest.raises(RuntimeError, match="z_pair"):
         forward(z, z_pair.double(), None, 0.2)
     with pytest.raises(RuntimeError, match="unit stride"):
         forward(z.mT.contiguous().mT, z_pair, None, 0.2)
-    with pytest.raises(RuntimeError, match="lse"):
-        backward(rows, unit, inv_norm, lse[:, :5], None, 0.2)
-    with pytest.raises(RuntimeError, match="unit"):
-        backward(rows, unit[:, :5], inv_norm, lse, None, 0.2)
+    with pytest.raises(RuntimeError, match="total"):
+        backward(rows, z, z_pair, inv_norm, total[:, :5], None, 0.2)
+    with pytest.raises(RuntimeError, match="z_pair"):
+        backward(rows, z, z_pair[:, :2], inv_norm, total, None, 0.2)
 
 
 def test_strided_views() -> None:
@@ -140,8 +134,8 @@ def test_opcheck_and_compile() -> None:
     operators = torch.ops.anomem
     for temperature in (None, torch.tensor(0.3)):
         torch.library.opcheck(operators.native_nt_xent_fwd.default, (z, z_pair, temperature, 0.2))
-        rows, lse, unit, inv_norm = operators.native_nt_xent_fwd(z, z_pair, temperature, 0.2)
-        backward = (torch.ones_like(rows), unit, inv_norm, lse, temperature, 0.2)
+        rows, total, inv_norm = operators.native_nt_xent_fwd(z, z_pair, temperature, 0.2)
+        backward = (torch.ones_like(rows), z, z_pair, inv_norm, total, temperature, 0.2)
         torch.library.opcheck(operators.native_nt_xent_bwd.default, backward)
     compiled = torch.compile(lambda a, b: nt_xent(a, b, impl="native"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, z_pair), nt_xent(z, z_pair, impl="native"))
@@ -153,3 +147,14 @@ def test_double_backward_and_vmap() -> None:
     z, z_pair = views(3, 4, 5)
     mapped = torch.func.vmap(lambda a, b: nt_xent(a, b, impl="native"))(z, z_pair)
     assert torch.equal(mapped, torch.stack([nt_xent(a, b, impl="native") for a, b in zip(z, z_pair, strict=True)]))
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.022, 0.03, 0.07])
+def test_well_matched_pairs_within_budget(tau: float) -> None:
+    """Where the positive dominates its row, the loss is what is left of two large numbers."""
+    z, noise = views(2, 200, 40)
+    compare(
+        lambda a, b: nt_xent(a, b, temperature=tau, reduction="none", impl="native"),
+        lambda a, b: nt_xent_rows(a, b, tau),
+        (z, z + 0.05 * noise),
+    )

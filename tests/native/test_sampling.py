@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.functional import gather_positions, variance_hinge
-from anomem.testing import compare, draw
+from anomem.testing import compare, draw, gradients
+from tests.native.invariances import assert_same_bits_with_any_number_of_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # B, C, H, W, n: every size meets a tail of some block, and few images as well as many.
@@ -146,16 +147,8 @@ def chain(feature_map: Tensor, positions: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("per_image", [False, True])
 def test_same_bits_with_any_number_of_threads(per_image: bool) -> None:
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3, 1):
-        torch.set_num_threads(count)
-        leaf = draw(5, 100, 6, 6).requires_grad_()
-        loss = chain(leaf, positions_in(36, *((5,) if per_image else ()), 70))
-        results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    positions = positions_in(36, *((5,) if per_image else ()), 70)
+    assert_same_bits_with_any_number_of_threads(lambda: gradients(chain, [draw(5, 100, 6, 6), positions]))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

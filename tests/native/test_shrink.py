@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve
-from anomem.testing import compare, draw
+from anomem.testing import compare, draw, gradients
+from tests.native.invariances import assert_compiles_for_any_number_of_rows, assert_same_bits_with_any_number_of_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(0, 3, 7, 0), (1, 1, 1, 0), (5, 600, 64, 7), (513, 70, 100, 0), (513, 3, 7, 33), (1100, 70, 64, 5)]
@@ -44,14 +45,11 @@ def thresholds(m: int) -> list[float]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_within_budget(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """In float64 with a beta that is not learned, as in test_retrieve.py."""
-    inputs = tensors(*shape, dtype=dtype)
-    options: dict[str, Any] = {"normalize": "layer"}
-    if dtype == torch.float64:
-        inputs.pop()
-        options["beta"] = 0.35
+    """With a beta that is not learned: `test_gradcheck` holds the gradient to one."""
+    *inputs, _ = tensors(*shape, dtype=dtype)
     for shrink in thresholds(shape[1]):
-        compare(read("native", shrink=shrink, **options), read("reference", shrink=shrink, **options), inputs)
+        options = {"normalize": "layer", "beta": 0.35, "shrink": shrink}
+        compare(read("native", **options), read("reference", **options), inputs)
 
 
 @pytest.mark.parametrize("shrink", [0.0, 0.1])
@@ -64,17 +62,8 @@ def test_gradcheck(normalize: str, shrink: float) -> None:
 
 @pytest.mark.parametrize("shrink", [0.0, 0.02])
 def test_same_bits_with_any_number_of_threads(shrink: float) -> None:
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3, 1):
-        torch.set_num_threads(count)
-        leaves = [x if x is None else x.clone().requires_grad_() for x in tensors(1300, 70, 24, 9)]
-        outputs = read("native", shrink=shrink)(*leaves)
-        upstream = [draw(*x.shape, seed=6) for x in outputs]
-        results.append([*outputs, *torch.autograd.grad(outputs, leaves, upstream)])
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    inputs = tensors(1300, 70, 24, 9)
+    assert_same_bits_with_any_number_of_threads(lambda: gradients(read("native", shrink=shrink), inputs))
 
 
 def test_no_threshold_is_the_plain_retrieval() -> None:
@@ -133,13 +122,7 @@ def test_compiles_in_one_graph_with_any_number_of_queries() -> None:
         out, entropy = hopfield_retrieve(query, prototypes, shrink=0.02, return_entropy=True, impl="native")
         return (out**2).sum() + entropy.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    prototypes = draw(9, 8, seed=2).requires_grad_()
-    for n in (4, 7, 30):
-        query = draw(n, 8, seed=1).requires_grad_()
-        expected = torch.autograd.grad(loss(query, prototypes), (query, prototypes))
-        got = torch.autograd.grad(compiled(query, prototypes), (query, prototypes))
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert_compiles_for_any_number_of_rows(loss, draw(9, 8, seed=2))
 
 
 def test_vmap_and_errors() -> None:
