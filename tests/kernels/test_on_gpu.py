@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.functional import hopfield_retrieve, info_nce, nt_xent
-from anomem.testing import compare, draw, gradients
+from anomem.testing import assert_within_budget, compare, draw, gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -111,16 +111,38 @@ def test_tf32_is_used_where_torch_allows_it(device: str) -> None:
 
 
 def test_offsets_beyond_32_bits(device: str) -> None:
-    """N·d ≥ 2³¹: the last rows are those of a small call."""
+    """N·d ≥ 2³¹: the last rows and their gradients are those of a small call."""
     n, d = 2**25 + 8, 64
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GiB of GPU memory")
     tail, prototypes = memory(device, torch.bfloat16, 8, 16, d, 0)
     query = torch.zeros(n, d, dtype=torch.bfloat16, device=device)
     query[-8:] = tail
-    assert torch.equal(
-        hopfield_retrieve(query, prototypes, impl="triton")[-8:], hopfield_retrieve(tail, prototypes, impl="triton")
-    )
+    slopes = draw(8, d, dtype=torch.bfloat16, seed=2).to(device)
+
+    def last_rows(query: Tensor) -> tuple[Tensor, Tensor]:
+        out = hopfield_retrieve(query.requires_grad_(), prototypes, impl="triton")
+        upstream = torch.zeros_like(out)
+        upstream[-8:] = slopes
+        return out.detach()[-8:], torch.autograd.grad(out, query, upstream)[0][-8:]
+
+    for actual, expected in zip(last_rows(query), last_rows(tail), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_65536_pairs(device: str) -> None:
+    """2B = 131072 rows; those of the first pairs are held to float64."""
+    z, z_pair = (draw(65536, 64, dtype=torch.bfloat16, seed=seed).to(device) for seed in (1, 2))
+    rows = nt_xent(z, z_pair, temperature=0.07, reduction="none", impl="triton")
+
+    def first_rows(dtype: torch.dtype) -> Tensor:
+        unit = torch.nn.functional.normalize(torch.cat([z, z_pair]).to(dtype), dim=1)
+        logits = unit[:64] @ unit.mT / 0.07
+        pairs = torch.arange(64, device=device)
+        logits[pairs, pairs] = -torch.inf
+        return torch.logsumexp(logits, dim=1) - logits[pairs, 65536 + pairs]
+
+    assert_within_budget(rows.flatten()[:64], first_rows(torch.float32), first_rows(torch.float64))
 
 
 def test_compiled_whole_for_any_number_of_rows(device: str) -> None:
