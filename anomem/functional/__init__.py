@@ -10,6 +10,7 @@ naming one that cannot run here raises `anomem.errors.ArgumentError` with the re
 
 from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviations import deviation, deviation_map
+from anomem.functional.distributed import gather_rows, nt_xent_distributed
 from anomem.functional.memory_loss import contrasted_memory_loss
 from anomem.functional.retrieval import hopfield_retrieve, memory_diagnostics
 from anomem.functional.sampling import gather_positions, variance_hinge
@@ -23,11 +24,13 @@ __all__ = [
     "deviation",
     "deviation_map",
     "gather_positions",
+    "gather_rows",
     "hopfield_retrieve",
     "info_nce",
     "margin_loss",
     "memory_diagnostics",
     "nt_xent",
+    "nt_xent_distributed",
     "sample_positions",
     "scale_weights",
     "variance_hinge",

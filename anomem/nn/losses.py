@@ -35,6 +35,8 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: tau > 0; lightly's default of 0.5.
+        gather_distributed: take the rows of all processes of a data-parallel job as negatives, as lightly does; see
+            `anomem.functional.nt_xent_distributed`.
         learn_temperature: make log tau a parameter.
         impl: which implementation; see `anomem.functional`.
 
@@ -42,14 +44,23 @@ class NTXentLoss(nn.Module):
         z0, z1 [B, d] or [G, B, d] -> 0-dim.
     """
 
-    def __init__(self, temperature: float = 0.5, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        gather_distributed: bool = False,
+        learn_temperature: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
         self.temperature = _Temperature(temperature, learn_temperature)
+        self.gather_distributed = gather_distributed
         self.impl: Impl = impl
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         """Mean loss over all rows of both views."""
-        return F.nt_xent(z0, z1, temperature=self.temperature(), impl=self.impl)
+        loss = F.nt_xent_distributed if self.gather_distributed else F.nt_xent
+        return loss(z0, z1, temperature=self.temperature(), impl=self.impl)
 
 
 class InfoNCELoss(nn.Module):
