@@ -32,7 +32,7 @@ from anomem.kernels.common import (
     split_loop,
     store_rows,
 )
-from anomem.kernels.memory import Memory, inverse_temperature
+from anomem.kernels.memory import Memory, inverse_temperature, online_softmax
 from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
 from anomem.kernels.specs import Spec, names, spec
 from anomem.kernels.tiles import TABLE, Key, Tile
@@ -71,12 +71,7 @@ def _forward(
         k = load_rows(keys, m, D, M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION) * b  # [BLOCK_N, BLOCK_M]
         s = tl.where((m < M)[None, :], s, float("-inf"))
-        past = top
-        top = tl.maximum(top, tl.max(s, axis=1))
-        shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf − inf is no number; inf − 0 stays inf
-        p = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(past - shift)
-        total = total * rescale + tl.sum(p, axis=1)
+        p, top, total, shift, rescale = online_softmax(s, top, total)
         if values is None:
             v = k
         else:

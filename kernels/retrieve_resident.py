@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.common import LN2, LOG2E, device_of, dot, round_to
-from anomem.kernels.memory import Memory, inverse_temperature
+from anomem.kernels.memory import Memory, finite_shift, inverse_temperature
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import TABLE, Key, Tile
 from anomem.kernels.tuning import Launched, Site, launch
@@ -50,8 +50,7 @@ def _forward(
         k = load_slice(keys, m, columns, D, M, D)  # [BLOCK_M, BLOCK_D]
         s = dot(q, tl.trans(k), s, "ieee")
     s = tl.where((m < M)[None, :], s * b, float("-inf"))  # [BLOCK_N, BLOCK_M]
-    top = tl.max(s, axis=1)
-    shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf − inf is no number; inf − 0 stays inf
+    shift = finite_shift(tl.max(s, axis=1))
     p = tl.exp2(s - shift[:, None])
     total = tl.sum(p, axis=1)
     tl.store(lse + n, (shift + tl.log2(total)) * LN2, mask=n < N)

@@ -123,11 +123,13 @@ class Choice:
     Args:
         path: of the file; None keeps everything in this object.
         search: whether to measure what is not known.
+        neighbours: whether a search tries more than the table's tiles.
     """
 
-    def __init__(self, path: Path | None, search: bool) -> None:
+    def __init__(self, path: Path | None, search: bool, neighbours: bool = True) -> None:
         self.path = path
         self.search = search
+        self.tried = candidates if neighbours else fitting
         self.searches: list[Search] = []
         """Of this process."""
         self._tiles: dict[torch.device, dict[str, Tile]] = {}
@@ -141,7 +143,7 @@ class Choice:
                 return known[name]
             if not self.search or capturing(site.device):
                 return fitting(site.entry, site.device)[0]
-            found = Search(site, list(trying(run, candidates(site.entry, site.device))))
+            found = Search(site, list(trying(run, self.tried(site.entry, site.device))))
             self.searches.append(found)
             _LOG.info("%s: %s", name, "; ".join(map(str, found.trials)))
             if found.best is None:  # then launching the table's tile says what is wrong
