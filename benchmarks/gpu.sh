@@ -115,8 +115,12 @@ if has torchvision; then backbone=resnet18; else backbone=small; fi
 step profile 60 "$python" -m benchmarks.profile_training --device cuda --backbone $backbone \
   --json "$out/cuda-steps.jsonl" --out "$out/profile"
 step scaling 90 "${measure[@]}" --suite scaling --json "$out/cuda-scaling.jsonl" --no-compile
-# The table's own tiles and the schemes; their neighbours would take the time of the whole script.
-must tiles 75 "$python" -m benchmarks.tune --json "$out/cuda-tiles.jsonl" --no-neighbours
+if has triton; then
+  # The schemes and the table's own tiles; their neighbours would take the time of the whole script.
+  must tiles 75 "$python" -m benchmarks.tune --json "$out/cuda-tiles.jsonl" --no-neighbours
+else
+  tell "tiles: skipped, triton is not installed"
+fi
 step compiled 120 "${measure[@]}" --suite kernels --json "$out/cuda-kernels.jsonl" --compile
 
 # A trace of one step is small; should one not be, OUTDIR is better off without it.

@@ -38,6 +38,8 @@ def read(path: Path, device: torch.device) -> dict[str, Tile]:
 def write(path: Path, device: torch.device, name: str, tile: Tile, milliseconds: float) -> None:
     """Add a tile to a file, which is either whole or not there; sections of others stay.
 
+    Of two processes that write at the same time one may lose its addition, which is measured again some other time.
+
     Args:
         path: of the file.
         device: on which it was measured.

@@ -140,44 +140,44 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
 
 
 @functools.cache
-def fitting(key: Key, device: torch.device) -> tuple[Tile, ...]:
+def fitting(entry: Key, device: torch.device) -> tuple[Tile, ...]:
     """The table's tiles whose shared memory fits a device, best first; none where it has none.
 
     Args:
-        key: of the table.
+        entry: of the table.
         device: where the kernel runs; a CPU device means the interpreter.
     """
     if device.type == "cpu":
         return (INTERPRETED,)
     limit = _device_properties(device)["max_shared_mem"] // 1024
-    return tuple(tile for tile in TABLE.get(key, {}).get(architecture_of(device), ()) if tile.shared <= limit)
+    return tuple(tile for tile in TABLE.get(entry, {}).get(architecture_of(device), ()) if tile.shared <= limit)
 
 
 @functools.cache
-def candidates(key: Key, device: torch.device) -> tuple[Tile, ...]:
+def candidates(entry: Key, device: torch.device) -> tuple[Tile, ...]:
     """What a search for the fastest tile tries: those of `fitting`, then their neighbours.
 
     Args:
-        key: of the table.
+        entry: of the table.
         device: where the kernel runs; the interpreter has one tile and nothing to search.
     """
-    known = fitting(key, device)
+    known = fitting(entry, device)
     if device.type == "cpu":
         return known
-    near = [tile for one in known for tile in neighbours(key, one, architecture_of(device))]
+    near = [tile for one in known for tile in neighbours(entry, one, architecture_of(device))]
     found: dict[tuple[int, ...], Tile] = {}
     for tile in (*known, *near):
         found.setdefault((tile.rows, tile.columns, tile.warps, tile.stages), tile)
     return tuple(found.values())
 
 
-def neighbours(key: Key, tile: Tile, architecture: int) -> Iterator[Tile]:
+def neighbours(entry: Key, tile: Tile, architecture: int) -> Iterator[Tile]:
     """The tiles one step away: one stage more or less, columns or rows doubled or halved.
 
     Not among them is what the architecture is known to compile badly, see the top of this file. Whether one compiles,
     and without spills, is seen when it is tried: their shared memory is not known (0).
     """
-    kernel, kind, _ = key
+    kernel, kind, _ = entry
     yield from (tile._replace(stages=stages, shared=0) for stages in (tile.stages - 1, tile.stages + 1) if stages)
     fewest = 8 * tile.warps if kind != "ieee" and architecture == 80 else 16
     if kernel != "retrieve_resident":  # whose columns are all prototypes

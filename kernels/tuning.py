@@ -147,10 +147,11 @@ class Choice:
             self.searches.append(found)
             _LOG.info("%s: %s", name, "; ".join(map(str, found.trials)))
             if found.best is None:  # then launching the table's tile says what is wrong
-                return fitting(site.entry, site.device)[0]
-            known[name] = found.best.tile
-            self._keep(site.device, name, found.best)
-            return found.best.tile
+                known[name] = fitting(site.entry, site.device)[0]
+            else:
+                known[name] = found.best.tile
+                self._keep(site.device, name, found.best)
+            return known[name]
 
     def _known(self, device: torch.device) -> dict[str, Tile]:
         if device not in self._tiles:

@@ -27,6 +27,8 @@ SUITE = "schemes"
 MIB = 2**20
 SCRATCHES = tuple(MIB * size for size in (6, 12, 24, 48, 96, 192))
 IN_A_GRAPH = ", in a CUDA graph"
+LAYER = 1
+"""The library's default normalisation, as the kernels number it."""
 
 Time = Callable[[Callable[[], object]], tuple[float, ...]]
 
@@ -61,12 +63,22 @@ class Pass:
 
     def schemes(self) -> dict[str, Callable[[], object]]:
         """The schemes that can run here, by name."""
-        retrieve, chunked, flash, resident = (
+        # Not imported at the top: they load Triton, which a machine without a GPU need not have.
+        common, memories, normalisation, retrieve, chunked, flash, resident = (
             importlib.import_module(f"anomem.kernels.{name}")
-            for name in ("retrieve", "retrieve_chunked", "retrieve_flash", "retrieve_resident")
+            for name in (
+                "common",
+                "memory",
+                "rows",
+                "retrieve",
+                "retrieve_chunked",
+                "retrieve_flash",
+                "retrieve_resident",
+            )
         )
-        query, memory, dout = self._tensors()
-        precision = importlib.import_module("anomem.kernels.common").precision(query.dtype)
+        query, keys, dout = self._tensors()
+        precision = common.precision(query.dtype)
+        memory = memories.Memory(normalisation.normalized(keys, LAYER), None, None, query.shape[1] ** -0.5, LAYER)
         if self.case.training:
             out, lse = chunked.forward(query, memory)
             found = {"chunked": lambda: chunked.backward(dout, None, query, memory)}
@@ -80,18 +92,16 @@ class Pass:
             found["flash"] = lambda: flash.forward(query, memory, entries[0], precision)
         entry = retrieve.resident_entry(query, memory.keys)
         if entry is not None:
-            found["resident"] = lambda: resident.forward(query, memory, entry)
+            found["resident"] = lambda: resident.forward(normalisation.normalized(query, LAYER), memory, entry)
         return found
 
-    def _tensors(self) -> tuple[Tensor, Any, Tensor]:
-        """Queries [N, d], the memory, the gradient of what is read [N, d]; nothing is normalised."""
-        memory = importlib.import_module("anomem.kernels.memory").Memory
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """Queries [N, d], keys [M, d], and the gradient of what is read [N, d]."""
         N, M, d = (self.case.dims[name] for name in ("N", "M", "d"))
-        query, keys, dout = (
+        return tuple(
             draw(count, d, dtype=self.case.torch_dtype, seed=seed).to(self.device)
             for seed, count in enumerate((N, M, N))
         )
-        return query, memory(keys, None, None, d**-0.5, 0), dout
 
 
 class Schemes:

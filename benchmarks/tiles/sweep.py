@@ -16,7 +16,7 @@ from benchmarks.operators import OPERATORS
 from benchmarks.prepare import NoTime, reasons
 from benchmarks.rivals.ours import ours
 from benchmarks.rows import Row
-from benchmarks.timing import Subject, input_sets
+from benchmarks.timing import Subject
 
 SUITE = "tiles"
 # Products of [rows, columns] scores with d features that a kernel does, and how many matrices [rows, d] it reads and
@@ -83,7 +83,11 @@ class Sweep:
                 yield self._row(one, search.site, trial, truth)
 
     def _search(self, one: Case) -> list[Any]:
-        subject = Subject(one, OPERATORS[one.operator].ours("triton"), self.device, input_sets(one, self.device)[:1])
+        operator = OPERATORS[one.operator]
+        inputs = [x.to(self.device) for x in operator.inputs(one.dims, one.torch_dtype, 0)]
+        for x in inputs:
+            x.requires_grad_(one.training and x.is_floating_point())
+        subject = Subject(one, operator.ours("triton"), self.device, [tuple(inputs)])
         with self.tuning.using(self.tuning.Choice(None, search=True, neighbours=self.neighbours)) as choice:
             subject.call()
         return choice.searches
