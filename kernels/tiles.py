@@ -139,7 +139,6 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-@functools.cache
 def fitting(entry: Key, device: torch.device) -> tuple[Tile, ...]:
     """The table's tiles whose shared memory fits a device, best first; none where it has none.
 
@@ -147,13 +146,9 @@ def fitting(entry: Key, device: torch.device) -> tuple[Tile, ...]:
         entry: of the table.
         device: where the kernel runs; a CPU device means the interpreter.
     """
-    if device.type == "cpu":
-        return (INTERPRETED,)
-    limit = _device_properties(device)["max_shared_mem"] // 1024
-    return tuple(tile for tile in TABLE.get(entry, {}).get(architecture_of(device), ()) if tile.shared <= limit)
+    return (INTERPRETED,) if device.type == "cpu" else _fitting_gpu(entry, device)
 
 
-@functools.cache
 def candidates(entry: Key, device: torch.device) -> tuple[Tile, ...]:
     """What a search for the fastest tile tries: those of `fitting`, then their neighbours.
 
@@ -194,6 +189,12 @@ def architecture_of(device: torch.device) -> int:
     """The row of the table that a GPU takes."""
     # Consumer Blackwell (12.x) has neither wgmma nor tensor memory: it takes the tiles of Ampere.
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+@functools.cache
+def _fitting_gpu(entry: Key, device: torch.device) -> tuple[Tile, ...]:
+    limit = _device_properties(device)["max_shared_mem"] // 1024
+    return tuple(tile for tile in TABLE.get(entry, {}).get(architecture_of(device), ()) if tile.shared <= limit)
 
 
 def _device_properties(device: torch.device) -> dict[str, int]:

@@ -43,6 +43,7 @@ def cases() -> tuple[Case, ...]:
         case("nt_xent", G=4, B=8192, d=256, dtype=dtype),
         case("nt_xent", G=8, B=1024, d=512, dtype=dtype),
         case("nt_xent", G=16, B=1024, d=64, dtype=dtype),
+        case("nt_xent", G=16, B=1024, d=128, dtype="float32"),
     )
 
 

@@ -320,11 +320,9 @@ def test_only_tiles_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "architecture_of", lambda device: 90)
     for limit, fit in ((small.shared - 1, ()), (small.shared, (small,)), (large.shared, (small, large))):
         monkeypatch.setattr(tiles, "_device_properties", lambda device, kib=limit: {"max_shared_mem": kib * 1024})
-        tiles.fitting.cache_clear()
-        tiles.candidates.cache_clear()
+        tiles._fitting_gpu.cache_clear()
         assert tiles.fitting(entry, device) == fit
         assert tiles.candidates(entry, device)[: len(fit)] == fit
         assert len(set(tiles.candidates(entry, device))) >= len(fit)
     assert tiles.fitting(("retrieve_query_gradient", "half", 256), device) == ()
-    tiles.fitting.cache_clear()
-    tiles.candidates.cache_clear()
+    tiles._fitting_gpu.cache_clear()
