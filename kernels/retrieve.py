@@ -39,10 +39,10 @@ def forward(
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    entries = flash_entries(("retrieve_forward",), query, values)
+    entries = flash_tiles(("retrieve_forward",), query, values)
     if entries is not None:
         return retrieve_flash.forward(query, memory, entries[0], precision(query.dtype))
-    entry = resident_entry(query, keys)
+    entry = resident_tile(query, keys)
     if entry is not None:
         return retrieve_resident.forward(rows.normalized(query, normalize), memory, entry)
     return retrieve_chunked.forward(query, memory)
@@ -77,7 +77,7 @@ def backward(
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    entries = flash_entries(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
+    entries = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
     if entries is None:
         gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
@@ -89,7 +89,7 @@ def backward(
     return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
 
 
-def flash_entries(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Key, ...] | None:
+def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Key, ...] | None:
     """Where the tile table has these flash kernels, or None where the rows are too long or no tile fits."""
     width = query.shape[1] if values is None else max(query.shape[1], values.shape[1])
     block = max(block_of(width), 64)  # shorter rows take the tile of 64
@@ -100,7 +100,7 @@ def flash_entries(kernels: tuple[str, ...], query: Tensor, values: Tensor | None
     return entries if all(fitting(entry, query.device) for entry in entries) else None
 
 
-def resident_entry(query: Tensor, keys: Tensor) -> Key | None:
+def resident_tile(query: Tensor, keys: Tensor) -> Key | None:
     """Where the tile table has the resident kernel, or None where the memory is too large or no tile fits."""
     block = retrieve_resident.block_of_memory(keys.shape[0])
     if query.dtype == torch.float32 or block > retrieve_resident.MOST_PROTOTYPES:

@@ -82,15 +82,15 @@ class Pass:
         if self.case.training:
             out, lse = chunked.forward(query, memory)
             found = {"chunked": lambda: chunked.backward(dout, None, query, memory)}
-            entries = retrieve.flash_entries(("retrieve_query_gradient", "retrieve_prototype_sums"), query, None)
+            entries = retrieve.flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, None)
             if entries is not None:
                 found["flash"] = lambda: flash.backward(dout, None, query, memory, out, lse, entries, precision)
             return found
         found = {"chunked": lambda: chunked.forward(query, memory)}
-        entries = retrieve.flash_entries(("retrieve_forward",), query, None)
+        entries = retrieve.flash_tiles(("retrieve_forward",), query, None)
         if entries is not None:
             found["flash"] = lambda: flash.forward(query, memory, entries[0], precision)
-        entry = retrieve.resident_entry(query, memory.keys)
+        entry = retrieve.resident_tile(query, memory.keys)
         if entry is not None:
             found["resident"] = lambda: resident.forward(normalisation.normalized(query, LAYER), memory, entry)
         return found
