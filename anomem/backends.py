@@ -251,6 +251,19 @@ def table(device: str, dtype: torch.dtype = torch.float32, features: int = 128) 
             yield operator, implementation, obstacle(operator, implementation, device, dtype, features) or "runs"
 
 
+def source_of_tiles() -> str:
+    """Where the tile sizes of the Triton kernels come from on the current GPU, or why they run on none, in words."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    reason = _triton_obstacle("retrieve", "cuda", torch.float32, 64)
+    if reason is not None:
+        return reason
+    told: str = importlib.import_module("anomem.kernels.tuning").source(
+        torch.device("cuda", torch.cuda.current_device())
+    )
+    return told
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_obstacle(
     operator: str, implementation: str, device: str, dtype: torch.dtype, features: int

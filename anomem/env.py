@@ -25,6 +25,7 @@ def versions() -> list[tuple[str, str]]:
             rows.append((name, "not installed"))
     rows.append(("CUDA of torch", torch.version.cuda or "none"))
     rows.append(("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"))
+    rows.append(("tiles of the Triton kernels", backends.source_of_tiles()))
     rows.append(("torch threads", str(torch.get_num_threads())))
     rows.append(("CPU capability", torch.backends.cpu.get_cpu_capability()))
     for tool, purpose in (("c++", "builds the CPU kernels"), ("nvcc", "builds the CUDA kernels")):

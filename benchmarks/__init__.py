@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --suite kernels      measure, print, write rows
     python -m benchmarks.profile_training         time of a training step by phase
+    python -m benchmarks.tune                     every candidate tile of the Triton kernels, on a GPU
     python -m benchmarks.report                   tables and pictures from benchmarks/results/
     pytest benchmarks/                            the smoke cases under pytest-benchmark
 

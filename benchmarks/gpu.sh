@@ -4,8 +4,9 @@
 #     benchmarks/gpu.sh OUTDIR
 #
 # Builds the library against the torch that is installed, runs the GPU tests, compute-sanitizer over every kernel, the
-# kernel, training and scaling suites and the profile of a training step. Leaves rows, traces and a log of each step in
-# OUTDIR and prints what passed, failed, ran out of time or was skipped, and why. Needs no network.
+# kernel, training and scaling suites, the profile of a training step and the tiles of the Triton kernels. Leaves rows,
+# traces and a log of each step in OUTDIR and prints what passed, failed, ran out of time or was skipped, and why. Needs
+# no network.
 #
 # PYTHON names the interpreter (python3), ANOMEM_COMMIT the commit where there is no git repository, SECONDS_IN_ALL the
 # time limit (540). The exit status is 0 where the build, the tests and the kernels' numbers are right, 1 where one of
@@ -68,7 +69,7 @@ if ! "$python" -c 'import torch' 2>"$out/torch.log"; then
   exit 2
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  for name in build tests memcheck racecheck kernels training profile scaling compiled; do
+  for name in build tests memcheck racecheck kernels training profile scaling tiles compiled; do
     tell "$name: skipped, torch finds no CUDA device here"
   done
   exit 2
@@ -114,6 +115,12 @@ if has torchvision; then backbone=resnet18; else backbone=small; fi
 step profile 60 "$python" -m benchmarks.profile_training --device cuda --backbone $backbone \
   --json "$out/cuda-steps.jsonl" --out "$out/profile"
 step scaling 90 "${measure[@]}" --suite scaling --json "$out/cuda-scaling.jsonl" --no-compile
+if has triton; then
+  # The schemes and the table's own tiles; their neighbours would take the time of the whole script.
+  must tiles 75 "$python" -m benchmarks.tune --json "$out/cuda-tiles.jsonl" --no-neighbours
+else
+  tell "tiles: skipped, triton is not installed"
+fi
 step compiled 120 "${measure[@]}" --suite kernels --json "$out/cuda-kernels.jsonl" --compile
 
 # A trace of one step is small; should one not be, OUTDIR is better off without it.

@@ -52,6 +52,8 @@ class Row:
     """Measured in the same run: matrix product in flop/s, copy in byte/s."""
     others: float | None = None
     """Cores that other processes kept busy while the case was timed; from a tenth on the times are theirs too."""
+    tile: dict[str, int] | None = None
+    """Of a single kernel: rows, columns, warps, stages, shared memory in KiB, registers."""
     about: dict[str, Any] = field(default_factory=dict)
     """Code, libraries, device; see `benchmarks.machine`."""
 

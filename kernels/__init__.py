@@ -6,7 +6,8 @@ no kernel: an operator's file is loaded by the operator's first call.
 How a kernel file is built
     The formula and its source stand at the top; every tile carries its shape. Tiles are named for what they tile:
     BLOCK_N queries, BLOCK_M prototypes, BLOCK_D features. Kernels (`@triton.jit`) come first, then the functions that
-    launch them, then `specs`, the list of what is compiled ahead of time (see `anomem.kernels.inspect`).
+    launch them, with a tile that `anomem.kernels.tuning` chooses, then `specs`, the list of what is compiled ahead of
+    time (see `anomem.kernels.inspect`).
 """
 
 import torch

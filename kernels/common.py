@@ -99,3 +99,21 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 def multiprocessors(tensor: Tensor) -> int:
     """Number of multiprocessors of the tensor's GPU; 2 for a CPU tensor, so that tests split their sums."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+def split_loop(length: int, block: int, blocks: int, processors: int) -> tuple[int, int]:
+    """How a loop is cut into parts that run side by side, so that every multiprocessor has up to two blocks.
+
+    Args:
+        length: of the loop.
+        block: what one turn of it takes; a part is a multiple of it.
+        blocks: of the launch without parts.
+        processors: of the GPU.
+
+    Returns:
+        (number of parts, length of one), at least one part.
+    """
+    turns = max(triton.cdiv(length, block), 1)
+    parts = min(max(2 * processors // max(blocks, 1), 1), turns)
+    turns_of_part = triton.cdiv(turns, parts)
+    return triton.cdiv(turns, turns_of_part), turns_of_part * block

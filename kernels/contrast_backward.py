@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import device_of, dot, round_to, rounded_product
+from anomem.kernels.common import device_of, dot, multiprocessors, round_to, rounded_product, split_loop
 from anomem.kernels.contrast_rows import load_mantissa, mantissa, row_gradient, store_row_gradient
 from anomem.kernels.contrast_tiles import (
     cosines,
@@ -40,6 +40,8 @@ from anomem.kernels.contrast_tiles import (
     sliced_product,
 )
 from anomem.kernels.specs import Spec, names, spec
+from anomem.kernels.tiles import Tile
+from anomem.kernels.tuning import Launched, Site, launch
 
 # What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -227,24 +229,33 @@ def gradient(
     column_count = owned_count if role == COLUMNS else streamed.shape[1]
     if sees_one_column(positive, exclude, column_count):
         upstream = upstream * 0.0  # what would be left of P − 1 is rounding
-    cut = plan("contrast_backward", owned, streamed)
+    cut = plan("contrast_backward", owned)
     slices = triton.cdiv(features, cut.block_out)
-    fused = cut.splits == 1 and slices == 1
-    partial = None if fused else owned.new_empty(cut.splits, *owned.shape, dtype=torch.float32)
-    moment = lse.new_empty(cut.splits, groups, owned_count) if wants_moment else None
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
     fixed = role == JOINED and has_fixed_shift(owned, temperature, tau)
-    with device_of(owned):
-        contrast_backward_kernel[(groups * cut.splits * slices * triton.cdiv(owned_count, cut.tile.rows),)](
+
+    def run(tile: Tile) -> Launched:
+        blocks = groups * slices * triton.cdiv(owned_count, tile.rows)
+        parts, streamed_per_part = split_loop(streamed.shape[1], tile.columns, blocks, multiprocessors(owned))
+        fused = parts == 1 and slices == 1
+        partial = None if fused else owned.new_empty(parts, *owned.shape, dtype=torch.float32)
+        moment = lse.new_empty(parts, groups, owned_count) if wants_moment else None
+        compiled = contrast_backward_kernel[(blocks * parts,)](
             owned, streamed, owned_inverse, streamed_inverse, lse, upstream, positive, exclude, temperature, peak,
             first, second, moment, partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
-            cut.splits, cut.streamed_per_split, FEATURES=features, ROLE=role,
+            parts, streamed_per_part, FEATURES=features, ROLE=role,
             FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
-            BLOCK_X=cut.tile.rows, BLOCK_Y=cut.tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
-            **cut.tile.options,
+            BLOCK_X=tile.rows, BLOCK_Y=tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
+            **tile.options,
         )  # fmt: skip
-    if partial is not None:
-        row_gradient(partial, owned, owned_inverse, first, second)
+        if partial is not None:
+            row_gradient(partial, owned, owned_inverse, first, second)
+        return Launched(compiled, moment)
+
+    facts = {"dtype": owned.dtype, "d": features, "role": role.value, "exclude": exclude is not None}
+    facts |= {"learned": temperature is not None, "fixed": fixed, "moment": wants_moment}
+    with device_of(owned):
+        moment = launch(Site(cut.entry, facts, groups * owned_count, streamed.shape[1], owned.device), run)
     return None if moment is None else moment.sum()
 
 

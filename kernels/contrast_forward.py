@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, device_of, dot
+from anomem.kernels.common import LN2, LOG2E, device_of, dot, multiprocessors, split_loop
 from anomem.kernels.contrast_rows import load_mantissa
 from anomem.kernels.contrast_tiles import (
     cosines,
@@ -32,6 +32,8 @@ from anomem.kernels.contrast_tiles import (
     sliced_product,
 )
 from anomem.kernels.specs import Spec, spec
+from anomem.kernels.tiles import Tile
+from anomem.kernels.tuning import Launched, Site, launch
 
 
 @triton.jit
@@ -210,19 +212,28 @@ def losses(
         return loss, lse
     # With the running maximum a row's only column gives loss 0 without rounding.
     fixed = has_fixed_shift(scaled_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
-    cut = plan("contrast_forward", scaled_rows, scaled_columns)
-    partial = loss.new_empty(3, cut.splits, groups, row_count) if cut.splits > 1 else None
-    with device_of(scaled_rows):
-        contrast_forward_kernel[(groups * cut.splits * triton.cdiv(row_count, cut.tile.rows),)](
+    cut = plan("contrast_forward", scaled_rows)
+
+    def run(tile: Tile) -> Launched:
+        blocks = groups * triton.cdiv(row_count, tile.rows)
+        parts, columns_per_part = split_loop(column_count, tile.columns, blocks, multiprocessors(scaled_rows))
+        partial = loss.new_empty(3, parts, groups, row_count) if parts > 1 else None
+        compiled = contrast_forward_kernel[(blocks * parts,)](
             scaled_rows, scaled_columns, row_inverse, column_inverse, positive, exclude, temperature,
-            loss, lse, partial, 1 / tau, groups, row_count, column_count, cut.splits, cut.streamed_per_split,
+            loss, lse, partial, 1 / tau, groups, row_count, column_count, parts, columns_per_part,
             FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
-            BLOCK_R=cut.tile.rows, BLOCK_C=cut.tile.columns, BLOCK_D=cut.block_d, **cut.tile.options,
+            BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
             add_splits_kernel[(triton.cdiv(loss.numel(), 256),)](
-                partial, temperature, loss, lse, 1 / tau, loss.numel(), cut.splits, BLOCK_R=256, num_warps=4
+                partial, temperature, loss, lse, 1 / tau, loss.numel(), parts, BLOCK_R=256, num_warps=4
             )
+        return Launched(compiled)
+
+    facts = {"dtype": scaled_rows.dtype, "d": features, "joined": positive is None, "exclude": exclude is not None}
+    facts |= {"learned": temperature is not None, "fixed": fixed}
+    with device_of(scaled_rows):
+        launch(Site(cut.entry, facts, groups * row_count, column_count, scaled_rows.device), run)
     return loss, lse
 
 

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from anomem.kernels.common import block_of, dot, multiprocessors, precision, rounded_product
-from anomem.kernels.tiles import TABLE, Tile, kind_of, tile_for
+from anomem.kernels.common import block_of, dot, precision, rounded_product
+from anomem.kernels.tiles import TABLE, Key, Tile, fitting, kind_of
 
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, and the constant 1/tau
 # replaces the running maximum.
@@ -128,48 +128,38 @@ def sees_one_column(positive: torch.Tensor | None, exclude: torch.Tensor | None,
 
 
 class Plan(NamedTuple):
-    """How one launch is cut up."""
+    """How the features of a launch are cut up, whatever its tile."""
 
-    tile: Tile
+    entry: Key
+    """Of the tile table."""
     block_d: int
     """BLOCK_D of the products."""
     block_out: int
     """BLOCK_OUT, the features of the gradient that one backward block owns."""
     sliced: bool
     precision: str
-    splits: int
-    """Into how many parts the streamed axis is cut, so that every multiprocessor has work."""
-    streamed_per_split: int
-    """A multiple of the tile's columns."""
 
 
-def plan(kernel: str, owned: torch.Tensor, streamed: torch.Tensor) -> Plan:
-    """Cut up a launch in which each block owns a tile of one matrix's rows and streams the other's.
+def plan(kernel: str, owned: torch.Tensor) -> Plan:
+    """Cut up the features of the rows that the blocks own.
 
     Args:
-        kernel: "contrast_forward" or "contrast_backward", a key of the tile table.
+        kernel: "contrast_forward" or "contrast_backward".
         owned: [G, X, d].
-        streamed: [G, Y, d].
+
+    Raises:
+        RuntimeError: no tile of the table fits the GPU.
     """
-    groups, count, features = owned.shape
+    features = owned.shape[2]
     arithmetic = precision(owned.dtype)
     kind = kind_of(owned.dtype, arithmetic)
     whole = WHOLE[kernel][kind]
     sliced = features > whole
     block_d = SLICE[kind] if sliced else block_of(features)
-    block_out = min(block_of(features), whole)
-    key = 2 * whole if sliced else max(block_d, 64)
-    tile = tile_for(kernel, kind, key, owned.device)
-    if tile is None:
+    entry = kernel, kind, 2 * whole if sliced else max(block_d, 64)
+    if not fitting(entry, owned.device):
         raise RuntimeError(f"no tile of {kernel} for {owned.dtype}, d = {features} fits the shared memory of this GPU")
-    blocks = groups * triton.cdiv(count, tile.rows)
-    if kernel == "contrast_backward":
-        blocks *= triton.cdiv(features, block_out)
-    streamed_tiles = triton.cdiv(streamed.shape[1], tile.columns)
-    splits = min(max(2 * multiprocessors(owned) // max(blocks, 1), 1), max(streamed_tiles, 1))
-    tiles_per_split = triton.cdiv(max(streamed_tiles, 1), splits)
-    splits = triton.cdiv(max(streamed_tiles, 1), tiles_per_split)
-    return Plan(tile, block_d, block_out, sliced, arithmetic, splits, tiles_per_split * tile.columns)
+    return Plan(entry, block_d, min(block_of(features), whole), sliced, arithmetic)
 
 
 class Point(NamedTuple):

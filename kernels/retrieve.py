@@ -16,7 +16,7 @@ from torch import Tensor
 from anomem.kernels import retrieve_chunked, retrieve_flash, retrieve_resident, rows
 from anomem.kernels.common import block_of, precision
 from anomem.kernels.memory import Memory
-from anomem.kernels.tiles import Tile, kind_of, tile_for
+from anomem.kernels.tiles import Key, fitting, kind_of
 
 
 def forward(
@@ -39,12 +39,12 @@ def forward(
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    tiles = flash_tiles(("retrieve_forward",), query, values)
-    if tiles is not None:
-        return retrieve_flash.forward(query, memory, tiles[0], precision(query.dtype))
-    tile = resident_tile(query, keys)
-    if tile is not None:
-        return retrieve_resident.forward(rows.normalized(query, normalize), memory, tile)
+    entries = flash_tiles(("retrieve_forward",), query, values)
+    if entries is not None:
+        return retrieve_flash.forward(query, memory, entries[0], precision(query.dtype))
+    entry = resident_tile(query, keys)
+    if entry is not None:
+        return retrieve_resident.forward(rows.normalized(query, normalize), memory, entry)
     return retrieve_chunked.forward(query, memory)
 
 
@@ -77,11 +77,11 @@ def backward(
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    tiles = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
-    if tiles is None:
+    entries = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
+    if entries is None:
         gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
-        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, tiles, precision(query.dtype))
+        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, entries, precision(query.dtype))
     dquery, key_sums, value_sums, dbeta = gradients
     rows.normalized_backward(key_sums, keys, normalize, dkeys)
     if value_sums is not None and values is not None:
@@ -89,20 +89,21 @@ def backward(
     return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
 
 
-def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Tile, ...] | None:
-    """The tiles of these flash kernels, or None where the rows are too long or no tile fits the device."""
+def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Key, ...] | None:
+    """Where the tile table has these flash kernels, or None where the rows are too long or no tile fits."""
     width = query.shape[1] if values is None else max(query.shape[1], values.shape[1])
     block = max(block_of(width), 64)  # shorter rows take the tile of 64
     kind = kind_of(query.dtype, precision(query.dtype))
     if block > 256 or kind == "ieee":
         return None
-    tiles = tuple(tile_for(kernel, kind, block, query.device) for kernel in kernels)
-    return None if None in tiles else tiles
+    entries = tuple((kernel, kind, block) for kernel in kernels)
+    return entries if all(fitting(entry, query.device) for entry in entries) else None
 
 
-def resident_tile(query: Tensor, keys: Tensor) -> Tile | None:
-    """The tile of the resident kernel, or None where the memory is too large or no tile fits the device."""
+def resident_tile(query: Tensor, keys: Tensor) -> Key | None:
+    """Where the tile table has the resident kernel, or None where the memory is too large or no tile fits."""
     block = retrieve_resident.block_of_memory(keys.shape[0])
     if query.dtype == torch.float32 or block > retrieve_resident.MOST_PROTOTYPES:
         return None
-    return tile_for("retrieve_resident", "half", block, query.device)
+    entry = ("retrieve_resident", "half", block)
+    return entry if fitting(entry, query.device) else None

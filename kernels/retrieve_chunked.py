@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.common import LN2, LOG2E, device_of, round_to
-from anomem.kernels.memory import Memory, inverse_temperature
+from anomem.kernels.memory import Memory, inverse_temperature, online_softmax
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import Tile
 
@@ -40,12 +40,7 @@ def row_sums(scores, dweights, n, N, M, b, BLOCK_N: tl.constexpr, BLOCK_M: tl.co
         offsets, mask = within_scratch(n, start + tl.arange(0, BLOCK_M), N, M)
         s = tl.load(scores + offsets, mask=mask, other=float("-inf"))  # [BLOCK_N, BLOCK_M]
         s = tl.where(mask, s * b, float("-inf"))
-        past = top
-        top = tl.maximum(top, tl.max(s, axis=1))
-        shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf − inf is no number; inf − 0 stays inf
-        p = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(past - shift)
-        total = total * rescale + tl.sum(p, axis=1)
+        p, top, total, shift, rescale = online_softmax(s, top, total)
         if dweights is not None:
             dp = tl.load(dweights + offsets, mask=mask, other=0.0)
             along = along * rescale + tl.sum(p * dp, axis=1)

@@ -20,11 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels import rows
-from anomem.kernels.common import LN2, LOG2E, block_of, device_of, dot, load_rows, multiprocessors, round_to, store_rows
-from anomem.kernels.memory import Memory, inverse_temperature
+from anomem.kernels.common import (
+    LN2,
+    LOG2E,
+    block_of,
+    device_of,
+    dot,
+    load_rows,
+    multiprocessors,
+    round_to,
+    split_loop,
+    store_rows,
+)
+from anomem.kernels.memory import Memory, inverse_temperature, online_softmax
 from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
 from anomem.kernels.specs import Spec, names, spec
-from anomem.kernels.tiles import TABLE, Tile
+from anomem.kernels.tiles import TABLE, Key, Tile
+from anomem.kernels.tuning import Launched, Site, launch
 
 # What `_prototype_sums` adds up: dK + dV of a tied memory, dK alone or dV alone. Separate values take two launches:
 # with both sums in one block there is no tile without spills at d = 256.
@@ -59,12 +71,7 @@ def _forward(
         k = load_rows(keys, m, D, M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION) * b  # [BLOCK_N, BLOCK_M]
         s = tl.where((m < M)[None, :], s, float("-inf"))
-        past = top
-        top = tl.maximum(top, tl.max(s, axis=1))
-        shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf − inf is no number; inf − 0 stays inf
-        p = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(past - shift)
-        total = total * rescale + tl.sum(p, axis=1)
+        p, top, total, shift, rescale = online_softmax(s, top, total)
         if values is None:
             v = k
         else:
@@ -153,13 +160,13 @@ def _prototype_sums(
     store_rows(partials + split.to(tl.int64) * M * W, gradient, m, W, M, W, BLOCK_W)
 
 
-def forward(query: Tensor, memory: Memory, tile: Tile, precision: str) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Key, precision: str) -> tuple[Tensor, Tensor]:
     """One pass over the memory per tile of queries.
 
     Args:
         query: [N, d], N ≥ 1, unit inner stride.
         memory: see `Memory`.
-        tile: BLOCK_N × BLOCK_M.
+        entry: of the tile table; tiles are BLOCK_N × BLOCK_M.
         precision: of float32 products.
 
     Returns:
@@ -168,11 +175,16 @@ def forward(query: Tensor, memory: Memory, tile: Tile, precision: str) -> tuple[
     keys, values, beta, scale, normalize = memory
     (count, d), dv = query.shape, memory.read.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
-    with device_of(query):
-        _forward[(triton.cdiv(count, tile.rows),)](
+
+    def run(tile: Tile) -> Launched:
+        return Launched(_forward[(triton.cdiv(count, tile.rows),)](
             query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
             normalize, precision, d, dv, tile.rows, tile.columns, block_of(d), block_of(dv), **tile.options,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    facts = {**_facts(query, memory), "normalize": normalize}
+    with device_of(query):
+        launch(Site(entry, facts, count, keys.shape[0], query.device), run)
     return out, lse
 
 
@@ -183,7 +195,7 @@ def backward(
     memory: Memory,
     out: Tensor,
     lse: Tensor,
-    tiles: tuple[Tile, Tile],
+    entries: tuple[Key, Key],
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients by recomputation from lse.
@@ -193,7 +205,8 @@ def backward(
         dlse: [N] or None.
         query, memory, precision: as in `forward`.
         out, lse: what `forward` returned.
-        tiles: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M × BLOCK_N).
+        entries: of the tile table: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M ×
+            BLOCK_N).
 
     Returns:
         dquery [N, d]; partial sums [SPLIT, M, d] of the gradient of the normalised keys and [SPLIT, M, dv] of the
@@ -201,7 +214,8 @@ def backward(
     """
     keys, values, beta, scale, normalize = memory
     (count, d), prototypes, dv = query.shape, keys.shape[0], dout.shape[1]
-    for_query, for_sums = tiles
+    for_query, for_sums = entries
+    facts = _facts(query, memory)
     delta = rows.row_constant(out, dout, dlse)
     widths = (d, dv)
     blocks = (block_of(d), block_of(dv))
@@ -209,43 +223,44 @@ def backward(
     # prototypes, and need no second buffer of this size.
     dquery = query.new_empty(count, d)
     unit = rows.normalized(query, normalize, out=dquery) if normalize else query
-    split, span = spans(count, triton.cdiv(prototypes, for_sums.rows), for_sums.columns, multiprocessors(query))
 
     def prototype_sums(part: int, width: int) -> Tensor:
-        partials = query.new_empty(split, prototypes, width, dtype=torch.float32)
-        _prototype_sums[(triton.cdiv(prototypes, for_sums.rows), split)](
-            unit, keys, values, beta, dout, lse, delta, partials, count, prototypes, span, unit.stride(0), scale,
-            part, precision, *widths, for_sums.columns, for_sums.rows, *blocks, **for_sums.options,
+        def run(tile: Tile) -> Launched:
+            tiles = triton.cdiv(prototypes, tile.rows)
+            parts, span = split_loop(count, tile.columns, tiles, multiprocessors(query))
+            partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
+            compiled = _prototype_sums[(tiles, parts)](
+                unit, keys, values, beta, dout, lse, delta, partials, count, prototypes, span, unit.stride(0), scale,
+                part, precision, *widths, tile.columns, tile.rows, *blocks, **tile.options,
+            )  # fmt: skip
+            return Launched(compiled, partials)
+
+        return launch(Site(for_sums, {**facts, "part": part}, count, prototypes, query.device), run)
+
+    def query_gradient(tile: Tile) -> Launched:
+        blocks_of_queries = triton.cdiv(count, tile.rows)
+        along_beta = None if beta is None else query.new_empty(blocks_of_queries, dtype=torch.float32)
+        compiled = _query_gradient[(blocks_of_queries,)](
+            query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta,
+            count, prototypes, query.stride(0), scale,
+            normalize, precision, *widths, tile.rows, tile.columns, *blocks, **tile.options,
         )  # fmt: skip
-        return partials
+        return Launched(compiled, along_beta)
 
     with device_of(query):
         if values is None:
             key_sums, value_sums = prototype_sums(TIED.value, d), None
         else:
             key_sums, value_sums = prototype_sums(KEYS.value, d), prototype_sums(VALUES.value, dv)
-        blocks_of_queries = triton.cdiv(count, for_query.rows)
-        along_beta = None if beta is None else query.new_empty(blocks_of_queries, dtype=torch.float32)
-        _query_gradient[(blocks_of_queries,)](
-            query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta,
-            count, prototypes, query.stride(0), scale,
-            normalize, precision, *widths, for_query.rows, for_query.columns, *blocks, **for_query.options,
-        )  # fmt: skip
+        facts = {**facts, "normalize": normalize, "dlse": dlse is not None}
+        along_beta = launch(Site(for_query, facts, count, prototypes, query.device), query_gradient)
     return dquery, key_sums, value_sums, None if along_beta is None else along_beta.sum()
 
 
-def spans(count: int, tiles: int, block: int, processors: int) -> tuple[int, int]:
-    """How the sum over queries is split: (SPLIT, queries per span), about two blocks per multiprocessor.
-
-    Args:
-        count: N ≥ 1.
-        tiles: tiles of prototypes.
-        block: BLOCK_N; a span is a multiple of it.
-        processors: of the GPU.
-    """
-    split = max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(count, block)))
-    span = triton.cdiv(triton.cdiv(count, split), block) * block
-    return triton.cdiv(count, span), span
+def _facts(query: Tensor, memory: Memory) -> dict[str, object]:
+    """What every kernel of this file is compiled for."""
+    widths = {"d": query.shape[1], "dv": memory.read.shape[1]}
+    return {"dtype": query.dtype, **widths, "tied": memory.values is None, "beta": memory.beta is not None}
 
 
 def specs(architecture: int) -> Iterator[Spec]:

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.common import LN2, LOG2E, device_of, dot, round_to
-from anomem.kernels.memory import Memory, inverse_temperature
+from anomem.kernels.memory import Memory, finite_shift, inverse_temperature
 from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import TABLE, Tile
+from anomem.kernels.tiles import TABLE, Key, Tile
+from anomem.kernels.tuning import Launched, Site, launch
 
 # Features that a product takes at a time: one row of a shared-memory swizzle in 16 bits.
 BLOCK_D = 64
@@ -49,8 +50,7 @@ def _forward(
         k = load_slice(keys, m, columns, D, M, D)  # [BLOCK_M, BLOCK_D]
         s = dot(q, tl.trans(k), s, "ieee")
     s = tl.where((m < M)[None, :], s * b, float("-inf"))  # [BLOCK_N, BLOCK_M]
-    top = tl.max(s, axis=1)
-    shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)  # inf − inf is no number; inf − 0 stays inf
+    shift = finite_shift(tl.max(s, axis=1))
     p = tl.exp2(s - shift[:, None])
     total = tl.sum(p, axis=1)
     tl.store(lse + n, (shift + tl.log2(total)) * LN2, mask=n < N)
@@ -63,13 +63,13 @@ def _forward(
         tl.store(target, round_to(o, out.dtype.element_ty), mask=(n < N)[:, None] & (columns < DV)[None, :])
 
 
-def forward(query: Tensor, memory: Memory, tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
     """One block per tile of queries.
 
     Args:
         query: [N, d] bfloat16 or float16, N ≥ 1, unit inner stride, normalised already.
         memory: of at most MOST_PROTOTYPES prototypes.
-        tile: its rows are BLOCK_N.
+        entry: of the tile table; a tile's rows are BLOCK_N.
 
     Returns:
         out [N, dv] in query's dtype, lse [N] float32.
@@ -77,11 +77,16 @@ def forward(query: Tensor, memory: Memory, tile: Tile) -> tuple[Tensor, Tensor]:
     keys, _, beta, scale, _ = memory
     (count, d), dv = query.shape, memory.read.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
-    with device_of(query):
-        _forward[(triton.cdiv(count, tile.rows),)](
+
+    def run(tile: Tile) -> Launched:
+        return Launched(_forward[(triton.cdiv(count, tile.rows),)](
             query, keys, memory.read, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
             d, dv, tile.rows, block_of_memory(keys.shape[0]), BLOCK_D, **tile.options,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    facts = {"dtype": query.dtype, "d": d, "dv": dv, "beta": beta is not None}
+    with device_of(query):
+        launch(Site(entry, facts, count, keys.shape[0], query.device), run)
     return out, lse
 
 

@@ -1,14 +1,17 @@
 """The table of tile sizes: per kernel, kind of dtype, BLOCK_D and architecture, one to three tiles, best first.
 
-The first tile whose shared memory fits the device is taken. The order comes from registers, spills and blocks per
-multiprocessor as `python -m anomem.kernels.inspect` reads them from the compiled kernels; none of it was measured on a
-GPU yet. `shared` is an upper bound that the same command checks.
+The first tile whose shared memory fits the device is taken, unless one was measured to be faster there (`tuning`). The
+order comes from registers, spills and blocks per multiprocessor as `python -m anomem.kernels.inspect` reads them from
+the compiled kernels; none of it was measured on a GPU yet: `python -m benchmarks.tune` does that and proposes another.
+`shared` is an upper bound that the inspection checks.
 
 Warps beyond what a product has work for compute parts of it twice. On sm_90 a 64-row tile takes 4 warps and a 128-row
 tile 8, and with 32 rows wgmma falls back to mma.sync. On sm_80 a backward product is split among the warps by columns,
 of which each takes at least 8 (64x16 with 4 warps: 80 instructions where 48 do).
 """
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -136,29 +139,64 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-def tile_for(kernel: str, kind: str, block_d: int, device: torch.device) -> Tile | None:
-    """The tile a launch uses, or None where the table has none that fits the device.
+def fitting(entry: Key, device: torch.device) -> tuple[Tile, ...]:
+    """The table's tiles whose shared memory fits a device, best first; none where it has none.
 
     Args:
-        kernel: its name in the table.
-        kind: from `kind_of`.
-        block_d: BLOCK_D.
-        device: where it runs; a CPU device means the interpreter.
+        entry: of the table.
+        device: where the kernel runs; a CPU device means the interpreter.
     """
+    return (INTERPRETED,) if device.type == "cpu" else _fitting_gpu(entry, device)
+
+
+def candidates(entry: Key, device: torch.device) -> tuple[Tile, ...]:
+    """What a search for the fastest tile tries: those of `fitting`, then their neighbours.
+
+    Args:
+        entry: of the table.
+        device: where the kernel runs; the interpreter has one tile and nothing to search.
+    """
+    known = fitting(entry, device)
     if device.type == "cpu":
-        return INTERPRETED
-    architecture, limit = _device(device)
-    for tile in TABLE.get((kernel, kind, block_d), {}).get(architecture, ()):
-        if tile.shared <= limit:
-            return tile
-    return None
+        return known
+    near = [tile for one in known for tile in neighbours(entry, one, architecture_of(device))]
+    found: dict[tuple[int, ...], Tile] = {}
+    for tile in (*known, *near):
+        found.setdefault((tile.rows, tile.columns, tile.warps, tile.stages), tile)
+    return tuple(found.values())
 
 
-def _device(device: torch.device) -> tuple[int, int]:
-    """(row of the table, shared memory in KiB that one block may use)."""
-    target = triton.runtime.driver.active.utils.get_device_properties(
-        device.index if device.index is not None else torch.cuda.current_device()
-    )
-    major = torch.cuda.get_device_capability(device)[0]
+def neighbours(entry: Key, tile: Tile, architecture: int) -> Iterator[Tile]:
+    """The tiles one step away: one stage more or less, columns or rows doubled or halved.
+
+    Not among them is what the architecture is known to compile badly, see the top of this file. Whether one compiles,
+    and without spills, is seen when it is tried: their shared memory is not known (0).
+    """
+    kernel, kind, _ = entry
+    yield from (tile._replace(stages=stages, shared=0) for stages in (tile.stages - 1, tile.stages + 1) if stages)
+    fewest = 8 * tile.warps if kind != "ieee" and architecture == 80 else 16
+    if kernel != "retrieve_resident":  # whose columns are all prototypes
+        for columns in (tile.columns // 2, tile.columns * 2):
+            if fewest <= columns <= 128:
+                yield tile._replace(columns=columns, shared=0)
+    fewest = 64 if kind != "ieee" and architecture != 80 else 16
+    for rows in (tile.rows // 2, tile.rows * 2):
+        if fewest <= rows <= 128:
+            yield tile._replace(rows=rows, warps=8 if rows == 128 else 4, shared=0)
+
+
+def architecture_of(device: torch.device) -> int:
+    """The row of the table that a GPU takes."""
     # Consumer Blackwell (12.x) has neither wgmma nor tensor memory: it takes the tiles of Ampere.
-    return {9: 90, 10: 100}.get(major, 80), target["max_shared_mem"] // 1024
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+@functools.cache
+def _fitting_gpu(entry: Key, device: torch.device) -> tuple[Tile, ...]:
+    limit = _device_properties(device)["max_shared_mem"] // 1024
+    return tuple(tile for tile in TABLE.get(entry, {}).get(architecture_of(device), ()) if tile.shared <= limit)
+
+
+def _device_properties(device: torch.device) -> dict[str, int]:
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return triton.runtime.driver.active.utils.get_device_properties(index)

@@ -66,5 +66,18 @@ def test_obstacles_are_sentences() -> None:
 
 def test_the_environment_can_be_printed() -> None:
     done = subprocess.run([sys.executable, "-m", "anomem.env"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for word in ("torch", "nt_xent", "triton", "native", "reference"):
+    for word in ("torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels"):
         assert word in done.stdout
+
+
+def test_the_source_of_tiles_is_told_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.source_of_tiles() == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("ANOMEM_AUTOTUNE", "ANOMEM_TILES"):
+        monkeypatch.delenv(name, raising=False)
+    assert "the package's table" in backends.source_of_tiles()
+    monkeypatch.setattr(backends, "_triton_obstacle", lambda *args: "not installed")
+    assert backends.source_of_tiles() == "not installed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +154,37 @@ def test_compiled_whole_for_any_number_of_rows(device: str) -> None:
     for n in (100, 4096, 777):
         query = draw(n, 128, seed=n).to(device)
         torch.testing.assert_close(compiled(query), hopfield_retrieve(query, prototypes, impl="triton") * 2.0)
+
+
+def test_tiles_are_measured_once_and_read_again(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomem.kernels import tuning
+
+    def retrieve(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+        return hopfield_retrieve(query, prototypes, return_lse=True, impl="triton")
+
+    inputs, path = memory(device, torch.bfloat16, 5000, 512, 64, 0), tmp_path / "tiles.json"
+    with tuning.using(tuning.Choice(path, search=True)) as choice:
+        compare(retrieve, retrieval, inputs)
+    kernels = ["retrieve_forward", "retrieve_prototype_sums", "retrieve_query_gradient"]
+    assert [search.site.entry[0] for search in choice.searches] == kernels
+    for search in choice.searches:
+        assert search.best is not None
+        assert search.best.registers > 0
+        assert search.best.tile.shared > 0
+    monkeypatch.setattr(tuning, "measure", None)
+    with tuning.using(tuning.Choice(path, search=True)) as again:
+        gradients(retrieve, inputs)
+    assert again.searches == []
+
+
+def test_a_captured_launch_searches_nothing(device: str) -> None:
+    from anomem.kernels import tuning
+
+    query, prototypes = memory(device, torch.bfloat16, 4096, 512, 64, 0)
+    plain = hopfield_retrieve(query, prototypes, impl="triton")  # compiles the table's tile, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with tuning.using(tuning.Choice(None, search=True)) as choice, torch.cuda.graph(graph):
+        captured = hopfield_retrieve(query, prototypes, impl="triton")
+    graph.replay()
+    assert choice.searches == []
+    assert torch.equal(captured, plain)
