@@ -8,6 +8,7 @@ inspect.json under Triton's minor version; `--check` compiles again, compares, a
 - a matrix instruction that is not the architecture's (HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100) where the
   kernel multiplies matrices;
 - more shared memory than the tile table says, which is how tiles are chosen at run time;
+- memory of the GPU that Python would have to allocate at each launch, where a CUDA graph may be recording;
 - a row that the committed file lacks or that is no longer compiled;
 - fewer blocks per multiprocessor than the committed row.
 
@@ -63,6 +64,8 @@ class Row(NamedTuple):
     """Columns of tensor memory (sm_100)."""
     serialised: bool
     """ptxas reports C7511 or C7515: wgmma waits for each other."""
+    scratch: int
+    """Bytes of the GPU's memory that each launch needs beside the kernel's arguments."""
 
 
 def version() -> str:
@@ -119,7 +122,9 @@ def read(compiled: object, log: str, spec: Spec, architecture: int) -> Row:
     if shared > per_block:
         blocks = 0
     matrix = next((name for name, pattern in _MNEMONICS if re.search(pattern, sass)), "none")
-    return Row(registers, spills, shared, blocks, matrix, columns, "C7511" in log or "C7515" in log)
+    serialised = "C7511" in log or "C7515" in log
+    scratch = sum(getattr(compiled.metadata, f"{kind}_scratch_size") or 0 for kind in ("global", "profile"))
+    return Row(registers, spills, shared, blocks, matrix, columns, serialised, scratch)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -161,6 +166,8 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
             yield f"{key}: no block fits a multiprocessor ({row.shared} bytes shared, {row.tensor_columns} columns)"
         if row.shared > spec.tile.shared * 1024:
             yield f"{key}: {row.shared} bytes of shared memory, the tile table says {spec.tile.shared} KiB at most"
+        if row.scratch:
+            yield f"{key}: {row.scratch} bytes of the GPU's memory would be allocated at each launch"
         if spec.matrix and row.matrix != MATRIX_INSTRUCTION[architecture]:
             yield f"{key}: multiplies by {row.matrix}, not by {MATRIX_INSTRUCTION[architecture]}"
         if committed is not None:

@@ -24,6 +24,9 @@ from anomem.kernels.tiles import Tile
 
 # What S, dP, P and dS of one chunk may take together: about half the L2 cache of an A100 or H100.
 SCRATCH_BYTES = 24 * 2**20
+# What norm(Q) and float32 dQ of one chunk may take together: only a small memory of long rows comes to it, whose
+# scratch would have room for millions of queries.
+ROW_BYTES = 64 * 2**20
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     v = memory.read
     count, prototypes = query.shape[0], keys.shape[0]
     out, lse = query.new_empty(count, v.shape[1]), query.new_empty(count, dtype=torch.float32)
-    for part in chunks(count, prototypes, query.dtype):
+    for part in chunks(count, prototypes, query.shape[1], query.dtype):
         scores = product(rows.normalized(query[part], normalize), keys.mT)  # [R, M] float32
         weights = scores if query.dtype == torch.float32 else scores.new_empty(scores.shape, dtype=query.dtype)
         block_n, block_m = block_of_scores(prototypes)
@@ -129,7 +132,7 @@ def backward(
     key_sums = torch.zeros_like(keys, dtype=torch.float32)
     value_sums = key_sums if values is None else torch.zeros_like(values, dtype=torch.float32)
     along_beta = None if beta is None else query.new_empty(count, dtype=torch.float32)
-    for part in chunks(count, prototypes, query.dtype):
+    for part in chunks(count, prototypes, d, query.dtype):
         unit = rows.normalized(query[part], normalize)  # [R, d]
         scores, dweights = product(unit, keys.mT), product(dout[part], v.mT)  # [R, M] float32
         in_place = query.dtype == torch.float32
@@ -152,10 +155,18 @@ def backward(
     )
 
 
-def chunks(count: int, prototypes: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the queries, in order, whose scratch takes about SCRATCH_BYTES."""
-    per_query = prototypes * (8 if dtype == torch.float32 else 12)
-    size = max(1, SCRATCH_BYTES // per_query // 128) * 128
+def chunks(count: int, prototypes: int, width: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of the queries, in order, whose scratch takes about SCRATCH_BYTES and whose rows at most ROW_BYTES.
+
+    Args:
+        count: N.
+        prototypes: M.
+        width: d.
+        dtype: of the queries.
+    """
+    scores = prototypes * (8 if dtype == torch.float32 else 12)  # bytes for each query
+    row = width * (4 + dtype.itemsize)
+    size = max(1, min(SCRATCH_BYTES // scores, ROW_BYTES // row) // 128) * 128
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 

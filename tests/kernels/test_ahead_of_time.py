@@ -65,11 +65,12 @@ def test_faults_are_found() -> None:
     sound, bad = {}, {}
     broken = (
         {"spills": 4}, {"serialised": True}, {"blocks": 0}, {"shared": 300 * 1024}, {"matrix": "none"},
+        {"scratch": 8},
     )  # fmt: skip
     instruction = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
     for key, architecture, spec in shipped():
         matrix = instruction[architecture] if spec.matrix else "none"
-        sound[key] = Row(128, 0, 0, 4, matrix, 0, False)
+        sound[key] = Row(128, 0, 0, 4, matrix, 0, False, 0)
     assert list(faults(sound, sound)) == []
     key = next(key for key, _, spec in shipped() if spec.matrix)
     for change in broken:

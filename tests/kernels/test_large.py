@@ -102,10 +102,10 @@ def test_gradients_of_2_31_numbers(normalize: int, ends_of_grids: Ends, monkeypa
     dout[:TAIL], dout[-TAIL:] = slopes.split(TAIL)
 
     def gradients(query: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = retrieve.flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, None)
-        assert tiles is not None
-        out, lse = retrieve_flash.forward(query, memory, tiles[0], "ieee")
-        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, tiles, "ieee")
+        entries = retrieve.flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, None)
+        assert entries is not None
+        out, lse = retrieve_flash.forward(query, memory, entries[0], "ieee")
+        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, entries, "ieee")
         return dquery, key_sums
 
     with ends_of_grids(PROGRAMS) as cut:

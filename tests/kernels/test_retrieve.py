@@ -7,6 +7,7 @@ float32 where TF32 is allowed takes the flash scheme; the interpreter multiplies
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -253,3 +254,23 @@ def test_rows_too_long_or_of_the_wrong_kind_are_refused() -> None:
         AF.hopfield_retrieve(torch.zeros(1, 2049), torch.zeros(1, 2049), impl="triton")
     with pytest.raises(ArgumentError, match="not float64"):
         AF.hopfield_retrieve(torch.zeros(1, 4).double(), torch.zeros(1, 4).double(), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("m", "d"), [(1, 2048), (16, 512), (512, 256), (16384, 16)])
+def test_a_chunk_of_queries_is_small_whatever_the_memory(
+    m: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its scores nor its normalised rows and their gradients grow with N."""
+    from anomem.kernels import retrieve_chunked
+
+    monkeypatch.undo()
+    count = 2**24
+    parts = list(retrieve_chunked.chunks(count, m, d, dtype))
+    assert parts[0].start == 0
+    assert parts[-1].stop == count
+    assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
+    longest = max(part.stop - part.start for part in parts)
+    assert longest % 128 == 0
+    assert longest * m * (8 if dtype == torch.float32 else 12) <= retrieve_chunked.SCRATCH_BYTES
+    assert longest * d * (4 + dtype.itemsize) <= retrieve_chunked.ROW_BYTES
