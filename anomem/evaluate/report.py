@@ -41,13 +41,14 @@ def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig, scored: 
 
     Args:
         scorer: fitted to the task's training normals.
-        task: on the scorer's device.
+        task: on any device.
         augment: training augmentations, for the control's copies.
         scored: what the scorer says about the test images, if that is known already.
 
     Returns:
         One entry per score; "plain" and "detector" have "pixel_auroc" and "aupro" too where the task has masks.
     """
+    task = task.to(scorer.model.mean.device)
     scored = scored or score_images(scorer, task.test)
     scores = {**scored.scores, "detector/features": feature_scores(scorer, task, augment)}
     metrics = image_metrics({**scores, **plain_variants(scorer, task.test)}, task.test_is_anomaly)
@@ -86,7 +87,7 @@ def report(
 
     Args:
         scorer: fitted.
-        task: on its device.
+        task: on any device.
         augment: training augmentations.
         scored: what the scorer says about the test images, if that is known already.
         seed: of the baselines.

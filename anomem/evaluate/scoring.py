@@ -239,9 +239,10 @@ def score_images(scorer: Scorer, images: Images) -> Scored:
 
     Args:
         scorer: fitted.
-        images: on the scorer's device.
+        images: on any device.
     """
-    parts = [scorer(batch) for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size)]
+    order, images = torch.arange(len(images)), images.to(scorer.model.mean.device)
+    parts = [scorer(batch) for batch, _ in images.batches(order, scorer.config.batch_size)]
     return Scored(
         {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
         {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},

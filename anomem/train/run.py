@@ -44,6 +44,15 @@ def train(
     # Before anything is written: a wrong setting leaves no folder behind.
     check_settings(config)
     prepare(config)
+    if task is not None:
+        exposed = not bool(task.train_is_normal.all())
+        require(
+            exposed == (config.data.outlier_ratio > 0),
+            "config.data.outlier_ratio",
+            "a ratio > 0 where the task has labelled anomalies to train on, and 0 where it has none",
+            config.data.outlier_ratio,
+            "make the task from `config.data`",
+        )
     given = {"task": task, "encoder": encoder}
     task = task or load_task(config.data)
     model = model_for(config, task, encoder)

@@ -137,3 +137,12 @@ def test_a_network_that_gives_no_maps(network: Callable[[Tensor], object], recei
 def test_an_encoder_for_images_of_another_size(config: TrainConfig) -> None:
     with pytest.raises(ArgumentError, match=r"`encoder`: expected one for images of \(20, 28\), received \(16, 16\)"):
         build_model(config.model, (20, 28), 3, [0.5] * 3, [0.5] * 3, encoder=encoder((16, 16)))
+
+
+def test_labelled_anomalies_stand_in_the_configuration_too(config: TrainConfig) -> None:
+    exposed = DataConfig("mine", normal="0", outlier_ratio=0.5)
+    task = task_from_dataset(FakeData(24, (3, 20, 28), num_classes=2), config=exposed)
+    with pytest.raises(ArgumentError, match=r"`config.data.outlier_ratio`: .*received 0.0; make the task from"):
+        train(config, task=task, quiet=True)
+    run = train(replace(config, data=exposed), task=task, quiet=True)
+    assert "stage2" in load_scorer(run).names
