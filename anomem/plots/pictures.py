@@ -50,7 +50,8 @@ def extremes(
     if limits[1] <= limits[0]:
         limits[1] = limits[0] + 1
     names = kinds or ["anomaly" if odd else "normal" for odd in is_anomaly.tolist()]
-    with figure(path, count * TILE + 1.5, 4 * TILE + 1.3) as drawn:
+    # Wide enough for the caption, however few the images.
+    with figure(path, max(6.0, count * TILE + 1.5), 4 * TILE + 1.3) as drawn:
         grid = drawn.subplots(4, count, squeeze=False)
         for half, title in enumerate(("most anomalous", "least anomalous")):
             for column, index in enumerate(chosen[half].tolist()):
