@@ -56,7 +56,8 @@ def save_checkpoint(
     write_atomically(directory / file, content)
     note = {"format": FORMAT, "step": step, "tensors": file, "about": dict(about or {})}
     write_atomically(directory / f"{name}.json", json.dumps(note, indent=2).encode())
-    for old in directory.glob(f"{name}-*.safetensors"):
+    # Also what a process that was killed while it wrote has left beside them.
+    for old in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}-*.safetensors.*")):
         if old.name != file:
             old.unlink()
 

@@ -18,6 +18,7 @@ from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoin
 
 def test_round_trip_and_replacement(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "stage1", 1, {"a": torch.zeros(2)})
+    (tmp_path / ".stage1-00000002.safetensors.0f3a").write_bytes(b"of a process that was killed while it wrote")
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7), "c": torch.ones(1, dtype=torch.bfloat16)}
     save_checkpoint(tmp_path, "stage1", 2, tensors, {"size": [4, 4]})
     found = load_checkpoint(tmp_path, "stage1")
