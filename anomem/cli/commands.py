@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +19,22 @@ from anomem.errors import UserError
 from anomem.files import write_atomically
 from anomem.train.presets import preset
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anomem.data import Task
+
 
 def train(command: Train) -> None:
     """Train, or go on training."""
     from anomem.train import run
 
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(
+            f"expected one process, received WORLD_SIZE={processes}: a run is trained by one process on one device; "
+            "start it without torchrun"
+        )
     if command.resume is None:
         path = run.train(command.settings, quiet=command.quiet)
     else:
@@ -35,14 +48,23 @@ def train(command: Train) -> None:
 def evaluate(command: Evaluate) -> None:
     """Measure a run."""
     from anomem.evaluate.report import report
+    from anomem.evaluate.scoring import score_images
     from anomem.train.controls import control
     from anomem.train.run import load_run
 
     run, config, task, scorer = load_run(command.run)
+    scored = score_images(scorer, task.test)
+    _write(run.scores_file, _score_rows(task, scored.scores))
     controls = {str(name): control(name, config, task) for name in command.controls}
     try:
         metrics = report(
-            scorer, task, config.augment, seed=config.run.seed, controls=controls, with_baselines=command.baselines
+            scorer,
+            task,
+            config.augment,
+            scored=scored,
+            seed=config.run.seed,
+            controls=controls,
+            with_baselines=command.baselines,
         )
     except ImportError as error:
         raise UserError(
@@ -50,7 +72,21 @@ def evaluate(command: Evaluate) -> None:
         ) from error
     run.write_metrics(metrics)
     Console(width=None if sys.stdout.isatty() else 100).print(metrics_table(metrics))
-    print(f"written to {run.metrics_file}; next: anomem plot {command.run}")
+    print(f"written to {run.metrics_file}, image by image to {run.scores_file}; next: anomem plot {command.run}")
+
+
+def _score_rows(task: Task, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """One row per test image: which it is, what is true of it and all its scores."""
+    names = task.test_paths or [str(i) for i in range(len(task.test))]
+    return [
+        {
+            "image": names[i],
+            "kind": task.test_kinds[i],
+            "anomalous": int(task.test_is_anomaly[i]),
+            **{name: float(values[i]) for name, values in scores.items()},
+        }
+        for i in range(len(task.test))
+    ]
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
@@ -63,7 +99,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         title=f"{metrics['task']}: {metrics['test_images']} test images, {metrics['test_anomalies']} anomalous"
     )
     table.add_column("score")
-    for name in ("AUROC", "AP", "FPR@95%TPR", "pixel AUROC"):
+    for name in ("AUROC", "AP", "FPR@95%TPR", "pixel AUROC", "AUPRO@30%"):
         table.add_column(name, justify="right")
     groups = {
         "": metrics["scores"],
@@ -72,9 +108,8 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     }
     for prefix, scores in groups.items():
         for name, values in scores.items():
-            pixel = values.get("pixel_auroc")
-            numbers = (values["auroc"], values["average_precision"], values["fpr_at_95_tpr"], pixel)
-            table.add_row(prefix + name, *("" if v is None else f"{v:.4f}" for v in numbers))
+            measures = ("auroc", "average_precision", "fpr_at_95_tpr", "pixel_auroc", "aupro")
+            table.add_row(prefix + name, *(f"{values[m]:.4f}" if m in values else "" for m in measures))
         table.add_section()
     return table
 
@@ -83,8 +118,8 @@ def score(command: Score) -> None:
     """Score files."""
     import torch
 
+    from anomem.cli.maps import MapFiles
     from anomem.data import ImageFiles, StreamedImages, image_files
-    from anomem.evaluate.scoring import score_images
     from anomem.train.run import load_scorer
 
     if command.output is not None and command.output.suffix not in (".csv", ".json"):
@@ -93,17 +128,23 @@ def score(command: Score) -> None:
     if not paths:
         raise UserError("`paths`: expected image files or folders of them, received none")
     scorer = load_scorer(command.run)
-    height, _ = scorer.model.encoder.image_size
-    files = ImageFiles(paths, height, grey=scorer.model.mean.shape[0] == 1)
-    with torch.no_grad():
-        scores = score_images(scorer, StreamedImages(files, workers=0, device=scorer.model.mean.device)).scores
-    by = command.by or ("stage2" if "stage2" in scores else "detector")
-    if by not in scores:
-        raise UserError(f"`--by`: expected one of {', '.join(scores)}, received {by!r}")
-    rows = [
-        {"path": str(path), **{name: float(values[i]) for name, values in scores.items()}}
-        for i, path in enumerate(paths)
-    ]
+    by = command.by or ("detector" if scorer.head is None else "stage2")
+    if by not in scorer.names:
+        raise UserError(f"`--by`: expected one of {', '.join(scorer.names)}, received {by!r}")
+    files = ImageFiles(paths, scorer.model.encoder.image_size, grey=scorer.model.mean.shape[0] == 1)
+    images = StreamedImages(files, workers=0, device=scorer.model.mean.device)
+    maps = None if command.maps is None else MapFiles(command.maps, paths)
+    rows: list[dict[str, Any]] = []
+    # Batch by batch: the maps of a large folder would not fit into memory.
+    for batch, index in images.batches(torch.arange(len(paths)), scorer.config.batch_size):
+        scored = scorer(batch)
+        values = {name: numbers.tolist() for name, numbers in scored.scores.items()}
+        for i, place in enumerate(index.tolist()):
+            rows.append({"path": str(paths[place]), **{name: numbers[i] for name, numbers in values.items()}})
+        if maps is not None:
+            deviation = scored.maps["plain" if by == "plain" else "detector"].cpu()
+            for i, place in enumerate(index.tolist()):
+                maps.write(place, deviation[i])
     if command.output is None:
         for row in rows:
             print(f"{row[by]:.6g}\t{row['path']}")
@@ -121,10 +162,7 @@ def _write(output: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
         text = buffer.getvalue()
-    try:
-        write_atomically(output, text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    write_atomically(output, text.encode())
 
 
 def plot(command: Plot) -> None:

@@ -32,7 +32,6 @@ def draw_figures(run: RunDirectory, task: Task, scorer: Scorer, seed: int = 0) -
     Raises:
         UserError: a package that the figures need cannot be imported.
     """
-    run.figures.mkdir(parents=True, exist_ok=True)
     names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
     paths = {name: run.figures / f"{name}.png" for name in names}
     scored = score_images(scorer, task.test)

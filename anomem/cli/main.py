@@ -1,11 +1,13 @@
 """The command `anomem`: train, evaluate, score, plot.
 
-Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one sentence on stderr), 130 interrupted.
+Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one sentence on stderr), 130 interrupted,
+141 the reader of the output has gone (`| head`).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, so that Python does not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"anomem {__version__}")
         return 0
@@ -49,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"anomem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "anomem: interrupted; a run goes on from its last checkpoint with `anomem train --resume`", file=sys.stderr
-        )
+        training = "; `anomem train --resume DIR` goes on from the last checkpoint (see --run.checkpoint-every)"
+        print(f"anomem: interrupted{training if arguments[:1] == ['train'] else ''}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # tyro: help, or a wrong option
         return int(stop.code or 0)

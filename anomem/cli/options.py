@@ -28,7 +28,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run on its test images, next to baselines and controls; writes metrics.json."""
+    """Measure a run on its test images, next to baselines and controls; writes metrics.json and scores.csv."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
@@ -50,6 +50,9 @@ class Score:
     """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector."""
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
+    maps: Path | None = None
+    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
+    --by plain, else of "detector"."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from anomem.data.config import DataConfig
 from anomem.data.custom import task_from_dataset
-from anomem.data.folder import ImageFiles, image_files
+from anomem.data.folder import ImageFiles, image_files, read_image
 from anomem.data.images import Images, ImageSet, ResidentImages, StreamedImages
 from anomem.data.registry import DATASETS, load_task
 from anomem.data.task import Task
@@ -18,5 +18,6 @@ __all__ = [
     "Task",
     "image_files",
     "load_task",
+    "read_image",
     "task_from_dataset",
 ]

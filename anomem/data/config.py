@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anomem.validation import require_count
+
 
 @dataclass
 class DataConfig:
@@ -44,3 +46,9 @@ class DataConfig:
     aligned: bool | None = None
     resident_megabytes: int = 2048
     workers: int = 2
+
+
+def check_image_size(config: DataConfig) -> None:
+    """Raise `ArgumentError` for a side that no image has."""
+    if config.image_size is not None:
+        require_count(config.image_size, "image_size", 1)

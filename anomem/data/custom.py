@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomem.data.config import DataConfig
+from anomem.data.config import DataConfig, check_image_size
 from anomem.data.convert import as_uint8, resize
-from anomem.data.images import Picked, resident_or_streamed
+from anomem.data.images import Picked, ResidentImages, resident_or_streamed
 from anomem.data.task import Task, assemble, class_index, stratified_split, training_rows
 from anomem.validation import require
 
@@ -40,7 +40,12 @@ def labels_of(dataset: Any) -> Tensor:
     """Labels [N] int64 of a data set: its `targets` (torchvision's name for them), or read item by item."""
     targets = getattr(dataset, "targets", None)
     if targets is None:
-        targets = [dataset[i][1] for i in range(len(dataset))]
+        targets = []
+        for i in range(len(dataset)):
+            item = dataset[i]
+            right = isinstance(item, (tuple, list)) and len(item) >= 2
+            require(right, f"dataset[{i}]", "a pair (image, label)", type(item).__name__)
+            targets.append(item[1])
     labels = torch.as_tensor(targets)
     right = labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset)
     require(right, "dataset", lambda: f"{len(dataset)} integer labels, one per image", labels)
@@ -57,10 +62,13 @@ def task_from_dataset(
 ) -> Task:
     """One class of any labelled data set against its other classes.
 
+    For measures of localisation give the task masks: `dataclasses.replace(task, test_masks=masks)`, [T, H, W] bool.
+
     Args:
         train: anything with a length whose item i is (image, label): a torchvision data set, a list of pairs. Images
             are PIL images, arrays [H, W(, C)] or tensors [C, H, W]; floating pixels are in [0, 1].
-        test: the same for testing; None splits `train` by `config.test_fraction` and seed.
+        test: the same for testing; None splits `train` by `config.test_fraction` and seed. A `train` of one class
+            then has nothing to test on: all of it is trained on.
         config: `dataset` is only a name here; `normal`, `outlier_ratio`, `image_size`, `seed` and the limits of
             residence mean what they say.
         classes: names by label; by default the data set's `classes`, else the labels' numbers.
@@ -69,9 +77,14 @@ def task_from_dataset(
     Raises:
         UserError: fewer than two normals, one class only, NaN in the data, an unknown class.
     """
+    check_image_size(config)
     require(len(train) >= 2, "train", "at least two images", len(train))
     labels = labels_of(train)
-    if test is None:
+    train_only = test is None and len(labels.unique()) == 1
+    if train_only:
+        train_rows, test_rows = torch.arange(len(labels)), torch.arange(0)
+        test, test_labels = train, labels[:0]
+    elif test is None:
         train_rows, test_rows = stratified_split(labels, config.test_fraction, config.seed)
         test, test_labels = train, labels[test_rows]
     else:
@@ -92,6 +105,8 @@ def task_from_dataset(
             config.resident_megabytes,
             config.workers,
         )
+        if len(picked)
+        else ResidentImages(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
         for source, picked in ((train, train_rows[rows]), (test, test_rows))
     )
     return assemble(
@@ -103,4 +118,5 @@ def task_from_dataset(
         [names[label] for label in test_labels.tolist()],
         test_labels != normal,
         aligned=aligned if config.aligned is None else config.aligned,
+        train_only=train_only,
     )

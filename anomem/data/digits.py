@@ -32,7 +32,7 @@ def load_digits(size: int = 16) -> ImageSet:
 
 def digits(config: DataConfig) -> Task:
     """One digit against the nine others, each class split by `test_fraction` and seed."""
-    everything = load_digits(config.image_size or 16)
+    everything = load_digits(16 if config.image_size is None else config.image_size)
     train, test = (
         ImageSet(everything.images[rows], everything.labels[rows], everything.classes)
         for rows in stratified_split(everything.labels, config.test_fraction, config.seed)

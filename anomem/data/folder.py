@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,11 +29,11 @@ class ImageFiles(Dataset[Tensor]):
 
     Args:
         paths: the files.
-        size: side in pixels every image is resized to (the aspect ratio is not kept).
+        size: side in pixels, or (H, W), every image is resized to (the aspect ratio is not kept).
         grey: one channel instead of three.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, grey: bool = False) -> None:
+    def __init__(self, paths: Sequence[Path], size: int | tuple[int, int], grey: bool = False) -> None:
         self.paths = paths
         self.size = size
         self.grey = grey
@@ -41,20 +42,20 @@ class ImageFiles(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """[C, size, size] uint8."""
-        pixels = as_uint8(_read(self.paths[index], "L" if self.grey else "RGB"))
-        return resize(pixels[None], self.size)[0]
+        """[C, H, W] uint8."""
+        return resize(read_image(self.paths[index], self.grey)[None], self.size)[0]
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder in the order of their names.
+    """The image files of a folder in the order of their names; hidden ones (macOS leaves `._` files) are none.
 
     Raises:
         UserError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `root`")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    seen = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    found = sorted(path for path in seen if not path.is_dir())
     if not found:
         raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none; add some")
     return found
@@ -70,7 +71,7 @@ def folder(config: DataConfig) -> Task:
 
     Without a folder `test` the task has no test images: enough to train on and to score files with.
     """
-    root, size = Path(config.root), config.image_size or 128
+    root, size = Path(config.root), 128 if config.image_size is None else config.image_size
     normal = _normal_folder(root / "train", config.normal)
     train = image_files(root / "train" / normal)
     kinds = _subfolders(root / "test") if (root / "test").exists() else []
@@ -110,12 +111,32 @@ def folder(config: DataConfig) -> Task:
     )
 
 
+def read_image(path: Path, grey: bool = False) -> Tensor:
+    """One image file as pixels: upright by its EXIF note, transparency dropped, 16 bits brought to 8.
+
+    Args:
+        path: the file.
+        grey: one channel instead of three.
+
+    Returns:
+        [C, H, W] uint8.
+
+    Raises:
+        UserError: the file cannot be read, or holds numbers that are no brightness: floating ones outside of [0, 1],
+            integers of 32 bits.
+    """
+    pixels = as_uint8(_read(path, "L" if grey else "RGB"), str(path))
+    return pixels if grey or len(pixels) == 3 else pixels.expand(3, -1, -1)
+
+
 def _read(path: Path, mode: str) -> Image.Image:
+    """The image upright, in the mode; one of more than 8 bits in its own, as PIL's conversion cuts off at 255."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            upright = ImageOps.exif_transpose(image)
+            return upright if upright.mode.startswith(("I", "F")) else upright.convert(mode)
     # PIL raises these for what is not an image, and SyntaxError for some broken PNG files.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: expected a readable image ({error}); repair or remove the file") from error
@@ -126,7 +147,8 @@ def _mask(root: Path, image: Path, kind: str, size: int) -> Tensor:
     truth = root / "ground_truth" / kind
     for name in (f"{image.stem}.png", f"{image.stem}_mask.png"):
         if (truth / name).is_file():
-            return resize_masks(as_uint8(_read(truth / name, "L")) > 0, size)[0]
+            marked = np.asarray(_read(truth / name, "L")) > 0
+            return resize_masks(torch.from_numpy(marked)[None], size)[0]
     raise UserError(
         f"{truth}: expected the mask of {image.name} as {image.stem}.png or {image.stem}_mask.png, found neither; "
         "add it, or remove the folder ground_truth to go without masks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from anomem.data.cifar import cifar10, cifar100
-from anomem.data.config import DataConfig
+from anomem.data.config import DataConfig, check_image_size
 from anomem.data.digits import digits
 from anomem.data.folder import folder
 from anomem.data.task import Task
@@ -28,4 +28,5 @@ def load_task(config: DataConfig) -> Task:
         UserError: an unknown data set or class, missing or unreadable files, one class only.
     """
     require_choice(config.dataset, "dataset", tuple(DATASETS))
+    check_image_size(config)
     return DATASETS[config.dataset](config)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anomem.data.optional import optional
 from anomem.errors import ArgumentError
 from anomem.validation import require
 
@@ -93,9 +94,80 @@ def pixel_auroc(maps: Any, masks: Any) -> float:
     Raises:
         ArgumentError: a non-finite value, unequal shapes, or no anomalous (or no normal) pixel.
     """
-    maps, masks = torch.as_tensor(maps), torch.as_tensor(masks)
-    require(maps.shape == masks.shape, "masks", lambda: f"the shape of `maps`, {list(maps.shape)}", masks)
+    maps, masks = _checked_maps(maps, masks)
     return auroc(maps.flatten(), masks.flatten())
+
+
+def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve up to a false-positive rate, divided by that rate (MVTec AD's measure).
+
+    At each threshold the overlap is the found share of each anomalous region (8-connected pixels of a mask), averaged
+    over the regions of all images, so that a small defect counts as much as a large one; the false-positive rate is
+    the share of normal pixels of all images that are called anomalous (Bergmann et al. 2021).
+
+    Args:
+        maps: [T, H, W] finite numbers, higher is more anomalous.
+        masks: [T, H, W] bool, True on anomalous pixels.
+        limit: largest false-positive rate, in (0, 1]; 0.3 is what is usually reported.
+
+    Raises:
+        ArgumentError: as `pixel_auroc`, or a limit outside of (0, 1].
+        UserError: scikit-image is not installed.
+    """
+    require(0 < limit <= 1, "limit", "a false-positive rate in (0, 1]", limit)
+    maps, masks = _checked_maps(maps, masks)
+    region, anomalous = regions(masks).to(maps.device).flatten(), masks.flatten()
+    size = region.bincount()
+    # Every region weighs the same, shared out over its pixels.
+    share = torch.where(anomalous, 1 / (size[region].double() * (len(size) - 1)), 0.0)
+    order = maps.flatten().argsort(descending=True)
+    ranked = maps.flatten()[order]
+    last = torch.cat([ranked.diff() != 0, ranked.new_ones(1, dtype=torch.bool)])
+    overlap = share[order].cumsum(0)[last]
+    false_positive = (~anomalous)[order].double().cumsum(0)[last] / int((~anomalous).sum())
+    start = overlap.new_zeros(1)
+    overlap, false_positive = torch.cat([start, overlap]), torch.cat([start, false_positive])
+    inside = int((false_positive <= limit).sum())
+    area = float(torch.trapezoid(overlap[:inside], false_positive[:inside]))
+    if inside < len(overlap):  # a straight line to the limit, which lies between two points
+        low, high = float(false_positive[inside - 1]), float(false_positive[inside])
+        part = (limit - low) / (high - low)
+        end = torch.lerp(overlap[inside - 1], overlap[inside], part)
+        area += (limit - low) * float(overlap[inside - 1] + end) / 2
+    return area / limit
+
+
+def regions(masks: Tensor) -> Tensor:
+    """The connected regions of each mask, where pixels that touch, at a corner too, belong together.
+
+    Args:
+        masks: [T, H, W] bool.
+
+    Returns:
+        [T, H, W] int64 on the CPU: 0 where the mask is False, elsewhere the number of the pixel's region, from 1.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
+    with optional("the overlap with anomalous regions"):
+        from skimage.measure import label
+
+    labels = torch.zeros(masks.shape, dtype=torch.int64)
+    found = 0
+    for i, mask in enumerate(masks.cpu()):
+        if bool(mask.any()):
+            of_mask = torch.from_numpy(label(mask.numpy(), connectivity=2)).long()
+            labels[i] = torch.where(of_mask > 0, of_mask + found, 0)
+            found += int(of_mask.max())
+    return labels
+
+
+def _checked_maps(maps: Any, masks: Any) -> tuple[Tensor, Tensor]:
+    maps, masks = torch.as_tensor(maps), torch.as_tensor(masks)
+    require(maps.dim() == 3, "maps", "a tensor [T, H, W]", maps)
+    require(maps.shape == masks.shape, "masks", lambda: f"the shape of `maps`, {list(maps.shape)}", masks)
+    scores, is_anomaly = _checked(maps.flatten(), masks.flatten())
+    return scores.view(maps.shape), is_anomaly.view(maps.shape)
 
 
 def _counts(scores: Tensor, is_anomaly: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from anomem.augment import AugmentConfig
 from anomem.data import Task
 from anomem.evaluate.baselines import baselines
-from anomem.evaluate.metrics import auroc, average_precision, fpr_at_tpr, pixel_auroc
-from anomem.evaluate.scoring import Scorer, fit_feature_detector, plain_variants, score_images
+from anomem.evaluate.metrics import aupro, auroc, average_precision, fpr_at_tpr, pixel_auroc
+from anomem.evaluate.scoring import Scored, Scorer, fit_feature_detector, plain_variants, score_images
 
 Metrics = dict[str, dict[str, float]]
 """Name of a score -> name of a measure -> number."""
@@ -36,24 +36,27 @@ def image_metrics(scores: Mapping[str, Tensor], is_anomaly: Tensor) -> Metrics:
     }
 
 
-def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig) -> Metrics:
+def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig, scored: Scored | None = None) -> Metrics:
     """Measures of all scores of a scorer, the control on raw features and every variant of the plain deviation.
 
     Args:
         scorer: fitted to the task's training normals.
-        task: on the scorer's device.
+        task: on any device.
         augment: training augmentations, for the control's copies.
+        scored: what the scorer says about the test images, if that is known already.
 
     Returns:
-        One entry per score; "plain" and "detector" have "pixel_auroc" too where the task has masks.
+        One entry per score; "plain" and "detector" have "pixel_auroc" and "aupro" too where the task has masks.
     """
-    scored = score_images(scorer, task.test)
+    task = task.to(scorer.model.mean.device)
+    scored = scored or score_images(scorer, task.test)
     scores = {**scored.scores, "detector/features": feature_scores(scorer, task, augment)}
     metrics = image_metrics({**scores, **plain_variants(scorer, task.test)}, task.test_is_anomaly)
     if task.test_masks is not None:
         masks = task.test_masks.cpu()
         for name, maps in scored.maps.items():
             metrics[name]["pixel_auroc"] = pixel_auroc(maps, masks)
+            metrics[name]["aupro"] = aupro(maps, masks)
     return metrics
 
 
@@ -75,6 +78,7 @@ def report(
     task: Task,
     augment: AugmentConfig,
     *,
+    scored: Scored | None = None,
     seed: int = 0,
     controls: Mapping[str, Scorer] | None = None,
     with_baselines: bool = True,
@@ -83,8 +87,9 @@ def report(
 
     Args:
         scorer: fitted.
-        task: on its device.
+        task: on any device.
         augment: training augmentations.
+        scored: what the scorer says about the test images, if that is known already.
         seed: of the baselines.
         controls: name -> scorer of a control, fitted to the same task.
         with_baselines: also fit the shallow baselines (needs scikit-learn).
@@ -97,7 +102,7 @@ def report(
         "test_images": len(task.test),
         "test_anomalies": int(task.test_is_anomaly.sum()),
         "alignment": scorer.detector.alignment,
-        "scores": evaluate_scorer(scorer, task, augment),
+        "scores": evaluate_scorer(scorer, task, augment, scored),
         "controls": {name: evaluate_scorer(control, task, augment) for name, control in (controls or {}).items()},
         "baselines": image_metrics(shallow, task.test_is_anomaly),
     }

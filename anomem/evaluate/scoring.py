@@ -14,7 +14,7 @@ from anomem.evaluate.config import ScoreConfig
 from anomem.models import AnoMem, DeviationDetector, DeviationHead, LocationPrior
 from anomem.models.detector import Alignment
 from anomem.reference.deviation import Distance
-from anomem.validation import require, require_choice, require_count
+from anomem.validation import require, require_choice, require_count, values_are_free
 
 
 class Scored(NamedTuple):
@@ -51,9 +51,19 @@ class Scorer(nn.Module):
         self.to(model.mean.device)
         self.eval()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its scores."""
+        return ("plain", "prior", "energy", "detector", *(() if self.head is None else ("stage2",)))
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Scored:
-        """Scores and maps of images [B, C, H, W], uint8 or float in [0, 1], of the training size."""
+        """Scores and maps of images [B, C, H, W], uint8 or float in [0, 1], of the training size.
+
+        Raises:
+            ArgumentError: images of another shape or dtype; on a CPU also values outside of [0, 1].
+        """
+        self._check(images)
         maps = self.model(images)
         deviations = self.model.deviations(maps)
         plain = self.model.distances(maps, self.config.distance)
@@ -71,6 +81,20 @@ class Scorer(nn.Module):
         distances = [d.view_as(p) for d, p in zip(self.detector.maps(deviations), plain, strict=True)]
         localised = {"plain": self.upsampled(plain, size), "detector": self.upsampled(distances, size)}
         return Scored({name: value.float() for name, value in scores.items()}, localised)
+
+    def _check(self, images: Tensor) -> None:
+        require(isinstance(images, Tensor), "images", "a tensor [B, C, H, W]", type(images).__name__)
+        shape = (self.model.mean.shape[0], *self.model.encoder.image_size)
+        right = images.dim() == 4 and images.shape[1:] == shape
+        require(right, "images", lambda: f"[B, {', '.join(map(str, shape))}], as it was trained", images)
+        if images.dtype == torch.uint8:
+            return
+        require(images.is_floating_point(), "images", "uint8, or float in [0, 1]", images.dtype)
+        if len(images) and values_are_free(images):
+            low, high = (float(v) for v in images.aminmax())
+            right = low >= 0 and high <= 1  # NaN is neither
+            hint = "divide by 255, or give uint8"
+            require(right, "images", "floating pixels from 0 to 1", f"{low:.3g} to {high:.3g}", hint)
 
     def pooled(self, distances: list[Tensor], pool: str | None = None) -> Tensor:
         """Σ lambda_s pool over positions: S tensors [B, H_s, W_s] -> [B].
@@ -215,9 +239,10 @@ def score_images(scorer: Scorer, images: Images) -> Scored:
 
     Args:
         scorer: fitted.
-        images: on the scorer's device.
+        images: on any device.
     """
-    parts = [scorer(batch) for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size)]
+    order, images = torch.arange(len(images)), images.to(scorer.model.mean.device)
+    parts = [scorer(batch) for batch, _ in images.batches(order, scorer.config.batch_size)]
     return Scored(
         {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
         {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},

@@ -20,7 +20,7 @@ def describe(model: AnoMem) -> str:
     """
     encoder = model.encoder
     lines = [f"{'encoder':<12} {parameter_count(encoder):>12,} parameters"]
-    lines += [f"  {name:<10} {parameter_count(stage):>12,}" for name, stage in encoder.stages.items()]
+    lines += [f"  {name:<10} {parameter_count(stage):>12,}" for name, stage in encoder.parts.items()]
     scales = zip(encoder.names, encoder.channels, encoder.sizes, model.hopfield, model.scale_weights, strict=True)
     for name, channels, (height, width), memory, weight in scales:
         prototypes, features = memory.prototypes.shape

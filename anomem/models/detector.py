@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from anomem.models.gaussian import Gaussians, MomentSums
 from anomem.validation import require, require_choice
 
+ROUNDING = 1e-5
+"""Distances that differ by no more than this part of themselves are equal in float32."""
 Alignment = Literal["per_position", "pooled"]
 Batches = Callable[[], Iterable[Sequence[Tensor]]]
 """Gives, each time it is called, the same batches of S tensors [B, P_s, d_s]."""
@@ -22,7 +24,7 @@ class DeviationDetector(nn.Module):
     "per_position": one Gaussian per position, for images whose positions are comparable; an image's distance at a
     scale is the mean over positions. "pooled": one Gaussian for all positions, which gives the map; the image's
     distance is that of its mean deviation from a second Gaussian. Each scale is divided by its spread (standard
-    deviation) over the training images.
+    deviation) over the training images, or by its mean where there is no spread.
 
     Args:
         positions: P_s = H_s·W_s of each scale.
@@ -80,8 +82,11 @@ class DeviationDetector(nn.Module):
             image.append(torch.stack(self._image_distances(deviations, maps)))  # [S, B]
             position.append(torch.stack([m.mean(dim=1) for m in maps]))
         for buffer, values in ((self.spread, image), (self.map_spread, position)):
-            spread = torch.cat(values, dim=1).std(dim=1)
-            buffer.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+            distances = torch.cat(values, dim=1)  # [S, N]
+            spread, typical = distances.std(dim=1), distances.mean(dim=1)
+            # Two images are equally far from their own mean: what is left then is rounding, not spread.
+            instead = torch.where(typical > 0, typical, torch.ones_like(typical))
+            buffer.copy_(torch.where(spread > ROUNDING * typical, spread, instead))
 
     def forward(self, deviations: Sequence[Tensor]) -> Tensor:
         """Image scores [B]; higher is more anomalous."""

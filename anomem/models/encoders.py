@@ -22,7 +22,83 @@ DEFAULT_SCALES: dict[str, tuple[str, ...]] = {
 }
 
 
-class MultiScaleEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What AnoMem asks of an encoder: images -> the maps of S scales, and what is known about those maps.
+
+    Attributes:
+        image_size: (H, W).
+        names: names of the S scales, fine to coarse.
+        channels: C_s of each.
+        sizes: (H_s, W_s) of each at `image_size`.
+    """
+
+    image_size: tuple[int, int]
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The encoder's parts by name, for people."""
+        return dict(self.named_children())
+
+    def _probe(self, channels: int) -> list[Tensor]:
+        """The maps of one blank image; in eval mode, so that no statistics change."""
+        training = self.training
+        self.eval()
+        try:
+            device = next((p.device for p in self.parameters()), None)
+            with torch.no_grad():
+                maps: list[Tensor] = self(torch.zeros(1, channels, *self.image_size, device=device))
+        finally:
+            self.train(training)
+        return maps
+
+    def _measure(self, maps: Sequence[Tensor]) -> None:
+        self.channels = tuple(m.shape[1] for m in maps)
+        self.sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
+
+
+class NetworkEncoder(Encoder):
+    """Any network that gives feature maps, such as torchvision's `create_feature_extractor` or timm's `features_only`.
+
+    Its weights, pretrained or not, are trained in place; parameters that require no gradient stay as they are. Images
+    come normalised by the mean and deviation of the training images.
+
+    Args:
+        network: images [B, C, H, W] -> a list, tuple or dictionary of S maps [B, C_s, H_s, W_s], fine to coarse.
+        image_size: (H, W) of the images.
+        channels: C of the images.
+
+    Shape:
+        [B, C, H, W] -> S maps [B, C_s, H_s, W_s].
+
+    Raises:
+        ArgumentError: the network gives anything else than maps.
+    """
+
+    def __init__(self, network: nn.Module, image_size: tuple[int, int], channels: int = 3) -> None:
+        super().__init__()
+        self.network = network
+        self.image_size = image_size
+        found = self._probe(channels)
+        wrong = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in found if not _is_map(m)]
+        expected = "a network that gives maps [B, C_s, H_s, W_s] in a list, a tuple or a dictionary"
+        require(not wrong and len(found) > 0, "network", expected, lambda: f"one that gives {wrong or 'none'}")
+        self.names = tuple(f"scale{s}" for s in range(1, len(found) + 1))
+        self._measure(found)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The network's maps."""
+        found = self.network(images)
+        return list(found.values()) if isinstance(found, Mapping) else list(found)
+
+
+def _is_map(found: object) -> bool:
+    return isinstance(found, Tensor) and found.dim() == 4
+
+
+class MultiScaleEncoder(Encoder):
     """A chain of stages that returns the maps of the chosen ones; stages after the last chosen one are left out.
 
     Args:
@@ -33,12 +109,6 @@ class MultiScaleEncoder(nn.Module):
 
     Shape:
         [B, C, H, W] -> S maps [B, C_s, H_s, W_s], fine to coarse.
-
-    Attributes:
-        image_size: (H, W).
-        names: names of the S scales, fine to coarse.
-        channels: C_s of each.
-        sizes: (H_s, W_s) of each at `image_size`.
 
     Raises:
         ArgumentError: an unknown scale, no scale, or an image too small to have a position at every scale.
@@ -56,9 +126,20 @@ class MultiScaleEncoder(nn.Module):
         self.names = tuple(name for name in order if name in scales)
         self.stages = nn.ModuleDict({name: stages[name] for name in order[: last + 1]})
         self.image_size = image_size
-        shapes = self._probe(image_size, channels)
-        self.channels = tuple(shape[0] for shape in shapes)
-        self.sizes = tuple((shape[1], shape[2]) for shape in shapes)
+        try:
+            self._measure(self._probe(channels))
+        except RuntimeError as error:
+            raise ArgumentError(
+                "image_size",
+                f"an image with at least one position at every scale ({', '.join(self.names)})",
+                f"{image_size[0]}x{image_size[1]}",
+                "take larger images or finer scales",
+            ) from error
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The stages by name."""
+        return dict(self.stages.items())
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The maps of the chosen scales."""
@@ -68,23 +149,6 @@ class MultiScaleEncoder(nn.Module):
             if name in self.names:
                 maps.append(x)
         return maps
-
-    def _probe(self, image_size: tuple[int, int], channels: int) -> list[tuple[int, int, int]]:
-        """(C_s, H_s, W_s) of each scale, from one blank image; in eval mode, so that no statistics change."""
-        self.eval()
-        try:
-            with torch.no_grad():
-                shapes = [tuple(m.shape[1:]) for m in self(torch.zeros(1, channels, *image_size))]
-        except RuntimeError as error:
-            raise ArgumentError(
-                "image_size",
-                f"an image with at least one position at every scale ({', '.join(self.names)})",
-                f"{image_size[0]}x{image_size[1]}",
-                "take larger images or finer scales",
-            ) from error
-        finally:
-            self.train()
-        return [(c, h, w) for c, h, w in shapes]
 
 
 def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: int) -> MultiScaleEncoder:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anomem import backends
 from anomem import functional as F
 from anomem.models.config import ModelConfig
-from anomem.models.encoders import MultiScaleEncoder, build_encoder
+from anomem.models.encoders import Encoder, build_encoder
 from anomem.nn import HopfieldMemory
 from anomem.reference.deviation import Distance
 from anomem.validation import require, require_count
@@ -37,7 +37,7 @@ class AnoMem(nn.Module):
 
     def __init__(
         self,
-        encoder: MultiScaleEncoder,
+        encoder: Encoder,
         memories: Sequence[HopfieldMemory],
         projections: Sequence[nn.Module],
         *,
@@ -132,6 +132,7 @@ def build_model(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int = 0,
+    encoder: Encoder | None = None,
 ) -> AnoMem:
     """A fresh model; the same seed gives the same weights, and torch's global generator is left as it was.
 
@@ -142,13 +143,17 @@ def build_model(
         mean: per channel, of the training images in [0, 1].
         std: per channel.
         seed: of the initial weights and prototypes.
+        encoder: one of your own instead of the configuration's, taken with its weights.
 
     Raises:
-        ArgumentError: an unknown name, or a number of prototypes that fits neither one scale nor all.
+        ArgumentError: an encoder for images of another size, an unknown name, or a number of prototypes that fits
+            neither one scale nor all.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(config, image_size, channels)
+        encoder = encoder or build_encoder(config, image_size, channels)
+        fits = encoder.image_size == tuple(image_size)
+        require(fits, "encoder", lambda: f"one for images of {tuple(image_size)}", encoder.image_size)
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
         require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)

@@ -50,7 +50,10 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
         handles = {}
         for axes, ((stage, term), lines) in zip(grid.flat, panels.items(), strict=False):
             for scale, points in lines.items():
-                (handles[scale],) = axes.plot(*zip(*points, strict=True), color=colours[scale], label=f"scale {scale}")
+                marker = "o" if len(points) == 1 else None  # one point makes no line
+                (handles[scale],) = axes.plot(
+                    *zip(*points, strict=True), color=colours[scale], marker=marker, label=f"scale {scale}"
+                )
             named = TERMS.get(term, term)
             axes.set_title(f"{STAGES.get(stage, stage)}: {named}" if several else named)
             axes.set_xlabel("training step")

@@ -50,7 +50,9 @@ def extremes(
     if limits[1] <= limits[0]:
         limits[1] = limits[0] + 1
     names = kinds or ["anomaly" if odd else "normal" for odd in is_anomaly.tolist()]
-    with figure(path, count * TILE + 1.5, 4 * TILE + 1.3) as drawn:
+    width = max(3.2, count * TILE + 1.5)  # inches; a narrow figure has its caption in two lines
+    space = " " if width > 6 else "\n"
+    with figure(path, width, 4 * TILE + 1.3) as drawn:
         grid = drawn.subplots(4, count, squeeze=False)
         for half, title in enumerate(("most anomalous", "least anomalous")):
             for column, index in enumerate(chosen[half].tolist()):
@@ -70,7 +72,7 @@ def extremes(
         bar.set_label("deviation from the memory")
         bar.outline.set_visible(False)
         drawn.suptitle(
-            "Name and score stand above each image; frames: blue normal, orange anomalous.",
+            f"Name and score stand above each image;{space}frames: blue normal, orange anomalous.",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
 

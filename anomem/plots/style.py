@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anomem.data.optional import optional
+from anomem.files import writing
 
 with optional("drawing figures"):
     import matplotlib
@@ -66,20 +67,23 @@ def figure(path: str | os.PathLike[str], width: float, height: float, gap: float
 
     Raises:
         ArgumentError: another kind of file.
+        UserError: the file cannot be written.
     """
     target = Path(path)
     require(target.suffix in FORMATS, "path", f"a file named {', '.join('*' + f for f in FORMATS)}", target.name)
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap))
         yield drawn
-        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-        try:
-            # No date inside, so that equal figures are equal files.
-            drawn.savefig(beside, metadata={".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(target.suffix))
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        # No date inside, so that equal figures are equal files.
+        metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(target.suffix)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                drawn.savefig(beside, metadata=metadata)
+                beside.replace(target)
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 def shades(count: int) -> list[Any]:

@@ -1,6 +1,7 @@
 """Training: configuration, both stages, checkpoints and run directories."""
 
 from anomem.train.config import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig
+from anomem.train.presets import preset
 from anomem.train.run import load_run, load_scorer, model_for, resume, train, train_task
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage1 import train_stage1
@@ -16,6 +17,7 @@ __all__ = [
     "load_run",
     "load_scorer",
     "model_for",
+    "preset",
     "resume",
     "train",
     "train_stage1",

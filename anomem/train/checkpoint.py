@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from anomem.errors import UserError
-from anomem.files import write_atomically
+from anomem.files import write_atomically, writing
 from anomem.validation import shape_of
 
 FORMAT = 1
@@ -45,14 +45,19 @@ def save_checkpoint(
         step: gradient steps done.
         tensors: what to keep.
         about: plain values to keep beside them.
+
+    Raises:
+        UserError: it cannot be written; the one before it is still there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     file = f"{name}-{step:08d}.safetensors"
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write_atomically(directory / file, content)
     note = {"format": FORMAT, "step": step, "tensors": file, "about": dict(about or {})}
     write_atomically(directory / f"{name}.json", json.dumps(note, indent=2).encode())
-    for old in directory.glob(f"{name}-*.safetensors"):
+    # Also what a process that was killed while it wrote has left beside them.
+    for old in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}-*.safetensors.*")):
         if old.name != file:
             old.unlink()
 

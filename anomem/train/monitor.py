@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anomem.errors import UserError
+from anomem.files import writing
 from anomem.train.config import RunConfig
 from anomem.train.display import Display, by_name
 from anomem.train.rundir import RunDirectory
@@ -145,11 +145,10 @@ class Monitor:
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"{self.stage}: the loss is not finite at step {row['step']} ({values['loss']}); check the images, "
-                "or lower --optimizer.learning-rate"
+                f"or lower --{'stage2.' if self.stage == 'stage2' else ''}optimizer.learning-rate"
             )
         if self.run is not None:
-            with self.run.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, **values}) + "\n")
+            self.run.add_row({**row, **values})
         if self.writer is not None:
             for name, value in {**values, "learning_rate": row["learning_rate"]}.items():
                 self.writer.add_scalar(f"{self.stage}/{name}", value, row["step"])
@@ -175,4 +174,5 @@ def _tensorboard(run: RunDirectory) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(f"TensorBoard logs need the package tensorboard, which cannot be imported ({error})") from error
-    return SummaryWriter(str(run.tensorboard))
+    with writing(run.tensorboard):
+        return SummaryWriter(str(run.tensorboard))

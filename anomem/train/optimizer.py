@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anomem.train.config import OptimizerConfig
-from anomem.validation import require, require_count, require_positive_number
+from anomem.validation import require, require_count, require_number, require_positive_number
 
 
 def check_optimizer(config: OptimizerConfig, name: str = "optimizer") -> None:
@@ -22,6 +22,10 @@ def check_optimizer(config: OptimizerConfig, name: str = "optimizer") -> None:
     require_count(config.steps, f"{name}.steps", 1)
     require_count(config.warmup, f"{name}.warmup", 0)
     require_positive_number(config.learning_rate, f"{name}.learning_rate")
+    require_number(config.weight_decay, f"{name}.weight_decay")
+    require(config.weight_decay >= 0, f"{name}.weight_decay", "a number ≥ 0", config.weight_decay)
+    if config.clip is not None:
+        require_positive_number(config.clip, f"{name}.clip")
     require(0 < config.momentum < 1, f"{name}.momentum", "a number in (0, 1)", config.momentum)
     require(
         isinstance(config.batch_size, int) and config.batch_size >= 2,

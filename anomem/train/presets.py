@@ -37,7 +37,7 @@ def preset(name: str) -> TrainConfig:
         )
     long = OptimizerConfig(steps=1000, batch_size=1024, learning_rate=0.1, warmup=50)
     stage2 = Stage2Config(optimizer=replace(Stage2Config().optimizer, steps=300))
-    accelerated = RunConfig(channels_last=True)
+    accelerated = RunConfig(channels_last=True, checkpoint_every=100)
     if name == "folder":
         return TrainConfig(
             data=DataConfig(dataset="folder", normal="0"),

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from anomem import backends
 from anomem.data import Task, load_task
 from anomem.errors import UserError
 from anomem.evaluate.scoring import Scorer, check_score, fit_scorer
-from anomem.models import AnoMem, DeviationHead, build_model, describe
+from anomem.models import AnoMem, DeviationHead, Encoder, build_model, describe
 from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint
 from anomem.train.config import TrainConfig
 from anomem.train.objective import scale_criterion
@@ -23,11 +24,15 @@ from anomem.validation import require, require_count
 SCORER = "scorer"
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> Path:
+def train(
+    config: TrainConfig, *, task: Task | None = None, encoder: Encoder | None = None, quiet: bool = False
+) -> Path:
     """Train a new run.
 
     Args:
-        config: everything it depends on.
+        config: everything it depends on, but for what follows.
+        task: images of your own (`anomem.data.task_from_dataset`) instead of those `config.data` names.
+        encoder: one of your own (`anomem.models.NetworkEncoder`) instead of `config.model`'s; trained in place.
         quiet: show nothing.
 
     Returns:
@@ -39,41 +44,56 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     # Before anything is written: a wrong setting leaves no folder behind.
     check_settings(config)
     prepare(config)
-    task = load_task(config.data)
-    model = model_for(config, task)
-    run = RunDirectory.create(config)
+    if task is not None:
+        exposed = not bool(task.train_is_normal.all())
+        require(
+            exposed == (config.data.outlier_ratio > 0),
+            "config.data.outlier_ratio",
+            "a ratio > 0 where the task has labelled anomalies to train on, and 0 where it has none",
+            config.data.outlier_ratio,
+            "make the task from `config.data`",
+        )
+    given = {"task": task, "encoder": encoder}
+    task = task or load_task(config.data)
+    model = model_for(config, task, encoder)
+    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None])
     _complete(run, config, task, model, quiet)
     return run.path
 
 
-def resume(path: Path, *, quiet: bool = False) -> Path:
+def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = None, quiet: bool = False) -> Path:
     """Go on with a run that was stopped; a finished one is left as it is.
 
     Args:
         path: the run directory.
+        task: the one that was given to `train`, if one was.
+        encoder: likewise; its weights come from the checkpoint.
         quiet: show nothing.
 
     Raises:
-        UserError: no run there, or a damaged checkpoint.
+        UserError: no run there, a damaged checkpoint, or a task or an encoder is missing.
     """
     run, config = RunDirectory.open(path)
     if load_checkpoint(run.checkpoints, SCORER) is None:
+        run.require_given("resume", task=task, encoder=encoder)
         prepare(config)
-        task = load_task(config.data)
-        _complete(run, config, task, model_for(config, task), quiet)
+        task = task or load_task(config.data)
+        _complete(run, config, task, model_for(config, task, encoder), quiet)
     return run.path
 
 
-def load_scorer(path: Path) -> Scorer:
+def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
     """The scorer of a finished run, on the run's device; needs none of the data it was trained on.
 
     Args:
         path: the run directory.
+        encoder: one like that given to `train`, if one was; it is filled with the run's weights.
 
     Raises:
-        UserError: no run there, one that is not finished, or a damaged checkpoint.
+        UserError: no run there, one that is not finished, a damaged checkpoint, or its own encoder is missing.
     """
     run, config = RunDirectory.open(path)
+    run.require_given("load_scorer", encoder=encoder)
     found = load_checkpoint(run.checkpoints, SCORER)
     if found is None:
         raise UserError(f"the run {path} is not finished; continue it with `anomem train --resume {path}`")
@@ -82,7 +102,7 @@ def load_scorer(path: Path) -> Scorer:
     channels = int(about["channels"])
     height, width = about["image_size"]
     # Mean and deviation of the images come with the tensors.
-    model = build_model(config.model, (height, width), channels, [0.0] * channels, [1.0] * channels)
+    model = build_model(config.model, (height, width), channels, [0.0] * channels, [1.0] * channels, encoder=encoder)
     model.to(device_of(config.run))
     head = head_for(config, model) if has_stage2(config) else None
     scorer = Scorer(model, about["alignment"], config.score, head)
@@ -99,8 +119,9 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     Raises:
         UserError: as `load_scorer`, or the data are not there or hold no test images.
     """
-    scorer = load_scorer(path)
     run, config = RunDirectory.open(path)
+    run.require_given("anomem.evaluate.report", task=None)
+    scorer = load_scorer(path)
     task = load_task(config.data)
     if not len(task.test):
         raise UserError(
@@ -119,6 +140,9 @@ def check_settings(config: TrainConfig) -> None:
     config.augment.validate()
     require(config.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", config.synthetic_outliers)
     require_count(config.run.log_every, "run.log_every", 1)
+    require_count(config.run.checkpoint_every, "run.checkpoint_every", 0)
+    if config.run.threads is not None:
+        require_count(config.run.threads, "run.threads", 1)
 
 
 def prepare(config: TrainConfig) -> None:
@@ -160,10 +184,15 @@ def train_task(
     )
 
 
-def model_for(config: TrainConfig, task: Task) -> AnoMem:
-    """A fresh model for a task, on the device of the run."""
-    model = build_model(config.model, task.train.size, task.train.channels, task.mean, task.std, config.run.seed)
-    return model.to(device_of(config.run))
+def model_for(config: TrainConfig, task: Task, encoder: Encoder | None = None) -> AnoMem:
+    """A fresh model for a task, on the device of the run, around an encoder of your own if one is given."""
+    images = task.train
+    model = build_model(config.model, images.size, images.channels, task.mean, task.std, config.run.seed, encoder)
+    model.to(device_of(config.run))
+    for memory in model.hopfield:  # before anything is written: an implementation that cannot run here
+        device, features = model.mean.device.type, memory.prototypes.shape[1]
+        backends.choose(backends.Problem("retrieve", device, torch.float32, features), config.model.impl)
+    return model
 
 
 def head_for(config: TrainConfig, model: AnoMem) -> DeviationHead:

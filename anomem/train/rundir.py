@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomem.errors import UserError
-from anomem.files import write_atomically
+from anomem.files import write_atomically, writing
 from anomem.train.config import TrainConfig
 from anomem.train.serialize import load_config, to_dict
 
@@ -22,15 +23,21 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.json"
+        self.given_file = path / "given.json"
         self.log_file = path / "log.jsonl"
         self.metrics_file = path / "metrics.json"
+        self.scores_file = path / "scores.csv"
         self.checkpoints = path / "checkpoints"
         self.figures = path / "figures"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> RunDirectory:
+    def create(cls, config: TrainConfig, given: Sequence[str] = ()) -> RunDirectory:
         """A new folder with its configuration in it.
+
+        Args:
+            config: of the run.
+            given: what came from Python instead of the configuration: "task", "encoder".
 
         Raises:
             UserError: the folder already holds a run, or cannot be made.
@@ -41,11 +48,11 @@ class RunDirectory:
                 f"{run.path} already holds a run; continue it with `anomem train --resume {run.path}`, or choose "
                 "another --run.directory"
             )
-        try:
+        with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.config_file, json.dumps(to_dict(config), indent=2).encode())
-        except OSError as error:
-            raise UserError(f"cannot write the run directory {run.path}: {error.strerror}") from error
+        if given:
+            write_atomically(run.given_file, json.dumps(list(given)).encode())
+        write_atomically(run.config_file, json.dumps(to_dict(config), indent=2).encode())
         return run
 
     @classmethod
@@ -60,6 +67,24 @@ class RunDirectory:
             raise UserError(f"{path} holds no run: expected the file {run.config_file}")
         return run, load_config(TrainConfig, run.config_file)
 
+    def require_given(self, function: str, **parts: object) -> None:
+        """Check that what was given from Python when the run began is given again.
+
+        Args:
+            function: where it can be given.
+            parts: by name, "task" and "encoder"; None is what is not given now.
+
+        Raises:
+            UserError: something is missing.
+        """
+        given = json.loads(self.given_file.read_text(encoding="utf-8")) if self.given_file.exists() else []
+        for name, value in parts.items():
+            if name in given and value is None:
+                raise UserError(
+                    f"the run {self.path} was given its {name} from Python, which no configuration holds; "
+                    f"go on in Python and give the same {name} to `{function}`"
+                )
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the log; a row cut off by a crash is left out."""
         if not self.log_file.exists():
@@ -71,6 +96,11 @@ class RunDirectory:
             except ValueError:
                 break
         return rows
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Append a row to the log."""
+        with writing(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def keep_rows(self, stage: str, step: int) -> None:
         """Drop the rows of a stage from a step on, and of the stages after it: a resumed run writes them again."""

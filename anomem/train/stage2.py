@@ -15,13 +15,15 @@ from anomem.train.optimizer import apply_gradients, build_optimizer, check_optim
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage import StageState, autocast
 from anomem.train.views import Views
-from anomem.validation import require
+from anomem.validation import require, require_count
 
 
 def check_stage2(config: Stage2Config) -> None:
     """Raise `ArgumentError` for settings stage 2 cannot use."""
     check_optimizer(config.optimizer, "stage2.optimizer")
     require(config.margin > 1, "stage2.margin", "a number > 1", config.margin)
+    require_count(config.hidden, "stage2.hidden", 1)
+    require_count(config.embedding, "stage2.embedding", 1)
 
 
 def margin_objective(head: DeviationHead, deviations: list[Tensor], normal: Tensor, margin: float) -> Tensor:

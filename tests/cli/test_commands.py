@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from anomem.data import ImageFiles
+from anomem.evaluate import auroc
 from anomem.train.run import load_run, load_scorer
 
 Command = Callable[..., Any]
@@ -92,6 +94,11 @@ def test_evaluate(anomem: Command, finished: Path) -> None:
     assert f"{metrics['scores']['detector']['auroc']:.4f}" in done.out
     assert f"{metrics['controls']['untrained']['plain']['auroc']:.4f}" in done.out
     assert "raw pixels: kNN-3" in done.out
+    rows = list(csv.DictReader((finished / "scores.csv").open()))
+    assert {"image", "kind", "anomalous", "plain", "detector"} <= rows[0].keys()
+    truth = torch.tensor([row["anomalous"] == "1" for row in rows])
+    for name in ("plain", "detector"):
+        assert auroc(torch.tensor([float(row[name]) for row in rows]), truth) == metrics["scores"][name]["auroc"]
 
 
 def test_scores_of_files_are_those_of_the_images(anomem: Command, finished: Path, pictures: list[Path]) -> None:
@@ -116,6 +123,23 @@ def test_scores_of_a_folder_as_a_file(
     rows = json.loads(output.read_text()) if suffix == "json" else list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [str(p) for p in pictures]
     assert all(set(row) == {"path", "plain", "prior", "energy", "detector"} for row in rows)
+
+
+def test_maps_lie_as_the_images_do(anomem: Command, finished: Path, pictures: list[Path], tmp_path: Path) -> None:
+    for folder, picture in (("a", pictures[0]), ("b", pictures[1])):
+        (tmp_path / folder).mkdir()
+        with Image.open(picture) as image:
+            image.resize((48, 32)).save(tmp_path / folder / "same.png")
+    for by, options in (("detector", ()), ("plain", ("--by", "plain"))):
+        maps = tmp_path / f"maps of {by}"
+        done = anomem("score", tmp_path / "a", tmp_path / "b", "--run", finished, "--maps", maps, *options)
+        assert done.code == 0, done.err
+        images = ImageFiles([tmp_path / folder / "same.png" for folder in ("a", "b")], 16, grey=True)
+        deviation = load_scorer(finished)(torch.stack([images[0], images[1]])).maps[by]  # [2, 16, 16]
+        expected = torch.nn.functional.interpolate(deviation[:, None], (32, 48), mode="bilinear")[:, 0]
+        for folder, of_image in zip(("a", "b"), expected, strict=True):
+            with Image.open(maps / folder / "same.tiff") as written:
+                assert torch.equal(torch.from_numpy(np.array(written)), of_image)
 
 
 def test_a_folder_of_normal_images_is_enough_to_train_and_score(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from anomem import backends
+
 Command = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def complains(done: Any, *words: str) -> None:
@@ -37,6 +44,12 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         (("--optimizer.batch-size=1",), ("`optimizer.batch_size`", "≥ 2", "1")),
         (("--stage2.optimizer.steps=0",), ("`stage2.optimizer.steps`", "0")),
         (("--stage2.margin=1",), ("`stage2.margin`", "> 1", "1")),
+        (("--stage2.hidden=0",), ("`stage2.hidden`", "≥ 1", "0")),
+        (("--optimizer.weight-decay=-1",), ("`optimizer.weight_decay`", "≥ 0", "-1")),
+        (("--optimizer.clip=0",), ("`optimizer.clip`", "> 0", "0")),
+        (("--run.threads=0",), ("`run.threads`", "≥ 1", "0")),
+        (("--run.checkpoint-every=-1",), ("`run.checkpoint_every`", "≥ 0", "-1")),
+        (("--data.image-size=0",), ("`image_size`", "≥ 1", "0")),
         (("--loss.ratio=0",), ("`loss.ratio`", "(0, 1]", "0")),
         (("--score.top-fraction=0",), ("`score.top_fraction`", "(0, 1]", "0")),
         (("--synthetic-outliers=-1",), ("`synthetic_outliers`", "-1")),
@@ -156,3 +169,51 @@ def test_only_normal_images_to_test_on(anomem: Command, tmp_path: Path) -> None:
             Image.new("RGB", (32, 32)).save(tmp_path / part / f"{i}.png")
     done = anomem("train", "--data.dataset=folder", "--data.root", tmp_path, "--run.directory", tmp_path / "run")
     complains(done, "one class only")
+
+
+def test_an_implementation_that_cannot_run_here(
+    anomem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_triton_obstacle", lambda *_: "no compiler")
+    done = anomem("train", "--model.impl=triton", "--run.directory", tmp_path / "run", "--quiet")
+    complains(done, "`impl`", "reference", "'triton'", "no compiler")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full(anomem: Command, tmp_path: Path, tiny: list[str]) -> None:
+    run = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # bytes; a checkpoint is larger
+    try:
+        done = anomem("train", *tiny, "--run.directory", run, "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    complains(done, f"cannot write {run / 'checkpoints'}", "File too large")
+    assert list((run / "checkpoints").iterdir()) == []
+    assert anomem("train", "--resume", run, "--quiet").code == 0
+    assert (run / "checkpoints" / "scorer.json").exists()
+
+
+def test_a_reader_who_leaves(finished: Path, tmp_path: Path) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    command = [sys.executable, "-m", "anomem", "score", str(tmp_path), "--run", str(finished)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_more_than_one_process(
+    anomem: Command, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    complains(anomem("train", *tiny, "--run.directory", tmp_path / "run"), "one process", "WORLD_SIZE=2", "torchrun")
+    assert not (tmp_path / "run").exists()
+
+
+def test_maps_that_would_be_one_file(anomem: Command, finished: Path, tmp_path: Path) -> None:
+    for suffix in ("png", "bmp"):
+        Image.new("L", (16, 16)).save(tmp_path / f"black.{suffix}")
+    done = anomem("score", tmp_path, "--run", finished, "--maps", tmp_path / "maps")
+    complains(done, "`--maps`", "different names", "black.tiff")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import FakeData
 
-from anomem.data import DataConfig, StreamedImages, task_from_dataset
+from anomem.data import DataConfig, StreamedImages, load_task, task_from_dataset
 from anomem.data.convert import as_uint8
 from anomem.errors import ArgumentError, UserError
 
@@ -60,8 +60,20 @@ def test_streamed() -> None:
         np.full((4, 6, 1), 0.2, np.float32),
         torch.full((4, 6), 0.2),
         torch.full((1, 4, 6), 51, dtype=torch.uint8),
+        np.full((4, 6), 51 * 257 + 100, np.uint16),
+        np.full((4, 6), 51 * 257, ">u2"),
+        Image.fromarray(np.full((4, 6), 51 * 257 - 100, np.uint16)),
     ],
-    ids=["PIL", "uint8 array", "float array", "float tensor", "uint8 tensor"],
+    ids=[
+        "PIL",
+        "uint8 array",
+        "float array",
+        "float tensor",
+        "uint8 tensor",
+        "uint16 array",
+        "big-endian",
+        "16-bit PIL",
+    ],
 )
 def test_anything_becomes_uint8(image: Any) -> None:
     assert torch.equal(as_uint8(image), torch.full((1, 4, 6), 51, dtype=torch.uint8))
@@ -73,7 +85,7 @@ def test_anything_becomes_uint8(image: Any) -> None:
         (torch.tensor([[0.5, float("nan")]]), "expected finite pixels, received NaN or infinity; repair or remove"),
         (torch.tensor([[0.5, 2.0]]), "expected floating pixels from 0 to 1, received 0.5 to 2"),
         (torch.zeros(2, 2, 2, 2), r"expected an image \[C, H, W\] or \[H, W\], received shape \[2, 2, 2, 2\]"),
-        (torch.zeros(2, 2, dtype=torch.int32), "expected uint8 or floating pixels, received torch.int32"),
+        (torch.zeros(2, 2, dtype=torch.int32), "expected uint8, uint16 or floating pixels, received torch.int32"),
         ("cat.png", "expected a PIL image, an array or a tensor of pixels, received str"),
     ],
 )
@@ -93,6 +105,24 @@ def test_too_few_and_one_class() -> None:
     with pytest.raises(UserError, match="`train`: expected at least two images, received 1"):
         task_from_dataset(pairs(1), config=CONFIG)
     with pytest.raises(UserError, match="found 3 of one class only"):
-        task_from_dataset(pairs(10, 1), config=DataConfig("mine"))
+        task_from_dataset(pairs(10, 1), pairs(3, 1), config=DataConfig("mine"))
     with pytest.raises(UserError, match="`classes`: expected a name for each label up to 3, received 2"):
         task_from_dataset(pairs(), config=CONFIG, classes=("a", "b"))
+
+
+def test_one_class_is_all_trained_on() -> None:
+    task = task_from_dataset(pairs(10, 1), config=DataConfig("mine"))
+    assert (len(task.train), len(task.test), bool(task.train_is_normal.all())) == (10, 0, True)
+
+
+def test_items_without_a_label_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"`dataset\[0\]`: expected a pair \(image, label\), received Tensor"):
+        task_from_dataset([image for image, _ in pairs()], config=CONFIG)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_side_no_image_has(size: int) -> None:
+    with pytest.raises(ArgumentError, match=f"`image_size`: expected an integer ≥ 1, received {size}"):
+        task_from_dataset(pairs(), config=DataConfig("mine", normal="1", image_size=size))
+    with pytest.raises(ArgumentError, match=f"`image_size`: expected an integer ≥ 1, received {size}"):
+        load_task(DataConfig("digits", image_size=size))

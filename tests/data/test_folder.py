@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from anomem.data import DataConfig, StreamedImages, image_files, load_task
-from anomem.errors import UserError
+from anomem.data import DataConfig, StreamedImages, image_files, load_task, read_image
+from anomem.errors import ArgumentError, UserError
 
 
 def save(path: Path, value: int, size: tuple[int, int] = (20, 30)) -> None:
@@ -82,7 +83,10 @@ def test_grey_and_streamed(root: Path) -> None:
 
 def test_masks(root: Path) -> None:
     add_masks(root)
-    masks = load_task(config(root)).test_masks
+    lower_half_is_clean(load_task(config(root)).test_masks)
+
+
+def lower_half_is_clean(masks: Tensor | None) -> None:
     assert masks is not None
     assert masks.shape == (9, 16, 16)
     assert not bool(masks[:3].any())
@@ -156,3 +160,49 @@ def test_missing_mask(root: Path) -> None:
     (root / "ground_truth" / "spot" / "2_mask.png").unlink()
     with pytest.raises(UserError, match=r"expected the mask of 2.png as 2.png or 2_mask.png, found neither; add it"):
         load_task(config(root))
+
+
+def ramp(path: Path, kind: str) -> None:
+    """The same brightnesses from 0 to 1 in each kind of file."""
+    grey = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
+    colour = np.stack([grey] * 3, -1)
+    pictures = {
+        "8 bits": Image.fromarray(grey),
+        "16 bits": Image.fromarray(grey.astype(np.uint16) * 257),
+        "float": Image.fromarray(grey.astype(np.float32) / 255),
+        "colour": Image.fromarray(colour),
+        "transparent": Image.fromarray(np.concatenate([colour, np.zeros_like(colour[..., :1])], -1)),
+        "grey, transparent": Image.merge("LA", [Image.fromarray(grey)] * 2),
+    }
+    pictures[kind].save(path)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "float", "colour", "transparent", "grey, transparent"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_depth_and_mode_is_the_same_picture(tmp_path: Path, kind: str, grey: bool) -> None:
+    path = tmp_path / f"größe 漢字.{'tiff' if kind == 'float' else 'png'}"
+    ramp(path, kind)
+    pixels = read_image(path, grey)
+    assert pixels.shape == (1 if grey else 3, 4, 256)
+    assert torch.equal(pixels, torch.arange(256, dtype=torch.uint8).expand_as(pixels))
+
+
+def test_numbers_that_are_no_brightness(tmp_path: Path) -> None:
+    for name, pixels in (("deep", np.full((4, 4), 70000, np.int32)), ("bright", np.full((4, 4), 2, np.float32))):
+        path = tmp_path / f"{name}.tiff"
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(ArgumentError, match=rf"{name}\.tiff`: expected (uint8|floating pixels from 0 to 1)"):
+            read_image(path)
+
+
+def test_masks_of_16_bits_keep_small_numbers(root: Path) -> None:
+    add_masks(root)
+    for path in (root / "ground_truth").rglob("*.png"):
+        Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint16)).save(path)
+    lower_half_is_clean(load_task(config(root)).test_masks)
+
+
+def test_what_file_managers_leave_behind(root: Path) -> None:
+    (root / "train" / "good" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (root / "train" / "good" / "thumbs.png").mkdir()
+    assert len(load_task(config(root)).train) == 4

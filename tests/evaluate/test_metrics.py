@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import label
 from sklearn import metrics as sk
 from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.evaluate import auroc, average_precision, fpr_at_tpr, pixel_auroc, roc_curve
+from anomem.evaluate import aupro, auroc, average_precision, fpr_at_tpr, pixel_auroc, roc_curve
 from anomem.testing import assert_within_budget, draw
 
 
@@ -96,3 +98,43 @@ def test_bad_input(measure: Callable[..., object]) -> None:
 def test_rate_out_of_range() -> None:
     with pytest.raises(ArgumentError, match=r"`tpr`: expected a rate in \(0, 1\], received 0"):
         fpr_at_tpr(*cases()["two"], tpr=0)
+
+
+def overlap_by_thresholds(maps: Tensor, masks: Tensor, limit: float) -> float:
+    """The measure as it is defined: every threshold, every region one by one."""
+    pairs = zip(masks.numpy(), maps.numpy(), strict=True)
+    found = [(label(mask, np.ones((3, 3)))[0], scores) for mask, scores in pairs]
+    regions = [scores[labels == i] for labels, scores in found for i in range(1, labels.max() + 1)]
+    normal = maps[~masks].numpy()
+    thresholds = maps.unique().flip(0).numpy()
+    rate = np.array([0.0, *((normal >= t).mean() for t in thresholds)])
+    overlap = np.array([0.0, *(np.mean([(region >= t).mean() for region in regions]) for t in thresholds)])
+    inside = rate <= limit
+    x, y = np.append(rate[inside], limit), np.append(overlap[inside], np.interp(limit, rate, overlap))
+    return float(torch.trapezoid(torch.from_numpy(y), torch.from_numpy(x)) / limit)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_overlap_with_regions_by_thresholds(limit: float) -> None:
+    masks = torch.rand(4, 20, 30, generator=torch.Generator().manual_seed(0)) > 0.93
+    masks[0] = False  # a normal image
+    maps = ((draw(4, 20, 30, dtype=torch.float64) + masks) * 5).round()  # many ties
+    expected = torch.tensor(overlap_by_thresholds(maps, masks, limit), dtype=torch.float64)
+    assert_within_budget(
+        torch.tensor(aupro(maps, masks, limit), dtype=torch.float64), expected, expected, "aupro", ulps=maps.numel()
+    )
+
+
+def test_small_regions_count_as_much_as_large_ones() -> None:
+    masks = torch.zeros(1, 10, 10, dtype=torch.bool)
+    masks[0, 0, 0] = True
+    masks[0, 4:8, 4:8] = True
+    masks[0, 8, 8] = True  # touches at a corner: part of the large one
+    large = masks.clone()
+    large[0, 0, 0] = False
+    assert aupro(masks.double(), masks) == 1
+    # The large region is found before anything else, the small one with the rest, at a rate beyond the limit.
+    assert aupro(large.double(), masks) == pytest.approx(0.5 + 0.5 * 0.3 / 2)
+    assert pixel_auroc(large.double(), masks) > 0.97
+    with pytest.raises(ArgumentError, match=r"`limit`: expected a false-positive rate in \(0, 1\], received 0"):
+        aupro(masks.double(), masks, 0)

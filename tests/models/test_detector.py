@@ -87,3 +87,12 @@ def test_each_scale_is_in_units_of_its_training_spread() -> None:
 def test_unknown_alignment_is_named() -> None:
     with pytest.raises(ArgumentError, match="per_position"):
         DeviationDetector([1], [2], "aligned")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alignment", ["per_position", "pooled"])
+def test_two_images_are_in_units_of_their_distance(alignment: str) -> None:
+    # Both are equally far from their mean; what rounding leaves of the difference is no unit to measure in.
+    images = torch.randn(2, 4, 3)
+    detector = DeviationDetector([4], [3], alignment)  # type: ignore[arg-type]
+    detector.fit(lambda: [[images]])
+    assert detector([images]).tolist() == pytest.approx([1, 1], abs=1e-4)

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
 from anomem import plots
-from anomem.errors import ArgumentError
+from anomem.errors import ArgumentError, UserError
 from anomem.plots import style
 from anomem.testing import draw
 
@@ -86,7 +88,7 @@ def test_a_failure_keeps_the_old_figure(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("no space left")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*figure\.png: no space left"):
         plots.score_histograms(SCORES, IS_ANOMALY, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -190,3 +192,16 @@ def test_bad_input(call: Callable[[Path], None], message: str, tmp_path: Path) -
     with pytest.raises(ArgumentError, match=message):
         call(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_row_of_a_log_is_seen(tmp_path: Path, seen: list[Figure]) -> None:
+    plots.loss_curves(ROWS[:1], tmp_path / "a.png")
+    markers = {line.get_marker() for axes in seen[0].axes for line in axes.lines}
+    assert markers == {"o"}
+
+
+def test_the_caption_of_two_images_is_whole(tmp_path: Path, seen: list[Figure]) -> None:
+    plots.extremes(IMAGES[:2], SCORES[:2], MAPS[:2], IS_ANOMALY[:2], tmp_path / "a.png")
+    (drawn,) = seen
+    (caption,) = (text for text in drawn.findobj(Text) if text.get_text().startswith("Name and score"))
+    assert caption.get_window_extent(FigureCanvasAgg(drawn).get_renderer()).x1 < drawn.bbox.x1

@@ -125,6 +125,11 @@ def test_sampled_positions_are_distinct_and_counted(ratio: float, count: int) ->
     assert R.sample_positions(3, 4, ratio, generator=generator).shape == (count,)
 
 
+def test_a_count_does_not_fall_to_rounding() -> None:
+    assert 100 * 0.29 < 29  # in floating point
+    assert R.sample_positions(10, 10, 0.29).shape == (29,)
+
+
 def test_deviation_distances() -> None:
     query = torch.tensor([[3.0, 4.0]], dtype=DOUBLE)
     torch.testing.assert_close(R.distance(query, torch.zeros_like(query), "l2"), torch.tensor([5.0], dtype=DOUBLE))

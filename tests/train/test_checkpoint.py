@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoin
 
 def test_round_trip_and_replacement(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "stage1", 1, {"a": torch.zeros(2)})
+    (tmp_path / ".stage1-00000002.safetensors.0f3a").write_bytes(b"of a process that was killed while it wrote")
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7), "c": torch.ones(1, dtype=torch.bfloat16)}
     save_checkpoint(tmp_path, "stage1", 2, tensors, {"size": [4, 4]})
     found = load_checkpoint(tmp_path, "stage1")
@@ -72,10 +74,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     write_atomically(target, b"old")
 
     def full(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=rf"cannot write {target}: No space left on device"):
         write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
