@@ -74,15 +74,14 @@ def nt_xent_distributed(
     require_tensor(z, "z", (2, 3), "[B, d] or [G, B, d]")
     require_tensor(z_pair, "z_pair", (2, 3), "[B, d] or [G, B, d]")
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
-    batch = z.shape[-2]
-    everyone = torch.cat([gather_rows(view, process_group) for view in (z, z_pair)], dim=-2)
-    first = dist.get_rank(process_group) * batch + torch.arange(batch, device=z.device)
-    second = first + processes * batch
+    rows = torch.cat([z, z_pair], dim=-2)  # [(G,) 2B, d]
+    own = torch.arange(rows.shape[-2], device=rows.device)
+    first = dist.get_rank(process_group) * len(own)
     return info_nce(
-        torch.cat([z, z_pair], dim=-2),
-        everyone,
-        positive=torch.cat([second, first]),
-        exclude=torch.cat([first, second]),
+        rows,
+        gather_rows(rows, process_group),
+        positive=first + own.roll(z.shape[-2]),  # the other view of the same image
+        exclude=first + own,
         temperature=temperature,
         reduction=reduction,
         impl=impl,
