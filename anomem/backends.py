@@ -229,15 +229,14 @@ def explain(problem: Problem) -> tuple[str, str]:
     Returns:
         (implementation, reason).
     """
+    reason = "no kernel was measured to be faster at this size"
     for rule in AUTO:
-        if (
-            rule.operator == problem.operator
-            and rule.device == problem.device
-            and rule.applies(problem)
-            and _obstacle_of(problem, rule.implementation) is None
-        ):
-            return rule.implementation, f"{rule.where}: {rule.reason}"
-    return "reference", "no kernel that runs here was measured to be faster at this size"
+        if rule.operator == problem.operator and rule.device == problem.device and rule.applies(problem):
+            why_not = _obstacle_of(problem, rule.implementation)
+            if why_not is None:
+                return rule.implementation, f"{rule.where}: {rule.reason}"
+            reason = f"{rule.implementation} cannot run here: {why_not}"
+    return "reference", reason
 
 
 def table(device: str, dtype: torch.dtype = torch.float32, features: int = 128) -> Iterator[tuple[str, str, str]]:

@@ -40,11 +40,14 @@ class FactorRows {
   // Row r = scale · x.
   template <class From>
   void set(int64_t r, const From* x, T scale) {
-    scaled_copy(x, length_, scale, (*this)[r]);
-    if (row_ > length_) (*this)[r][length_] = Element{};
+    Element* row = data_.data() + r * row_;
+    scaled_copy(x, length_, scale, row);
+    if (row_ > length_) row[length_] = Element{};
   }
 
-  Element* operator[](int64_t r) { return data_.data() + r * row_; }
+  // As the left factor, rows `row()` apart.
+  const F* data() const { return reinterpret_cast<const F*>(data_.data()); }
+  int64_t row() const { return row_ / Factor<S>::terms; }
 
   // The first `count` rows become the columns of B, [columns / width][factors in a row][width]; with `padded`, columns
   // of zeros follow up to there.

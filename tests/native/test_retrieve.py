@@ -281,3 +281,14 @@ def test_every_instruction_set(isa: str) -> None:
     if "cannot run it" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dv", [0, 9])
+@pytest.mark.parametrize("spread", [0.3, 0.03])
+def test_bfloat16_prototypes_that_are_nearly_one_within_budget(spread: float, dv: int) -> None:
+    """A collapsed memory: its gradient to the queries is what is left where nearly equal prototypes cancel."""
+    query, prototypes, values = tensors(300, 90, 33, dv, torch.bfloat16)
+    assert query is not None
+    assert prototypes is not None
+    prototypes = (draw(33, seed=7) + spread * prototypes.float()).bfloat16()
+    compare(read("native", beta=0.7), read("reference", beta=0.7), [query, prototypes, values])
