@@ -13,6 +13,12 @@ struct Factor {
   static constexpr int terms = 1;
 };
 
+// The type of the sums that products of factors F are added to.
+template <class F>
+struct SumOf {
+  using type = F;
+};
+
 #if ANOMEM_BFLOAT16_PAIRS
 struct __attribute__((may_alias)) Pair {
   uint32_t bits;  // the first term in the lower half
@@ -47,19 +53,9 @@ ANOMEM_INLINE void store_neighbours(Pair* p, vec<float> first, vec<float> rest) 
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)rest, (__m512)first));
 }
 
-// The sums that products of Factor f are added to.
-template <class F>
-struct SumOf {
-  using type = F;
-};
 template <>
 struct SumOf<Pair> {
   using type = float;
-};
-#else
-template <class F>
-struct SumOf {
-  using type = F;
 };
 #endif
 
