@@ -4,8 +4,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Test workers share the cores: one thread each, but as many workers as cores.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
-CPU_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-CUDA_SOURCES := setup.py $(wildcard csrc/*.h csrc/cuda/*)
+CPU_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+CUDA_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.h csrc/cuda/*)
 
 .PHONY: help setup build demo test test-gpu test-triton-floor lint bench report sanitize clean
 

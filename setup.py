@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = runpy.run_path(str(ROOT / "anomem" / "ops" / "sources.py"))
 # The oldest torch whose stable ABI the library is built against; it runs on this one and every later one.
 TORCH_TARGET = "0x020b000000000000"
 
@@ -74,7 +76,7 @@ def cpu_module() -> Extension:
     flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"]
     return Extension(
         "anomem._C",
-        sources=sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+        sources=[*sources("csrc/ops.cpp", "csrc/cpu/*.cpp"), mark("_C")],
         include_dirs=[str(ROOT / "csrc"), *include],
         library_dirs=libraries,
         libraries=["torch_cpu"],
@@ -105,7 +107,7 @@ def cuda_module() -> Extension:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return Extension(
         "anomem._C_cuda",
-        sources=sources("csrc/cuda/*.cu"),
+        sources=[*sources("csrc/cuda/*.cu"), mark("_C_cuda")],
         include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
         library_dirs=[*libraries, str(home / "lib64")],
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
@@ -139,6 +141,17 @@ def torch_paths() -> tuple[list[str], list[str]]:
             "anomem with --no-build-isolation"
         ) from error
     return cpp_extension.include_paths(), cpp_extension.library_paths()
+
+
+def mark(module: str) -> str:
+    """A source file with the digest of the others, by which a library is known that was built from older ones."""
+    text = SOURCES["MARK"].decode() + SOURCES["digest"](f"{module}.so", ROOT)
+    path = ROOT / "build" / "sources" / f"sources{module}.cpp"
+    content = f'extern "C" __attribute__((used)) const char anomem_sources[] = "{text}";\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != content:
+        path.write_text(content)
+    return str(path.relative_to(ROOT))
 
 
 def sources(*patterns: str) -> list[str]:

@@ -110,7 +110,8 @@ def kernels(device: str) -> Suite:
 
 
 def grid(device: str) -> Suite:
-    """Retrieval, NT-Xent and InfoNCE over a grid of sizes, and sampling from a large map, with a compiler in each."""
+    """Retrieval, NT-Xent and InfoNCE over a grid of sizes, on a CPU every operator in bfloat16 too, and sampling from a
+    large map, with a compiler in each."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     cases = [
         case("nt_xent", G=groups, B=batch, d=d, dtype=dtype, group="grid")
@@ -129,9 +130,18 @@ def grid(device: str) -> Suite:
     if device != "cuda":
         cases += [
             case("nt_xent", G=8, B=256, d=128, dtype="bfloat16", group="grid"),
+            case("nt_xent", G=4, B=1024, d=256, dtype="bfloat16", group="grid"),
             case("info_nce", R=1024, C=1024, d=128, dtype="bfloat16", group="grid"),
+            case("info_nce", R=512, C=4096, d=128, dtype="bfloat16", group="grid"),
             case("retrieve", N=1024, M=64, d=128, B=128, dtype="bfloat16", group="grid"),
             case("retrieve", N=8192, M=512, d=128, B=128, dtype="bfloat16", group="grid"),
+            case("retrieve", N=32768, M=512, d=64, B=128, dtype="bfloat16", group="grid"),
+            case("retrieve", N=8192, M=512, d=256, B=128, dtype="bfloat16", group="grid"),
+            case("shrink", N=8192, M=512, d=64, B=128, dtype="bfloat16", group="grid"),
+            case("gather", B=128, C=128, H=16, n=8, dtype="bfloat16", group="grid"),
+            case("variance", G=8, B=128, d=128, dtype="bfloat16", group="grid"),
+            case("deviation_map", B=128, d=128, H=16, M=64, dtype="bfloat16", training=False, group="grid"),
+            case("usage", N=16384, M=512, d=64, dtype="bfloat16", training=False, group="grid"),
         ]
     cases.append(case("sample", B=256, C=256, H=16, n=64, dtype=dtype, group="grid"))
     return Suite("grid", tuple(cases), seconds=0.25, call_seconds=3.0)

@@ -39,7 +39,7 @@ def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.
 def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "AUTO", (Rule("nt_xent", "cpu", "native", "always", "fast", lambda p: True),))
     monkeypatch.setattr(backends, "obstacle", lambda *args: "not built")
-    assert backends.explain(problem())[0] == "reference"
+    assert backends.explain(problem()) == ("reference", "native cannot run here: not built")
     with pytest.raises(ArgumentError, match="not built"):
         backends.choose(problem(), "native")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty, implement_with_triton
+from anomem.ops.library import accumulator, define, empty, implement_with_triton, with_known_signature
 
 # A forward returns the loss and what its backward wants. Triton: the lse of each row, the unit rows up to a factor
 # between 1 and 2, and 1/norm, in which it finds that factor (see `anomem.kernels.contrast_rows`).
@@ -154,6 +154,7 @@ def info_nce(
     return loss
 
 
+@with_known_signature
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str) -> tuple[Tensor, ...]:
@@ -196,6 +197,7 @@ class _NTXent(torch.autograd.Function):
         return tuple(out.unflatten(0, z.shape[:2]) for out in outs), (0,) * len(outs)
 
 
+@with_known_signature
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 LIBRARY = torch.library.Library("anomem", "DEF")
 
 Fake = Callable[..., Any]
+Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
 
 def define(name: str, schema: str, fake: Fake) -> None:
@@ -35,6 +37,15 @@ def implement_with_triton(name: str, module: str, function: str) -> None:
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
+
+
+def with_known_signature(function: Function) -> Function:
+    """Class decorator: keeps the signature of `forward`.
+
+    torch binds the arguments of each `apply` to it and would read it from the code anew: a tenth of a small call.
+    """
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
-from anomem.ops import library  # noqa: F401  the schemas must be registered before their implementations
+from anomem.ops import (
+    library,  # noqa: F401  the schemas must be registered before their implementations
+    sources,
+)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _HOW = "run `make build` (needs a C++ compiler and ninja)"
@@ -39,6 +43,12 @@ def _load(file: str, how: str) -> str | None:
     path = (Path(folder).resolve() if folder else _PACKAGE) / file
     if not path.exists():
         return f"ANOMEM_LIBRARY={folder}: no {file} in it" if folder else f"anomem/{file} is not built; {how}"
+    expected = sources.digest(file, _PACKAGE.parent)
+    if expected is not None and sources.built_from(path) != expected:
+        reason = f"{path.parent.name}/{file} was built from other sources than those in csrc: {how}"
+        # Under impl="auto" nothing else would say why everything has become slow.
+        warnings.warn(f"anomem: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     try:
         # A second copy of the same registrations aborts the process: the cache makes this the only load.
         torch.ops.load_library(str(path))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty, implement_with_triton
+from anomem.ops.library import accumulator, define, empty, implement_with_triton, with_known_signature
 
 # The order is the encoding that kernels receive.
 NORMALIZE_CODES = {"none": 0, "layer": 1, "l2": 2}
@@ -83,6 +83,7 @@ def retrieve(
     return result
 
 
+@with_known_signature
 class _Retrieve(torch.autograd.Function):
     @staticmethod
     def forward(

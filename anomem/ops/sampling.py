@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty
+from anomem.ops.library import accumulator, define, empty, with_known_signature
 
 
 def _gather_forward_fake(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,7 @@ def variance_hinge(x: Tensor, gamma: float, eps: float) -> Tensor:
     return loss
 
 
+@with_known_signature
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -132,6 +133,7 @@ def _gather_gradient(
     return torch.autograd.grad(picked, feature_map, dout, create_graph=True)[0]
 
 
+@with_known_signature
 class _Variance(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty
+from anomem.ops.library import accumulator, define, empty, with_known_signature
 from anomem.ops.retrieve import NORMALIZE_CODES, NORMALIZE_NAMES
 
 
@@ -84,6 +84,7 @@ def retrieve(
     return result
 
 
+@with_known_signature
 class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(

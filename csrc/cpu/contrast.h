@@ -64,10 +64,10 @@ struct InfoNceBackward {
   int64_t wave;
 };
 
-ANOMEM_KERNEL(nt_xent_forward, NtXentForward)
-ANOMEM_KERNEL(nt_xent_backward, NtXentBackward)
-ANOMEM_KERNEL(info_nce_forward, InfoNceForward)
-ANOMEM_KERNEL(info_nce_backward, InfoNceBackward)
+ANOMEM_KERNEL(nt_xent_forward, NtXentForward, type)
+ANOMEM_KERNEL(nt_xent_backward, NtXentBackward, type)
+ANOMEM_KERNEL(info_nce_forward, InfoNceForward, type)
+ANOMEM_KERNEL(info_nce_backward, InfoNceBackward, type)
 
 // Rows of a workspace are padded to a multiple of this, so that register blocks need no tails.
 constexpr int64_t row_padding = 64;
@@ -78,17 +78,17 @@ constexpr int64_t feature_padding = 32;
 inline int64_t tile_rows(int64_t rows, int64_t groups) { return rows >= 1024 || rows <= 128 || groups >= 4 ? 128 : 64; }
 
 inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features) {
-  return round_up(rows, row_padding) * (features + 2);
+  return round_up(rows, row_padding) * (features + 3);
 }
 inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features) {
-  return round_up(rows, row_padding) * (features + 2 * round_up(features, feature_padding) + 2);
+  return round_up(rows, row_padding) * (features + 2 * round_up(features, feature_padding) + 3);
 }
 inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features) {
-  return (round_up(rows, row_padding) + round_up(columns, row_padding)) * features;
+  return (round_up(rows, row_padding) + round_up(columns, row_padding)) * (features + 1);
 }
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features) {
   return (round_up(rows, row_padding) + round_up(columns, row_padding)) *
-         (features + 2 * round_up(features, feature_padding) + 2);
+         (features + 2 * round_up(features, feature_padding) + 3);
 }
 
 // Groups worked on together: enough items in every round for all threads, and no more, for their workspace adds up.

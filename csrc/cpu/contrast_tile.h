@@ -3,7 +3,8 @@
 #pragma once
 
 #include "cpu/contrast.h"
-#include "cpu/gemm.h"
+#include "cpu/tournament.h"
+#include "cpu/unit_rows.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -86,24 +87,28 @@ struct Visible {
   }
 };
 
-// Where a tile lies: `rows` × `columns` similarities from (row, column) on, of factors packed by `pack_transposed`.
-template <class T>
+// Where a tile lies: `rows` × `columns` similarities from (row, column) on.
+template <class S>
 struct Tile {
-  const T* left;   // [.., features, width]
-  const T* right;  // [.., features, width]
+  PackedRows<S> left, right;
   int64_t features;
   int64_t row, rows;
   int64_t column, columns;
 };
 
-template <class T>
-ANOMEM_INLINE void similarities(const Tile<T>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::height][2]) {
+template <class S, class T = accumulator_t<S>>
+ANOMEM_INLINE void similarities(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::height][2]) {
   constexpr int width = Block<T>::width;
-  const int64_t row = tile.row + i, panel = tile.features * width;
-  for (auto& pair : s) pair[0] = pair[1] = vec<T>{};
-  multiply<T, Block<T>::height>(
-      tile.features, tile.left + row / width * panel + row % width, 1, width,
-      tile.right + (tile.column + j) / width * panel, s);
+  const int64_t row = tile.row + i, column = tile.column + j, terms = factors<S>(tile.features), panel = terms * width;
+  for (auto& halves : s) halves[0] = halves[1] = vec<T>{};
+  multiply<factor_t<S>, Block<T>::height>(terms, tile.left.columns + row / width * panel + row % width, 1, width,
+                                          tile.right.columns + column / width * panel, s);
+  if constexpr (in_pairs<S>) {
+    const vec<T> rest[2] = {load(tile.right.rest + column), load(tile.right.rest + column + lanes<T>)};
+#pragma GCC unroll 8
+    for (int r = 0; r < Block<T>::height; ++r)
+      for (int h = 0; h < 2; ++h) s[r][h] *= rest[h] * tile.left.rest[row + r];
+  }
 }
 
 template <class T>
@@ -139,8 +144,8 @@ ANOMEM_INLINE void add_exponentials(const vec<T> (&s)[Block<T>::height][2], cons
 }
 
 // The fixed-shift sums of a tile; columns too if `Both`.
-template <bool both, class T, class Keep>
-void sum_with_fixed_shift(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
+template <bool both, class S, class Keep, class T = accumulator_t<S>>
+void sum_with_fixed_shift(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
   alignas(64) vec<T> row_sum[largest_tile] = {};
   for (int64_t j = 0; j < tile.columns; j += Block<T>::width) {
     vec<T> column_sum[2] = {};
@@ -161,8 +166,8 @@ void sum_with_fixed_shift(const Tile<T>& tile, const Scale<T>& scale, const Keep
 }
 
 // The same with a peak that follows the data, one per lane until the end: for temperatures too low for a fixed shift.
-template <bool both, class T, class Keep>
-void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
+template <bool both, class S, class Keep, class T = accumulator_t<S>>
+void sum_with_peaks(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep, TileSums<T>& sums) {
   alignas(64) vec<T> row_sum[largest_tile] = {}, row_peak[largest_tile];
   for (auto& peak : row_peak) peak = broadcast(no_peak<T>);
   for (int64_t j = 0; j < tile.columns; j += Block<T>::width) {
@@ -205,15 +210,20 @@ void sum_with_peaks(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep
 // What the sums of up to `row_padding` rows contain of their positives: exp(logit − shift) with a fixed shift, else the
 // logit. Of packed rows and positives, in the order of additions of `multiply`: where the positive dominates its row the
 // loss is a difference of equal numbers, and must be 0.
-template <class T>
-void positive_terms(const Scale<T>& scale, int64_t features, const T* rows, const T* positives, T* terms) {
+template <class S, class T = accumulator_t<S>>
+void positive_terms(const Scale<T>& scale, int64_t features, const PackedRows<S>& rows, const PackedRows<S>& positives,
+                    T* terms) {
+  const int64_t count = factors<S>(features);
   for (int64_t panel = 0; panel < row_padding; panel += Block<T>::width)
-    for (int64_t lane = 0; lane < Block<T>::width; lane += lanes<T>) {
-      const int64_t start = panel * features + lane;
+    for (int64_t lane = panel; lane < panel + Block<T>::width; lane += lanes<T>) {
+      const int64_t start = panel * count + lane - panel;
       vec<T> s{};
-      for (int64_t p = 0; p < features; ++p)
-        s = multiply_add(load(rows + start + p * Block<T>::width), load(positives + start + p * Block<T>::width), s);
-      store(terms + panel + lane, scale.fixed_shift ? scale.exponential(s) : scale.logit(s));
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t at = start + p * Block<T>::width;
+        s = multiply_add(load(rows.columns + at), load(positives.columns + at), s);
+      }
+      if constexpr (in_pairs<S>) s *= load(rows.rest + lane) * load(positives.rest + lane);
+      store(terms + lane, scale.fixed_shift ? scale.exponential(s) : scale.logit(s));
     }
 }
 
@@ -265,8 +275,8 @@ ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::height][2], const S
 }
 
 // W of a tile, [rows, stride]. With `upper`, blocks wholly below the diagonal are left out.
-template <bool fixed_shift, bool both, class T, class Keep>
-void tile_weights(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, const RowWeights<T>& rows,
+template <bool fixed_shift, bool both, class S, class Keep, class T = accumulator_t<S>>
+void tile_weights(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep, const RowWeights<T>& rows,
                   const RowWeights<T>& columns, bool upper, T* weights, int64_t stride) {
   for (int64_t j = 0; j < tile.columns; j += Block<T>::width)
     for (int64_t i = 0; i < tile.rows; i += Block<T>::height) {
@@ -285,20 +295,85 @@ void tile_weights(const Tile<T>& tile, const Scale<T>& scale, const Keep& keep, 
 // C [m, features] += A [m, k] B, for a B packed by `pack` in panels `panel` elements apart. The product is summed on its
 // own before it is added: rounding errors grow with the root of the longest chain of additions, and one chain over all
 // tiles would be as long as the batch.
-template <class T>
-void add_product(int64_t m, int64_t features, int64_t k, const T* a, int64_t row, int64_t step, const T* b,
+template <class F, class T = sum_t<F>>
+void add_product(int64_t m, int64_t features, int64_t k, const F* a, int64_t row, int64_t step, const F* b,
                  int64_t panel, T* c, int64_t c_row) {
   constexpr int height = Block<T>::height, width = Block<T>::width;
   for (int64_t f = 0; f < features; f += width, b += panel)
     for (int64_t i = 0; i < m; i += height) {
       vec<T> sums[height][2] = {};
-      multiply<T, height>(k, a + i * row, row, step, b, sums);
+      multiply<F, height>(k, a + i * row, row, step, b, sums);
       for (int r = 0; r < height; ++r)
         for (int h = 0; h < 2; ++h) {
           T* to = c + (i + r) * c_row + f + h * lanes<T>;
           store(to, load(to) + sums[r][h]);
         }
     }
+}
+
+// One side of a contrast in the backward pass, of one group.
+template <class S>
+struct Side {
+  using T = accumulator_t<S>;
+  PackedRows<S> unit;
+  factor_t<S>* rows;  // the same rows as they lie, [wide / width, factors in `padded` terms, width]
+  T* gradient;        // [padded, wide]: dL/du without its factor
+  int64_t padded, wide;
+
+  int64_t panel() const { return factors<S>(padded) * Block<T>::width; }
+  factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * Block<T>::width; }
+
+  // Packs a block of rows in both ways and sets its gradient to zero.
+  void prepare(const UnitBlock<S>& block, const Span& span, int64_t features) const {
+    block.pack(span.count, unit.from(span.first, features));
+    block.pack_rows(span.count, rows_from(span.first), panel());
+    std::memset(gradient + span.first * wide, 0, row_padding * wide * sizeof(T));
+  }
+};
+
+// A tile's weights in pairs of neighbours in a row and in pairs of neighbours in a column, rounded to bfloat16 when they
+// are complete, each with what is left of the norm of the row that it multiplies.
+template <class S>
+struct WeightPairs;
+#if ANOMEM_BFLOAT16_PAIRS
+template <>
+struct WeightPairs<Bfloat16> {
+  alignas(64) Pair in_row[largest_tile * weights_row / 2];
+  alignas(64) Pair in_column[largest_tile / 2 * weights_row];
+
+  WeightPairs(const Tile<Bfloat16>& tile, const float* w) {
+    for (int64_t i = 0; i < tile.rows; i += 2)
+      for (int64_t j = 0; j < tile.columns; j += 2 * lanes<float>) {
+        const float *at = w + i * weights_row + j, *rest = tile.right.rest + tile.column + j;
+        const float *mine = tile.left.rest + tile.row + i;
+        const vec<float> theirs[2] = {load(rest), load(rest + lanes<float>)};
+        const vec<float> first[2] = {load(at), load(at + lanes<float>)};
+        const vec<float> second[2] = {load(at + weights_row), load(at + weights_row + lanes<float>)};
+        store_neighbours(in_row + (i * weights_row + j) / 2, first[0] * theirs[0], first[1] * theirs[1]);
+        store_neighbours(in_row + ((i + 1) * weights_row + j) / 2, second[0] * theirs[0], second[1] * theirs[1]);
+        Pair* to = in_column + i / 2 * weights_row + j;
+        for (int h = 0; h < 2; ++h) store(to + h * lanes<float>, first[h] * mine[0], second[h] * mine[1]);
+      }
+  }
+};
+#endif
+
+// Adds W V to the gradient of a tile's rows and, if `both`, Wᵀ U to that of its columns.
+template <class S, class T = accumulator_t<S>>
+void add_gradients(const Tile<S>& tile, const T* w, const Side<S>& left, const Side<S>& right, bool both) {
+  const int64_t rows = factors<S>(tile.rows), columns = factors<S>(tile.columns), wide = left.wide;
+  T *const mine = left.gradient + tile.row * wide, *const theirs = right.gradient + tile.column * wide;
+  const factor_t<S>*u = left.rows_from(tile.row), *v = right.rows_from(tile.column);
+  const auto add = [&](const factor_t<S>* in_row, int64_t row, const factor_t<S>* in_column) {
+    add_product(tile.rows, tile.features, columns, in_row, row, 1, v, right.panel(), mine, wide);
+    if (both) add_product(tile.columns, tile.features, rows, in_column, 1, weights_row, u, left.panel(), theirs, wide);
+  };
+  if constexpr (in_pairs<S>) {
+    const WeightPairs<S> pairs(tile, w);
+    add(pairs.in_row, weights_row / 2, pairs.in_column);
+  } else {
+    add(w, weights_row, w);
+  }
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -18,6 +18,6 @@ struct DeviationMap {
   void* out;              // [B, H, W]
 };
 
-ANOMEM_KERNEL(deviation_map, DeviationMap)
+ANOMEM_KERNEL(deviation_map, DeviationMap, memory.type)
 
 }  // namespace anomem::cpu

@@ -45,7 +45,7 @@ void deviation_positions(const DeviationMap& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features;
   const int64_t area = a.map.area(), n = a.map.batch * area;
-  const Panels<S> panels(a.memory, false);
+  const ReadPanels<S> panels(a.memory);
   const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), read_row = padded_row<T>(d);
   const T* prior = static_cast<const T*>(a.log_prior);
   parallel((n + rows - 1) / rows, [&](int64_t chunk) {

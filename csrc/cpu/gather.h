@@ -36,7 +36,7 @@ struct Scatter {
   void* dmap;  // [B, C, area], or [B, area, C] in memory when channels_last
 };
 
-ANOMEM_KERNEL(gather, Gather)
-ANOMEM_KERNEL(scatter, Scatter)
+ANOMEM_KERNEL(gather, Gather, type)
+ANOMEM_KERNEL(scatter, Scatter, type)
 
 }  // namespace anomem::cpu

@@ -5,6 +5,7 @@
 // packed into panels of `width` columns: [n / width][k][width], the last panel padded with zeros.
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -20,15 +21,17 @@ struct Block {
 // Workspaces are padded to this many rows, a multiple of every block's width and height.
 constexpr int64_t padding = 64;
 
-// sums[i][j] += Σ_p A[i, p] B[p, j]. A at a[i * row + p * step]; one panel of B at b[p * width + j].
-template <class T, int rows>
-ANOMEM_INLINE void multiply(int64_t k, const T* a, int64_t row, int64_t step, const T* b, vec<T> (&sums)[rows][2]) {
+// sums[i][j] += Σ_p A[i, p] B[p, j], k factors F long. A at a[i * row + p * step]; one panel of B at b[p * width + j].
+template <class F, int rows>
+ANOMEM_INLINE void multiply(int64_t k, const F* a, int64_t row, int64_t step, const F* b,
+                            vec<sum_t<F>> (&sums)[rows][2]) {
+  using T = sum_t<F>;
   constexpr int width = Block<T>::width;
   for (int64_t p = 0; p < k; ++p, a += step, b += width) {
-    const vec<T> left = load(b), right = load(b + lanes<T>);
+    const auto left = load(b), right = load(b + lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const vec<T> factor = broadcast(a[i * row]);
+      const auto factor = broadcast(a[i * row]);
       sums[i][0] = multiply_add(factor, left, sums[i][0]);
       sums[i][1] = multiply_add(factor, right, sums[i][1]);
     }

@@ -18,10 +18,11 @@ struct InfoNceForwardRun {
       : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
         tile(tile_rows(rows, a.groups)), padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
 
-  // Of a group's place in the wave, for rows and columns: [padded / width, d, width].
-  T* packed(int64_t place, int side) const {
-    return static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
-           side * padded[0] * features;
+  // Of a group's place in the wave: rows and columns, packed.
+  PackedRows<S> unit(int64_t place, int side) const {
+    T* start = static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
+               side * padded[0] * (features + 1);
+    return {reinterpret_cast<factor_t<S>*>(start), start + padded[side] * features};
   }
   const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
   T& inv_norm(int64_t group, int side, int64_t i) const {
@@ -31,14 +32,12 @@ struct InfoNceForwardRun {
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const int side = block >= padded[0] / row_padding;
     const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    Buffer<T> unit(span.count * features);
+    UnitBlock<S> rows_here(features);
     for (int64_t i = 0; i < span.count; ++i) {
       const S* row = x(group, side, span.first + i);
-      scaled_copy(row, features, inv_norm(group, side, span.first + i) = inverse_norm(row, features),
-                  unit.data() + i * features);
+      rows_here.set(i, row, inv_norm(group, side, span.first + i) = inverse_norm(row, features));
     }
-    pack_transposed(unit.data(), features, span.count, features, packed(place, side) + span.first * features,
-                    row_padding);
+    rows_here.pack(span.count, unit(place, side).from(span.first, features));
   }
 
   // Loss and total of one tile of rows.
@@ -49,7 +48,7 @@ struct InfoNceForwardRun {
     for (auto& p : peak) p = no_peak<T>;
     for (int64_t j = 0; j < (columns + largest_tile - 1) / largest_tile; ++j) {
       const Span theirs(j, largest_tile, columns);
-      const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
+      const Tile<S> t{unit(place, 0), unit(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
       TileSums<T> sums;
       if (scale.fixed_shift)
         sum_with_fixed_shift<false>(t, scale, keep, sums);
@@ -76,13 +75,12 @@ struct InfoNceForwardRun {
 
   // `positive_terms` of the rows first … first + count.
   void find_positives(int64_t group, int64_t place, int64_t first, int64_t count, T* terms) const {
-    Buffer<T> unit(count * features), positives(row_padding * features);
+    PackedPositives<S> positives(features);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t positive = arguments.positive[first + i];
-      scaled_copy(x(group, 1, positive), features, inv_norm(group, 1, positive), unit.data() + i * features);
+      positives.set(i, x(group, 1, positive), inv_norm(group, 1, positive));
     }
-    pack_transposed(unit.data(), features, count, features, positives.data(), row_padding);
-    positive_terms(scale, features, packed(place, 0) + first * features, positives.data(), terms);
+    positive_terms(scale, features, unit(place, 0).from(first, features), positives.packed(count), terms);
   }
 
   int64_t visible() const { return columns - (arguments.exclude != nullptr); }
@@ -110,15 +108,18 @@ struct InfoNceBackwardRun {
         wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)),
         padded{round_up(rows, row_padding), round_up(columns, row_padding)} {}
 
-  // Of a group's place in the wave, for rows and columns: [padded / width, d, width], [wide / width, padded, width],
-  // [padded, wide]; then for the rows twice [padded].
+  // Of a group's place in the wave, for rows and columns: the rows, packed in two ways, their gradient [padded, wide] and
+  // [padded]; then for the rows twice [padded].
   T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
   }
-  T* packed(int64_t place, int side) const { return start(place) + side * padded[0] * (features + 2 * wide); }
-  T* packed_features(int64_t place, int side) const { return packed(place, side) + padded[side] * features; }
-  T* gradient(int64_t place, int side) const { return packed_features(place, side) + padded[side] * wide; }
-  T* weight(int64_t place) const { return gradient(place, 1) + padded[1] * wide; }
+  Side<S> side(int64_t place, int index) const {
+    T* const unit = start(place) + index * padded[0] * (features + 2 * wide + 1);
+    T *const packed_rows = unit + padded[index] * features, *const gradient = packed_rows + padded[index] * wide;
+    return {{reinterpret_cast<factor_t<S>*>(unit), gradient + padded[index] * wide},
+            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded[index], wide};
+  }
+  T* weight(int64_t place) const { return start(place) + (padded[0] + padded[1]) * (features + 2 * wide + 1); }
   T* lse(int64_t place) const { return weight(place) + padded[0]; }
   const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
   T inv_norm(int64_t group, int side, int64_t i) const {
@@ -127,19 +128,13 @@ struct InfoNceBackwardRun {
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
-    const int side = block >= padded[0] / row_padding;
-    const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    Buffer<T> unit(span.count * features);
+    const int index = block >= padded[0] / row_padding;
+    const Span span(block - index * padded[0] / row_padding, row_padding, arguments.count[index]);
+    UnitBlock<S> rows_here(features);
     for (int64_t i = 0; i < span.count; ++i)
-      scaled_copy(x(group, side, span.first + i), features, inv_norm(group, side, span.first + i),
-                  unit.data() + i * features);
-    pack_transposed(unit.data(), features, span.count, features, packed(place, side) + span.first * features,
-                    row_padding);
-    pack(unit.data(), features, span.count, features, packed_features(place, side) + span.first * Block<T>::width,
-         padded[side] * Block<T>::width, row_padding);
-    T* zeroed = gradient(place, side) + span.first * wide;
-    for (int64_t i = 0; i < row_padding * wide; ++i) zeroed[i] = 0;
-    if (side == 1) return;
+      rows_here.set(i, x(group, index, span.first + i), inv_norm(group, index, span.first + i));
+    side(place, index).prepare(rows_here, span, features);
+    if (index == 1) return;
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
@@ -150,7 +145,8 @@ struct InfoNceBackwardRun {
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, largest_tile, columns);
-    const Tile<T> t{packed(place, 0), packed(place, 1), features, mine.first, mine.count, theirs.first, theirs.count};
+    const Side<S> left = side(place, 0), right = side(place, 1);
+    const Tile<S> t{left.unit, right.unit, features, mine.first, mine.count, theirs.first, theirs.count};
     const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
     const Visible keep{rows, columns, arguments.exclude, arguments.exclude == nullptr};
     alignas(64) T w[largest_tile * weights_row];
@@ -166,23 +162,18 @@ struct InfoNceBackwardRun {
       if (columns - (arguments.exclude != nullptr) == 1 && !hidden)
         for (int64_t c = 0; c < theirs.count; ++c) w[i * weights_row + c] *= 0;
     }
-    constexpr int width = Block<T>::width;
-    add_product(mine.count, features, theirs.count, w, weights_row, 1,
-                packed_features(place, 1) + theirs.first * width, padded[1] * width,
-                gradient(place, 0) + mine.first * wide, wide);
-    add_product(theirs.count, features, mine.count, w, 1, weights_row, packed_features(place, 0) + mine.first * width,
-                padded[0] * width, gradient(place, 1) + theirs.first * wide, wide);
+    add_gradients(t, w, left, right, true);
   }
 
   void finish(int64_t group, int64_t place, int64_t block) const {
-    const int side = block >= padded[0] / row_padding;
-    const Span span(block - side * padded[0] / row_padding, row_padding, arguments.count[side]);
-    S* dx = static_cast<S*>(arguments.dside[side]) + group * arguments.count[side] * features;
+    const int index = block >= padded[0] / row_padding;
+    const Span span(block - index * padded[0] / row_padding, row_padding, arguments.count[index]);
+    S* dx = static_cast<S*>(arguments.dside[index]) + group * arguments.count[index] * features;
     T* along = static_cast<T*>(arguments.along) + group * rows;
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
-      const T inner = unnormalize_gradient(gradient(place, side) + i * wide, T(1 / arguments.tau), x(group, side, i),
-                                           inv_norm(group, side, i), features, dx + i * features);
-      if (side == 0) along[i] = inner;
+      const T inner = unnormalize_gradient(side(place, index).gradient + i * wide, T(1 / arguments.tau),
+                                           x(group, index, i), inv_norm(group, index, i), features, dx + i * features);
+      if (index == 0) along[i] = inner;
     }
   }
 

@@ -41,25 +41,27 @@ struct NtXentForwardRun {
       : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
         features(a.features), tile(tile_rows(rows, a.groups)) {}
 
-  // Of a group's place in the wave: [padded / width, d, width], [padded], [padded].
-  T* packed(int64_t place) const {
+  // Of a group's place in the wave: its rows, packed, and three times [padded].
+  T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features);
   }
-  T* sum(int64_t place) const { return packed(place) + padded * features; }
+  T* sum(int64_t place) const { return start(place) + padded * features; }
   T* peak(int64_t place) const { return sum(place) + padded; }
+  PackedRows<S> unit(int64_t place) const {
+    return {reinterpret_cast<factor_t<S>*>(start(place)), peak(place) + padded};
+  }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
 
   // Normalises `row_padding` rows and packs them.
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
-    Buffer<T> unit(span.count * features);
+    UnitBlock<S> rows_here(features);
     for (int64_t i = 0; i < span.count; ++i) {
       const S* row = x(group, span.first + i);
-      scaled_copy(row, features, inv_norm(group, span.first + i) = inverse_norm(row, features),
-                  unit.data() + i * features);
+      rows_here.set(i, row, inv_norm(group, span.first + i) = inverse_norm(row, features));
     }
-    pack_transposed(unit.data(), features, span.count, features, packed(place) + span.first * features, row_padding);
+    rows_here.pack(span.count, unit(place).from(span.first, features));
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       sum(place)[i] = 0;
       peak(place)[i] = no_peak<T>;
@@ -68,7 +70,7 @@ struct NtXentForwardRun {
 
   void add_tile(int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, tile, rows);
-    const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
+    const Tile<S> t{unit(place), unit(place), features, mine.first, mine.count, theirs.first, theirs.count};
     TileSums<T> sums;
     if (scale.fixed_shift)
       sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
@@ -86,14 +88,13 @@ struct NtXentForwardRun {
     const Span span(block, row_padding, rows);
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
     T* total = static_cast<T*>(arguments.total) + group * rows;
-    Buffer<T> unit(span.count * features), positives(row_padding * features);
+    PackedPositives<S> positives(features);
     for (int64_t i = 0; i < span.count; ++i) {
       const int64_t row = span.first + i, positive = row < batch ? row + batch : row - batch;
-      scaled_copy(x(group, positive), features, inv_norm(group, positive), unit.data() + i * features);
+      positives.set(i, x(group, positive), inv_norm(group, positive));
     }
-    pack_transposed(unit.data(), features, span.count, features, positives.data(), row_padding);
     T terms[row_padding];
-    positive_terms(scale, features, packed(place) + span.first * features, positives.data(), terms);
+    positive_terms(scale, features, unit(place).from(span.first, features), positives.packed(span.count), terms);
     for (int64_t i = 0; i < span.count; ++i) {
       const int64_t row = span.first + i;
       finish_row(scale, sum(place)[row], peak(place)[row], terms[i], rows == 2, loss + row, total + row);
@@ -120,15 +121,17 @@ struct NtXentBackwardRun {
       : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, row_padding)),
         features(a.features), wide(round_up(features, feature_padding)), tile(tile_rows(rows, a.groups)) {}
 
-  // Of a group's place in the wave: [padded / width, d, width], [wide / width, padded, width], [padded, wide] and twice
-  // [padded].
-  T* packed(int64_t place) const {
+  // Of a group's place in the wave: its rows, packed in two ways, their gradient [padded, wide], and three times [padded].
+  T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
   }
-  T* packed_features(int64_t place) const { return packed(place) + padded * features; }
-  T* gradient(int64_t place) const { return packed_features(place) + padded * wide; }
-  T* weight(int64_t place) const { return gradient(place) + padded * wide; }
+  T* weight(int64_t place) const { return start(place) + padded * (features + 2 * wide); }
   T* lse(int64_t place) const { return weight(place) + padded; }
+  Side<S> side(int64_t place) const {
+    T *const packed_rows = start(place) + padded * features, *const gradient = packed_rows + padded * wide;
+    return {{reinterpret_cast<factor_t<S>*>(start(place)), lse(place) + padded},
+            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded, wide};
+  }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
@@ -136,23 +139,22 @@ struct NtXentBackwardRun {
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
-    Buffer<T> unit(span.count * features);
+    const Side<S> both = side(place);
+    UnitBlock<S> rows_here(features);
     for (int64_t i = 0; i < span.count; ++i)
-      scaled_copy(x(group, span.first + i), features, inv_norm(group, span.first + i), unit.data() + i * features);
-    pack_transposed(unit.data(), features, span.count, features, packed(place) + span.first * features, row_padding);
-    pack(unit.data(), features, span.count, features, packed_features(place) + span.first * Block<T>::width,
-         padded * Block<T>::width, row_padding);
+      rows_here.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
+    both.prepare(rows_here, span, features);
     for (int64_t i = span.first; i < span.first + row_padding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T(0);
       weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T(0);
-      for (int64_t f = 0; f < wide; ++f) gradient(place)[i * wide + f] = 0;
     }
   }
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span mine(first, tile, rows), theirs(second, tile, rows);
-    const Tile<T> t{packed(place), packed(place), features, mine.first, mine.count, theirs.first, theirs.count};
+    const Side<S> both = side(place);
+    const Tile<S> t{both.unit, both.unit, features, mine.first, mine.count, theirs.first, theirs.count};
     const RowWeights<T> weights{weight(place), lse(place)};
     alignas(64) T w[largest_tile * weights_row];
     const Visible keep{rows, rows, nullptr, false};
@@ -167,14 +169,7 @@ struct NtXentBackwardRun {
       const int64_t j = positive - theirs.first;
       if (j >= 0 && j < theirs.count) w[i * weights_row + j] -= dloss(group)[row] + dloss(group)[positive];
     }
-    const int64_t panel = padded * Block<T>::width;
-    add_product(mine.count, features, theirs.count, w, weights_row, 1,
-                packed_features(place) + theirs.first * Block<T>::width, panel, gradient(place) + mine.first * wide,
-                wide);
-    if (!diagonal)
-      add_product(theirs.count, features, mine.count, w, 1, weights_row,
-                  packed_features(place) + mine.first * Block<T>::width, panel, gradient(place) + theirs.first * wide,
-                  wide);
+    add_gradients(t, w, both, both, !diagonal);
   }
 
   // Fills the register blocks that `tile_weights` left out.
@@ -188,12 +183,13 @@ struct NtXentBackwardRun {
   void finish(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, row_padding, rows);
     T* along = static_cast<T*>(arguments.along) + group * rows;
+    const T* gradient = side(place).gradient;
     // One pair: its loss is constant. A product with 0 keeps NaN.
     const T factor = rows == 2 ? T(0) : T(1 / arguments.tau);
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int side = i >= batch;
       S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
-      along[i] = unnormalize_gradient(gradient(place) + i * wide, factor, x(group, i), inv_norm(group, i), features, dx);
+      along[i] = unnormalize_gradient(gradient + i * wide, factor, x(group, i), inv_norm(group, i), features, dx);
     }
   }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/buffer.h"
-#include "cpu/gemm.h"
+#include "cpu/factor_rows.h"
 #include "cpu/memory.h"
 #include "cpu/product.h"
 #include "cpu/rows.h"
@@ -17,42 +17,92 @@ void normalized_keys(const Memory& memory, accumulator_t<S>* to) {
     normalize_row(keys + m * memory.features, memory.features, memory.normalize, to + m * memory.features);
 }
 
-// Packed factors of the four products with the memory. Without separate values two of them serve all four.
-template <class S>
-class Panels {
+// What a read multiplies with. R: what its values are rounded to. Keys are not: a softmax shows every rounding of its
+// scores.
+template <class S, class R = accumulator_t<S>>
+class ReadPanels {
  public:
   using T = accumulator_t<S>;
 
-  // `backward`: also those that only the gradient needs.
-  Panels(const Memory& memory, bool backward)
-      : keys_(memory.prototypes * memory.features),
-        keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
-        keys_as_they_lie_(memory.values == nullptr || backward ? packed_size<T>(memory.prototypes, memory.features) : 0),
-        values_(memory.values == nullptr ? 0 : packed_size<T>(memory.prototypes, memory.value_features)),
-        values_transposed_(memory.values == nullptr || !backward
-                               ? 0
-                               : packed_size<T>(memory.value_features, memory.prototypes)),
-        tied_(memory.values == nullptr) {
+  explicit ReadPanels(const Memory& memory)
+      : keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
+        values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
-    normalized_keys<S>(memory, keys_.data());
-    pack_transposed(keys_.data(), d, m, d, keys_transposed_.data());
-    if (tied_ || backward) pack(keys_.data(), d, m, d, keys_as_they_lie_.data());
-    if (tied_) return;
+    Buffer<T> keys(m * d);
+    normalized_keys<S>(memory, keys.data());
+    pack_transposed(keys.data(), d, m, d, keys_transposed_.data());
+    FactorRows<R> rows(m, dv);
     const S* values = static_cast<const S*>(memory.values);
-    pack(values, dv, m, dv, values_.data());
-    if (backward) pack_transposed(values, dv, m, dv, values_transposed_.data());
+    for (int64_t j = 0; j < m; ++j)
+      if (values == nullptr) rows.set(j, keys.data() + j * d, T(1));
+      else rows.set(j, values + j * dv, T(1));
+    rows.pack_rows(m, values_.data());
   }
 
   const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
-  const T* keys() const { return keys_as_they_lie_.data(); }            // M × d: dQ = dS K
-  const T* values() const { return tied_ ? keys() : values_.data(); }   // M × dv: out = P V
-  const T* values_transposed() const {                                  // dv × M: dP = dO Vᵀ
-    return tied_ ? keys_transposed() : values_transposed_.data();
+  const factor_t<R>* values() const { return values_.data(); }          // M × dv: out = P V
+
+ private:
+  Buffer<T> keys_transposed_;
+  Buffer<factor_t<R>> values_;
+};
+
+// What the gradient of a read multiplies with. Of rows that are rounded the mean is taken off first: the softmax's
+// gradient does not see it, and prototypes that have nearly become one differ in the digits behind it.
+template <class S>
+class GradientPanels {
+ public:
+  using T = accumulator_t<S>;
+  using F = factor_t<S>;
+
+  explicit GradientPanels(const Memory& memory)
+      : shared_(memory.values == nullptr && !in_pairs<S>),
+        keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
+        keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
+        values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
+        mean_(memory.features) {
+    const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
+    Buffer<T> keys(m * d);
+    normalized_keys<S>(memory, keys.data());
+    pack_transposed(keys.data(), d, m, d, keys_transposed_.data());
+    FactorRows<S> rows(m, d);
+    set_centred(keys.data(), m, d, mean_.data(), rows);
+    rows.pack_rows(m, keys_.data());
+    if (shared_) return;
+    if (memory.values == nullptr) {
+      rows.pack_columns(m, values_transposed_.data());
+      return;
+    }
+    Buffer<T> values(m * dv), mean(dv);
+    scaled_copy(static_cast<const S*>(memory.values), m * dv, T(1), values.data());
+    FactorRows<S> value_rows(m, dv);
+    set_centred(values.data(), m, dv, mean.data(), value_rows);
+    value_rows.pack_columns(m, values_transposed_.data());
+  }
+
+  const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
+  const F* keys() const { return keys_.data(); }                        // M × d: dQ = dS K
+  const T* keys_mean() const { return mean_.data(); }                   // [d], what was taken off them, in pairs
+  const F* values_transposed() const {                                  // dv × M: dP = dO Vᵀ
+    if constexpr (!in_pairs<S>)
+      if (shared_) return keys_transposed();
+    return values_transposed_.data();
   }
 
  private:
-  Buffer<T> keys_, keys_transposed_, keys_as_they_lie_, values_, values_transposed_;
-  bool tied_;
+  static void set_centred(T* source, int64_t m, int64_t n, T* mean, FactorRows<S>& rows) {
+    if constexpr (in_pairs<S>) {
+      std::memset(mean, 0, n * sizeof(T));
+      for (int64_t j = 0; j < m; ++j) add_scaled(source + j * n, n, T(1) / T(m), mean);
+      for (int64_t j = 0; j < m; ++j) add_scaled(mean, n, T(-1), source + j * n);
+    }
+    for (int64_t j = 0; j < m; ++j) rows.set(j, source + j * n, T(1));
+  }
+
+  bool shared_;
+  Buffer<T> keys_transposed_;
+  Buffer<F> keys_, values_transposed_;
+  Buffer<T> mean_;
 };
 
 // Normalised and widened query rows, in place where nothing is to be done, and the factors their gradient needs.

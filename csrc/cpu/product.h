@@ -28,17 +28,19 @@ struct Accumulate {
   }
 };
 
-// Terms that are summed in one chain: rounding errors grow with the root of its length. Longer sums are sums of chains.
+// Factors that are summed in one chain: rounding errors grow with the root of its length. Longer sums are sums of chains.
 constexpr int64_t chain = 256;
 
-template <int rows, class T, class Finish>
-inline void product_rows(int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel, T* c,
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total` is read from the second chain on
+template <int rows, class F, class T, class Finish>
+inline void product_rows(int64_t first, int64_t k, const F* a, int64_t row, int64_t step, const F* panel, T* c,
                          int64_t c_row, const Finish& finish) {
   vec<T> total[rows][2];  // of the chains before the last; the registers are full of one chain's sums
   for (int64_t start = 0;; start += chain) {
     const bool last = k - start <= chain;
     vec<T> sums[rows][2] = {};
-    multiply<T, rows>(last ? k - start : chain, a + first * row + start * step, row, step,
+    multiply<F, rows>(last ? k - start : chain, a + first * row + start * step, row, step,
                       panel + start * Block<T>::width, sums);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
@@ -51,10 +53,11 @@ inline void product_rows(int64_t first, int64_t k, const T* a, int64_t row, int6
     if (last) return;
   }
 }
+#pragma GCC diagnostic pop
 
 // The last rows, fewer than `tall`, in one piece.
-template <int rows, class T, class Finish>
-inline void product_last(int64_t left, int64_t first, int64_t k, const T* a, int64_t row, int64_t step, const T* panel,
+template <int rows, class F, class T, class Finish>
+inline void product_last(int64_t left, int64_t first, int64_t k, const F* a, int64_t row, int64_t step, const F* panel,
                          T* c, int64_t c_row, const Finish& finish) {
   if constexpr (rows > 0) {
     if (left == rows) return product_rows<rows>(first, k, a, row, step, panel, c, c_row, finish);
@@ -62,9 +65,9 @@ inline void product_last(int64_t left, int64_t first, int64_t k, const T* a, int
   }
 }
 
-// C = A B on the calling thread; `finish(i, to, sums)` stores one vector of row i.
-template <class T, class Finish>
-inline void product_with(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
+// C = A B on the calling thread, k factors long; `finish(i, to, sums)` stores one vector of row i.
+template <class F, class T, class Finish>
+inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row, int64_t step, const F* packed, T* c,
                          int64_t c_row, const Finish& finish) {
   constexpr int width = Block<T>::width;
   for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
@@ -75,26 +78,11 @@ inline void product_with(int64_t m, int64_t n, int64_t k, const T* a, int64_t ro
 }
 
 // C = A B, or C += A B.
-template <class T>
-inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row, int64_t step, const T* packed, T* c,
+template <class F, class T>
+inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row, int64_t step, const F* packed, T* c,
                     int64_t c_row, bool accumulate) {
   if (accumulate) return product_with(m, n, k, a, row, step, packed, c, c_row, Accumulate());
   product_with(m, n, k, a, row, step, packed, c, c_row, Overwrite());
-}
-
-// Packs factor · source [k, n] as it lies, for products with k = rows of the source.
-template <class T>
-inline void pack_scaled(const T* source, int64_t stride, int64_t k, int64_t n, T factor, T* packed) {
-  constexpr int width = Block<T>::width;
-  for (int64_t first = 0; first < n; first += width, packed += k * width)
-    for (int64_t half = 0; half < width; half += lanes<T>) {
-      const int64_t left = n - first - half;
-      for (int64_t p = 0; p < k; ++p) {
-        const T* from = source + p * stride + first + half;
-        const vec<T> x = left >= lanes<T> ? load(from) : left > 0 ? load_first(from, left) : vec<T>{};
-        store(packed + p * width + half, x * factor);
-      }
-    }
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

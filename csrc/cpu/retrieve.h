@@ -67,7 +67,7 @@ struct BackwardPlan {
   }
 };
 
-ANOMEM_KERNEL(retrieve_forward, RetrieveForward)
-ANOMEM_KERNEL(retrieve_backward, RetrieveBackward)
+ANOMEM_KERNEL(retrieve_forward, RetrieveForward, memory.type)
+ANOMEM_KERNEL(retrieve_backward, RetrieveBackward, memory.type)
 
 }  // namespace anomem::cpu

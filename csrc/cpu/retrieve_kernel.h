@@ -4,6 +4,7 @@
 
 #include "cpu/panels.h"
 #include "cpu/retrieve.h"
+#include "cpu/score_factors.h"
 #include "cpu/softmax.h"
 #include "cpu/weights.h"
 
@@ -13,7 +14,7 @@ template <class S>
 void retrieve_rows_forward(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
-  const Panels<S> panels(a.memory, false);
+  const ReadPanels<S, S> panels(a.memory);
   const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), out_row = padded_row<T>(dv);
   const T threshold = T(a.shrinkage.threshold);
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
@@ -38,7 +39,9 @@ void retrieve_rows_forward(const RetrieveForward& a) {
           static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
         }
       }
-      product(count, dv, m, scores.data(), score_row, 1, panels.values(), read.data(), out_row, false);
+      const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_row);
+      product(count, dv, factors<S>(m), weights.data, weights.row, weights.step, panels.values(), read.data(), out_row,
+              false);
       for (int64_t r = 0; r < count; ++r)
         scaled_copy(read.data() + r * out_row, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
     }
@@ -108,7 +111,7 @@ class BackwardSlot {
  public:
   using T = accumulator_t<S>;
 
-  BackwardSlot(const RetrieveBackward& a, const Panels<S>& panels, int64_t rows)
+  BackwardSlot(const RetrieveBackward& a, const GradientPanels<S>& panels, int64_t rows)
       : a_(a),
         panels_(panels),
         m_(a.memory.prototypes),
@@ -117,12 +120,14 @@ class BackwardSlot {
         score_row_(padded_row<T>(m_)),
         query_row_(padded_row<T>(d_)),
         query_(rows, d_, a.memory.normalize),
-        dout_(rows, dv_, Normalize::none),
+        scaled_query_(rows, d_),
+        dout_(rows, dv_),
         weights_(rows * score_row_),
         gradient_(rows * score_row_),
         dquery_(rows * query_row_),
         scores_(a.dbeta != nullptr ? rows * score_row_ : 0),
-        packed_(packed_size<T>(rows, d_ > dv_ ? d_ : dv_)),
+        packed_(packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
+        neighbours_(in_pairs<S> ? rows * score_row_ / 2 : 0),
         softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
 
   // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv] (the same without separate values).
@@ -132,15 +137,18 @@ class BackwardSlot {
     const T* dlse = static_cast<const T*>(a_.dlse);
     const T* dentropy = static_cast<const T*>(a_.dentropy);
     query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
-    dout_.load(static_cast<const S*>(a_.dout) + first * dv_, dv_, count);
+    for (int64_t r = 0; r < count; ++r) {
+      dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T(1));
+      scaled_query_.set(r, query_[r], beta);
+    }
     const Exponentials<T> exponential{beta, lse};
     const auto score = [&](T* to, const auto& finish) {
       product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), to, score_row_, finish);
     };
     if (dbeta == nullptr) score(weights_.data(), exponential);
     else score(scores_.data(), Overwrite());
-    product(count, m_, dv_, dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(), score_row_,
-            false);
+    product(count, m_, factors<S>(dv_), dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(),
+            score_row_, false);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_row_;
       if (dbeta != nullptr)
@@ -152,14 +160,22 @@ class BackwardSlot {
                      dentropy ? dentropy[first + r] : T(0), softmax_.data());
       if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_row_, gradient_.data() + r * score_row_, m_);
     }
-    pack_scaled(dout_.data(), dout_.row(), count, dv_, T(1), packed_.data());
-    product(m_, dv_, count, weights_.data(), 1, score_row_, packed_.data(), dvalues, padded_row<T>(dv_), !fresh);
-    pack_scaled(query_.data(), query_.row(), count, d_, beta, packed_.data());
-    product(m_, d_, count, gradient_.data(), 1, score_row_, packed_.data(), dkeys, query_row_,
+    const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, m_, score_row_, neighbours_.data());
+    product(count, d_, factors<S>(m_), across.data, across.row, across.step, panels_.keys(), dquery_.data(), query_row_,
+            false);
+    const int64_t terms = factors<S>(count);
+    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_row_);
+    dout_.pack_rows(count, packed_.data());
+    product(m_, dv_, terms, weights.data, weights.row, weights.step, packed_.data(), dvalues, padded_row<T>(dv_),
+            !fresh);
+    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_row_);
+    scaled_query_.pack_rows(count, packed_.data());
+    product(m_, d_, terms, down.data, down.row, down.step, packed_.data(), dkeys, query_row_,
             !fresh || dkeys == dvalues);
-    product(count, d_, m_, gradient_.data(), score_row_, 1, panels_.keys(), dquery_.data(), query_row_, false);
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = dquery_.data() + r * query_row_;
+      T* row = dquery_.data() + r * query_row_;
+      // A row of dS adds up to dlse, which is what the keys' mean is read with.
+      if (in_pairs<S> && dlse != nullptr) add_scaled(panels_.keys_mean(), d_, dlse[first + r], row);
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
@@ -167,10 +183,13 @@ class BackwardSlot {
 
  private:
   const RetrieveBackward& a_;
-  const Panels<S>& panels_;
+  const GradientPanels<S>& panels_;
   int64_t m_, d_, dv_, score_row_, query_row_;
-  QueryRows<S> query_, dout_;
-  Buffer<T> weights_, gradient_, dquery_, scores_, packed_, softmax_;
+  QueryRows<S> query_;
+  FactorRows<S> scaled_query_, dout_;
+  Buffer<T> weights_, gradient_, dquery_, scores_;
+  Buffer<factor_t<S>> packed_, neighbours_;
+  Buffer<T> softmax_;
 };
 
 template <class S>
@@ -184,7 +203,7 @@ void retrieve_rows_backward(const RetrieveBackward& a) {
   T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * m * key_row;
   Buffer<double> dbeta(slots);
   {
-    const Panels<S> panels(a.memory, true);
+    const GradientPanels<S> panels(a.memory);
     parallel(slots, [&](int64_t slot) {
       BackwardSlot<S> work(a, panels, rows);
       T* keys = dkeys + slot * m * key_row;

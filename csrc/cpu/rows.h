@@ -38,6 +38,14 @@ inline void scale_row(T* x, int64_t n, T scale) {
   for_vectors<T>(n, [&](int64_t i, int64_t count) { store_some(x + i, load_some(x + i, count) * scale, count); });
 }
 
+// sum ← sum + scale · x.
+template <class T>
+inline void add_scaled(const T* x, int64_t n, T scale, T* sum) {
+  for_vectors<T>(n, [&](int64_t i, int64_t count) {
+    store_some(sum + i, multiply_add(load_some(x + i, count), broadcast(scale), load_some(sum + i, count)), count);
+  });
+}
+
 // to ← scale · x, widened or rounded to the element type of `to`.
 template <class From, class To>
 inline void scaled_copy(const From* x, int64_t n, accumulator_t<To> scale, To* to) {

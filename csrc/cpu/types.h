@@ -64,9 +64,13 @@ inline int64_t padded_row(int64_t n) {
 }  // namespace anomem::cpu
 
 // Calls `function<T>(...)` for the element type named by a `Type`.
+#if ANOMEM_BFLOAT16_PAIRS  // an instruction set for that type alone
+#define ANOMEM_FOR_TYPE(type, function, ...) return function<::anomem::cpu::Bfloat16>(__VA_ARGS__);
+#else
 #define ANOMEM_FOR_TYPE(type, function, ...)                                           \
   switch (type) {                                                                      \
     case ::anomem::cpu::Type::f32: return function<float>(__VA_ARGS__);                \
     case ::anomem::cpu::Type::bf16: return function<::anomem::cpu::Bfloat16>(__VA_ARGS__); \
     case ::anomem::cpu::Type::f64: return function<double>(__VA_ARGS__);               \
   }
+#endif

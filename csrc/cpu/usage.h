@@ -17,6 +17,6 @@ struct Usage {
   void* direction;      // [d], mean of HF(q) / |HF(q)|
 };
 
-ANOMEM_KERNEL(usage, Usage)
+ANOMEM_KERNEL(usage, Usage, memory.type)
 
 }  // namespace anomem::cpu

@@ -15,14 +15,6 @@ inline int64_t strongest(const T* e, int64_t m) {
   return best;
 }
 
-// sum ← sum + scale · x.
-template <class T>
-inline void add_scaled(const T* x, int64_t n, T scale, T* sum) {
-  for_vectors<T>(n, [&](int64_t i, int64_t count) {
-    store_some(sum + i, multiply_add(load_some(x + i, count), broadcast(scale), load_some(sum + i, count)), count);
-  });
-}
-
 // Sums over the queries of one work item.
 struct UsageSums {
   int64_t* count;     // [M]
@@ -36,7 +28,7 @@ class UsageChunk {
  public:
   using T = accumulator_t<S>;
 
-  UsageChunk(const Usage& a, const Panels<S>& panels, int64_t rows)
+  UsageChunk(const Usage& a, const ReadPanels<S>& panels, int64_t rows)
       : a_(a),
         panels_(panels),
         m_(a.memory.prototypes),
@@ -75,7 +67,7 @@ class UsageChunk {
 
  private:
   const Usage& a_;
-  const Panels<S>& panels_;
+  const ReadPanels<S>& panels_;
   int64_t m_, d_, score_row_, read_row_;
   QueryRows<S> query_;
   Buffer<T> scores_, read_, scale_, mass_, direction_;
@@ -96,7 +88,7 @@ template <class S>
 void usage_rows(const Usage& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.queries;
-  const Panels<S> panels(a.memory, false);
+  const ReadPanels<S> panels(a.memory);
   const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
   Buffer<double> masses(slots * m), directions(slots * d);

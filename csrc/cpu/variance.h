@@ -27,7 +27,7 @@ struct VarianceBackward {
   void* dx;  // [G, B, d]
 };
 
-ANOMEM_KERNEL(variance_forward, VarianceForward)
-ANOMEM_KERNEL(variance_backward, VarianceBackward)
+ANOMEM_KERNEL(variance_forward, VarianceForward, type)
+ANOMEM_KERNEL(variance_backward, VarianceBackward, type)
 
 }  // namespace anomem::cpu

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 OPERATORS = ("inference", "info_nce", "nt_xent", "retrieve", "sampling", "shrink")
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_the_comparisons_pass_with(isa: str) -> None:
     """The set is chosen once per process, hence another one."""
     options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "budget or spoils or beta or steps"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomem.ops import native
+from anomem.ops import native, sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         ANOMEM_CPU="sse9",
     )
     assert done.returncode == 1, done.stderr
-    assert 'ANOMEM_CPU: expected baseline, avx2 or avx512, received "sse9"' in done.stderr
+    assert 'ANOMEM_CPU: expected baseline, avx2, avx512 or avx512_bf16, received "sse9"' in done.stderr
 
 
 def test_it_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +61,42 @@ def test_a_folder_without_it_and_an_unknown_device_are_told(tmp_path: Path) -> N
 
 
 def test_a_file_that_is_no_library_is_told(tmp_path: Path) -> None:
-    (tmp_path / "_C.so").write_bytes(b"not a library")
+    digest = sources.digest("_C.so", ROOT)
+    assert digest is not None
+    (tmp_path / "_C.so").write_bytes(b"not a library, but " + sources.MARK + digest.encode())
     done = run("from anomem.ops import native; print(native.obstacle('cpu'))", ANOMEM_LIBRARY=str(tmp_path))
     assert "_C.so does not load with torch" in done.stdout
+
+
+@pytest.fixture
+def stale(tmp_path: Path) -> Path:
+    """A folder with the library as other sources would have given it: it loads, and the digest in it is another."""
+    (path,) = (Path(path) for path in torch.ops.loaded_libraries if path.endswith("anomem/_C.so"))
+    content, digest = path.read_bytes(), sources.built_from(path)
+    assert digest is not None
+    assert digest == sources.digest("_C.so", ROOT)
+    (tmp_path / "_C.so").write_bytes(content.replace(digest.encode(), digest[::-1].encode()))
+    return tmp_path
+
+
+REBUILD = "_C.so was built from other sources than those in csrc: run `make build`"
+
+
+def test_a_library_of_other_sources_is_not_loaded(stale: Path) -> None:
+    call = "import torch\nfrom anomem.functional import nt_xent\nprint(float(nt_xent(*torch.randn(2, 9, 4){})))"
+    explicit = run(call.format(", impl='native'"), ANOMEM_LIBRARY=str(stale))
+    assert "ArgumentError: `impl`: expected an implementation that can run nt_xent here" in explicit.stderr
+    assert REBUILD in explicit.stderr
+    auto = run(call.format(""), ANOMEM_LIBRARY=str(stale))
+    assert auto.returncode == 0
+    assert float(auto.stdout) > 0
+    assert auto.stderr.count(REBUILD) == 1  # a warning, once
+    environment = run("import anomem.env; anomem.env.main()", ANOMEM_LIBRARY=str(stale), COLUMNS="300")
+    assert REBUILD in environment.stdout
+
+
+def test_a_library_without_sources_beside_it_is_taken_as_it_is(tmp_path: Path) -> None:
+    """An installed package has no csrc to compare with."""
+    assert sources.digest("_C.so", tmp_path) is None
+    (tmp_path / "_C.so").write_bytes(b"")
+    assert sources.built_from(tmp_path / "_C.so") is None

@@ -158,3 +158,28 @@ def test_well_matched_pairs_within_budget(tau: float) -> None:
         lambda a, b: nt_xent_rows(a, b, tau),
         (z, z + 0.05 * noise),
     )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e18, 1e30])
+def test_bfloat16_rows_of_any_length_within_budget(scale: float) -> None:
+    """Products of bfloat16 read rows at a power of two, in which rows that are long or short must stay what they are.
+
+    Rows shorter than 1e-12 are nothing: theirs are all losses of equal logits.
+    """
+    compare(
+        lambda a, b: nt_xent(a, b, temperature=0.1, reduction="none", impl="native"),
+        lambda a, b: nt_xent_rows(a, b, 0.1),
+        (draw(2, 70, 33, dtype=torch.bfloat16, seed=1, scale=scale), draw(2, 70, 33, dtype=torch.bfloat16, seed=2)),
+    )
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.03])
+def test_bfloat16_rows_that_are_nearly_one_within_budget(spread: float) -> None:
+    """A collapsed representation: gradients are what is left where nearly equal rows cancel."""
+    common = draw(33, seed=3)
+    z, z_pair = ((common + spread * x.float()).bfloat16() for x in views(2, 150, 33))
+    compare(
+        lambda a, b: nt_xent(a, b, temperature=0.1, reduction="none", impl="native"),
+        lambda a, b: nt_xent_rows(a, b, 0.1),
+        (z, z_pair),
+    )
