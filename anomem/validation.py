@@ -65,6 +65,7 @@ def require_tensor(tensor: object, argument: str, dims: Sequence[int], layout: s
     right = tensor.dim() in dims if dims else tensor.dim() >= 1
     require(right, argument, lambda: f"a tensor {layout}", tensor)
     require(tensor.dtype in FLOATS, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+    require(tensor.layout == torch.strided, argument, "a dense tensor", tensor.layout)
 
 
 def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:

@@ -11,7 +11,7 @@ from anomem import functional as F
 from anomem.backends import Impl
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.losses import Negatives
-from anomem.validation import require, require_choice, require_number, require_positive_number
+from anomem.validation import require, require_choice, require_number, require_positive_number, require_tensor
 
 
 class _Temperature(nn.Module):
@@ -24,7 +24,13 @@ class _Temperature(nn.Module):
             not isinstance(temperature, Tensor), "temperature", "a number", "a tensor", "use learn_temperature=True"
         )
         self.constant = float(temperature)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learned else None
+        self.log_temperature = nn.Parameter(torch.empty(())) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learned temperature back to the one it began with."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.constant))
 
     def forward(self) -> float | Tensor:
         return self.constant if self.log_temperature is None else self.log_temperature.exp()
@@ -74,7 +80,11 @@ class InfoNCELoss(nn.Module):
     ) -> Tensor:
         """Mean loss over all rows."""
         if positive is None:
-            positive = torch.arange(rows.shape[-2], device=rows.device)
+            require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
+            require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
+            count = rows.shape[-2]
+            require(columns.shape[-2] >= count, "columns", lambda: f"at least {count}, one for each row", columns)
+            positive = torch.arange(count, device=rows.device)
         return F.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
 
 
