@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from anomem import functional as F
 from anomem.backends import Impl
+from anomem.nn.gather import gather_rows, spread
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.losses import Negatives
-from anomem.validation import require, require_choice, require_number, require_positive_number, require_tensor
+from anomem.validation import (
+    require,
+    require_choice,
+    require_number,
+    require_positive_number,
+    require_tensor,
+    require_views,
+)
 
 
 class _Temperature(nn.Module):
@@ -42,20 +50,38 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: tau > 0; lightly's default of 0.5.
         learn_temperature: make log tau a parameter.
+        gather_distributed: contrast with the rows of all processes of `torch.distributed`'s default group, each of
+            which passes the same B; the mean of their losses, which DDP's gradients are those of, is the loss of the
+            joint batch. Without effect in a single process.
         impl: which implementation; see `anomem.functional`.
 
     Shape:
         z0, z1 [B, d] or [G, B, d] -> 0-dim.
     """
 
-    def __init__(self, temperature: float = 0.5, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        learn_temperature: bool = False,
+        gather_distributed: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
         self.temperature = _Temperature(temperature, learn_temperature)
+        self.gather_distributed = gather_distributed
         self.impl: Impl = impl
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         """Mean loss over all rows of both views."""
-        return F.nt_xent(z0, z1, temperature=self.temperature(), impl=self.impl)
+        require_views(z0, "z0", z1, "z1")
+        if not (self.gather_distributed and spread()):
+            return F.nt_xent(z0, z1, temperature=self.temperature(), impl=self.impl)
+        rows = torch.cat([z0, z1], dim=-2)  # [(G,) 2B, d]
+        columns, first = gather_rows(rows)
+        own = torch.arange(rows.shape[-2], device=rows.device)
+        other = own.roll(z0.shape[-2])  # the other view of the same image
+        return F.info_nce(rows, columns, first + other, first + own, temperature=self.temperature(), impl=self.impl)
 
 
 class InfoNCELoss(nn.Module):

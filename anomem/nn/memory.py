@@ -18,7 +18,8 @@ class HopfieldMemory(nn.Module):
     """Learned prototypes read by modern-Hopfield retrieval (AnoMem Eq. 1; Ramsauer et al. 2021).
 
     Stands where hflayers' `HopfieldLayer` runs in static single-head mode (no projections, no affine): patterns are
-    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes.
+    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes. There beta is 1
+    unless `scaling` is given; docs/MIGRATING.md has the other arguments, and how a layer with projections is converted.
 
     Args:
         features: d, length of a query.
