@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from anomem.errors import ArgumentError
+from anomem.ops.composite import in_forward_mode
 from anomem.validation import require_choice
 
 Impl = Literal["auto", "reference", "triton", "native"]
@@ -188,8 +189,9 @@ def _obstacle_of(problem: Problem, implementation: str) -> str | None:
     # Under torch.compile with dynamic shapes a length is a symbol: index() settles the row length, on which it depends
     # what can run, and leaves the other lengths dynamic.
     features = index(problem.features)
-    reason: str | None = _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
-    return reason
+    if implementation != "reference" and in_forward_mode():
+        return "forward-mode differentiation (jvp, jacfwd, hessian) runs through the reference only"
+    return _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
 
 
 def choose(problem: Problem, impl: str) -> str:
@@ -226,6 +228,9 @@ def explain(problem: Problem) -> tuple[str, str]:
     Returns:
         (implementation, reason).
     """
+    if torch.compiler.is_exporting():
+        # A kernel would bind the program to this package, and a rule's size limit a dynamic size to one side of it.
+        return "reference", "an exported program is plain PyTorch, of any size, unless it names an implementation"
     reason = "no kernel was measured to be faster at this size"
     for rule in AUTO:
         if rule.operator == problem.operator and rule.device == problem.device and rule.applies(problem):
@@ -260,12 +265,16 @@ def source_of_tiles() -> str:
     return told
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_obstacle(
     operator: str, implementation: str, device: str, dtype: torch.dtype, features: int
 ) -> str | None:
     # Loading a library cannot be traced; its outcome does not change within a process.
     return obstacle(operator, implementation, device, dtype, features)
+
+
+# What the decorator torch.compiler.assume_constant_result sets. The decorator itself imports the compiler and Triton,
+# most of a second that a program which compiles nothing would wait for.
+_constant_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _native_obstacle(operator: str, device: str, dtype: torch.dtype) -> str | None:

@@ -65,6 +65,14 @@ def require_tensor(tensor: object, argument: str, dims: Sequence[int], layout: s
     right = tensor.dim() in dims if dims else tensor.dim() >= 1
     require(right, argument, lambda: f"a tensor {layout}", tensor)
     require(tensor.dtype in FLOATS, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+    require(tensor.layout == torch.strided, argument, "a dense tensor", tensor.layout)
+
+
+def require_views(z: Tensor, argument: str, z_pair: Tensor, pair_argument: str) -> None:
+    """Two views of one batch, or of many groups of batches: floating tensors of one shape."""
+    require_tensor(z, argument, (2, 3), "[B, d] or [G, B, d]")
+    require_tensor(z_pair, pair_argument, (2, 3), "[B, d] or [G, B, d]")
+    require(z.shape == z_pair.shape, pair_argument, lambda: f"the shape of `{argument}`, {shape_of(z)}", z_pair)
 
 
 def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:

@@ -18,6 +18,7 @@ from anomem.validation import (
     require_positive_number,
     require_same_kind,
     require_tensor,
+    require_views,
     shape_of,
 )
 
@@ -51,9 +52,7 @@ def nt_xent(
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
     """
-    require_tensor(z, "z", (2, 3), "[B, d] or [G, B, d]")
-    require_tensor(z_pair, "z_pair", (2, 3), "[B, d] or [G, B, d]")
-    require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
+    require_views(z, "z", z_pair, "z_pair")
     require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
     require_positive_number(temperature, "temperature")
     require_choice(reduction, "reduction", REDUCTIONS)

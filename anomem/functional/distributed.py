@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomem.backends import Impl
 from anomem.functional.contrast import Reduction, info_nce, nt_xent
-from anomem.validation import require, require_tensor, shape_of
+from anomem.validation import require, require_views
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,9 +71,7 @@ def nt_xent_distributed(
     if processes == 1:
         return nt_xent(z, z_pair, temperature=temperature, reduction=reduction, impl=impl)
     # Before anything is sent: a process that raises leaves the others waiting.
-    require_tensor(z, "z", (2, 3), "[B, d] or [G, B, d]")
-    require_tensor(z_pair, "z_pair", (2, 3), "[B, d] or [G, B, d]")
-    require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
+    require_views(z, "z", z_pair, "z_pair")
     rows = torch.cat([z, z_pair], dim=-2)  # [(G,) 2B, d]
     own = torch.arange(rows.shape[-2], device=rows.device)
     first = dist.get_rank(process_group) * len(own)

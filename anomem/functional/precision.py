@@ -17,7 +17,7 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on; float64 is left alone, as torch's own matrix products do."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not _autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -27,9 +27,14 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """The reference chooses its own precision: no cast of its inner products."""
-    if torch.is_autocast_enabled(device):
+    if _autocast_is_on(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def _autocast_is_on(device: str) -> bool:
+    # Some kinds of device have no autocast at all ("meta", on which shapes are tried out): asking those is an error.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def unit_inner_stride(tensor: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from anomem import functional as F
 from anomem.backends import Impl
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.losses import Negatives
-from anomem.validation import require, require_choice, require_number, require_positive_number
+from anomem.validation import (
+    require,
+    require_choice,
+    require_number,
+    require_positive_number,
+    require_tensor,
+    require_views,
+)
 
 
 class _Temperature(nn.Module):
@@ -24,7 +31,13 @@ class _Temperature(nn.Module):
             not isinstance(temperature, Tensor), "temperature", "a number", "a tensor", "use learn_temperature=True"
         )
         self.constant = float(temperature)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learned else None
+        self.log_temperature = nn.Parameter(torch.empty(())) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learned temperature back to the one it began with."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.constant))
 
     def forward(self) -> float | Tensor:
         return self.constant if self.log_temperature is None else self.log_temperature.exp()
@@ -35,9 +48,10 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: tau > 0; lightly's default of 0.5.
-        gather_distributed: take the rows of all processes of a data-parallel job as negatives, as lightly does; see
-            `anomem.functional.nt_xent_distributed`.
         learn_temperature: make log tau a parameter.
+        gather_distributed: contrast with the rows of all processes of `torch.distributed`'s default group, each of
+            which passes the same B; the mean of their losses, which DDP's gradients are those of, is the loss of the
+            joint batch. Without effect in a single process. See `anomem.functional.nt_xent_distributed`.
         impl: which implementation; see `anomem.functional`.
 
     Shape:
@@ -48,8 +62,8 @@ class NTXentLoss(nn.Module):
         self,
         temperature: float = 0.5,
         *,
-        gather_distributed: bool = False,
         learn_temperature: bool = False,
+        gather_distributed: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -59,6 +73,7 @@ class NTXentLoss(nn.Module):
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         """Mean loss over all rows of both views."""
+        require_views(z0, "z0", z1, "z1")
         loss = F.nt_xent_distributed if self.gather_distributed else F.nt_xent
         return loss(z0, z1, temperature=self.temperature(), impl=self.impl)
 
@@ -85,7 +100,11 @@ class InfoNCELoss(nn.Module):
     ) -> Tensor:
         """Mean loss over all rows."""
         if positive is None:
-            positive = torch.arange(rows.shape[-2], device=rows.device)
+            require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
+            require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
+            count = rows.shape[-2]
+            require(columns.shape[-2] >= count, "columns", lambda: f"at least {count}, one for each row", columns)
+            positive = torch.arange(count, device=rows.device)
         return F.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
 
 

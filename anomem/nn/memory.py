@@ -11,14 +11,15 @@ from anomem import backends
 from anomem import functional as F
 from anomem.backends import Impl
 from anomem.reference.normalize import Normalize, normalize_rows
-from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number
+from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number, require_tensor
 
 
 class HopfieldMemory(nn.Module):
     """Learned prototypes read by modern-Hopfield retrieval (AnoMem Eq. 1; Ramsauer et al. 2021).
 
     Stands where hflayers' `HopfieldLayer` runs in static single-head mode (no projections, no affine): patterns are
-    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes.
+    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes. There beta is 1
+    unless `scaling` is given; docs/MIGRATING.md has the other arguments, and how a layer with projections is converted.
 
     Args:
         features: d, length of a query.
@@ -93,11 +94,12 @@ class HopfieldMemory(nn.Module):
             generator: source of randomness, on the device of `features`.
 
         Raises:
-            ArgumentError: `features` has another width, or the memory has values of another width, which features
-                cannot fill.
+            ArgumentError: `features` is no floating tensor of the queries' width, or the memory has values of another
+                width, which features cannot fill.
         """
         width = self.prototypes.shape[1]
-        right = features.dim() == 2 and features.shape[1] == width and features.shape[0] > 0
+        require_tensor(features, "features", (2,), "[N, d]")
+        right = features.shape[1] == width and features.shape[0] > 0
         require(right, "features", lambda: f"[N, {width}] with N ≥ 1", features)
         values = self.values
         fits = values is None or values.shape[1] == width
@@ -127,7 +129,7 @@ class HopfieldMemory(nn.Module):
 
     def diagnostics(self, query: Tensor) -> F.MemoryDiagnostics:
         """Usage of the prototypes over a set of queries [..., d]."""
-        impl = backends.for_part("usage", query.device.type, self.impl)
+        impl = backends.for_part("usage", self.prototypes.device.type, self.impl)
         return F.memory_diagnostics(query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=impl)
 
     def extra_repr(self) -> str:

@@ -6,14 +6,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def wants_graph() -> bool:
-    """Whether the running backward pass must itself be differentiable (`create_graph=True`).
+    """Whether the running backward pass must itself be differentiable: `create_graph=True`, or forward mode over it.
 
     A compiled backward never is, so there the kernels always run.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation (jvp, jacfwd, `forward_ad.dual_level`) is open."""
+    return forward_ad._current_level >= 0  # −1 when none is
 
 
 def differentiable_gradients(
@@ -33,16 +39,17 @@ def differentiable_gradients(
     Returns:
         One entry per input, None where not needed.
     """
-    outputs = function(*inputs)
-    pairs = [
-        (out, grad)
-        for out, grad in zip((outputs,) if isinstance(outputs, Tensor) else outputs, grad_outputs, strict=True)
-        if grad is not None
-    ]
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-    grads = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-        )
-    )
+    used = [i for i, grad in enumerate(grad_outputs) if grad is not None]
+
+    def of_wanted(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = iter(leaves)
+        outputs = function(*(next(given) if n and x is not None else x for x, n in zip(inputs, needed, strict=True)))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return tuple(outputs[i] for i in used)
+
+    # Not torch.autograd.grad: under torch.func the saved inputs may have left the level at which they required one.
+    with torch.autocast(wanted[0].device.type, enabled=False):
+        pullback = torch.func.vjp(of_wanted, *wanted)[1]
+        grads = iter(pullback(tuple(grad_outputs[i] for i in used)))
     return [next(grads) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

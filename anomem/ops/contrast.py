@@ -22,13 +22,14 @@ _INFO_NCE = f"(Tensor rows, Tensor columns, {_INFO_NCE_INDEX}, {_TEMPERATURE}) -
 _INFO_NCE_GRADIENTS = f"{_INFO_NCE_INDEX}, {_TEMPERATURE}) -> (Tensor drows, Tensor dcolumns, Tensor dtemperature)"
 
 
+# The fakes name the arguments on which shapes depend.
 def _gradients_fake(first: Tensor, second: Tensor, lse: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
     dtemperature = empty(lse, 0) if temperature is None else empty(lse)
     return empty(first, *first.shape), empty(second, *second.shape), dtemperature
 
 
-def _native_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, ...]:
-    groups, batch, _ = z.shape
+def _native_nt_xent_fake(z: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    groups, batch, _features = z.shape
     return tuple(empty(z, groups, 2 * batch, dtype=accumulator(z)) for _ in range(3))
 
 
@@ -38,9 +39,9 @@ def _native_nt_xent_gradients_fake(
     return _gradients_fake(z, z_pair, total, temperature)
 
 
-def _triton_nt_xent_fake(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float) -> tuple[Tensor, ...]:
+def _triton_nt_xent_fake(z: Tensor, *_: Any) -> tuple[Tensor, ...]:
     groups, batch, features = z.shape
-    rows, lse, inv_norm = _native_nt_xent_fake(z, z_pair, temperature, tau)
+    rows, lse, inv_norm = _native_nt_xent_fake(z)
     return rows, lse, empty(z, groups, 2 * batch, features), inv_norm
 
 
@@ -51,31 +52,17 @@ def _triton_nt_xent_gradients_fake(
     return _gradients_fake(views, views, lse, temperature)
 
 
-def _native_info_nce_fake(
-    rows: Tensor, columns: Tensor, positive: Tensor, exclude: Tensor | None, temperature: Tensor | None, tau: float
-) -> tuple[Tensor, ...]:
+def _native_info_nce_fake(rows: Tensor, columns: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(empty(rows, *x.shape[:2], dtype=accumulator(rows)) for x in (rows, rows, rows, columns))
 
 
-def _native_info_nce_gradients_fake(
-    dloss: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    inv_norm_rows: Tensor,
-    inv_norm_columns: Tensor,
-    total: Tensor,
-    positive: Tensor,
-    exclude: Tensor | None,
-    temperature: Tensor | None,
-    tau: float,
-) -> tuple[Tensor, ...]:
+def _native_info_nce_gradients_fake(dloss: Tensor, rows: Tensor, columns: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, total, _positive, _exclude, temperature, _tau = rest
     return _gradients_fake(rows, columns, total, temperature)
 
 
-def _triton_info_nce_fake(
-    rows: Tensor, columns: Tensor, positive: Tensor, exclude: Tensor | None, temperature: Tensor | None, tau: float
-) -> tuple[Tensor, ...]:
-    loss, lse, *inv_norms = _native_info_nce_fake(rows, columns, positive, exclude, temperature, tau)
+def _triton_info_nce_fake(rows: Tensor, columns: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    loss, lse, *inv_norms = _native_info_nce_fake(rows, columns)
     return loss, lse, empty(rows, *rows.shape), empty(columns, *columns.shape), *inv_norms
 
 

@@ -23,33 +23,31 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _forward_fake(
-    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
-) -> tuple[Tensor, Tensor]:
+# The fakes name the arguments on which shapes depend.
+def forward_fake(query: Tensor, keys: Tensor, values: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes of (out, lse)."""
     width = (keys if values is None else values).shape[1]
     return empty(query, query.shape[0], width), empty(query, query.shape[0], dtype=accumulator(query))
 
 
-def _backward_fake(
+def backward_fake(
     dout: Tensor,
     dlse: Tensor | None,
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
     beta: Tensor | None,
-    scale: float,
-    normalize: int,
-    out: Tensor,
-    lse: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of (dquery, dkeys, dvalues, dbeta), the last two empty where there is no such input."""
     dvalues = empty(keys, 0) if values is None else empty(values, *values.shape)
-    dbeta = empty(lse, 0) if beta is None else empty(lse)
+    dbeta = empty(query, *([0] if beta is None else []), dtype=accumulator(query))
     return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, dbeta
 
 
 for _backend in ("native", "triton"):
-    define(f"{_backend}_retrieve_fwd", _FORWARD_SCHEMA, _forward_fake)
-    define(f"{_backend}_retrieve_bwd", _BACKWARD_SCHEMA, _backward_fake)
+    define(f"{_backend}_retrieve_fwd", _FORWARD_SCHEMA, forward_fake)
+    define(f"{_backend}_retrieve_bwd", _BACKWARD_SCHEMA, backward_fake)
 implement_with_triton("triton_retrieve_fwd", "retrieve", "forward")
 implement_with_triton("triton_retrieve_bwd", "retrieve", "backward")
 

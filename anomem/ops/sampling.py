@@ -109,7 +109,10 @@ class _Gather(torch.autograd.Function):
             return None, None, None
         feature_map, out, positions, inv_norm = ctx.saved_tensors
         if composite.wants_graph():
-            return _gather_gradient(dout, feature_map, positions, ctx.map_shape, ctx.normalize), None, None
+            # Without normalisation the gather is linear, so any map will do.
+            inputs = (dout.new_zeros(ctx.map_shape) if feature_map is None else feature_map,)
+            composed = _gather_composite(positions, ctx.normalize)
+            return (*composite.differentiable_gradients(composed, inputs, (True,), (dout,)), None, None)
         dout = dout.contiguous()
         dmap = torch.ops.anomem.native_gather_bwd(
             dout, dout if out is None else out, inv_norm, positions, ctx.map_shape, ctx.channels_last, ctx.normalize
@@ -121,16 +124,13 @@ class _Gather(torch.autograd.Function):
         return batching.one_by_one(_Gather.apply, info.batch_size, in_dims, args)
 
 
-def _gather_gradient(
-    dout: Tensor, feature_map: Tensor | None, positions: Tensor, map_shape: torch.Size, normalize: bool
-) -> Tensor:
-    """The gather's gradient through the reference. Without normalisation the gather is linear, so any map will do."""
-    from anomem.reference import gather_positions as reference
+def _gather_composite(positions: Tensor, normalize: bool) -> Any:
+    def run(feature_map: Tensor) -> Tensor:
+        from anomem.reference import gather_positions as reference
 
-    if feature_map is None:
-        feature_map = dout.new_zeros(map_shape).requires_grad_()
-    picked = reference(feature_map, positions, normalize=normalize)
-    return torch.autograd.grad(picked, feature_map, dout, create_graph=True)[0]
+        return reference(feature_map, positions, normalize=normalize)
+
+    return run
 
 
 @with_known_signature

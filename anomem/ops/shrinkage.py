@@ -8,42 +8,19 @@ import torch
 from torch import Tensor
 
 from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty, with_known_signature
-from anomem.ops.retrieve import NORMALIZE_CODES, NORMALIZE_NAMES
+from anomem.ops.library import accumulator, define, with_known_signature
+from anomem.ops.retrieve import NORMALIZE_CODES, NORMALIZE_NAMES, backward_fake, forward_fake
 
 
-def _forward_fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
-    shrink: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    width = (keys if values is None else values).shape[1]
-    lse = empty(query, query.shape[0], dtype=accumulator(query))
-    return empty(query, query.shape[0], width), lse, torch.empty_like(lse)
+def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = forward_fake(query, *arguments)
+    return out, lse, torch.empty_like(lse)
 
 
 def _backward_fake(
-    dout: Tensor,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    normalize: int,
-    shrink: float,
-    out: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
+    dout: Tensor, dlse: Tensor | None, dentropy: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dvalues = empty(keys, 0) if values is None else empty(values, *values.shape)
-    dbeta = empty(lse, 0) if beta is None else empty(lse)
-    return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, dbeta
+    return backward_fake(dout, dlse, *arguments)
 
 
 define(

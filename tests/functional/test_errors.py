@@ -62,6 +62,12 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("temperature", "a number > 0", lambda: ann.NTXentLoss(0.0)),
     ("variance_weight", "a number ≥ 0", lambda: ann.ContrastedMemoryLoss(variance_weight=-0.1)),
     ("features", "[N, 4] with N ≥ 1", lambda: ann.HopfieldMemory(4, 2).fill(torch.randn(0, 4))),
+    ("features", "received torch.int64", lambda: ann.HopfieldMemory(4, 2).fill(torch.ones(3, 4, dtype=torch.int64))),
+    ("features", "received ndarray", lambda: ann.HopfieldMemory(4, 2).fill(torch.ones(3, 4).numpy())),  # type: ignore[arg-type]
+    ("query", "received NoneType", lambda: ann.HopfieldMemory(4, 2).diagnostics(None)),  # type: ignore[arg-type]
+    ("rows", "received NoneType", lambda: ann.InfoNCELoss()(None, Q)),
+    ("columns", "at least 5, one for each row", lambda: ann.InfoNCELoss()(K, Q)),
+    ("z", "a dense tensor", lambda: F.nt_xent(Q.to_sparse(), Q)),
     ("values", "width 4", lambda: ann.HopfieldMemory(4, 2, value_features=3).fill(torch.randn(9, 4))),
 ]  # fmt: skip
 

@@ -64,6 +64,15 @@ def test_nt_xent_is_the_rectangular_form_row_by_row() -> None:
     torch.testing.assert_close(rows, F.nt_xent(z, pair, reduction="none", impl="reference"))
 
 
+def test_shapes_can_be_tried_out_on_the_meta_device() -> None:
+    z, pair = (torch.empty(2, 4, 8, device="meta", requires_grad=True) for _ in range(2))
+    loss = F.nt_xent(z, F.hopfield_retrieve(pair, torch.empty(3, 8, device="meta")))
+    loss.backward()
+    assert loss.is_meta
+    assert z.grad is not None
+    assert z.grad.shape == z.shape
+
+
 def test_a_group_of_one_pair_has_no_loss_and_no_gradient() -> None:
     z, pair = (draw(2, 1, 8, seed=s).requires_grad_() for s in (0, 1))
     loss = F.nt_xent(z, pair, impl="reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import anomem.ops.contrast  # noqa: F401  registers the operators that opcheck is given
 from anomem.functional import info_nce
 from anomem.reference import info_nce_rows
 from anomem.testing import compare, draw, gradients

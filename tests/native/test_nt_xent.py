@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import anomem.ops.contrast  # noqa: F401  registers the operators that opcheck is given
 from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import nt_xent

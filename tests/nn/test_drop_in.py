@@ -81,6 +81,23 @@ def test_reset_draws_anew_and_sets_beta_back() -> None:
     assert not torch.equal(memory.prototypes, before)
 
 
+def test_a_model_made_on_the_meta_device_is_reset_where_it_lands() -> None:
+    with torch.device("meta"):
+        layers = torch.nn.ModuleList(
+            [ann.HopfieldMemory(8, 4, beta=2.0, learn_beta=True), ann.NTXentLoss(0.3, learn_temperature=True)]
+        )
+    layers.to_empty(device="cpu")
+    for module in layers.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    memory, criterion = layers
+    assert memory.beta.detach() == 2.0
+    assert memory.prototypes.isfinite().all()
+    torch.testing.assert_close(
+        criterion(draw(3, 8), draw(3, 8, seed=1)), ann.NTXentLoss(0.3)(draw(3, 8), draw(3, 8, seed=1))
+    )
+
+
 def test_fill_takes_distinct_rows_and_repeats_when_there_are_too_few() -> None:
     features = torch.arange(6.0)[:, None].expand(6, 3)
     memory = ann.HopfieldMemory(3, 6)

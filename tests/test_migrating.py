@@ -1,0 +1,48 @@
+"""The page for those who come from another library: its snippets run, and what they assert holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "MIGRATING.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+PEERS = ("lightly", "pytorch_metric_learning", "hflayers")
+
+
+def peer_of(snippet: str) -> str | None:
+    """The other library that a snippet imports."""
+    return next((name for name in PEERS if re.search(rf"^from {name}\b", snippet, re.MULTILINE)), None)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """The names that snippets of the page share: what those without another library define."""
+    shared: dict[str, Any] = {}
+    for snippet in SNIPPETS:
+        if peer_of(snippet) is None:
+            exec(snippet, shared)
+    return shared
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if peer_of(s)], ids=lambda s: f"{peer_of(s)}")
+def test_a_snippet_holds(snippet: str, names: dict[str, Any]) -> None:
+    peer = peer_of(snippet)
+    if peer is None or importlib.util.find_spec(peer) is None:
+        pytest.skip(f"{peer} is not installed")
+    exec(snippet, dict(names))
+
+
+def test_a_bank_is_cross_entropy_over_its_logits(names: dict[str, Any]) -> None:
+    """lightly's memory bank from its definition, for where lightly is not installed."""
+    z0, z1 = torch.randn(2, 8, 32)
+    bank = torch.nn.functional.normalize(torch.randn(64, 32))
+    unit = torch.nn.functional.normalize(z0)
+    logits = torch.cat([torch.cosine_similarity(z0, z1)[:, None], unit @ bank.T], dim=1) / 0.5
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
+    torch.testing.assert_close(names["bank_loss"](z0, z1, bank, 0.5), expected)
