@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import anomem.ops.contrast  # noqa: F401  registers the operators that opcheck is given
 from anomem import functional as AF
 from anomem import reference as R
 from anomem.errors import ArgumentError
