@@ -33,8 +33,8 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _autocast_is_on(device: str) -> bool:
-    # Some kinds of device have no autocast at all ("meta", on which shapes are tried out): asking those is an error.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # On "meta" tensors shapes are tried out; it has no autocast, and asking it is an error.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def unit_inner_stride(tensor: Tensor) -> Tensor:
