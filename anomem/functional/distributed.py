@@ -34,7 +34,7 @@ def gather_rows(rows: Tensor, process_group: ProcessGroup | None = None) -> Tens
     require(isinstance(rows, Tensor) and rows.dim() >= 2, "rows", "a tensor [..., B, d]", rows)
     if _processes(process_group) == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows, process_group)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(rows, process_group)  # type: ignore[no-untyped-call]  # [W, ..., B, d]
     return gathered.movedim(0, -3).flatten(-3, -2)
 
 

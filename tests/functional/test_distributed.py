@@ -18,12 +18,12 @@ from anomem.testing import draw
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def in_two_processes(tmp_path: Path, *checks: str) -> None:
     script = Path(__file__).with_name("one_of_two_processes.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", str(script), str(rank), str(tmp_path / "store")],
+            [sys.executable, "-W", "error::FutureWarning", str(script), str(rank), str(tmp_path / "store"), *checks],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)
@@ -35,6 +35,20 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
     assert all("all right" in text for text in told)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    in_two_processes(
+        tmp_path,
+        "rows_are_those_of_one_process",
+        "gradients_under_ddp_are_those_of_one_process",
+        "gathering_is_twice_differentiable",
+    )
+
+
+def test_two_processes_are_two_of_lightly(tmp_path: Path) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    in_two_processes(tmp_path, "rows_agree_with_lightly")
 
 
 def test_without_processes_it_is_the_plain_loss() -> None:
