@@ -5,6 +5,8 @@
 - `auto` (default): both, as far as torch, a C++ compiler and nvcc are found; what cannot be built is said and left out.
 - `cpu`, `cuda`: the CPU module, or both; anything missing is an error.
 - `none`: no native code. The package then runs on its reference and, on GPUs, on Triton.
+
+`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: tests/stand_in.
 """
 
 from __future__ import annotations
@@ -105,12 +107,13 @@ def cuda_module() -> Extension:
         )
     # Without a default torch looks for a GPU at build time; the PTX serves what comes after sm_90.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    runtime = [] if os.environ.get("ANOMEM_CUDART") == "none" else ["cudart_static", "rt", "dl", "pthread"]
     return Extension(
         "anomem._C_cuda",
         sources=[*sources("csrc/cuda/*.cu"), mark("_C_cuda")],
         include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
         library_dirs=[*libraries, str(home / "lib64")],
-        libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        libraries=["torch_cpu", "torch_cuda", *runtime],
         language="c++",  # of the link: .cu says nothing to setuptools, which would leave libstdc++ out
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={

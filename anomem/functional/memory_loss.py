@@ -80,7 +80,8 @@ def contrasted_memory_loss(
         read = torch.where(is_normal[:, None], read, asked.to(read.dtype))
 
     def contrast(left: Tensor, right: Tensor) -> Tensor:
-        return nt_xent(left, right, temperature=temperature, impl=impl)
+        part = backends.for_part("nt_xent", left.device.type, impl)
+        return nt_xent(left, right, temperature=temperature, impl=part)
 
     views = views.to(read.dtype)
     loss = z.new_zeros((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)

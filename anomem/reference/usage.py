@@ -44,7 +44,9 @@ def memory_diagnostics(
         normalize: as in `hopfield_retrieve`.
     """
     read = hopfield_retrieve(query, prototypes, beta=beta, normalize=normalize)
-    usage = torch.bincount(read.weights.argmax(dim=-1), minlength=prototypes.shape[0])
+    # Not bincount, which waits for a GPU to learn how many bins there are.
+    nearest = read.weights.argmax(dim=-1, keepdim=True)  # [N, 1]
+    usage = (nearest == torch.arange(prototypes.shape[0], device=nearest.device)).sum(dim=0)
     mass = read.weights.mean(dim=0)
     entropy = weights_entropy(read.weights).mean()
     mean_length = torch.linalg.vector_norm(l2_normalize(read.out).mean(dim=0))

@@ -1,0 +1,111 @@
+// Stand-in GPUs: their memory is the host's, and their kernels do nothing but leave an entry in a log.
+//
+// What runs above CUDA runs for real: torch's CUDA tensors, allocator, streams and graphs, Triton's compiler and
+// launcher, the package's own launches. No result is computed. What CUDA would refuse (a launch that is too large, a
+// call that a capture forbids) is refused here too.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace stand_in {
+
+constexpr int kDevices = 2;
+constexpr std::size_t kMemory = std::size_t{80} << 30;  // bytes of each GPU
+constexpr int kProcessors = 132;
+constexpr int kSharedBlock = 48 << 10;   // bytes of shared memory that a block may have unasked
+constexpr int kSharedOptIn = 227 << 10;  // and with cudaFuncSetAttribute
+
+/// One line of the log.
+struct Entry {
+  std::string kind;  // launch, copy, upload, download, fill, allocate, wait, fault
+  std::string what;  // a kernel's name, a call's name
+  int device;
+  int stream;
+  dim3 grid, block;
+  std::size_t bytes;         // of shared memory or copied
+  std::string when = "now";  // or captured, replayed
+};
+
+/// Work for a GPU: what the log says of it, and what it does to memory (a copy or a fill; a kernel does nothing).
+struct Work {
+  Entry entry;
+  std::function<void()> run;
+};
+
+struct Stream;
+
+/// A CUDA graph, while it is captured and after.
+struct Graph {
+  int number;
+  Stream* origin;
+  cudaStreamCaptureMode mode;
+  std::vector<Work> nodes;
+  bool open = true;
+  bool invalid = false;
+};
+
+struct Stream {
+  int device = 0;
+  int number = 0;      // 0: the device's null stream
+  unsigned flags = 0;  // cudaStreamNonBlocking
+  Graph* capture = nullptr;
+};
+
+struct Event {
+  Graph* capture = nullptr;  // the capture that the event was recorded in
+  long submitted = 0;        // pieces of work before it
+};
+
+struct Function {
+  std::string name;
+  int shared_limit = kSharedBlock;
+};
+
+/// Everything there is. One lock, for torch runs backward passes in threads of their own.
+struct State {
+  std::recursive_mutex lock;
+  std::vector<Entry> log;
+  long submitted = 0;                                                     // pieces of work so far: the GPUs' clock
+  std::map<const char*, std::pair<std::size_t, int>> blocks;              // address to bytes and device
+  std::size_t used[kDevices] = {};                                        // bytes
+  Stream null_streams[kDevices];
+  std::vector<std::unique_ptr<Stream>> streams;
+  std::vector<std::unique_ptr<Event>> events;
+  std::vector<std::unique_ptr<Graph>> graphs;
+  std::map<const void*, std::unique_ptr<Function>> registered;  // by the host's function
+  std::vector<std::unique_ptr<Function>> loaded;                // from modules
+};
+
+State& state();
+/// The calling thread's GPU, and what a capture forbids it.
+int& current_device();
+cudaStreamCaptureMode& capture_mode();
+
+Stream* stream_of(cudaStream_t handle);
+/// The GPU that an address belongs to, -1 for the host.
+int device_of(const void* pointer);
+int attribute(int which);
+
+void note(std::string kind, std::string what, std::size_t bytes = 0);
+/// Ends a capture without a graph.
+cudaError_t invalidate(Graph* graph, const char* call, cudaError_t error);
+/// What a call returns that waits for a stream (nullptr: for the GPU), which a capture forbids.
+cudaError_t waits(const char* call, Stream* stream);
+/// What a call returns that a capture forbids unless the thread asked otherwise: cudaMalloc and its like.
+cudaError_t unsafe(const char* call);
+
+cudaError_t submit(Stream* stream, Work work);
+cudaError_t launch(Function* function, dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream);
+cudaError_t allocate(void** pointer, std::size_t bytes);
+cudaError_t release(void* pointer);
+
+}  // namespace stand_in

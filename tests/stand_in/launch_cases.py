@@ -1,0 +1,96 @@
+"""Kernels as a GPU is given them: in a CUDA graph, on the right GPU and stream, with nobody waiting.
+
+See test_stand_in.py, which runs these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from anomem import nn as ann
+from tests.stand_in.calls import CALLS, Call
+from tests.stand_in.recording import Entry, of, recorded
+
+HOST = ("wait", "upload", "download")
+
+
+@pytest.fixture(autouse=True)
+def as_users_run(poisoned_memory: None) -> None:
+    """Without the suite's filling of new memory, which would be launches of its own."""
+    torch.use_deterministic_algorithms(False)
+
+
+def work_of(entries: list[Entry]) -> list[tuple[Any, ...]]:
+    """What a GPU is given, whenever and on whichever stream: kernels with their launch sizes, copies and fills."""
+    return [(e.kind, e.what, e.grid, e.block, e.bytes) for e in of(entries, "launch", "copy", "fill")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> None:
+    """The graph holds the kernels of an ordinary call, and none ran beside it or waited for the host."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call = Call(*CALLS[name], dtype)
+        call()
+        with recorded() as eager:
+            call()
+    graph = torch.cuda.CUDAGraph()
+    with recorded() as captured, torch.cuda.graph(graph, stream=side):
+        call()
+    work = work_of(captured)
+    assert work
+    assert work == work_of(eager)
+    assert {e.when for e in of(captured, "launch", "copy", "fill")} == {"captured"}
+    # torch itself waits once, before it begins.
+    assert len(of(captured, *HOST)) == len(of(captured[:1], *HOST))
+    assert not of(captured, "fault")
+    for _ in range(2):
+        with recorded() as replayed:
+            graph.replay()
+        assert work_of(replayed) == work
+        assert {e.when for e in replayed} == {"replayed"}
+
+
+def test_modules_become_graphed_callables() -> None:
+    memory = ann.HopfieldMemory(64, 40, impl="triton").cuda()
+    query = torch.zeros(300, 64, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(memory, (query,))
+    with recorded() as entries:
+        graphed(query).sum().backward()
+    replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
+    assert {"_softmax", "_softmax_backward", "_normalize_backward"} <= replayed
+    assert not of(entries, "fault", *HOST)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_gpu(name: str) -> None:
+    call = Call(*CALLS[name], torch.bfloat16)
+    call()
+    with recorded() as entries:
+        call()
+    assert of(entries, "launch")
+    assert not of(entries, "fault", "allocate", *HOST)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_run_on_the_gpu_of_their_tensors(name: str) -> None:
+    with recorded() as entries:
+        Call(*CALLS[name], torch.float32, "cuda:1")()
+    assert {e.device for e in of(entries, "launch")} == {1}
+    assert not of(entries, "fault")
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_run_on_the_current_stream(name: str) -> None:
+    call = Call(*CALLS[name], torch.float32)
+    torch.cuda.synchronize()
+    with recorded() as entries, torch.cuda.stream(torch.cuda.Stream()):
+        call()
+    streams = {e.stream for e in of(entries, "launch")}
+    assert len(streams) == 1
+    assert streams != {0}

@@ -1,0 +1,73 @@
+"""The ends of the kernels' range on a GPU of 80 GB: launches within CUDA's limits, memory without N·M or (2B)².
+
+See test_stand_in.py, which runs these. The allocator is torch's own; what it says of memory holds on any GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
+from tests.stand_in.recording import of, recorded
+
+GIB = 2**30
+DTYPES = [torch.float32, torch.bfloat16]
+# N, M, d, dv (0: tied).
+RETRIEVALS = [
+    (0, 40, 64, 0),
+    (1, 1, 16, 0),
+    (1, 16384, 2048, 0),
+    (2**25 + 8, 1, 64, 0),
+    (2**21, 16384, 64, 0),
+    (2**24, 300, 128, 40),
+    (2**21, 16384, 256, 0),
+    (2**22, 200, 512, 0),
+    (2**20, 16384, 2048, 0),
+]
+# G, B, d.
+CONTRASTS = [(1, 1, 16), (256, 1, 16), (256, 4096, 64), (256, 512, 1024), (1, 65536, 128), (1, 65536, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def whole_gpu(poisoned_memory: None) -> Iterator[None]:
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.cuda.empty_cache()
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that a call takes beyond what is there before it, its results among them."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with recorded() as entries:
+        call()
+    assert not of(entries, "fault")
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RETRIEVALS, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "native"] if HAVE_NATIVE else ["triton"])
+def test_retrieval_takes_no_memory_for_scores(impl: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, m, d, dv = shape
+    call = Call(retrieve(impl), [(n, d), (m, d), *([(m, dv)] if dv else [])], dtype)
+    peak = peak_of(call)
+    results = sum(x.nbytes for x in [*call.inputs, *call.upstream])
+    prototypes = sum(x.numel() * 4 for x in call.inputs[1:])
+    # Beside the results: float32 sums of the prototypes' gradients, normalised prototypes, and chunks.
+    assert peak <= results + 4 * prototypes + GIB // 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CONTRASTS, ids=str)
+def test_contrast_takes_no_memory_for_similarities(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    call = Call(nt_xent, [shape, shape], dtype)
+    peak = peak_of(call)
+    groups, pairs, features = shape
+    row = 4 * (features + 8)  # bytes in float32, with what is kept for each row
+    # Normalised rows, their gradients and the gradients returned.
+    assert peak <= 3 * groups * 2 * pairs * row + 2**20

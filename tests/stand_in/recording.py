@@ -1,0 +1,59 @@
+"""The log of the stand-in GPUs, read by a process that runs on them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# The library that the process was started with (LD_PRELOAD); it answers to the driver's name.
+_LIBRARY: Any = None
+
+
+class Entry(NamedTuple):
+    """One line of the log."""
+
+    kind: str
+    """launch, copy, upload, download, fill, allocate, wait or fault."""
+    what: str
+    """A kernel's name, or a call's."""
+    device: int
+    stream: int
+    """0 is the device's null stream, -1 none."""
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    bytes: int
+    """Of shared memory, copied, filled or allocated."""
+    when: str
+    """now, captured or replayed."""
+
+
+def _library() -> Any:
+    global _LIBRARY
+    if _LIBRARY is None:
+        _LIBRARY = ctypes.CDLL("libcuda.so.1")
+        _LIBRARY.stand_in_log.restype = ctypes.c_char_p
+    return _LIBRARY
+
+
+def _parsed(line: str) -> Entry:
+    kind, what, device, stream, grid, block, size, when = line.split("\t")
+    shape = [tuple(int(n) for n in x.split(",")) for x in (grid, block)]
+    return Entry(kind, what, int(device), int(stream), shape[0], shape[1], int(size), when)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Entry]]:
+    """What the GPUs are given to do within the block; the list is filled at its end."""
+    entries: list[Entry] = []
+    _library().stand_in_clear()
+    try:
+        yield entries
+    finally:
+        entries.extend(_parsed(line) for line in _library().stand_in_log().decode().splitlines())
+
+
+def of(entries: list[Entry], *kinds: str) -> list[Entry]:
+    """The entries of these kinds."""
+    return [entry for entry in entries if entry.kind in kinds]

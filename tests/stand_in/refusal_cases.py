@@ -1,0 +1,78 @@
+"""The stand-in refuses what CUDA refuses, and sees what CUDA would not tell: see test_stand_in.py, which runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from tests.stand_in.recording import of, recorded
+
+GIB = 2**30
+
+
+@triton.jit
+def nothing(x):
+    """A kernel."""
+
+
+def test_a_launch_that_is_too_large() -> None:
+    x = torch.zeros(4, device="cuda")
+    nothing[(2**31 - 1, 65535)](x)
+    with recorded() as entries, pytest.raises(RuntimeError):
+        nothing[(1, 65536)](x)
+    assert of(entries, "fault")
+
+
+def test_more_memory_than_there_is() -> None:
+    half = torch.empty(40 * GIB, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(half.numel() + 1, dtype=torch.uint8, device="cuda")
+
+
+def test_a_host_tensor_for_a_kernel() -> None:
+    with pytest.raises(ValueError, match="Pointer argument"):
+        nothing[(1,)](torch.zeros(4))
+
+
+def test_memory_of_another_gpu_for_a_kernel() -> None:
+    x = torch.zeros(4, device="cuda:1")
+    with recorded() as entries:
+        nothing[(1,)](x)
+    assert of(entries, "fault")
+
+
+def test_a_value_read_in_a_capture() -> None:
+    x = torch.zeros((), device="cuda")
+    with recorded() as entries, pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.item()
+    assert of(entries, "fault")
+
+
+def test_a_kernel_first_loaded_in_a_capture() -> None:
+    @triton.jit
+    def fresh(x):
+        """A kernel that no test has launched."""
+
+    x = torch.zeros(4, device="cuda")
+    with recorded() as entries, pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fresh[(1,)](x)
+    assert of(entries, "fault")
+
+
+def test_waiting_for_work_outside_of_a_capture() -> None:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.Stream())
+    with recorded() as entries, pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda.current_stream().wait_event(event)
+    assert of(entries, "fault")
+
+
+def test_work_beside_a_capture() -> None:
+    x, other = torch.zeros(4, device="cuda"), torch.cuda.Stream()
+    with recorded() as entries, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.add_(1)
+        with torch.cuda.stream(other):
+            x.add_(1)
+    assert [e.when for e in of(entries, "launch")] == ["captured", "now"]
+    assert of(entries, "fault")

@@ -1,0 +1,86 @@
+"""Training on a GPU: between two rows of the log nothing waits for it. See test_stand_in.py, which runs these."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from anomem.augment import AugmentConfig
+from anomem.data import DataConfig, Images, StreamedImages, load_task
+from anomem.models import ModelConfig
+from anomem.train import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig
+from anomem.train.run import head_for, model_for
+from anomem.train.stage1 import train_stage1
+from anomem.train.stage2 import train_stage2
+from tests.stand_in.calls import HAVE_NATIVE
+from tests.stand_in.recording import of, recorded
+
+EVERY = 4
+ONE_ROW = Counter({("download", "cudaMemcpyAsync"): 1, ("wait", "cudaEventSynchronize"): 1})
+
+
+@pytest.fixture(autouse=True)
+def without_cudnn(poisoned_memory: None) -> Iterator[None]:
+    """cuDNN asks for a real GPU; torch's own convolutions do not."""
+    torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def config_of(steps: int, **settings: Any) -> TrainConfig:
+    optimizer = OptimizerConfig(steps=steps, batch_size=32, warmup=2)
+    return TrainConfig(
+        data=DataConfig(normal="3"),
+        augment=AugmentConfig.for_dataset("digits"),
+        model=ModelConfig(prototypes=(8,), impl=settings.pop("impl", "auto")),
+        loss=LossConfig(max_positions=2),
+        optimizer=optimizer,
+        stage2=Stage2Config(hidden=4, embedding=4, optimizer=replace(optimizer, clip=1.0)),
+        run=RunConfig(device="cuda", log_every=EVERY, **settings),
+        synthetic_outliers=0.25,
+        prototypes_from="normal",  # features would be counted, once, and nothing is computed here
+    )
+
+
+def host_calls(config: TrainConfig, stage: int = 1, *, streamed: bool = False) -> Counter[tuple[str, str]]:
+    """How often the host waits for the GPU, sends to it or receives from it, in a whole stage."""
+    task = load_task(config.data)
+    model = model_for(config, task)
+    images: Images = task.to(model.mean.device).train
+    if streamed:
+        images = StreamedImages(list(task.train.images), workers=0, device=model.mean.device)
+    with recorded() as entries:
+        if stage == 1:
+            train_stage1(model, images, None, config, quiet=True)
+        else:
+            train_stage2(model, head_for(config, model), images, None, config, quiet=True)
+    assert not of(entries, "fault")
+    return Counter((e.kind, e.what) for e in of(entries, "wait", "upload", "download"))
+
+
+def added_by_two_rows(stage: int = 1, *, streamed: bool = False, **settings: Any) -> Counter[tuple[str, str]]:
+    """What twice as many steps again add to the calls of a short stage."""
+    few, more = (host_calls(config_of(n, **settings), stage, streamed=streamed) for n in (EVERY, 3 * EVERY))
+    return more - few
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("impl", ["auto", "triton", *(["native"] if HAVE_NATIVE else [])])
+def test_a_step_does_not_wait(impl: str, stage: int) -> None:
+    assert added_by_two_rows(stage, impl=impl) == ONE_ROW + ONE_ROW
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"channels_last": True}], ids=str)
+def test_settings_of_a_run_do_not_wait(settings: dict[str, Any]) -> None:
+    assert added_by_two_rows(**settings) == ONE_ROW + ONE_ROW
+
+
+def test_images_of_the_host_are_sent_without_waiting() -> None:
+    added = added_by_two_rows(streamed=True)
+    assert added.pop(("upload", "cudaMemcpyAsync")) >= 2 * EVERY
+    assert added == ONE_ROW + ONE_ROW
