@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
-from tests.stand_in.recording import of, recorded
 
 GIB = 2**30
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from tests.stand_in.recording import of, recorded
+from stand_in.recording import of, recorded
 
 GIB = 2**30
 
