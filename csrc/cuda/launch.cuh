@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK; torch 2.11 has no other
 
 #include <algorithm>
 #include <cstdint>
@@ -28,7 +29,7 @@ class DeviceScope {
   explicit DeviceScope(const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()), grad_(aoti_torch_grad_mode_is_enabled()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     aoti_torch_grad_mode_set_enabled(false);
   }

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK; torch 2.11 has no other
 
 #include <array>
 
@@ -14,7 +15,7 @@ namespace anomem::cuda {
 inline void product(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   using torch::stable::detail::from;
   const auto call = [](const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // takes the reference to `out` that came back
   };
   if (out.scalar_type() == a.scalar_type()) {

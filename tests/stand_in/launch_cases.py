@@ -24,9 +24,10 @@ def as_users_run(poisoned_memory: None) -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def work_of(entries: list[Entry]) -> list[tuple[Any, ...]]:
-    """What a GPU is given, whenever and on whichever stream: kernels with their launch sizes, copies and fills."""
-    return [(e.kind, e.what, e.grid, e.block, e.bytes) for e in of(entries, "launch", "copy", "fill")]
+def work_of(entries: list[Entry], when: str = "now") -> list[tuple[Any, ...]]:
+    """What a GPU is given, on whichever stream: kernels with their launch sizes, copies and fills."""
+    work = of(entries, "launch", "copy", "fill")
+    return [(e.kind, e.what, e.grid, e.block, e.bytes) for e in work if e.when == when]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,18 +43,17 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
     graph = torch.cuda.CUDAGraph()
     with recorded() as captured, torch.cuda.graph(graph, stream=side):
         call()
-    work = work_of(captured)
+    work = work_of(captured, "captured")
     assert work
     assert work == work_of(eager)
-    assert {e.when for e in of(captured, "launch", "copy", "fill")} == {"captured"}
-    # torch itself waits once, before it begins.
-    assert len(of(captured, *HOST)) == len(of(captured[:1], *HOST))
-    assert not of(captured, "fault")
+    # Before it begins torch waits for the GPU and, in some releases, sets the state of its random numbers.
+    first = next(i for i, e in enumerate(captured) if e.when == "captured")
+    assert not work_of(captured[first:], "now")
+    assert not of(captured[first:], "fault", *HOST)
     for _ in range(2):
         with recorded() as replayed:
             graph.replay()
-        assert work_of(replayed) == work
-        assert {e.when for e in replayed} == {"replayed"}
+        assert work_of(replayed, "replayed") == work
 
 
 def test_modules_become_graphed_callables() -> None:

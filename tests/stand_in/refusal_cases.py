@@ -74,5 +74,5 @@ def test_work_beside_a_capture() -> None:
         x.add_(1)
         with torch.cuda.stream(other):
             x.add_(1)
-    assert [e.when for e in of(entries, "launch")] == ["captured", "now"]
+    assert [e.when for e in of(entries, "launch")][-2:] == ["captured", "now"]
     assert of(entries, "fault")
