@@ -7,7 +7,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 CPU_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 CUDA_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.h csrc/cuda/*)
 
-.PHONY: help setup build demo test test-gpu test-triton-floor lint bench report sanitize clean
+.PHONY: help setup build demo test test-gpu test-floor lint bench report sanitize clean
 
 help:
 	@echo 'make demo      train AnoMem on real images, print the table, draw the figures (a few minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench     kernels against plain PyTorch and its rivals, on this machine'
 	@echo 'make report    tables and pictures from the committed rows of benchmarks/results'
 	@echo 'make test-gpu  the tests that need a CUDA GPU'
+	@echo 'make test-floor  kernels and functions with the oldest torch and Triton'
 	@echo 'make sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean     everything that was built (the virtual environment stays)'
 
@@ -48,10 +49,21 @@ test: build
 test-gpu: build
 	$(PY) -m pytest -m gpu tests
 
-# The oldest Triton that the kernels support, beside whatever torch brought.
-test-triton-floor: build
-	test -d build/triton-3.6 || $(PY) -m pip install --quiet --no-deps --target build/triton-3.6 'triton==3.6.*'
-	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/kernels
+# The oldest torch that the package supports and the Triton that came with it. The native library is built with it too, in
+# a folder of its own, and its CUDA module for the stand-in GPUs, the only ones that it meets here.
+FLOOR := build/floor
+test-floor: $(FLOOR)/.installed
+	ANOMEM_BUILD=auto ANOMEM_CUDART=none TORCH_CUDA_ARCH_LIST=9.0 $(FLOOR)/bin/python setup.py --quiet build_ext \
+	  --build-temp $(FLOOR)/objects --build-lib $(FLOOR)/library
+	ANOMEM_LIBRARY=$(FLOOR)/library/anomem OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(WORKERS) \
+	  --dist loadgroup tests/kernels tests/stand_in tests/functional tests/nn tests/native
+
+$(FLOOR)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOOR)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'setuptools>=77,<82' wheel ninja
+	ANOMEM_BUILD=none $(FLOOR)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,lab]'
+	@touch $@
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -85,7 +85,24 @@ def _short_rows(problem: Problem) -> bool:
     return _float32_or_bfloat16(problem) and problem.features <= 256
 
 
-# The reasons quote the committed rows of benchmarks/results: forward and backward, 2 threads, AVX-512.
+def _beyond_a_gpu(problem: Problem) -> bool:
+    return problem.groups * problem.rows * problem.columns >= 2**33
+
+
+def _where_plain_pytorch_does_not_fit(operator: str, scores: str, needed: str) -> Rule:
+    """No GPU was measured yet: a kernel is taken where on all but the largest there is nothing it could be slower than."""
+    return Rule(
+        operator,
+        "cuda",
+        "triton",
+        f"{scores} ≥ 2^33 on a GPU",
+        f"plain PyTorch would need {needed} for both passes and the kernel nothing that grows with that number "
+        "(counted, not timed on a GPU yet)",
+        _beyond_a_gpu,
+    )
+
+
+# The reasons quote the committed rows of benchmarks/results: forward and backward; on the CPU 2 threads, AVX-512.
 AUTO: tuple[Rule, ...] = (
     Rule(
         "retrieve",
@@ -155,6 +172,9 @@ AUTO: tuple[Rule, ...] = (
         "7.1 times as fast as eager in float32, 9.6 times in bfloat16, N=16384, M=512, d=64",
         _float32_or_bfloat16,
     ),
+    _where_plain_pytorch_does_not_fit("retrieve", "N·M", "128 GiB or more"),
+    _where_plain_pytorch_does_not_fit("nt_xent", "G·(2B)²", "168 GiB or more"),
+    _where_plain_pytorch_does_not_fit("info_nce", "G·R·C", "160 GiB or more"),
 )
 
 

@@ -37,7 +37,7 @@ def build() -> dict[str, str]:
 
     Returns:
         The environment variables of a process whose GPUs are the stand-ins. If the package's CUDA module was built,
-        it is there too, linked to no runtime of its own.
+        it is there too, linked to no runtime of its own; where `ANOMEM_LIBRARY` is set, that one must be so already.
 
     Raises:
         RuntimeError: there can be no stand-in here.
@@ -57,7 +57,7 @@ def build() -> dict[str, str]:
         "TRITON_CACHE_DIR": str(FOLDER / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "inductor"),
     }
-    native = _native_library()
+    native = None if "ANOMEM_LIBRARY" in os.environ else _native_library()
     return environment if native is None else {**environment, "ANOMEM_LIBRARY": str(native)}
 
 

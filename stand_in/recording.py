@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# The library that the process was started with (LD_PRELOAD); it answers to the driver's name.
+# What the process was started with (LD_PRELOAD), among all that it has loaded.
 _LIBRARY: Any = None
 
 
@@ -29,10 +29,15 @@ class Entry(NamedTuple):
     """now, captured or replayed."""
 
 
+def present() -> bool:
+    """Whether this process runs on the stand-in GPUs."""
+    return hasattr(ctypes.CDLL(None), "stand_in_log")
+
+
 def _library() -> Any:
     global _LIBRARY
     if _LIBRARY is None:
-        _LIBRARY = ctypes.CDLL("libcuda.so.1")
+        _LIBRARY = ctypes.CDLL(None)
         _LIBRARY.stand_in_log.restype = ctypes.c_char_p
     return _LIBRARY
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from anomem import functional as AF
 from stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
 
@@ -71,3 +72,17 @@ def test_contrast_takes_no_memory_for_similarities(shape: tuple[int, ...], dtype
     row = 4 * (features + 8)  # bytes in float32, with what is kept for each row
     # Normalised rows, their gradients and the gradients returned.
     assert peak <= 3 * groups * 2 * pairs * row + 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_takes_a_kernel_where_plain_pytorch_does_not_fit(dtype: torch.dtype) -> None:
+    """At the smallest size of the rule, forward and backward."""
+    calls: list[tuple[Callable[..., Any], list[tuple[int, ...]]]] = [
+        (lambda q, k, impl: AF.hopfield_retrieve(q, k, impl=impl), [(2**21, 16), (4096, 16)]),
+        (lambda a, b, impl: AF.nt_xent(a, b, impl=impl), [(8, 16384, 16), (8, 16384, 16)]),
+    ]
+    for function, shapes in calls:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            Call(lambda *x, f=function: f(*x, impl="reference"), shapes, dtype)()
+        torch.cuda.empty_cache()
+        assert peak_of(Call(lambda *x, f=function: f(*x, impl="auto"), shapes, dtype)) < 2 * GIB

@@ -1,0 +1,147 @@
+"""What a call gives a GPU to do and how much memory it takes, counted without one.
+
+`python -m benchmarks.counts` runs every implementation on the GPUs of `stand_in`: torch's allocator, its dispatcher,
+the compilers and the launchers are the real ones, the kernels compute nothing. Kernels launched, times the host waited
+and bytes allocated are therefore exact, and the same on any GPU of the same architecture; how long it takes is not
+seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, rows
+from benchmarks.case import Case, Implementation, case
+from benchmarks.console import say
+from benchmarks.memory import peak_bytes
+from benchmarks.operators import OPERATORS
+from benchmarks.prepare import NoTime, reasons
+from benchmarks.rivals import implementations
+from benchmarks.suites import kernels
+from benchmarks.timing import Subject
+from stand_in import build, recording
+
+COUNTED = "counted"
+GPU_BYTES = 80 * 2**30  # of a stand-in
+RESULT = machine.ROOT / "benchmarks" / "results" / "cuda-counts.jsonl"
+
+
+@dataclass
+class Count:
+    """One implementation of one case."""
+
+    operator: str
+    shape: dict[str, int]
+    dtype: str
+    training: bool
+    group: str
+    implementation: str
+    status: str = COUNTED
+    reason: str | None = None
+    """Why there are no counts."""
+    launches: int | None = None
+    """Kernels and matrix products of one call."""
+    waits: int | None = None
+    """Times that the host waits for the GPU, or copies to or from it."""
+    peak_bytes: int | None = None
+    """Largest amount allocated during a call beyond what its inputs hold."""
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def cases() -> Iterator[Case]:
+    """The cases of the suite `kernels` as on a GPU, and two sweeps to where the plain way does not fit."""
+    yield from kernels("cuda").cases
+    for batch in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        yield case("nt_xent", G=1, B=batch, d=128, dtype="bfloat16", group="over B")
+    for thousands in (16, 64, 256, 1024, 4096):
+        yield case("retrieve", N=thousands * 1024, M=4096, d=128, B=128, dtype="bfloat16", group="over N")
+
+
+def count(case: Case, implementation: Implementation) -> Count:
+    """Count one call of one implementation, after calls that compile and plan."""
+    result = Count(case.operator, case.dims, case.dtype, case.training, case.group, implementation.name)
+    try:
+        with reasons():
+            function = implementation.build(case, "cuda")
+            drawn = OPERATORS[case.operator].inputs(case.dims, case.torch_dtype, 0)
+            inputs = tuple(x.cuda().requires_grad_(case.training and x.is_floating_point()) for x in drawn)
+            subject = Subject(case, function, "cuda", [inputs])
+            for _ in range(2):
+                subject.call()
+            with recording.recorded() as entries:
+                subject.call()
+            result.launches = len(recording.of(entries, "launch"))
+            result.waits = len(recording.of(entries, "wait", "upload", "download"))
+            result.peak_bytes = peak_bytes(subject.call, "cuda")
+    except NoTime as why:
+        result.status, result.reason = why.status, why.reason
+    torch.cuda.empty_cache()
+    return result
+
+
+def read(path: Path = RESULT) -> list[Count]:
+    """The rows of a file."""
+    if not path.exists():
+        return []
+    return [Count(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Count launches, waits and memory of every implementation on GPUs that are not there."""
+
+    filter: str = ""
+    """Only cases whose title contains this."""
+    json: Path = RESULT
+    """Rows are written here."""
+
+
+def main(options: Options) -> int:
+    """Count, say and write."""
+    about = {
+        "commit": machine.git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(machine.git("status", "--porcelain", "--untracked-files=no")),
+        "torch": torch.__version__,
+        "triton": machine.version("triton"),
+        "device": "cuda",
+        "device_name": torch.cuda.get_device_name(),
+    }
+    counted = []
+    for each in cases():
+        if options.filter not in each.title:
+            continue
+        say(each.title)
+        for implementation in implementations(each.operator):
+            row = count(each, implementation)
+            row.about = about
+            counted.append(row)
+            if row.status == COUNTED:
+                assert row.peak_bytes is not None
+                say(f"  {row.implementation}: {row.launches} launches, {row.peak_bytes / 2**20:.1f} MiB")
+            elif row.status != rows.UNAVAILABLE:
+                say(f"  {row.implementation}: {row.status}, {row.reason}")
+    options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in counted), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    if not recording.present():
+        try:
+            os.execve(
+                sys.executable,
+                [sys.executable, "-m", "benchmarks.counts", *sys.argv[1:]],
+                {**os.environ, **build.build()},
+            )
+        except RuntimeError as reason:
+            sys.exit(str(reason))
+    import tyro
+
+    sys.exit(main(tyro.cli(Options)))
