@@ -90,7 +90,7 @@ def _beyond_a_gpu(problem: Problem) -> bool:
 
 
 def _where_plain_pytorch_does_not_fit(operator: str, scores: str, needed: str) -> Rule:
-    """No GPU was measured yet: a kernel is taken where on all but the largest there is nothing it could be slower than."""
+    """No GPU was measured yet: a kernel is taken where, on all but the largest, it could be slower than nothing."""
     return Rule(
         operator,
         "cuda",
