@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.console import has, say
 from benchmarks.machine import ROOT
-from benchmarks.report import accuracy_picture, pages, pictures
+from benchmarks.report import accuracy_picture, counts, pages, pictures
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
@@ -21,8 +21,8 @@ def main() -> int:
         written.append(ROOT / page)
     if has("matplotlib"):
         written += pictures.draw_all(RESULTS, PICTURES)
-        accuracy = accuracy_picture.draw(RESULTS, PICTURES)
-        written += [accuracy] if accuracy else []
+        others = [draw(RESULTS, PICTURES) for draw in (accuracy_picture.draw, counts.draw)]
+        written += [path for path in others if path]
     else:
         say("matplotlib is not installed (pip install 'anomem[lab]'): the pictures stay as they are")
     for path in written:

@@ -101,8 +101,8 @@ def sweeps(measured: list[Row], path: Path) -> None:
             plot.set_yscale("log")
             plot.grid(True, which="major", alpha=0.3)
             plot.set_ylabel(label if column == 0 else "")
-            plot.xaxis.set_major_formatter(lambda x, _: _count(x))
-            _plain_numbers(plot.yaxis)
+            plot.xaxis.set_major_formatter(lambda x, _: count_label(x))
+            plain_numbers(plot.yaxis)
             plot.tick_params(labelbottom=True)
         memory.set_xlabel(SWEPT[axis_name])
     handles = {
@@ -168,7 +168,7 @@ def roofline(measured: list[Row], path: Path) -> None:
     plot.set_xscale("log")
     plot.set_yscale("log")
     for axis in (plot.xaxis, plot.yaxis):
-        _plain_numbers(axis)
+        plain_numbers(axis)
     plot.set_ylim(top=1.7 * peak)
     plot.set_xlabel("least flops / least bytes of the operator, flop/byte")
     plot.set_ylabel("least flops / measured time, Gflop/s")
@@ -209,7 +209,7 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """500 and not 5 × 10²; within two decades also a label at 2 and 5."""
     from matplotlib.ticker import LogLocator
 
@@ -219,7 +219,7 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(lambda value, _: "")
 
 
-def _count(value: float) -> str:
+def count_label(value: float) -> str:
     for unit, scale in (("M", 2**20), ("k", 2**10)):
         if value >= scale:
             return f"{value / scale:g}{unit}"

@@ -1,6 +1,7 @@
 """Between a function's call and its kernels nothing waits for the GPU, so that a CUDA graph can capture it.
 
-Without a GPU, what would wait is looked for: an operator that needs a value on the host. With one, graphs are captured.
+Here an operator that needs a value on the host is looked for. Graphs are captured on a GPU and, without values, on the
+stand-ins of tests/stand_in.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def test_a_cuda_graph_replays_forward_and_backward(name: str, dtype: torch.dtype
     def step() -> list[Tensor]:
         outputs = function(*inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        return [*outputs, *torch.autograd.grad(outputs, floating, [torch.ones_like(x) for x in outputs])]
+        slopes = torch.autograd.grad(outputs, floating, [torch.ones_like(x) for x in outputs])
+        return [*(out.detach() for out in outputs), *slopes]
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

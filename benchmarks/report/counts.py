@@ -1,0 +1,111 @@
+"""What is counted on GPUs that are not there: a table of launches and memory, a picture of memory against size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.counts import COUNTED, GPU_BYTES, RESULT, Count, read
+from benchmarks.report.data import OURS
+from benchmarks.report.pictures import BLACK, GREY, RED, STYLES, SWEPT, count_label, figure_of, plain_numbers, save
+from benchmarks.report.tables import commits, picture, size
+
+SHOWN = ("eager", "torch.compile")
+
+
+def section(results: Path) -> str:
+    """The picture, and one line a case: kernels launched and memory of one call."""
+    counted = read(results / RESULT.name)
+    if not counted:
+        return "Not counted yet."
+    about = counted[0].about
+    lines = [
+        picture("Memory of NT-Xent and of retrieval on a GPU against size", "cuda-memory"),
+        "",
+        f"torch {about['torch']}, Triton {about['triton']}. {commits(row.about for row in counted)}",
+        "",
+        "| operator and size | eager | torch.compile | leanest other | anomem (triton) | anomem (native) |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    return "\n".join([*lines, *map(line_of, cases_of(counted))])
+
+
+def line_of(case: list[Count]) -> str:
+    """The table's line of one case."""
+    by_name = {row.implementation: row for row in case}
+    others = [row for row in case if row.status == COUNTED and row.implementation not in (*SHOWN, *OURS)]
+    other = min(others, key=lambda row: row.peak_bytes or 0, default=None)
+    cells = [cell(by_name.get(name)) for name in SHOWN]
+    cells += [f"{cell(other)} ({other.implementation})" if other else "–"]
+    cells += [cell(by_name.get(name)) for name in ("triton", "native")]
+    first = case[0]
+    sizes = ", ".join(f"{name} {value}" for name, value in first.shape.items())
+    passes = "" if first.training else ", forward"
+    dtype = "" if first.dtype == "float32" else f", {first.dtype}"
+    return f"| `{first.operator}` {sizes}{passes}{dtype} ({first.group}) | {' | '.join(cells)} |"
+
+
+def cell(row: Count | None) -> str:
+    """Kernels and memory, or why there are none."""
+    if row is None or row.status in (rows.UNAVAILABLE, rows.FAILED):
+        return "–"
+    if row.status != COUNTED:
+        return row.status
+    waits = f", {row.waits} waits" if row.waits else ""
+    return f"{row.launches} kernels{waits}, {size(row.peak_bytes)}"
+
+
+def cases_of(counted: list[Count]) -> list[list[Count]]:
+    """Rows grouped by case, in their order."""
+    groups: dict[tuple[object, ...], list[Count]] = {}
+    for row in counted:
+        key = (row.operator, *row.shape.items(), row.dtype, row.training, row.group)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def draw(results: Path, folder: Path) -> Path | None:
+    """Memory of the sweeps against size, a panel each; None where there are no rows."""
+    sweeps = [row for row in read(results / RESULT.name) if row.group.startswith("over ")]
+    if not sweeps:
+        return None
+    names = list(dict.fromkeys((row.operator, row.group) for row in sweeps))
+    figure, axes = figure_of(1, len(names), 5.6 * len(names), 5.2)
+    for plot, name in zip(axes[0], names, strict=True):
+        panel(plot, [row for row in sweeps if (row.operator, row.group) == name])
+    axes[0][0].set_ylabel("peak memory of forward + backward, GiB")
+    figure.suptitle("Memory on a GPU, counted without one: a red cross where the next size does not fit", fontsize=11)
+    path = folder / "cuda-memory.png"
+    save(figure, path)
+    return path
+
+
+def panel(plot: Any, sweep: list[Count]) -> None:
+    """One line for each implementation of a sweep."""
+    axis = sweep[0].group.removeprefix("over ")
+    for name in dict.fromkeys(row.implementation for row in sweep):
+        line = sorted((row for row in sweep if row.implementation == name), key=lambda row: row.shape[axis])
+        done = [row for row in line if row.peak_bytes is not None]
+        if not done:
+            continue
+        colour, marker = STYLES.get(name, (GREY, "."))
+        sizes, memory = [row.shape[axis] for row in done], [(row.peak_bytes or 0) / 2**30 for row in done]
+        label, width = (f"anomem ({name})", 2.2) if name in OURS else (name, 1.1)
+        plot.plot(sizes, memory, color=colour, marker=marker, markersize=5, linewidth=width, label=label)
+        if line[-1].status == rows.OUT_OF_MEMORY:
+            plot.plot(sizes[-1:], memory[-1:], "x", color=RED, markersize=11, markeredgewidth=2, zorder=3)
+    plot.axhline(GPU_BYTES / 2**30, color=BLACK, linestyle=":", linewidth=1)
+    plot.set_xscale("log", base=2)
+    plot.set_yscale("log")
+    plot.grid(True, which="major", alpha=0.3)
+    plot.xaxis.set_major_formatter(lambda x, _: count_label(x))
+    plain_numbers(plot.yaxis)
+    plot.set_xlabel(SWEPT[axis])
+    fixed = [f"{name} = {value}" for name, value in sweep[0].shape.items() if name not in (axis, "B")]
+    plot.set_title(f"{sweep[0].operator}, {', '.join(fixed)}, {sweep[0].dtype} (dotted: 80 GiB)", fontsize=10)
+    plot.legend(frameon=False, fontsize=7)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"cuda-counts": section}
