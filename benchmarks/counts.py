@@ -1,9 +1,9 @@
 """What a call gives a GPU to do and how much memory it takes, counted without one.
 
 `python -m benchmarks.counts` runs every implementation on the GPUs of `stand_in`: torch's allocator, its dispatcher,
-the compilers and the launchers are the real ones, the kernels compute nothing. Kernels launched, times the host waited
-and bytes allocated are therefore exact, and the same on any GPU of the same architecture; how long it takes is not
-seen.
+the compilers and the launchers are the real ones, the kernels compute nothing. Kernels launched and bytes allocated are
+therefore exact, and the same on any GPU of the same architecture; how long it takes is not seen. An implementation
+that reads what a kernel computed is left out.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ class Count:
     """Why there are no counts."""
     launches: int | None = None
     """Kernels and matrix products of one call."""
-    waits: int | None = None
-    """Times that the host waits for the GPU, or copies to or from it."""
     peak_bytes: int | None = None
     """Largest amount allocated during a call beyond what its inputs hold."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +76,9 @@ def count(case: Case, implementation: Implementation) -> Count:
                 subject.call()
             with recording.recorded() as entries:
                 subject.call()
+            if recording.of(entries, "wait", "download"):
+                raise NoTime(rows.UNAVAILABLE, "reads computed values on the host, by which its sizes may go")
             result.launches = len(recording.of(entries, "launch"))
-            result.waits = len(recording.of(entries, "wait", "upload", "download"))
             result.peak_bytes = peak_bytes(subject.call, "cuda")
     except NoTime as why:
         result.status, result.reason = why.status, why.reason

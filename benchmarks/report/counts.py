@@ -53,8 +53,7 @@ def cell(row: Count | None) -> str:
         return "–"
     if row.status != COUNTED:
         return row.status
-    waits = f", {row.waits} waits" if row.waits else ""
-    return f"{row.launches} kernels{waits}, {size(row.peak_bytes)}"
+    return f"{row.launches} kernels, {size(row.peak_bytes)}"
 
 
 def cases_of(counted: list[Count]) -> list[list[Count]]:
