@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from anomem import functional as AF
 from anomem import nn as ann
 from stand_in.recording import Entry, of, recorded
 from tests.stand_in.calls import CALLS, Call
@@ -64,6 +65,24 @@ def test_modules_become_graphed_callables() -> None:
         graphed(query).sum().backward()
     replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
     assert {"_softmax", "_softmax_backward", "_normalize_backward"} <= replayed
+    assert not of(entries, "fault", *HOST)
+
+
+def test_a_compiled_step_replays_a_graph() -> None:
+    """`mode="reduce-overhead"`, with no break in the graph."""
+    memory = ann.HopfieldMemory(64, 40, impl="triton").cuda()
+
+    @torch.compile(fullgraph=True, mode="reduce-overhead")
+    def step(z: torch.Tensor, z_pair: torch.Tensor) -> torch.Tensor:
+        return AF.nt_xent(memory(z), z_pair, impl="triton")
+
+    for _ in range(4):  # the first calls compile, warm up and capture
+        memory.zero_grad()
+        views = [torch.zeros(300, 64, device="cuda", requires_grad=True) for _ in range(2)]
+        with recorded() as entries:
+            step(*views).backward()
+    replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
+    assert {"_softmax", "_softmax_backward", "contrast_forward_kernel", "contrast_backward_kernel"} <= replayed
     assert not of(entries, "fault", *HOST)
 
 
