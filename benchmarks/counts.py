@@ -66,6 +66,7 @@ def cases() -> Iterator[Case]:
 def count(case: Case, implementation: Implementation) -> Count:
     """Count one call of one implementation, after calls that compile and plan."""
     result = Count(case.operator, case.dims, case.dtype, case.training, case.group, implementation.name)
+    torch.compiler.reset()  # a function compiled for many sizes is compiled for any size, or given up
     try:
         with reasons():
             function = implementation.build(case, "cuda")
@@ -113,7 +114,7 @@ def main(options: Options) -> int:
         "device": "cuda",
         "device_name": torch.cuda.get_device_name(),
     }
-    counted = []
+    options.json.write_text("", encoding="utf-8")
     for each in cases():
         if options.filter not in each.title:
             continue
@@ -121,13 +122,13 @@ def main(options: Options) -> int:
         for implementation in implementations(each.operator):
             row = count(each, implementation)
             row.about = about
-            counted.append(row)
+            with options.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
             if row.status == COUNTED:
                 assert row.peak_bytes is not None
                 say(f"  {row.implementation}: {row.launches} launches, {row.peak_bytes / 2**20:.1f} MiB")
             elif row.status != rows.UNAVAILABLE:
                 say(f"  {row.implementation}: {row.status}, {row.reason}")
-    options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in counted), encoding="utf-8")
     return 0
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import device_of, dot, multiprocessors, round_to, rounded_product, split_loop
+from anomem.kernels.common import cdiv, device_of, dot, multiprocessors, round_to, rounded_product, split_loop
 from anomem.kernels.contrast_rows import load_mantissa, mantissa, row_gradient, store_row_gradient
 from anomem.kernels.contrast_tiles import (
     cosines,
@@ -230,12 +230,12 @@ def gradient(
     if sees_one_column(positive, exclude, column_count):
         upstream = upstream * 0.0  # what would be left of P − 1 is rounding
     cut = plan("contrast_backward", owned)
-    slices = triton.cdiv(features, cut.block_out)
+    slices = cdiv(features, cut.block_out)
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
     fixed = role == JOINED and has_fixed_shift(owned, temperature, tau)
 
     def run(tile: Tile) -> Launched:
-        blocks = groups * slices * triton.cdiv(owned_count, tile.rows)
+        blocks = groups * slices * cdiv(owned_count, tile.rows)
         parts, streamed_per_part = split_loop(streamed.shape[1], tile.columns, blocks, multiprocessors(owned))
         fused = parts == 1 and slices == 1
         partial = None if fused else owned.new_empty(parts, *owned.shape, dtype=torch.float32)

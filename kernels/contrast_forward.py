@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, device_of, dot, multiprocessors, split_loop
+from anomem.kernels.common import LN2, LOG2E, cdiv, device_of, dot, multiprocessors, split_loop
 from anomem.kernels.contrast_rows import load_mantissa
 from anomem.kernels.contrast_tiles import (
     cosines,
@@ -215,7 +215,7 @@ def losses(
     cut = plan("contrast_forward", scaled_rows)
 
     def run(tile: Tile) -> Launched:
-        blocks = groups * triton.cdiv(row_count, tile.rows)
+        blocks = groups * cdiv(row_count, tile.rows)
         parts, columns_per_part = split_loop(column_count, tile.columns, blocks, multiprocessors(scaled_rows))
         partial = loss.new_empty(3, parts, groups, row_count) if parts > 1 else None
         compiled = contrast_forward_kernel[(blocks * parts,)](
@@ -225,7 +225,7 @@ def losses(
             BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            add_splits_kernel[(triton.cdiv(loss.numel(), 256),)](
+            add_splits_kernel[(cdiv(loss.numel(), 256),)](
                 partial, temperature, loss, lse, 1 / tau, loss.numel(), parts, BLOCK_R=256, num_warps=4
             )
         return Launched(compiled)

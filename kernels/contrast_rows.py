@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import block_of, device_of, load_rows, round_to, store_rows
+from anomem.kernels.common import block_of, cdiv, device_of, load_rows, round_to, store_rows
 from anomem.kernels.normalize import L2_EPS
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import Tile
@@ -195,7 +195,7 @@ def scaled_rows(
     groups, rows, features = first.shape
     columns = second.shape[1]
     block_r = rows_per_block(features)
-    tiles = groups * (triton.cdiv(rows, block_r) + triton.cdiv(columns, block_r))
+    tiles = groups * (cdiv(rows, block_r) + cdiv(columns, block_r))
     if tiles == 0:
         return
     with device_of(first):
@@ -213,7 +213,7 @@ def row_gradient(partial: Tensor, scaled: Tensor, inverse: Tensor, first: Tensor
     groups, count, features = scaled.shape
     block_r = rows_per_block(features)
     with device_of(scaled):
-        row_gradient_kernel[(groups * triton.cdiv(count, block_r),)](
+        row_gradient_kernel[(groups * cdiv(count, block_r),)](
             partial, scaled, inverse, first, second,
             groups, count, first.shape[1], partial.shape[0],
             FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,

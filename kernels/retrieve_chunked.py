@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels import rows
-from anomem.kernels.common import LN2, LOG2E, device_of, round_to
+from anomem.kernels.common import LN2, LOG2E, cdiv, device_of, next_power_of_2, round_to
 from anomem.kernels.memory import Memory, inverse_temperature, online_softmax
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import Tile
@@ -108,7 +108,7 @@ def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         weights = scores if query.dtype == torch.float32 else scores.new_empty(scores.shape, dtype=query.dtype)
         block_n, block_m = block_of_scores(prototypes)
         with device_of(query):
-            _softmax[(triton.cdiv(scores.shape[0], block_n),)](
+            _softmax[(cdiv(scores.shape[0], block_n),)](
                 scores, weights, beta, lse[part], scores.shape[0], prototypes, scale, block_n, block_m
             )
         torch.mm(weights, v, out=out[part])
@@ -140,7 +140,7 @@ def backward(
         dscores = dweights if in_place else scores.new_empty(scores.shape, dtype=query.dtype)
         block_n, block_m = block_of_scores(prototypes)
         with device_of(query):
-            _softmax_backward[(triton.cdiv(scores.shape[0], block_n),)](
+            _softmax_backward[(cdiv(scores.shape[0], block_n),)](
                 scores, dweights, weights, dscores, beta, None if dlse is None else dlse[part],
                 None if along_beta is None else along_beta[part], scores.shape[0], prototypes, scale, block_n, block_m,
             )  # fmt: skip
@@ -173,7 +173,7 @@ def chunks(count: int, prototypes: int, width: int, dtype: torch.dtype) -> Itera
 
 def block_of_scores(prototypes: int) -> tuple[int, int]:
     """(BLOCK_N, BLOCK_M) of the passes over the scratch: 2048 scores a block."""
-    block_m = min(triton.next_power_of_2(prototypes), 2048)
+    block_m = min(next_power_of_2(prototypes), 2048)
     return 2048 // block_m, block_m
 
 

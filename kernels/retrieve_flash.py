@@ -24,6 +24,7 @@ from anomem.kernels.common import (
     LN2,
     LOG2E,
     block_of,
+    cdiv,
     device_of,
     dot,
     load_rows,
@@ -177,7 +178,7 @@ def forward(query: Tensor, memory: Memory, entry: Key, precision: str) -> tuple[
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
 
     def run(tile: Tile) -> Launched:
-        return Launched(_forward[(triton.cdiv(count, tile.rows),)](
+        return Launched(_forward[(cdiv(count, tile.rows),)](
             query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
             normalize, precision, d, dv, tile.rows, tile.columns, block_of(d), block_of(dv), **tile.options,
         ))  # fmt: skip
@@ -226,7 +227,7 @@ def backward(
 
     def prototype_sums(part: int, width: int) -> Tensor:
         def run(tile: Tile) -> Launched:
-            tiles = triton.cdiv(prototypes, tile.rows)
+            tiles = cdiv(prototypes, tile.rows)
             parts, span = split_loop(count, tile.columns, tiles, multiprocessors(query))
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
             compiled = _prototype_sums[(tiles, parts)](
@@ -238,7 +239,7 @@ def backward(
         return launch(Site(for_sums, {**facts, "part": part}, count, prototypes, query.device), run)
 
     def query_gradient(tile: Tile) -> Launched:
-        blocks_of_queries = triton.cdiv(count, tile.rows)
+        blocks_of_queries = cdiv(count, tile.rows)
         along_beta = None if beta is None else query.new_empty(blocks_of_queries, dtype=torch.float32)
         compiled = _query_gradient[(blocks_of_queries,)](
             query, keys, values, beta, dout, dlse, lse, delta, dquery, along_beta,

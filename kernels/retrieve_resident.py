@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, device_of, dot, round_to
+from anomem.kernels.common import LN2, LOG2E, cdiv, device_of, dot, next_power_of_2, round_to
 from anomem.kernels.memory import Memory, finite_shift, inverse_temperature
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import TABLE, Key, Tile
@@ -79,7 +79,7 @@ def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
 
     def run(tile: Tile) -> Launched:
-        return Launched(_forward[(triton.cdiv(count, tile.rows),)](
+        return Launched(_forward[(cdiv(count, tile.rows),)](
             query, keys, memory.read, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
             d, dv, tile.rows, block_of_memory(keys.shape[0]), BLOCK_D, **tile.options,
         ))  # fmt: skip
@@ -92,7 +92,7 @@ def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
 
 def block_of_memory(prototypes: int) -> int:
     """BLOCK_M: the next power of two, from 64 on."""
-    return max(64, triton.next_power_of_2(prototypes))
+    return max(64, next_power_of_2(prototypes))
 
 
 def specs(architecture: int) -> Iterator[Spec]:

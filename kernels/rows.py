@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import block_of, device_of, load_rows, store_rows
+from anomem.kernels.common import block_of, cdiv, device_of, load_rows, store_rows
 from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
 from anomem.kernels.specs import Spec, spec
 from anomem.kernels.tiles import Tile
@@ -66,7 +66,7 @@ def normalized(x: Tensor, normalize: int, out: Tensor | None = None) -> Tensor:
     count, width = x.shape
     block = rows_per_block(width)
     with device_of(x):
-        _normalize[(triton.cdiv(count, block),)](x, out, count, x.stride(0), normalize, width, block, block_of(width))
+        _normalize[(cdiv(count, block),)](x, out, count, x.stride(0), normalize, width, block, block_of(width))
     return out
 
 
@@ -82,7 +82,7 @@ def normalized_backward(partials: Tensor, x: Tensor, normalize: int, dx: Tensor)
     split, count, width = partials.shape
     block = rows_per_block(width)
     with device_of(x):
-        _normalize_backward[(triton.cdiv(count, block),)](
+        _normalize_backward[(cdiv(count, block),)](
             partials, x, dx, split, count, x.stride(0), normalize, width, block, block_of(width)
         )
 
@@ -102,7 +102,7 @@ def row_constant(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     delta = out.new_empty(count, dtype=torch.float32)
     block = rows_per_block(width)
     with device_of(out):
-        _row_constant[(triton.cdiv(count, block),)](out, dout, dlse, delta, count, width, block, block_of(width))
+        _row_constant[(cdiv(count, block),)](out, dout, dlse, delta, count, width, block, block_of(width))
     return delta
 
 

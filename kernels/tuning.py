@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.testing
 
+from anomem.kernels.common import next_power_of_2
 from anomem.kernels.tile_file import read, write
 from anomem.kernels.tiles import Key, Tile, candidates, fitting
 
@@ -66,8 +67,8 @@ class Site(NamedTuple):
     def name(self) -> str:
         """How the file names it."""
         facts = " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in self.facts.items())
-        rows = min(triton.next_power_of_2(self.rows), _MOST_ROWS)
-        columns = min(triton.next_power_of_2(self.columns), _MOST_COLUMNS)
+        rows = min(next_power_of_2(self.rows), _MOST_ROWS)
+        columns = min(next_power_of_2(self.columns), _MOST_COLUMNS)
         kernel, kind, block_d = self.entry
         return f"{kernel} {kind} {block_d}, {facts}, {rows} x {columns}"
 

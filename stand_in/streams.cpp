@@ -17,13 +17,17 @@ const char* kind_of_copy(const void* to, const void* from) {
   return device_of(from) < 0 ? "upload" : "copy";
 }
 
+// More than this is not moved or set within a GPU's memory. Nothing is computed that could read it, and where 80 GB are
+// pages that nobody has touched, they would take the machine's.
+constexpr std::size_t kMoved = std::size_t{256} << 20;
+
 /// memset. Zeros in a large block are pages that nobody has touched, which take no memory.
 void set(void* to, int value, std::size_t bytes) {
   constexpr std::size_t kPage = 4096;
   const bool aligned = reinterpret_cast<std::size_t>(to) % kPage == 0;
   const std::size_t pages = value == 0 && aligned ? bytes / kPage * kPage : 0;
   if (pages > 0) madvise(to, pages, MADV_DONTNEED);
-  std::memset(static_cast<char*>(to) + pages, value, bytes - pages);
+  if (bytes - pages <= kMoved) std::memset(static_cast<char*>(to) + pages, value, bytes - pages);
 }
 
 Event* event_of(cudaEvent_t handle) { return reinterpret_cast<Event*>(handle); }
@@ -58,8 +62,11 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   std::lock_guard guard(state().lock);
-  auto run = [=] { std::memmove(to, from, bytes); };
-  return remember(submit(stream_of(stream), {{kind_of_copy(to, from), "cudaMemcpyAsync", 0, 0, 0, 0, bytes}, run}));
+  const std::string kind = kind_of_copy(to, from);
+  auto run = [=] {
+    if (kind != "copy" || bytes <= kMoved) std::memmove(to, from, bytes);
+  };
+  return remember(submit(stream_of(stream), {{kind, "cudaMemcpyAsync", 0, 0, 0, 0, bytes}, run}));
 }
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, std::size_t bytes, cudaStream_t stream) {
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
