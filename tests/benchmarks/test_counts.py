@@ -1,0 +1,58 @@
+"""The table of what is counted without a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rows
+from benchmarks.counts import RESULT, Count
+from benchmarks.report import counts
+
+ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}
+
+
+def counted(name: str, size: int, launches: int | None, peak: int | None, status: str = "counted") -> Count:
+    shape = {"G": 1, "B": size, "d": 64}
+    made = Count("nt_xent", shape, "bfloat16", True, "over B", name, status, None, launches, peak)
+    made.about = ABOUT
+    return made
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    made = [
+        counted("eager", 128, 65, 2**22),
+        counted("chunks", 128, 900, 2**21),
+        counted("another", 128, 30, 2**23),
+        counted("triton", 128, 6, 2**20),
+        counted("eager", 256, None, None, rows.OUT_OF_MEMORY),
+        counted("another", 256, None, None, rows.UNAVAILABLE),
+        counted("triton", 256, 6, 2**21),
+    ]
+    (tmp_path / RESULT.name).write_text("".join(json.dumps(asdict(row)) + "\n" for row in made))
+    return tmp_path
+
+
+def test_a_line_has_kernels_and_memory_and_the_leanest_rival(results: Path) -> None:
+    lines = [line for line in counts.section(results).splitlines() if line.startswith("| `")]
+    assert lines == [
+        "| `nt_xent` G 1, B 128, d 64, bfloat16 (over B) | 65 kernels, 4.00 MiB | – | "
+        "900 kernels, 2.00 MiB (chunks) | 6 kernels, 1.00 MiB | – |",
+        "| `nt_xent` G 1, B 256, d 64, bfloat16 (over B) | out of memory | – | – | 6 kernels, 2.00 MiB | – |",
+    ]
+
+
+def test_without_rows_nothing_is_claimed(tmp_path: Path) -> None:
+    assert counts.section(tmp_path) == "Not counted yet."
+    assert counts.draw(tmp_path, tmp_path) is None
+
+
+def test_the_picture_is_drawn(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = counts.draw(results, tmp_path)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
