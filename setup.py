@@ -6,7 +6,7 @@
 - `cpu`, `cuda`: the CPU module, or both; anything missing is an error.
 - `none`: no native code. The package then runs on its reference and, on GPUs, on Triton.
 
-`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: tests/stand_in.
+`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: stand_in/.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def cpu_module() -> Extension:
 
 
 def cuda_module() -> Extension:
-    """`anomem._C_cuda`: operator implementations for CUDA tensors; links torch_cuda and the static CUDA runtime."""
+    """`anomem._C_cuda`: operator implementations for CUDA tensors; links torch_cuda and, if any, the static runtime."""
     include, libraries = torch_paths()
     import torch
     from torch.utils import cpp_extension

@@ -2,14 +2,13 @@
 
 `python -m benchmarks.counts` runs every implementation on the GPUs of `stand_in`: torch's allocator, its dispatcher,
 the compilers and the launchers are the real ones, the kernels compute nothing. Kernels launched and bytes allocated are
-therefore exact, and the same on any GPU of the same architecture; how long it takes is not seen. An implementation
-that reads what a kernel computed is left out.
+therefore those of an H100 with 132 multiprocessors, where a product by cuBLAS counts as one kernel, a fill or a copy as
+none. How long it takes is not seen. An implementation that reads what a kernel computed is left out.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,8 @@ from benchmarks.prepare import NoTime, reasons
 from benchmarks.rivals import implementations
 from benchmarks.suites import kernels
 from benchmarks.timing import Subject
-from stand_in import build, recording
+from stand_in import recording
+from stand_in.start import start
 
 COUNTED = "counted"
 GPU_BYTES = 80 * 2**30  # of a stand-in
@@ -96,12 +96,12 @@ def read(path: Path = RESULT) -> list[Count]:
 
 @dataclass(frozen=True)
 class Options:
-    """Count launches, waits and memory of every implementation on GPUs that are not there."""
+    """Count launches and memory of every implementation on GPUs that are not there."""
 
     filter: str = ""
     """Only cases whose title contains this."""
     json: Path = RESULT
-    """Rows are written here."""
+    """Rows are written here, when all are there."""
 
 
 def main(options: Options) -> int:
@@ -114,7 +114,11 @@ def main(options: Options) -> int:
         "device": "cuda",
         "device_name": torch.cuda.get_device_name(),
     }
-    options.json.write_text("", encoding="utf-8")
+    if options.filter and options.json == RESULT:
+        say("--filter leaves cases out: name another file with --json")
+        return 2
+    partial = options.json.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     for each in cases():
         if options.filter not in each.title:
             continue
@@ -122,26 +126,20 @@ def main(options: Options) -> int:
         for implementation in implementations(each.operator):
             row = count(each, implementation)
             row.about = about
-            with options.json.open("a", encoding="utf-8") as file:
+            with partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
             if row.status == COUNTED:
                 assert row.peak_bytes is not None
                 say(f"  {row.implementation}: {row.launches} launches, {row.peak_bytes / 2**20:.1f} MiB")
             elif row.status != rows.UNAVAILABLE:
                 say(f"  {row.implementation}: {row.status}, {row.reason}")
+    partial.replace(options.json)
     return 0
 
 
 if __name__ == "__main__":
     if not recording.present():
-        try:
-            os.execve(
-                sys.executable,
-                [sys.executable, "-m", "benchmarks.counts", *sys.argv[1:]],
-                {**os.environ, **build.build()},
-            )
-        except RuntimeError as reason:
-            sys.exit(str(reason))
+        start("-m", "benchmarks.counts", *sys.argv[1:])
     import tyro
 
     sys.exit(main(tyro.cli(Options)))

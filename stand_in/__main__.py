@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from stand_in.build import build
+from stand_in.start import start
 
 if __name__ == "__main__":
-    try:
-        environment = build()
-    except RuntimeError as reason:
-        sys.exit(str(reason))
-    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], {**os.environ, **environment})
+    start(*sys.argv[1:])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +28,8 @@ def obstacle() -> str | None:
         return f"the stand-in speaks for CUDA 13, and this torch is built for {torch.version.cuda or 'no CUDA'}"
     if _headers() is None:
         return "the stand-in needs the headers of CUDA 13, which come with nvcc or with Triton"
+    if ":" in str(FOLDER):
+        return f"the stand-in lies in a folder with a colon in its name, where it cannot be loaded from: {FOLDER}"
     return None
 
 
@@ -40,17 +41,22 @@ def build() -> dict[str, str]:
         it is there too, linked to no runtime of its own; where `ANOMEM_LIBRARY` is set, that one must be so already.
 
     Raises:
-        RuntimeError: there can be no stand-in here.
+        RuntimeError: there can be no stand-in here, or a compiler fails.
     """
     reason = obstacle()
     if reason is not None:
         raise RuntimeError(reason)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if _older(LIBRARY, HERE.glob("*.[ch]*")):
+    if _older(LIBRARY, HERE.iterdir()):
+        # Another process may be about to load it: it is there whole or not at all.
+        fresh = LIBRARY.with_suffix(f".{os.getpid()}")
         command = ["g++", *FLAGS, f"-isystem{_headers()}", *map(str, sorted(HERE.glob("*.cpp"))), "-ldl"]
-        subprocess.run([*command, "-o", str(LIBRARY)], check=True)
+        _run([*command, "-o", str(fresh)])
+        fresh.replace(LIBRARY)
     environment = {
-        "LD_PRELOAD": str(LIBRARY),
+        # By name and folder, because the loader takes a path with a space for two.
+        "LD_PRELOAD": " ".join(filter(None, [LIBRARY.name, os.environ.get("LD_PRELOAD")])),
+        "LD_LIBRARY_PATH": ":".join(filter(None, [str(FOLDER), os.environ.get("LD_LIBRARY_PATH")])),
         "TRITON_LIBCUDA_PATH": str(FOLDER),
         "TRITON_INTERPRET": "0",
         # Launchers are linked to the driver that is there, so these are not for anybody else.
@@ -67,13 +73,19 @@ def _native_library() -> Path | None:
         return None
     folder = FOLDER / "library"
     if _older(folder / "anomem" / built.name, [built]):
-        environment = {**os.environ, "ANOMEM_BUILD": "cuda", "ANOMEM_CUDART": "none"}
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        variables = {"ANOMEM_BUILD": "cuda", "ANOMEM_CUDART": "none"}
+        _run([sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)], **variables)
     return folder / "anomem"
 
 
-def _older(product: Path, sources: Iterator[Path] | list[Path]) -> bool:
+def _run(command: list[str], **variables: str) -> None:
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} fails:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def _older(product: Path, sources: Iterable[Path]) -> bool:
     return not product.exists() or any(source.stat().st_mtime > product.stat().st_mtime for source in sources)
 
 
@@ -82,11 +94,15 @@ def _headers() -> Path | None:
 
 
 def _header_folders() -> Iterator[Path]:
-    if shutil.which("nvcc"):
-        yield runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]() / "include"
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         yield Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    if shutil.which("nvcc"):
+        # What PATH leads to may be a wrapper; the compiler itself says where it lives.
+        plan = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+        if top is not None:
+            yield Path(top[1]) / "include"
 
 
 def _complete(headers: Path) -> bool:

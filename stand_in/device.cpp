@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+
 namespace stand_in {
 namespace {
 
@@ -53,8 +55,12 @@ Stream* stream_of(cudaStream_t handle) {
   return reinterpret_cast<Stream*>(handle);
 }
 
+void log(const Entry& entry) {
+  if (state().logging) state().log.push_back(entry);
+}
+
 void note(std::string kind, std::string what, std::size_t bytes) {
-  state().log.push_back({std::move(kind), std::move(what), current_device(), -1, 0, 0, bytes});
+  log({std::move(kind), std::move(what), current_device(), -1, 0, 0, bytes});
 }
 
 cudaError_t invalidate(Graph* graph, const char* call, cudaError_t error) {
@@ -65,19 +71,17 @@ cudaError_t invalidate(Graph* graph, const char* call, cudaError_t error) {
 
 cudaError_t waits(const char* call, Stream* stream) {
   note("wait", call);
-  for (auto& graph : state().graphs) {
-    const bool concerned = stream == nullptr || stream->capture == graph.get();
-    if (graph->open && concerned) return invalidate(graph.get(), call, cudaErrorStreamCaptureUnsupported);
+  for (Graph* graph : state().captures) {
+    const bool concerned = stream == nullptr ? graph->origin->device == current_device() : stream->capture == graph;
+    if (concerned) return invalidate(graph, call, cudaErrorStreamCaptureUnsupported);
   }
   return cudaSuccess;
 }
 
 cudaError_t unsafe(const char* call) {
   if (capture_mode() == cudaStreamCaptureModeRelaxed) return cudaSuccess;
-  for (auto& graph : state().graphs) {
-    if (graph->open && graph->mode != cudaStreamCaptureModeRelaxed) {
-      return invalidate(graph.get(), call, cudaErrorStreamCaptureUnsupported);
-    }
+  for (Graph* graph : state().captures) {
+    if (graph->mode != cudaStreamCaptureModeRelaxed) return invalidate(graph, call, cudaErrorStreamCaptureUnsupported);
   }
   return cudaSuccess;
 }
@@ -89,20 +93,23 @@ cudaError_t submit(Stream* stream, Work work) {
   if (Graph* graph = stream->capture) {
     if (graph->invalid) return cudaErrorStreamCaptureInvalidated;
     work.entry.when = "captured";
-    state().log.push_back(work.entry);
+    log(work.entry);
     graph->nodes.push_back(std::move(work));
+    auto& forked = graph->forked;
+    const bool counted = std::find(forked.begin(), forked.end(), stream) != forked.end();
+    if (stream != graph->origin && !counted) forked.push_back(stream);
     return cudaSuccess;
   }
-  for (auto& graph : state().graphs) {
-    if (!graph->open) continue;
+  for (Graph* graph : state().captures) {
+    if (graph->origin->device != stream->device) continue;
     // The null stream waits for every blocking stream, which it cannot while one is captured.
     const bool blocking = (graph->origin->flags & cudaStreamNonBlocking) == 0;
     if (blocking && stream->number == 0) {
-      return invalidate(graph.get(), work.entry.what.c_str(), cudaErrorStreamCaptureImplicit);
+      return invalidate(graph, work.entry.what.c_str(), cudaErrorStreamCaptureImplicit);
     }
     note("fault", work.entry.what + " beside a capture");  // CUDA allows it, and the graph lacks it
   }
-  state().log.push_back(work.entry);
+  log(work.entry);
   ++state().submitted;
   if (work.run) work.run();
   return cudaSuccess;
@@ -128,7 +135,7 @@ cudaError_t allocate(void** pointer, std::size_t bytes) {
   // A page that nobody touches takes no memory, so that any machine has 80 GB of these.
   void* block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (block == MAP_FAILED) return cudaErrorMemoryAllocation;
-  state().blocks[static_cast<char*>(block)] = {bytes, device};
+  own(block, bytes, device);
   state().used[device] += bytes;
   note("allocate", "cudaMalloc", bytes);
   *pointer = block;
@@ -140,7 +147,8 @@ cudaError_t release(void* pointer) {
   if (pointer == nullptr) return cudaSuccess;
   if (const cudaError_t error = unsafe("cudaFree")) return error;
   const auto found = state().blocks.find(static_cast<char*>(pointer));
-  if (found == state().blocks.end()) return cudaErrorInvalidValue;
+  if (found == state().blocks.end() || found->second.second < 0) return cudaErrorInvalidValue;
+  note("wait", "cudaFree");  // for the whole GPU
   munmap(pointer, found->second.first);
   state().used[found->second.second] -= found->second.first;
   state().blocks.erase(found);
@@ -151,9 +159,14 @@ int device_of(const void* pointer) {
   std::lock_guard guard(state().lock);
   const auto* address = static_cast<const char*>(pointer);
   auto after = state().blocks.upper_bound(address);
-  if (after == state().blocks.begin()) return -1;
+  if (after == state().blocks.begin()) return kPageable;
   const auto& [start, block] = *--after;
-  return address < start + block.first ? block.second : -1;
+  return address < start + block.first ? block.second : kPageable;
+}
+
+void own(void* pointer, std::size_t bytes, int device) {
+  std::lock_guard guard(state().lock);
+  state().blocks[static_cast<char*>(pointer)] = {bytes, device};
 }
 
 int attribute(int which) {  // those of an H100, as far as anybody asks
@@ -198,7 +211,9 @@ extern "C" const char* stand_in_log() {
   return text.c_str();
 }
 
-extern "C" void stand_in_clear() {
+/// Begins an empty log, or ends logging.
+extern "C" void stand_in_record(int on) {
   std::lock_guard guard(stand_in::state().lock);
-  stand_in::state().log.clear();
+  stand_in::state().logging = on != 0;
+  if (on != 0) stand_in::state().log.clear();
 }

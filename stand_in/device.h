@@ -1,8 +1,8 @@
 // Stand-in GPUs: their memory is the host's, and their kernels do nothing but leave an entry in a log.
 //
 // What runs above CUDA runs for real: torch's CUDA tensors, allocator, streams and graphs, Triton's compiler and
-// launcher, the package's own launches. No result is computed. What CUDA would refuse (a launch that is too large, a
-// call that a capture forbids) is refused here too.
+// launcher, the package's own launches. No result is computed. What CUDA refuses is refused as far as it is known here:
+// grids, blocks and dynamic shared memory that are too large, memory that is not there, calls that a capture forbids.
 #pragma once
 
 #include <cuda.h>
@@ -26,12 +26,12 @@ constexpr int kSharedOptIn = 227 << 10;  // and with cudaFuncSetAttribute
 
 /// One line of the log.
 struct Entry {
-  std::string kind;  // launch, copy, upload, download, fill, allocate, wait, fault
+  std::string kind;  // as in recording.py
   std::string what;  // a kernel's name, a call's name
   int device;
   int stream;
   dim3 grid, block;
-  std::size_t bytes;         // of shared memory or copied
+  std::size_t bytes;
   std::string when = "now";  // or captured, replayed
 };
 
@@ -49,6 +49,7 @@ struct Graph {
   Stream* origin;
   cudaStreamCaptureMode mode;
   std::vector<Work> nodes;
+  std::vector<Stream*> forked;  // joined the capture and not waited for since their last work
   bool open = true;
   bool invalid = false;
 };
@@ -62,6 +63,7 @@ struct Stream {
 
 struct Event {
   Graph* capture = nullptr;  // the capture that the event was recorded in
+  Stream* stream = nullptr;  // where it was recorded
   long submitted = 0;        // pieces of work before it
 };
 
@@ -75,12 +77,14 @@ struct State {
   std::recursive_mutex lock;
   std::vector<Entry> log;
   long submitted = 0;                                                     // pieces of work so far: the GPUs' clock
-  std::map<const char*, std::pair<std::size_t, int>> blocks;              // address to bytes and device
+  std::map<const char*, std::pair<std::size_t, int>> blocks;              // address to bytes and device, -1: pinned
   std::size_t used[kDevices] = {};                                        // bytes
   Stream null_streams[kDevices];
   std::vector<std::unique_ptr<Stream>> streams;
   std::vector<std::unique_ptr<Event>> events;
   std::vector<std::unique_ptr<Graph>> graphs;
+  std::vector<Graph*> captures;  // those that are open
+  bool logging = false;
   std::map<const void*, std::unique_ptr<Function>> registered;  // by the host's function
   std::vector<std::unique_ptr<Function>> loaded;                // from modules
 };
@@ -91,11 +95,15 @@ int& current_device();
 cudaStreamCaptureMode& capture_mode();
 
 Stream* stream_of(cudaStream_t handle);
-/// The GPU that an address belongs to, -1 for the host.
+constexpr int kPinned = -1, kPageable = -2;
+/// The GPU that an address belongs to, or which kind of the host's memory it is.
 int device_of(const void* pointer);
+/// An allocation of a GPU or of pinned memory.
+void own(void* pointer, std::size_t bytes, int device);
 int attribute(int which);
 
 void note(std::string kind, std::string what, std::size_t bytes = 0);
+void log(const Entry& entry);
 /// Ends a capture without a graph.
 cudaError_t invalidate(Graph* graph, const char* call, cudaError_t error);
 /// What a call returns that waits for a stream (nullptr: for the GPU), which a capture forbids.

@@ -50,7 +50,8 @@ CUresult cuCtxGetDevice(CUdevice* device) { return *device = current_device(), C
 CUresult cuModuleLoadData(CUmodule* module, const void*) {
   std::lock_guard guard(state().lock);
   static int only_one;  // a function is known by its name alone
-  return *module = reinterpret_cast<CUmodule>(&only_one), driver_code(unsafe("cuModuleLoadData"));
+  *module = reinterpret_cast<CUmodule>(&only_one);
+  return driver_code(unsafe("cuModuleLoadData"));
 }
 CUresult cuModuleLoad(CUmodule* module, const char*) { return cuModuleLoadData(module, nullptr); }
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
@@ -70,8 +71,9 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int
 }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
-CUresult cuPointerGetAttribute(void* value, CUpointer_attribute, CUdeviceptr pointer) {
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr pointer) {
   std::lock_guard guard(state().lock);
+  if (which != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
   const int device = device_of(reinterpret_cast<void*>(pointer));
   if (device < 0) return CUDA_ERROR_INVALID_VALUE;
   // Triton asks for each tensor that it hands to a kernel.

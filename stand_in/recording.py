@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     bytes: int
-    """Of shared memory, copied, filled or allocated."""
+    """Of a launch's dynamic shared memory; copied, filled or allocated by others."""
     when: str
     """now, captured or replayed."""
 
@@ -52,10 +52,11 @@ def _parsed(line: str) -> Entry:
 def recorded() -> Iterator[list[Entry]]:
     """What the GPUs are given to do within the block; the list is filled at its end."""
     entries: list[Entry] = []
-    _library().stand_in_clear()
+    _library().stand_in_record(1)
     try:
         yield entries
     finally:
+        _library().stand_in_record(0)
         entries.extend(_parsed(line) for line in _library().stand_in_log().decode().splitlines())
 
 

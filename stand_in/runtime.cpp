@@ -1,4 +1,5 @@
-// CUDA's runtime: devices and kernels. What is not here is the real runtime's, which finds no driver and says so.
+// CUDA's runtime: devices and kernels. What is not here is the real runtime's, which finds a driver without what it needs
+// and says so.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -156,7 +157,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error(), cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error(); }
-const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation: return "out of memory";
@@ -164,6 +165,9 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidResourceHandle: return "a stream of another device";
     case cudaErrorStreamCaptureUnsupported: return "not permitted while a stream is captured";
     case cudaErrorStreamCaptureInvalidated: return "the capture has failed before";
+    case cudaErrorStreamCaptureUnjoined: return "a stream of the capture was not waited for";
+    case cudaErrorStreamCaptureUnmatched: return "the capture began on another stream";
+    case cudaErrorCapturedEvent: return "an event of a capture";
     case cudaErrorStreamCaptureIsolation: return "a captured stream waits for work outside of the capture";
     case cudaErrorStreamCaptureImplicit: return "the null stream would wait for a captured stream";
     default: return "an error of the stand-in";

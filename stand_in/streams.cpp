@@ -1,6 +1,7 @@
 // CUDA's runtime: memory, streams, events and graphs. Work is over when the call that submits it returns.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -17,8 +18,8 @@ const char* kind_of_copy(const void* to, const void* from) {
   return device_of(from) < 0 ? "upload" : "copy";
 }
 
-// More than this is not moved or set within a GPU's memory. Nothing is computed that could read it, and where 80 GB are
-// pages that nobody has touched, they would take the machine's.
+// More than this is not moved or set. Nothing is computed that could read it, and where 80 GB are pages that nobody has
+// touched, they would take the machine's memory.
 constexpr std::size_t kMoved = std::size_t{256} << 20;
 
 /// memset. Zeros in a large block are pages that nobody has touched, which take no memory.
@@ -49,22 +50,40 @@ cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   std::lock_guard guard(state().lock);
   if (const cudaError_t error = unsafe("cudaHostAlloc")) return remember(error);
   *pointer = std::malloc(bytes);
+  if (*pointer == nullptr) return remember(cudaErrorMemoryAllocation);
+  own(*pointer, bytes, kPinned);
   return cudaSuccess;
 }
-cudaError_t cudaFreeHost(void* pointer) { return std::free(pointer), cudaSuccess; }
-cudaError_t cudaHostRegister(void*, std::size_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+cudaError_t cudaFreeHost(void* pointer) {
+  cudaHostUnregister(pointer);
+  std::free(pointer);
+  return cudaSuccess;
+}
+cudaError_t cudaHostRegister(void* pointer, std::size_t bytes, unsigned) {
+  own(pointer, bytes, kPinned);
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* pointer) {
+  std::lock_guard guard(state().lock);
+  state().blocks.erase(static_cast<char*>(pointer));
+  return cudaSuccess;
+}
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  const int device = device_of(pointer);
   *attributes = {};
-  attributes->device = device_of(pointer);
-  attributes->type = attributes->device < 0 ? cudaMemoryTypeUnregistered : cudaMemoryTypeDevice;
+  attributes->device = device < 0 ? current_device() : device;
+  attributes->type = device >= 0         ? cudaMemoryTypeDevice
+                     : device == kPinned ? cudaMemoryTypeHost
+                                         : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   std::lock_guard guard(state().lock);
   const std::string kind = kind_of_copy(to, from);
+  // CUDA copies pageable memory by a detour through its own, for which the host waits.
+  if (device_of(to) == kPageable || device_of(from) == kPageable) note("wait", "pageable memory", bytes);
   auto run = [=] {
-    if (kind != "copy" || bytes <= kMoved) std::memmove(to, from, bytes);
+    if (bytes <= kMoved) std::memmove(to, from, bytes);
   };
   return remember(submit(stream_of(stream), {{kind, "cudaMemcpyAsync", 0, 0, 0, 0, bytes}, run}));
 }
@@ -112,11 +131,19 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
   std::lock_guard guard(state().lock);
   Stream* stream = stream_of(handle);
   Graph* theirs = event_of(event)->capture;
-  if (theirs != nullptr && !theirs->open) theirs = nullptr;
+  if (theirs != nullptr && !theirs->open) return remember(cudaErrorCapturedEvent);
   if (stream->capture != nullptr && stream->capture != theirs) {
     return remember(invalidate(stream->capture, "cudaStreamWaitEvent", cudaErrorStreamCaptureIsolation));
   }
+  if (theirs == nullptr) return cudaSuccess;
+  if (stream->number == 0) return remember(invalidate(theirs, "cudaStreamWaitEvent", cudaErrorStreamCaptureImplicit));
   stream->capture = theirs;  // a stream that waits for a captured one is captured with it
+  auto& forked = theirs->forked;
+  if (stream == theirs->origin) {
+    forked.erase(std::remove(forked.begin(), forked.end(), event_of(event)->stream), forked.end());
+  } else if (std::find(forked.begin(), forked.end(), stream) == forked.end()) {
+    forked.push_back(stream);
+  }
   return cudaSuccess;
 }
 
@@ -132,7 +159,7 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlag
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   std::lock_guard guard(state().lock);
-  *event_of(event) = {stream_of(stream)->capture, state().submitted};
+  *event_of(event) = {stream_of(stream)->capture, stream_of(stream), state().submitted};
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -161,20 +188,30 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   if (stream->number == 0) return remember(cudaErrorStreamCaptureUnsupported);
   if (stream->capture != nullptr) return remember(cudaErrorIllegalState);
   const int number = static_cast<int>(state().graphs.size()) + 1;
-  state().graphs.push_back(std::make_unique<Graph>(Graph{number, stream, mode, {}}));
+  state().graphs.push_back(std::make_unique<Graph>(Graph{number, stream, mode, {}, {}}));
   stream->capture = state().graphs.back().get();
+  state().captures.push_back(stream->capture);
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* result) {
   std::lock_guard guard(state().lock);
   Graph* graph = stream_of(handle)->capture;
   if (graph == nullptr) return remember(cudaErrorIllegalState);
+  if (stream_of(handle) != graph->origin) {
+    return remember(invalidate(graph, "cudaStreamEndCapture", cudaErrorStreamCaptureUnmatched));
+  }
   graph->open = false;
+  state().captures.erase(std::find(state().captures.begin(), state().captures.end(), graph));
   for (auto& stream : state().streams) {
     if (stream->capture == graph) stream->capture = nullptr;
   }
-  *result = graph->invalid ? nullptr : reinterpret_cast<cudaGraph_t>(graph);
-  return remember(graph->invalid ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
+  *result = nullptr;
+  if (graph->invalid) return remember(cudaErrorStreamCaptureInvalidated);
+  if (!graph->forked.empty()) {
+    return remember(invalidate(graph, "cudaStreamEndCapture", cudaErrorStreamCaptureUnjoined));
+  }
+  *result = reinterpret_cast<cudaGraph_t>(graph);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t handle, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,

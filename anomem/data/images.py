@@ -136,12 +136,12 @@ class StreamedImages:
     def batches(self, order: Tensor, batch_size: int) -> Batches:
         """See `Images.batches`; copies to an accelerator come from pinned memory and are not waited for."""
         _check(order, batch_size, len(self))
-        parts = order.cpu().split(batch_size)
+        parts = order.to(self.device).split(batch_size)  # all at once: a batch's own would not be pinned
         pinned = self.device.type == "cuda"
         # One item of the loader is one batch; the loader keeps the order, so the parts can be zipped to it.
         loader: DataLoader[Tensor | UserError] = DataLoader(
             _Stacks(self.dataset),
-            sampler=[part.tolist() for part in parts],
+            sampler=[part.tolist() for part in order.cpu().split(batch_size)],
             batch_size=None,
             num_workers=self.workers,
             pin_memory=pinned,
@@ -149,7 +149,7 @@ class StreamedImages:
         for images, part in zip(loader, parts, strict=True):
             if isinstance(images, UserError):
                 raise images
-            yield images.to(self.device, non_blocking=pinned), part.to(self.device, non_blocking=pinned)
+            yield images.to(self.device, non_blocking=pinned), part
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same data set, delivered on another device."""

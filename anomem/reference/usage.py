@@ -44,9 +44,9 @@ def memory_diagnostics(
         normalize: as in `hopfield_retrieve`.
     """
     read = hopfield_retrieve(query, prototypes, beta=beta, normalize=normalize)
+    nearest = read.weights.argmax(dim=-1)  # [N]
     # Not bincount, which waits for a GPU to learn how many bins there are.
-    nearest = read.weights.argmax(dim=-1, keepdim=True)  # [N, 1]
-    usage = (nearest == torch.arange(prototypes.shape[0], device=nearest.device)).sum(dim=0)
+    usage = nearest.new_zeros(prototypes.shape[0]).scatter_add_(0, nearest, torch.ones_like(nearest))
     mass = read.weights.mean(dim=0)
     entropy = weights_entropy(read.weights).mean()
     mean_length = torch.linalg.vector_norm(l2_normalize(read.out).mean(dim=0))

@@ -21,9 +21,9 @@ def section(results: Path) -> str:
     if not counted:
         return "Not counted yet."
     about = counted[0].about
+    told = picture("Memory of NT-Xent and of retrieval on a GPU against size", "cuda-memory")
     lines = [
-        picture("Memory of NT-Xent and of retrieval on a GPU against size", "cuda-memory"),
-        "",
+        *([told, ""] if any(row.group.startswith("over ") for row in counted) else []),
         f"torch {about['torch']}, Triton {about['triton']}. {commits(row.about for row in counted)}",
         "",
         "| operator and size | eager | torch.compile | leanest other | anomem (triton) | anomem (native) |",
@@ -93,7 +93,8 @@ def panel(plot: Any, sweep: list[Count]) -> None:
         sizes, memory = [row.shape[axis] for row in done], [(row.peak_bytes or 0) / 2**30 for row in done]
         label, width = (f"anomem ({name})", 2.2) if name in OURS else (name, 1.1)
         plot.plot(sizes, memory, color=colour, marker=marker, markersize=5, linewidth=width, label=label)
-        if line[-1].status == rows.OUT_OF_MEMORY:
+        beyond = [row for row in line if row.shape[axis] > sizes[-1]]
+        if beyond and beyond[0].status == rows.OUT_OF_MEMORY:
             plot.plot(sizes[-1:], memory[-1:], "x", color=RED, markersize=11, markeredgewidth=2, zorder=3)
     plot.axhline(GPU_BYTES / 2**30, color=BLACK, linestyle=":", linewidth=1)
     plot.set_xscale("log", base=2)

@@ -22,6 +22,7 @@ NEED_VALUES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # For everybody, torch and the package included, which ask for none of these on a GPU.
     def accepted(*_: Any, **__: Any) -> bool:
         return True
 
@@ -32,3 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if getattr(item, "originalname", item.name) not in NEED_VALUES]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.items:
+        raise pytest.UsageError("no GPU test was found")
