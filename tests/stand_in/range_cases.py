@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from anomem import backends
 from anomem import functional as AF
 from stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
@@ -86,3 +87,24 @@ def test_auto_takes_a_kernel_where_plain_pytorch_does_not_fit(dtype: torch.dtype
             Call(lambda *x, f=function: f(*x, impl="reference"), shapes, dtype)()
         torch.cuda.empty_cache()
         assert peak_of(Call(lambda *x, f=function: f(*x, impl="auto"), shapes, dtype)) < 2 * GIB
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_pytorch_takes_what_the_rules_of_auto_say(dtype: torch.dtype) -> None:
+    positive = torch.arange(8192, device="cuda")
+    calls: list[tuple[str, Callable[..., Any], list[tuple[int, ...]]]] = [
+        ("retrieve", lambda q, k: AF.hopfield_retrieve(q, k, impl="reference"), [(8192, 16), (8192, 16)]),
+        ("nt_xent", lambda a, b: AF.nt_xent(a, b, impl="reference"), [(1, 4096, 16), (1, 4096, 16)]),
+        (
+            "info_nce",
+            lambda r, c: AF.info_nce(r, c, positive, temperature=0.1, impl="reference"),
+            [(8192, 16), (8192, 16)],
+        ),
+    ]
+    for operator, function, shapes in calls:
+        (rule,) = (rule for rule in backends.AUTO if (rule.operator, rule.device) == (operator, "cuda"))
+        call = Call(function, shapes, dtype)
+        call()
+        size = peak_of(call) / 8192**2
+        assert f" {size:.0f} bytes a score" in rule.reason
+        assert f" {8 * round(size)} GiB" in rule.reason
