@@ -75,6 +75,10 @@ def draw(results: Path, folder: Path) -> Path | None:
     for plot, name in zip(axes[0], names, strict=True):
         panel(plot, [row for row in sweeps if (row.operator, row.group) == name])
     axes[0][0].set_ylabel("peak memory of forward + backward, GiB")
+    handles = {
+        label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle("Memory on a GPU, counted without one: a red cross where the next size does not fit", fontsize=11)
     path = folder / "cuda-memory.png"
     save(figure, path)
@@ -105,7 +109,6 @@ def panel(plot: Any, sweep: list[Count]) -> None:
     plot.set_xlabel(SWEPT[axis])
     fixed = [f"{name} = {value}" for name, value in sweep[0].shape.items() if name not in (axis, "B")]
     plot.set_title(f"{sweep[0].operator}, {', '.join(fixed)}, {sweep[0].dtype} (dotted: 80 GiB)", fontsize=10)
-    plot.legend(frameon=False, fontsize=7)
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {"cuda-counts": section}
