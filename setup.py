@@ -99,7 +99,8 @@ def cuda_module() -> Extension:
         raise CannotBuild("this torch has no CUDA, so the CUDA kernels are left out")
     home = cuda_home()
     cpp_extension.CUDA_HOME = str(home)
-    theirs = re.search(r"release (\d+)", os.popen(f"{home}/bin/nvcc --version").read())
+    told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    theirs = re.search(r"release (\d+)", told)
     if theirs is None or theirs.group(1) != torch.version.cuda.split(".")[0]:
         found = f"CUDA {theirs.group(1)}" if theirs else "an unreadable version"
         raise CannotBuild(

@@ -16,7 +16,7 @@ struct Handle {
 int product_on(const char* name, cudaStream_t stream) {
   std::lock_guard guard(state().lock);
   static std::map<std::string, Function> functions;
-  Function& function = functions.try_emplace(name, Function{name}).first->second;
+  Function& function = functions.try_emplace(name, name).first->second;
   return launch(&function, 1, 1, 0, stream) == cudaSuccess ? kSuccess : kExecutionFailed;
 }
 

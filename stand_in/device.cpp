@@ -2,8 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
-
 namespace stand_in {
 namespace {
 
@@ -118,7 +116,7 @@ cudaError_t submit(Stream* stream, Work work) {
 cudaError_t launch(Function* function, dim3 grid, dim3 block, std::size_t shared, cudaStream_t handle) {
   std::lock_guard guard(state().lock);
   if (function == nullptr) return cudaErrorInvalidDeviceFunction;
-  if (!fits(grid, block) || shared > static_cast<std::size_t>(function->shared_limit)) {
+  if (!fits(grid, block) || shared > static_cast<std::size_t>(function->shared_limit[current_device()])) {
     note("fault", function->name + " with grid " + shape(grid) + " and block " + shape(block), shared);
     return cudaErrorInvalidConfiguration;
   }

@@ -8,12 +8,14 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace stand_in {
@@ -68,8 +70,9 @@ struct Event {
 };
 
 struct Function {
+  explicit Function(std::string named) : name(std::move(named)) { std::fill_n(shared_limit, kDevices, kSharedBlock); }
   std::string name;
-  int shared_limit = kSharedBlock;
+  int shared_limit[kDevices];  // bytes of dynamic shared memory, on each GPU
 };
 
 /// Everything there is. One lock, for torch runs backward passes in threads of their own.

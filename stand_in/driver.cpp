@@ -57,7 +57,7 @@ CUresult cuModuleLoad(CUmodule* module, const char*) { return cuModuleLoadData(m
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
   std::lock_guard guard(state().lock);
-  state().loaded.push_back(std::make_unique<Function>(Function{name}));
+  state().loaded.push_back(std::make_unique<Function>(name));
   return *function = reinterpret_cast<CUfunction>(state().loaded.back().get()), CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
@@ -67,7 +67,8 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
   const bool known = which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
   if (!known || value > kSharedOptIn) return CUDA_ERROR_INVALID_VALUE;
-  return reinterpret_cast<Function*>(function)->shared_limit = value, CUDA_SUCCESS;
+  reinterpret_cast<Function*>(function)->shared_limit[current_device()] = value;
+  return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 

@@ -42,7 +42,7 @@ void __cudaRegisterVar(void**, char*, char*, const char*, int, std::size_t, int,
 void __cudaRegisterFunction(
     void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
   std::lock_guard guard(state().lock);
-  state().registered[host] = std::make_unique<Function>(Function{name});
+  state().registered[host] = std::make_unique<Function>(name);
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, std::size_t shared, void* stream) {
   configurations.push({grid, block, shared, static_cast<cudaStream_t>(stream)});
@@ -83,7 +83,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int 
   if (function == nullptr) return remember(cudaErrorInvalidDeviceFunction);
   if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value > kSharedOptIn) return remember(cudaErrorInvalidValue);
-    function->shared_limit = value;
+    function->shared_limit[current_device()] = value;
   }
   return cudaSuccess;
 }

@@ -235,7 +235,9 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, capture_mode()), cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  return *executable = reinterpret_cast<cudaGraphExec_t>(graph), cudaSuccess;
+  if (graph == nullptr) return remember(cudaErrorInvalidValue);
+  *executable = reinterpret_cast<cudaGraphExec_t>(graph);
+  return cudaSuccess;
 }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, std::size_t* count) {
   return *count = graph_of(graph)->nodes.size(), cudaSuccess;

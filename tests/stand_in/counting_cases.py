@@ -26,12 +26,9 @@ def made_of(function: Function) -> Implementation:
 
 def test_kernels_and_bytes_are_those_of_a_call() -> None:
     counted = count(SMALL, made_of(lambda z, z_pair: (z * 2 + z_pair).sum()))
-    # A multiplication, an addition and a sum, and what their gradients take.
-    assert counted.status == COUNTED
-    assert counted.launches is not None
-    assert 4 <= counted.launches <= 8
-    assert counted.peak_bytes is not None
-    assert 2 * SMALL.dims["G"] * SMALL.dims["B"] * SMALL.dims["d"] * 2 <= counted.peak_bytes < 2**20
+    # A multiplication, an addition and a sum; backward a multiplication, by 2. At the peak two tensors are alive.
+    one = SMALL.dims["G"] * SMALL.dims["B"] * SMALL.dims["d"] * SMALL.torch_dtype.itemsize
+    assert (counted.status, counted.launches, counted.peak_bytes) == (COUNTED, 4, 2 * one)
 
 
 def test_the_kernels_launch_less_and_take_less_than_eager() -> None:
