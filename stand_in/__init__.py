@@ -7,8 +7,8 @@ What CUDA refuses is refused as far as it is known here: grids, blocks and dynam
 memory that is not there, what a capture forbids.
 
 So the way from a call to its kernels runs for real: launches, their sizes, streams and devices, CUDA graphs, memory,
-waiting. What kernels compute and how long they take is not seen. For that there are Triton's interpreter (tests/kernels), the
-emulation (tests/cuda) and, where there is one, a GPU.
+waiting. What kernels compute and how long they take is not seen. For that there are Triton's interpreter
+(tests/kernels), the emulation (tests/cuda) and, where there is one, a GPU.
 
 `python -m stand_in ARGUMENTS` is `python ARGUMENTS` on such GPUs. There is no cuDNN: what convolves sets
 `torch.backends.cudnn.enabled = False`.
