@@ -8,12 +8,10 @@ none. How long it takes is not seen. An implementation that reads what a kernel 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,34 +22,16 @@ from benchmarks.memory import peak_bytes
 from benchmarks.operators import OPERATORS
 from benchmarks.prepare import NoTime, reasons
 from benchmarks.rivals import implementations
+from benchmarks.rows import Row
+from benchmarks.runner import WORK
 from benchmarks.suites import kernels
 from benchmarks.timing import Subject
 from stand_in import recording
 from stand_in.start import start
 
-COUNTED = "counted"
 GPU_BYTES = 80 * 2**30  # of a stand-in
-RESULT = machine.ROOT / "benchmarks" / "results" / "cuda-counts.jsonl"
-
-
-@dataclass
-class Count:
-    """One implementation of one case."""
-
-    operator: str
-    shape: dict[str, int]
-    dtype: str
-    training: bool
-    group: str
-    implementation: str
-    status: str = COUNTED
-    reason: str | None = None
-    """Why there are no counts."""
-    launches: int | None = None
-    """Kernels and matrix products of one call."""
-    peak_bytes: int | None = None
-    """Largest amount allocated during a call beyond what its inputs hold."""
-    about: dict[str, Any] = field(default_factory=dict)
+SUITE = "counts"
+RESULT = machine.ROOT / "benchmarks" / "results" / f"cuda-{SUITE}.jsonl"
 
 
 def cases() -> Iterator[Case]:
@@ -63,9 +43,9 @@ def cases() -> Iterator[Case]:
         yield case("retrieve", N=thousands * 1024, M=4096, d=128, B=128, dtype="bfloat16", group="over N")
 
 
-def count(case: Case, implementation: Implementation) -> Count:
+def count(case: Case, implementation: Implementation) -> Row:
     """Count one call of one implementation, after calls that compile and plan."""
-    result = Count(case.operator, case.dims, case.dtype, case.training, case.group, implementation.name)
+    result = rows.row_for(SUITE, case, implementation.name, WORK, rows.COUNTED)
     torch.compiler.reset()  # a function compiled for many sizes is compiled for any size, or given up
     try:
         with reasons():
@@ -85,13 +65,6 @@ def count(case: Case, implementation: Implementation) -> Count:
         result.status, result.reason = why.status, why.reason
     torch.cuda.empty_cache()
     return result
-
-
-def read(path: Path = RESULT) -> list[Count]:
-    """The rows of a file."""
-    if not path.exists():
-        return []
-    return [Count(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -126,9 +99,8 @@ def main(options: Options) -> int:
         for implementation in implementations(each.operator):
             row = count(each, implementation)
             row.about = about
-            with partial.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
-            if row.status == COUNTED:
+            rows.append(partial, row)
+            if row.status == rows.COUNTED:
                 assert row.peak_bytes is not None
                 say(f"  {row.implementation}: {row.launches} launches, {row.peak_bytes / 2**20:.1f} MiB")
             elif row.status != rows.UNAVAILABLE:

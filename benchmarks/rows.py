@@ -15,6 +15,8 @@ OUT_OF_MEMORY = "out of memory"
 OVER_TIME = "over time"
 WRONG = "wrong"
 FAILED = "failed"
+COUNTED = "counted"
+"""Launches and memory without a time, of `benchmarks.counts`."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Row:
     repeats: int = 0
     peak_bytes: int | None = None
     """Largest amount allocated during a call beyond what its inputs hold."""
+    launches: int | None = None
+    """Kernels and matrix products of one call, where they were counted."""
     compile_seconds: float | None = None
     """Of implementations that compile: what the first call took beyond a warm one, from an empty cache."""
     checked: dict[str, int] | None = None

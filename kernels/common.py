@@ -76,8 +76,8 @@ def store_rows(base, x, rows, stride, count, WIDTH: tl.constexpr, BLOCK_D: tl.co
     tl.store(target, round_to(x, base.dtype.element_ty), mask=mask)
 
 
-# Triton's own of these two serve kernels as well and take 27 times as long: in a call that launches eight kernels a
-# tenth of the host's time.
+# Triton's own of these two serve kernels as well, which makes them slow on the host, where a call of eight kernels asks
+# for them twenty times.
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉."""
     return -(-a // b)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -97,12 +99,9 @@ def _header_folders() -> Iterator[Path]:
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         yield Path(triton.origin).parent / "backends" / "nvidia" / "include"
-    if shutil.which("nvcc"):
-        # What PATH leads to may be a wrapper; the compiler itself says where it lives.
-        plan = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
-        if top is not None:
-            yield Path(top[1]) / "include"
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    with contextlib.suppress(setup["CannotBuild"]):
+        yield setup["cuda_home"]() / "include"
 
 
 def _complete(headers: Path) -> bool:

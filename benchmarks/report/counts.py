@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.counts import COUNTED, GPU_BYTES, RESULT, Count, read
-from benchmarks.report.data import OURS
+from benchmarks.counts import GPU_BYTES, SUITE
+from benchmarks.report.data import OURS, cases_of, load
 from benchmarks.report.pictures import BLACK, GREY, RED, STYLES, SWEPT, count_label, figure_of, plain_numbers, save
-from benchmarks.report.tables import commits, picture, size
+from benchmarks.report.tables import commits, label, picture, size
+from benchmarks.rows import Row
 
 SHOWN = ("eager", "torch.compile")
 
 
 def section(results: Path) -> str:
     """The picture, and one line a case: kernels launched and memory of one call."""
-    counted = read(results / RESULT.name)
+    counted = load(results, "cuda", SUITE)
     if not counted:
         return "Not counted yet."
     about = counted[0].about
@@ -32,42 +33,29 @@ def section(results: Path) -> str:
     return "\n".join([*lines, *map(line_of, cases_of(counted))])
 
 
-def line_of(case: list[Count]) -> str:
+def line_of(case: list[Row]) -> str:
     """The table's line of one case."""
     by_name = {row.implementation: row for row in case}
-    others = [row for row in case if row.status == COUNTED and row.implementation not in (*SHOWN, *OURS)]
+    others = [row for row in case if row.status == rows.COUNTED and row.implementation not in (*SHOWN, *OURS)]
     other = min(others, key=lambda row: row.peak_bytes or 0, default=None)
     cells = [cell(by_name.get(name)) for name in SHOWN]
     cells += [f"{cell(other)} ({other.implementation})" if other else "–"]
     cells += [cell(by_name.get(name)) for name in ("triton", "native")]
-    first = case[0]
-    sizes = ", ".join(f"{name} {value}" for name, value in first.shape.items())
-    passes = "" if first.training else ", forward"
-    dtype = "" if first.dtype == "float32" else f", {first.dtype}"
-    return f"| `{first.operator}` {sizes}{passes}{dtype} ({first.group}) | {' | '.join(cells)} |"
+    return f"| {' | '.join([label(case[0]), *cells])} |"
 
 
-def cell(row: Count | None) -> str:
+def cell(row: Row | None) -> str:
     """Kernels and memory, or why there are none."""
     if row is None or row.status in (rows.UNAVAILABLE, rows.FAILED):
         return "–"
-    if row.status != COUNTED:
+    if row.status != rows.COUNTED:
         return row.status
     return f"{row.launches} kernels, {size(row.peak_bytes)}"
 
 
-def cases_of(counted: list[Count]) -> list[list[Count]]:
-    """Rows grouped by case, in their order."""
-    groups: dict[tuple[object, ...], list[Count]] = {}
-    for row in counted:
-        key = (row.operator, *row.shape.items(), row.dtype, row.training, row.group)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
 def draw(results: Path, folder: Path) -> Path | None:
     """Memory of the sweeps against size, a panel each; None where there are no rows."""
-    sweeps = [row for row in read(results / RESULT.name) if row.group.startswith("over ")]
+    sweeps = [row for row in load(results, "cuda", SUITE) if row.group.startswith("over ")]
     if not sweeps:
         return None
     names = list(dict.fromkeys((row.operator, row.group) for row in sweeps))
@@ -85,7 +73,7 @@ def draw(results: Path, folder: Path) -> Path | None:
     return path
 
 
-def panel(plot: Any, sweep: list[Count]) -> None:
+def panel(plot: Any, sweep: list[Row]) -> None:
     """One line for each implementation of a sweep."""
     axis = sweep[0].group.removeprefix("over ")
     for name in dict.fromkeys(row.implementation for row in sweep):

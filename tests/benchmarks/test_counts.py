@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from benchmarks import rows
-from benchmarks.counts import RESULT, Count
+from benchmarks.case import case
+from benchmarks.counts import RESULT, SUITE
 from benchmarks.report import counts
+from benchmarks.rows import Row, row_for
 
 ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}
 
 
-def counted(name: str, size: int, launches: int | None, peak: int | None, status: str = "counted") -> Count:
-    shape = {"G": 1, "B": size, "d": 64}
-    made = Count("nt_xent", shape, "bfloat16", True, "over B", name, status, None, launches, peak)
-    made.about = ABOUT
+def counted(name: str, size: int, launches: int | None, peak: int | None, status: str = rows.COUNTED) -> Row:
+    one = case("nt_xent", G=1, B=size, d=64, dtype="bfloat16", group="over B")
+    made = row_for(SUITE, one, name, "work", status)
+    made.launches, made.peak_bytes, made.about = launches, peak, ABOUT
     return made
 
 
@@ -33,7 +33,7 @@ def results(tmp_path: Path) -> Path:
         counted("another", 256, None, None, rows.UNAVAILABLE),
         counted("triton", 256, 6, 2**21),
     ]
-    (tmp_path / RESULT.name).write_text("".join(json.dumps(asdict(row)) + "\n" for row in made))
+    rows.write(tmp_path / RESULT.name, made)
     return tmp_path
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.case import Function, Implementation, case
-from benchmarks.counts import COUNTED, count
+from benchmarks.counts import count
 from benchmarks.rivals import implementations
 
 SMALL = case("nt_xent", G=4, B=64, d=32, dtype="bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def as_users_run(poisoned_memory: None) -> None:
-    """Without the suite's filling of new memory, which would be launches of its own."""
-    torch.use_deterministic_algorithms(False)
 
 
 def made_of(function: Function) -> Implementation:
@@ -28,7 +21,7 @@ def test_kernels_and_bytes_are_those_of_a_call() -> None:
     counted = count(SMALL, made_of(lambda z, z_pair: (z * 2 + z_pair).sum()))
     # A multiplication, an addition and a sum; backward a multiplication, by 2. At the peak two tensors are alive.
     one = SMALL.dims["G"] * SMALL.dims["B"] * SMALL.dims["d"] * SMALL.torch_dtype.itemsize
-    assert (counted.status, counted.launches, counted.peak_bytes) == (COUNTED, 4, 2 * one)
+    assert (counted.status, counted.launches, counted.peak_bytes) == (rows.COUNTED, 4, 2 * one)
 
 
 def test_the_kernels_launch_less_and_take_less_than_eager() -> None:

@@ -19,12 +19,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # which have schemes of
 HOST = ("wait", "upload", "download")
 
 
-@pytest.fixture(autouse=True)
-def as_users_run(poisoned_memory: None) -> None:
-    """Without the suite's filling of new memory, which would be launches of its own."""
-    torch.use_deterministic_algorithms(False)
-
-
 def work_of(entries: list[Entry], when: str = "now") -> list[tuple[Any, ...]]:
     """What a GPU is given, on whichever stream: kernels with their launch sizes, copies and fills."""
     work = of(entries, "launch", "copy", "fill")
