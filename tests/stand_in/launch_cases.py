@@ -51,6 +51,21 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         assert work_of(replayed, "replayed") == work
 
 
+@pytest.mark.parametrize(("allowed", "kernel"), [(True, "_forward"), (False, "_softmax")])
+def test_float32_takes_the_flash_kernels_where_torch_allows_tf32(allowed: bool, kernel: str) -> None:
+    """Without TF32 there is no matrix instruction for them, and the library multiplies."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        call = Call(*CALLS["retrieve"], torch.float32)
+        with recorded() as entries:
+            call()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert kernel in {e.what for e in of(entries, "launch")}
+    assert not of(entries, "fault")
+
+
 def test_modules_become_graphed_callables() -> None:
     memory = ann.HopfieldMemory(64, 40, impl="triton").cuda()
     query = torch.zeros(300, 64, device="cuda", requires_grad=True)
