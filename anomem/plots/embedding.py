@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from anomem.data.optional import optional
+from anomem.errors import optional
 from anomem.plots.style import ANOMALOUS, INK, NORMAL, figure
 from anomem.validation import require
 

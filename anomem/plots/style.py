@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anomem.data.optional import optional
+from anomem.errors import optional
 from anomem.files import writing
 
 with optional("drawing figures"):
