@@ -47,8 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; its old content is still there.
     """
-    # Beside the file, so that the replacement is one rename; with its suffix, by which libraries choose a format.
-    temporary = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")
+    # Beside the file, so that the replacement is one rename.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     with writing(path):
         try:
             yield temporary
