@@ -22,16 +22,17 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 class Augmentation:
-    """Draws parameters for each image and applies them to the batch on its device::
-
-        augmentation = Augmentation(AugmentConfig.for_dataset("digits"))
-        generator = torch.Generator(images.device).manual_seed(0)
-        views = augmentation(images, generator)  # [B, C, H, W] uint8 -> float32 in [0, 1]
+    """Draws parameters for each image and applies them to the batch on its device.
 
     It never waits for the device, and the same generator state gives the same bits.
 
     Args:
         config: the ranges.
+
+    Example:
+        >>> augmentation = Augmentation(AugmentConfig.for_dataset("digits"))
+        >>> generator = torch.Generator(images.device).manual_seed(0)
+        >>> views = augmentation(images, generator)  # [B, C, H, W] uint8 -> float32 in [0, 1]
     """
 
     def __init__(self, config: AugmentConfig) -> None:

@@ -13,7 +13,11 @@ Padding = Literal["zeros", "border", "reflection"]
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Ranges of the random parameters, uniform and drawn for each image; a range at its neutral value costs nothing."""
+    """Ranges of the random parameters, uniform and drawn for each image; a range at its neutral value costs nothing.
+
+    Raises:
+        ArgumentError: a probability outside of [0, 1], an empty or negative range, an unknown padding.
+    """
 
     crop_area: tuple[float, float] = (0.3, 1.0)
     """Area of the random resized crop as a share of the image, in (0, 1]."""

@@ -15,7 +15,11 @@ Anomalies = Literal["photographs", "defects", Defect]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """One anomaly-detection task: a data set, its normal class and the split."""
+    """One anomaly-detection task: a data set, its normal class and the split.
+
+    Raises:
+        ArgumentError: a number outside of its range, or an unknown name of anomalies.
+    """
 
     dataset: str = "digits"
     """digits, textures, cifar10, cifar100 or folder. A task made in Python may have any name."""

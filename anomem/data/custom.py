@@ -60,11 +60,7 @@ def task_from_dataset(
     classes: Sequence[str] | None = None,
     aligned: bool = True,
 ) -> Task:
-    """One class of any labelled data set against its other classes::
-
-        config = DataConfig("mine", normal="0", image_size=64)
-        task = task_from_dataset(train_pairs, test_pairs, config=config)
-        task = dataclasses.replace(task, test_masks=masks)  # [T, H, W] bool; only to measure localisation
+    """One class of any labelled data set against its other classes.
 
     Args:
         train: anything with a length whose item i is (image, label): a torchvision data set, a list of pairs. Images
@@ -78,6 +74,11 @@ def task_from_dataset(
 
     Raises:
         UserError: fewer than two normals, one class only, NaN in the data, an unknown class.
+
+    Example:
+        >>> config = DataConfig("mine", normal="0", image_size=64)
+        >>> task = task_from_dataset(train_pairs, test_pairs, config=config)
+        >>> task = dataclasses.replace(task, test_masks=masks)  # [T, H, W] bool; only to measure localisation
     """
     require(len(train) >= 2, "train", "at least two images", len(train))
     labels = labels_of(train)

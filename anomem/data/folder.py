@@ -20,16 +20,17 @@ GOOD = ("good", "normal", "ok")
 
 
 class ImageFiles(Dataset[Tensor]):
-    """Image files, each read when it is indexed::
-
-        files = ImageFiles(image_files(Path("photos")), size=128)
-        images = StreamedImages(files)
-        scores = [scorer(batch) for batch, _ in images.batches(torch.arange(len(images)), 64)]
+    """Image files, each read when it is indexed.
 
     Args:
         paths: the files.
         size: side in pixels, or (H, W); images are resized to it and the aspect ratio is not kept.
         grey: one channel instead of three.
+
+    Example:
+        >>> images = StreamedImages(ImageFiles(image_files(Path("photos")), size=128))
+        >>> for batch, index in images.batches(torch.arange(len(images)), batch_size=64):
+        ...     scorer(batch)  # [64, 3, 128, 128] uint8
     """
 
     def __init__(self, paths: Sequence[Path], size: int | tuple[int, int], grey: bool = False) -> None:

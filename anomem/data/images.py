@@ -66,14 +66,15 @@ class Images(Protocol):
 
 
 class ResidentImages:
-    """Images kept on the device as uint8 and gathered there by index::
-
-        images = ResidentImages(pixels)  # [N, C, H, W] uint8
-        for batch, index in images.to("cuda").batches(torch.randperm(len(images)), batch_size=64):
-            ...  # [64, C, H, W] uint8 on the GPU
+    """Images kept on the device as uint8 and gathered there by index.
 
     Args:
         images: [N, C, H, W] uint8.
+
+    Example:
+        >>> images = ResidentImages(pixels).to("cuda")  # pixels: [N, C, H, W] uint8
+        >>> batch, index = next(images.batches(torch.randperm(len(images)), batch_size=64))
+        >>> batch  # [64, C, H, W] uint8 on the GPU, images[index]
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -106,11 +107,7 @@ class ResidentImages:
 
 
 class StreamedImages:
-    """Images read from a torch data set by a DataLoader, for sets that do not fit on the device::
-
-        images = StreamedImages(ImageFiles(paths, size=128), workers=4, device="cuda")
-        for batch, index in images.batches(torch.arange(len(images)), batch_size=64):
-            ...  # [64, 3, 128, 128] uint8 on the GPU
+    """Images read from a torch data set by a DataLoader, for sets that do not fit on the device.
 
     Each call of `batches` starts its own workers: give it an order of several epochs to start them once.
 
@@ -118,6 +115,11 @@ class StreamedImages:
         dataset: item i is an image [C, H, W] uint8, all of one shape.
         workers: processes that read; 0 reads in the calling process.
         device: where the batches are delivered.
+
+    Example:
+        >>> images = StreamedImages(ImageFiles(paths, size=128), workers=4, device="cuda")
+        >>> batch, index = next(images.batches(torch.arange(len(images)), batch_size=64))
+        >>> batch  # [64, 3, 128, 128] uint8 on the GPU
     """
 
     def __init__(self, dataset: Dataset[Tensor], workers: int = 2, device: torch.device | str = "cpu") -> None:

@@ -16,11 +16,7 @@ from anomem.validation import require
 
 @dataclass
 class Task:
-    """Training and test images with their labels::
-
-        task = load_task(DataConfig("digits", normal="3"))
-        len(task.train), task.train_is_normal.sum()  # images to train on, all of them normal
-        task.test_is_anomaly, task.test_kinds  # ground truth of the test images
+    """Training and test images with their labels.
 
     Attributes:
         name: data set and normal class, "digits 3".
@@ -35,6 +31,11 @@ class Task:
         std: of each channel over training normals, > 0.
         aligned: whether a position means the same in every image.
         test_paths: file of each test image, or None.
+
+    Example:
+        >>> task = load_task(DataConfig("digits", normal="3"))
+        >>> len(task.train), len(task.test), int(task.test_is_anomaly.sum())
+        (128, 539, 484)
     """
 
     name: str

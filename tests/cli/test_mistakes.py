@@ -99,6 +99,9 @@ def test_a_directory_that_holds_a_run_is_left_alone(anomem: Command, copy: Path)
     [
         ('{"optimizer": {"lr": 1}}', ("`optimizer.lr`", "no such setting", "learning_rate")),
         ('{"model": {"backbone": "vgg"}}', ("`model.backbone`", "'vgg'", "'resnet18'")),
+        ('{"data": {"image_size": 0}}', ("`data.image_size`", "≥ 1", "0")),
+        ('{"data": {"anomalies": "dust"}}', ("`data.anomalies`", "'photographs'", "'dust'")),
+        ('{"augment": {"flip": 2}}', ("`augment.flip`", "from 0 to 1", "2.0")),
         ("{", ("not JSON",)),
         (None, ("cannot read",)),
     ],
