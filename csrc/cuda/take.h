@@ -1,4 +1,4 @@
-// Taking rows out of a map: the arguments, and the choice between the two ways.
+// Taking rows from a map: the arguments, and the choice between TakeRows and TakePlanes.
 #pragma once
 
 #include <cuda/launch.cuh>
@@ -14,7 +14,7 @@ void take(const DeviceScope& scope, const TakeArguments<T>& arguments) {
   launch<TakePlanes<T>>(scope, arguments);
 }
 
-// Arguments of a take from a map [B, C, H, W]: what of it and where to is left to fill in.
+// Arguments of a take from a map [B, C, H, W]. The caller fills in positions and output.
 template <class T>
 TakeArguments<T> take_from(const Tensor& map) {
   TakeArguments<T> a{};
