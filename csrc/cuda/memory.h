@@ -6,7 +6,6 @@
 
 #include "operands.h"
 #include "softmax.cuh"
-#include "take.h"
 
 namespace anomem::cuda {
 

@@ -8,7 +8,6 @@
 
 #include "operands.h"
 #include "scatter.cuh"
-#include "take.h"
 #include "variance.cuh"
 
 namespace anomem::cuda {

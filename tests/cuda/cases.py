@@ -130,11 +130,12 @@ def test_variance_of_nan_is_nan(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", ["none", "layer", "l2"])
-@pytest.mark.parametrize("options", ["tied", "values", "learned_beta"])
+@pytest.mark.parametrize("options", ["tied", "values", "values_of_width_0", "learned_beta"])
 def test_retrieve(device: str, dtype: torch.dtype, normalize: str, options: str) -> None:
     """Three chunks of queries in the emulation, rows whose length is no multiple of 16 bytes."""
     query, keys = draw(300, 21, dtype=dtype), draw(37, 21, dtype=dtype, seed=1)
-    values = draw(37, 10, dtype=dtype, seed=2) if options == "values" else None
+    widths = {"values": 10, "values_of_width_0": 0}
+    values = draw(37, widths[options], dtype=dtype, seed=2) if options in widths else None
     beta = torch.tensor(0.7) if options == "learned_beta" else None
     inputs = [None if x is None else x.to(device) for x in (query, keys, values, beta)]
     scale = 0.3 if beta is None else 1.0
