@@ -130,11 +130,12 @@ def test_variance_of_nan_is_nan(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", ["none", "layer", "l2"])
-@pytest.mark.parametrize("options", ["tied", "values", "learned_beta"])
+@pytest.mark.parametrize("options", ["tied", "values", "values_of_width_0", "learned_beta"])
 def test_retrieve(device: str, dtype: torch.dtype, normalize: str, options: str) -> None:
     """Three chunks of queries in the emulation, rows whose length is no multiple of 16 bytes."""
     query, keys = draw(300, 21, dtype=dtype), draw(37, 21, dtype=dtype, seed=1)
-    values = draw(37, 10, dtype=dtype, seed=2) if options == "values" else None
+    widths = {"values": 10, "values_of_width_0": 0}
+    values = draw(37, widths[options], dtype=dtype, seed=2) if options in widths else None
     beta = torch.tensor(0.7) if options == "learned_beta" else None
     inputs = [None if x is None else x.to(device) for x in (query, keys, values, beta)]
     scale = 0.3 if beta is None else 1.0
@@ -269,9 +270,9 @@ def test_operators_refuse_what_they_cannot_read(device: str) -> None:
     x, feature_map, positions = draw(2, 3, 4).to(device), draw(1, 2, 2, 2).to(device), torch.zeros(3, device=device)
     with pytest.raises(RuntimeError, match="contiguous"):
         native.native_variance_fwd(x.transpose(1, 2), 1.0, 1e-4)
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(RuntimeError, match=r"`positions`: expected torch\.int64, received torch\.float32"):
         native.native_gather_fwd(feature_map, positions, False)
-    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="`map`: expected float32, bfloat16 or float16, received torch.float64"):
         native.native_gather_fwd(feature_map.double(), positions.long(), False)
-    with pytest.raises(RuntimeError, match="keys"):
+    with pytest.raises(RuntimeError, match=r"`keys`: expected \[M, 4\], received shape \[3, 2\]"):
         native.native_retrieve_fwd(x[0], x[0, :, :2], None, None, 1.0, 1)

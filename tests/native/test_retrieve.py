@@ -232,7 +232,10 @@ def test_errors() -> None:
         ((query, prototypes[:, :3].contiguous(), None, None, 0.5, 1), "keys"),
         ((query, prototypes.double(), None, None, 0.5, 1), "keys"),
         ((query, prototypes.T.contiguous().T, None, None, 0.5, 1), "keys"),
-        ((query, prototypes[:0], None, None, 0.5, 1), "at least one row"),
+        (
+            (query, prototypes[:0], None, None, 0.5, 1),
+            r"`keys`: expected \[M, d\] with M >= 1, d >= 1, received shape \[0, 4\]",
+        ),
         ((query, prototypes, prototypes[:3].contiguous(), None, 0.5, 1), "values"),
         ((query, prototypes, None, None, 0.5, 3), "normalize"),
     ):

@@ -1,32 +1,30 @@
-// native_gather_fwd, native_gather_bwd.
+// native_gather_fwd, native_gather_bwd, native_variance_fwd, native_variance_bwd.
 #include <cuda/launch.cuh>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "operands.h"
 #include "scatter.cuh"
-#include "take.h"
+#include "variance.cuh"
 
 namespace anomem::cuda {
 namespace {
 
-// Number of positions per image, n.
-int64_t check_positions(const Tensor& positions, const Tensor& like, int64_t batch) {
-  check_like(positions, "positions", like, ScalarType::Long);
-  check_contiguous(positions, "positions");
-  const bool shared = positions.dim() == 1;
-  STD_TORCH_CHECK(shared || (positions.dim() == 2 && positions.size(0) == batch), "positions: expected [n] or [B, n]");
-  const int64_t count = positions.size(shared ? 0 : 1);
-  STD_TORCH_CHECK(count <= INT32_MAX, "positions: expected fewer than 2^31 for one image");
+// Positions per image, n. The lists of scatter.cuh hold them as 32-bit numbers.
+int64_t position_count(const Tensor& positions, const Tensor& like, int64_t batch) {
+  const int64_t count = check_positions(positions, like, batch);
+  if (count > INT32_MAX) refuse("positions", "fewer than 2^31 for one image", std::to_string(count));
   return count;
 }
 
 std::tuple<Tensor, Tensor> gather_forward(const Tensor& map, const Tensor& positions, bool normalize) {
-  STD_TORCH_CHECK(map.dim() == 4, "map: expected [B, C, H, W]");
+  check_map(map);
+  check_element_type(map, "map");
   const int64_t batch = map.size(0), channels = map.size(1);
-  const int64_t count = check_positions(positions, map, batch);
+  const int64_t count = position_count(positions, map, batch);
   const DeviceScope scope(map);
   const Tensor out = empty(map, {count, batch, channels});
   const Tensor inv_norm =
@@ -49,19 +47,11 @@ std::tuple<Tensor, Tensor> gather_forward(const Tensor& map, const Tensor& posit
 
 Tensor gather_backward(const Tensor& dout, const Tensor& out, const Tensor& inv_norm, const Tensor& positions,
                        const std::vector<int64_t>& map_shape, bool channels_last, bool normalize) {
-  STD_TORCH_CHECK(map_shape.size() == 4, "map_shape: expected [B, C, H, W]");
+  check_element_type(dout, "dout");
+  check_map_shape(map_shape);
   const int64_t batch = map_shape[0], channels = map_shape[1], size = map_shape[2] * map_shape[3];
-  const int64_t count = check_positions(positions, dout, batch);
-  check_shape(dout, "dout", {count, batch, channels});
-  check_contiguous(dout, "dout");
-  if (normalize) {
-    check_like(out, "out", dout, dout.scalar_type());
-    check_shape(out, "out", {count, batch, channels});
-    check_contiguous(out, "out");
-    check_like(inv_norm, "inv_norm", dout, ScalarType::Float);
-    check_shape(inv_norm, "inv_norm", {count, batch});
-    check_contiguous(inv_norm, "inv_norm");
-  }
+  const int64_t count = position_count(positions, dout, batch);
+  check_gathered(dout, out, inv_norm, ScalarType::Float, count, batch, channels, normalize);
   const DeviceScope scope(dout);
   const Tensor dmap = torch::stable::empty(
       {map_shape.data(), map_shape.size()}, dout.scalar_type(), std::nullopt, dout.device(), std::nullopt,
@@ -100,10 +90,50 @@ Tensor gather_backward(const Tensor& dout, const Tensor& out, const Tensor& inv_
   return dmap;
 }
 
+std::tuple<Tensor, Tensor, Tensor> variance_forward(const Tensor& x, double gamma, double eps) {
+  check_variance(x);
+  check_element_type(x, "x");
+  const DeviceScope scope(x);
+  const int64_t groups = x.size(0), batch = x.size(1), features = x.size(2);
+  const Tensor loss = empty(x, {groups}, ScalarType::Float);
+  const Tensor mean = empty(x, {groups, features}, ScalarType::Float);
+  const Tensor std = empty(x, {groups, features}, ScalarType::Float);
+  const int64_t splits = ceil_div(batch, kRowsPerSplit);
+  const Tensor pivot = empty(x, {groups, features}, ScalarType::Float);
+  const Tensor split_mean = empty(x, {splits, groups, features}, ScalarType::Float);
+  const Tensor split_square = empty(x, {splits, groups, features}, ScalarType::Float);
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    launch<VarianceMoments<T>>(
+        scope, {data<T>(x), groups, batch, features, writable<float>(pivot), writable<float>(split_mean),
+                writable<float>(split_square)});
+  });
+  launch<VarianceLoss>(scope, {data<float>(pivot), data<float>(split_mean), data<float>(split_square), groups, batch,
+                               features, static_cast<float>(gamma), static_cast<float>(eps), writable<float>(loss),
+                               writable<float>(mean), writable<float>(std)});
+  return {loss, mean, std};
+}
+
+Tensor variance_backward(const Tensor& dloss, const Tensor& x, const Tensor& mean, const Tensor& std, double gamma) {
+  check_variance_gradient(dloss, x, mean, std, ScalarType::Float);
+  check_element_type(x, "x");
+  const int64_t groups = x.size(0), batch = x.size(1), features = x.size(2);
+  const DeviceScope scope(x);
+  const Tensor dx = empty(x, {groups, batch, features});
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    launch<VarianceBackward<T>>(scope, {data<float>(dloss), data<T>(x), data<float>(mean), data<float>(std), groups,
+                                        batch, features, static_cast<float>(gamma), writable<T>(dx)});
+  });
+  return dx;
+}
+
 }  // namespace
 }  // namespace anomem::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(anomem, ANOMEM_KEY, m) {
   m.impl("native_gather_fwd", TORCH_BOX(&anomem::cuda::gather_forward));
   m.impl("native_gather_bwd", TORCH_BOX(&anomem::cuda::gather_backward));
+  m.impl("native_variance_fwd", TORCH_BOX(&anomem::cuda::variance_forward));
+  m.impl("native_variance_bwd", TORCH_BOX(&anomem::cuda::variance_backward));
 }
