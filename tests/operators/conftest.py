@@ -9,7 +9,7 @@ import torch
 
 from anomem.backends import Impl
 from anomem.ops import native
-from tests.operators.contract import F64, Contract, Implementation, cases, each
+from tests.operators.contract import Contract, Implementation, cases, each
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

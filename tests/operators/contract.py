@@ -40,7 +40,7 @@ TRITON_TF32 = Implementation("triton-tf32", "triton", (F32, BF16, F16), allow_tf
 
 
 def fault(reason: str, *values: Any) -> Any:
-    """A row of `cases` that an implementation does not compute as the contract says, and why; mended, it must be said."""
+    """A row of `cases` at which an implementation breaks the contract, and why. Once mended the test fails."""
     return pytest.param(*values, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
 
 
@@ -82,7 +82,7 @@ def tuple_of(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def assert_same_values(first: Sequence[Tensor], second: Sequence[Tensor], impl: Impl) -> None:
-    """The same bits from a kernel; from plain PyTorch, whose products depend on strides and batches, nearly the same."""
+    """The same bits from a kernel; close ones from plain PyTorch, whose products depend on strides and batches."""
     for one, other in zip(first, second, strict=True):
         if impl == "reference":
             torch.testing.assert_close(one, other)
@@ -350,7 +350,9 @@ class Contract:
         for name in (impl, "reference"):
             outputs = tuple_of(self.call(name, x, *rest))
             with forward_ad.dual_level():
-                upstream = [forward_ad.make_dual(torch.ones_like(out), draw(*out.shape, seed=2).to(out)) for out in outputs]
+                upstream = [
+                    forward_ad.make_dual(torch.ones_like(out), draw(*out.shape, seed=2).to(out)) for out in outputs
+                ]
                 (gradient,) = torch.autograd.grad(outputs, x, upstream)
                 tangents.append(forward_ad.unpack_dual(gradient).tangent)
         assert tangents[0] is not None

@@ -137,7 +137,10 @@ def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape
     check(impl, tau, views(*shape, dtype))
 
 
-@cases("tau, n, d", {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 50, 40))})
+@cases(
+    "tau, n, d",
+    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 50, 40))},
+)
 def test_well_matched_pairs_within_budget(impl: Impl, tau: float, n: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
     z, noise = views(2, n, d, seed=1)
@@ -350,6 +353,13 @@ def test_a_differentiable_gradient_under_autocast_is_exact(impl: Impl) -> None:
     exact = nt_xent(x.double(), y.double(), temperature=temperature.double(), impl="reference")
     (expected,) = torch.autograd.grad(exact, temperature)
     torch.testing.assert_close(differentiable.detach(), expected)
+
+
+@each_dtype(*ALL)
+def test_losses_are_float32(impl: Impl, dtype: torch.dtype) -> None:
+    z, z_pair = views(1, 3, 4, dtype)
+    assert rows_of(impl)(z, z_pair).dtype == F32
+    assert info_nce(z, z_pair, torch.arange(3), impl=impl).dtype == F32
 
 
 @each(*ALL)

@@ -217,9 +217,7 @@ def test_learned_betas_of_any_sign_within_budget(impl: Impl, dtype: torch.dtype,
 
     def several(retrieve: Function) -> Function:
         def run(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
-            parts = [
-                retrieve(query[i], keys[i], None if values is None else values[i], beta[i]) for i in range(count)
-            ]
+            parts = [retrieve(query[i], keys[i], None if values is None else values[i], beta[i]) for i in range(count)]
             return tuple(torch.stack(part) for part in zip(*parts, strict=True))
 
         return run
@@ -423,12 +421,20 @@ def test_bfloat16_prototypes_that_are_nearly_one_within_budget(
     check(impl, inputs, beta=0.7)
 
 
-@each(REFERENCE, NATIVE)
-def test_derivatives_of_unit_rows(impl: Impl) -> None:
+@cases("normalize", {one: [(normalize,) for normalize in NORMALIZE] for one in (REFERENCE, NATIVE)})
+def test_derivatives_with_every_normalisation(impl: Impl, normalize: str) -> None:
     leaves = [x.requires_grad_() for x in (*memory(4, 5, 6, 3, F64), torch.tensor(0.8, dtype=F64)) if x is not None]
-    assert torch.autograd.gradcheck(retrieval(impl, normalize="l2"), leaves)
+    assert torch.autograd.gradcheck(retrieval(impl, normalize=normalize), leaves)
     query, prototypes, _, beta = leaves
-    assert torch.autograd.gradcheck(retrieval(impl, normalize="l2"), (query, prototypes, None, beta))
+    assert torch.autograd.gradcheck(retrieval(impl, normalize=normalize), (query, prototypes, None, beta))
+
+
+@each_dtype(*ALL)
+def test_what_is_read_has_the_dtype_of_the_query(impl: Impl, dtype: torch.dtype) -> None:
+    """And its log sum float32."""
+    out, lse = retrieval(impl)(*pair(6, 5, 4, dtype))
+    assert out.dtype == dtype
+    assert lse.dtype == F32
 
 
 def test_rows_too_long_are_refused() -> None:
@@ -446,7 +452,7 @@ def test_rows_too_long_are_refused() -> None:
     },
 )
 def test_shrunk_within_budget(impl: Impl, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    """No threshold, then 1/(2M) and MemAE's 1/M and 3/M. With a beta that is not learned: gradcheck holds its gradient."""
+    """No threshold, then 1/(2M) and MemAE's 1/M and 3/M. A learned beta is gradcheck's."""
     m = sizes[1]
     for shrink in (0.0, 0.5 / m, min(0.9, 1 / m), min(0.9, 3 / m)):
         check(impl, memory(*sizes, dtype=dtype), normalize="layer", beta=0.35, shrink=shrink)
