@@ -56,7 +56,7 @@ test-floor: $(FLOOR)/.installed
 	ANOMEM_BUILD=auto ANOMEM_CUDART=none TORCH_CUDA_ARCH_LIST=9.0 $(FLOOR)/bin/python setup.py --quiet build_ext \
 	  --build-temp $(FLOOR)/objects --build-lib $(FLOOR)/library
 	ANOMEM_LIBRARY=$(FLOOR)/library/anomem OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(WORKERS) \
-	  --dist loadgroup tests/kernels tests/stand_in tests/functional tests/nn tests/native
+	  --dist loadgroup tests/operators tests/kernels tests/stand_in tests/functional tests/nn tests/native
 
 $(FLOOR)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)
@@ -83,7 +83,7 @@ sanitize: $(VENV)/.installed
 	  --build-temp build/sanitized/objects --build-lib build/sanitized
 	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
-	  $(PY) -m pytest -p no:xdist --capture=sys tests/native
+	  $(PY) -m pytest -p no:xdist --capture=sys -k native tests/native tests/operators
 
 clean:
 	rm -rf build dist *.egg-info anomem/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -7,6 +7,7 @@ written by hand. Inputs are drawn in the low dtype and promoted, so both see the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,6 +60,9 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str
     unit = torch.finfo(actual.dtype).eps
     theirs *= unit / torch.finfo(plain.dtype).eps
     budget = (3 if wide else 2) * theirs + ulps * unit
+    if "PYTEST_CURRENT_TEST" in os.environ:  # which pytest shows under -s
+        ratio = f"{mine / theirs:.2f}x plain" if theirs else f"{mine / unit:.2f} ulps, plain is exact"
+        print(f"{os.environ['PYTEST_CURRENT_TEST'].rpartition('::')[2].removesuffix(' (call)')}: {name}: error {ratio}")
     assert mine <= budget, (
         f"{name}: error {mine:.3g} of the largest magnitude, budget {budget:.3g} (plain {theirs:.3g})"
     )
