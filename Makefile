@@ -49,9 +49,9 @@ test: build
 test-gpu: build
 	$(PY) -m pytest -m gpu tests
 
-# The oldest torch that the package supports and the Triton that came with it. The native library is built with it too, in
-# a folder of its own, and its CUDA module for the stand-in GPUs, the only ones that it meets here. This torch asks for a
-# setuptools before 82.
+# The oldest torch that the package supports and the Triton that came with it. The native library is built against it in a
+# folder of its own; its CUDA module is linked to no CUDA runtime, for the stand-in GPUs (tests/stand_in). This torch needs
+# a setuptools before 82.
 FLOOR := build/floor
 test-floor: $(FLOOR)/.installed
 	ANOMEM_BUILD=auto ANOMEM_CUDART=none TORCH_CUDA_ARCH_LIST=9.0 $(FLOOR)/bin/python setup.py --quiet build_ext \

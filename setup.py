@@ -6,7 +6,7 @@
 - `cpu`, `cuda`: the CPU module, or both; anything missing is an error.
 - `none`: no native code. The package then runs on its reference and, on GPUs, on Triton.
 
-`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: stand_in/.
+`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: tests/stand_in/.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from benchmarks.rows import Row
 from benchmarks.runner import WORK
 from benchmarks.suites import kernels
 from benchmarks.timing import Subject
-from stand_in import recording
-from stand_in.start import start
+from tests.stand_in import recording
+from tests.stand_in.start import start
 
 GPU_BYTES = 80 * 2**30  # of a stand-in
 SUITE = "counts"

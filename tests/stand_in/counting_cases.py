@@ -1,4 +1,4 @@
-"""`benchmarks.counts` on the GPUs it counts on: see test_stand_in.py, which runs these."""
+"""`benchmarks.counts` on stand-in GPUs. test_stand_in.py runs these cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting Python anew, on stand-in GPUs."""
+"""Restarts Python on stand-in GPUs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 import sys
 from typing import NoReturn
 
-from stand_in import recording
-from stand_in.build import build
+from tests.stand_in import recording
+from tests.stand_in.build import build
 
 STARTED = "ANOMEM_STAND_IN_STARTED"
 
 
 def start(*arguments: str) -> NoReturn:
-    """Go on as Python with these arguments; the process ends with a sentence where that cannot be."""
+    """Replace this process by Python with these arguments; end it with a message if the stand-in cannot be built."""
     if STARTED in os.environ and not recording.present():
-        sys.exit("the stand-in was to be loaded before this process (LD_PRELOAD) and was not")
+        sys.exit("LD_PRELOAD names the stand-in, but this process runs without it")
     try:
         environment = build()
     except RuntimeError as reason:

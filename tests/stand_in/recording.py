@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# What the process was started with (LD_PRELOAD), among all that it has loaded.
+# The process itself: the stand-in is among its libraries (LD_PRELOAD).
 _LIBRARY: Any = None
 
 
@@ -50,7 +50,7 @@ def _parsed(line: str) -> Entry:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Entry]]:
-    """What the GPUs are given to do within the block; the list is filled at its end."""
+    """Records the block's work for the GPUs; the list is filled when the block ends."""
     entries: list[Entry] = []
     _library().stand_in_record(1)
     try:

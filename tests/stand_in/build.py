@@ -1,4 +1,4 @@
-"""Compiling the stand-in, and the environment of a process that runs on it."""
+"""Compiles the stand-in and gives the environment of a process that runs on it."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+DEVICE = Path(__file__).resolve().parent / "device"
+ROOT = DEVICE.parents[2]
 FOLDER = ROOT / "build" / "stand_in"
-LIBRARY = FOLDER / "libcuda.so.1"  # the driver's name, by which Triton and torch look for it
+LIBRARY = FOLDER / "libcuda.so.1"  # the driver's name: Triton and torch look for it
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared", f"-Wl,-soname,{LIBRARY.name}"]
 
 
 def obstacle() -> str | None:
-    """Why there can be no stand-in here, or None."""
+    """Why the stand-in cannot be built on this machine, or None."""
     import torch
 
     if shutil.which("g++") is None:
         return "the stand-in needs g++"
     if not (torch.version.cuda or "").startswith("13."):
-        return f"the stand-in speaks for CUDA 13, and this torch is built for {torch.version.cuda or 'no CUDA'}"
+        return f"the stand-in replaces CUDA 13; this torch was built for {torch.version.cuda or 'no CUDA'}"
     if _headers() is None:
         return "the stand-in needs the headers of CUDA 13, which come with nvcc or with Triton"
     if ":" in str(FOLDER):
-        return f"the stand-in lies in a folder with a colon in its name, where it cannot be loaded from: {FOLDER}"
+        return f"LD_LIBRARY_PATH takes no folder with a colon in its name: {FOLDER}"
     return None
 
 
 def build() -> dict[str, str]:
-    """Compile what is older than its sources.
+    """Compile the libraries that are older than their sources.
 
     Returns:
-        The environment variables of a process whose GPUs are the stand-ins. If the package's CUDA module was built,
-        it is there too, linked to no runtime of its own; where `ANOMEM_LIBRARY` is set, that one must be so already.
+        The environment variables of a process whose GPUs are the stand-ins. If the package's CUDA module was built, it
+        is built again without a CUDA runtime; a library named by `ANOMEM_LIBRARY` must have been built so.
 
     Raises:
-        RuntimeError: there can be no stand-in here, or a compiler fails.
+        RuntimeError: the stand-in cannot be built on this machine, or a compiler fails.
     """
     reason = obstacle()
     if reason is not None:
         raise RuntimeError(reason)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if _older(LIBRARY, HERE.iterdir()):
-        # Another process may be about to load it: it is there whole or not at all.
+    if _older(LIBRARY, DEVICE.iterdir()):
+        # Atomic: another process may be about to load it.
         fresh = LIBRARY.with_suffix(f".{os.getpid()}")
-        command = ["g++", *FLAGS, f"-isystem{_headers()}", *map(str, sorted(HERE.glob("*.cpp"))), "-ldl"]
+        command = ["g++", *FLAGS, f"-isystem{_headers()}", *map(str, sorted(DEVICE.glob("*.cpp"))), "-ldl"]
         _run([*command, "-o", str(fresh)])
         fresh.replace(LIBRARY)
     environment = {
-        # By name and folder, because the loader takes a path with a space for two.
+        # Name and folder apart: the loader splits LD_PRELOAD at spaces.
         "LD_PRELOAD": " ".join(filter(None, [LIBRARY.name, os.environ.get("LD_PRELOAD")])),
         "LD_LIBRARY_PATH": ":".join(filter(None, [str(FOLDER), os.environ.get("LD_LIBRARY_PATH")])),
         "TRITON_LIBCUDA_PATH": str(FOLDER),
         "TRITON_INTERPRET": "0",
-        # Launchers are linked to the driver that is there, so these are not for anybody else.
+        # Caches of its own: compiled launchers are linked to the stand-in's driver.
         "TRITON_CACHE_DIR": str(FOLDER / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "inductor"),
     }
@@ -105,7 +105,7 @@ def _header_folders() -> Iterator[Path]:
 
 
 def _complete(headers: Path) -> bool:
-    """Whether they are those of CUDA 13, and all of them."""
+    """Whether a folder holds all the headers of CUDA 13."""
     runtime = headers / "cuda_runtime_api.h"
-    found = runtime.exists() and (headers / "crt" / "host_defines.h").exists()
-    return found and re.search(r"define CUDART_VERSION +13", runtime.read_text()) is not None
+    complete = runtime.exists() and (headers / "crt" / "host_defines.h").exists()
+    return complete and re.search(r"define CUDART_VERSION +13", runtime.read_text()) is not None
