@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.accuracy import rows, tables
 from benchmarks.accuracy.rows import Row
 from benchmarks.accuracy.tasks import Job, jobs
+
+from benchmarks.accuracy import rows, tables
 
 JOB = Job("digits", "3", "classes", 0, "one-class")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.case import case
+from benchmarks.rows import Row, row_for
 
 from benchmarks import rows
-from benchmarks.case import case
 from benchmarks.counts import RESULT, SUITE
 from benchmarks.report import counts
-from benchmarks.rows import Row, row_for
 
 ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}
 

@@ -6,14 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from benchmarks.case import Case, case
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Subject, input_sets
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomem import backends
 from anomem.models import ModelConfig, build_model
-from benchmarks.case import Case, case
-from benchmarks.memory import peak_bytes
 from benchmarks.operators import OPERATORS
-from benchmarks.timing import Subject, input_sets
 from benchmarks.training.phases import Phases
 from benchmarks.training.step import Step
 

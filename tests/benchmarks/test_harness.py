@@ -7,15 +7,15 @@ import time
 
 import pytest
 import torch
-
-from benchmarks import rows
 from benchmarks.case import Implementation, Unavailable, case
 from benchmarks.compiling import TookTooLong, time_limit
 from benchmarks.machine import Others
 from benchmarks.memory import is_out_of_memory, peak_bytes
-from benchmarks.operators import OPERATORS
 from benchmarks.prepare import Bench, Bounds, NoTime
 from benchmarks.runner import Runner
+
+from benchmarks import rows
+from benchmarks.operators import OPERATORS
 from benchmarks.suites import SUITES, Suite, suite
 
 SMALL = case("retrieve", N=128, M=16, d=16, B=8)

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-
-from benchmarks import rows
 from benchmarks.case import case
-from benchmarks.report import pages, pictures, tables
 from benchmarks.report.data import load, load_training
 from benchmarks.rows import Row, row_for
+
+from benchmarks import rows
+from benchmarks.report import pages, pictures, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

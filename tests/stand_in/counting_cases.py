@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.case import Function, Implementation, case
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.case import Function, Implementation, case
 from benchmarks.counts import count
 from benchmarks.rivals import implementations
 

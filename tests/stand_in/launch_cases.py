@@ -9,8 +9,8 @@ import torch
 
 from anomem import functional as AF
 from anomem import nn as ann
-from tests.stand_in.recording import Entry, of, recorded
 from tests.stand_in.calls import CALLS, Call
+from tests.stand_in.recording import Entry, of, recorded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # which have schemes of their own
 HOST = ("wait", "upload", "download")

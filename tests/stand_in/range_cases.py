@@ -13,8 +13,8 @@ import torch
 
 from anomem import backends
 from anomem import functional as AF
-from tests.stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
+from tests.stand_in.recording import of, recorded
 
 GIB = 2**30
 DTYPES = [torch.float32, torch.bfloat16]

@@ -17,8 +17,8 @@ from anomem.train import LossConfig, OptimizerConfig, RunConfig, Stage2Config, T
 from anomem.train.run import head_for, model_for
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
-from tests.stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE
+from tests.stand_in.recording import of, recorded
 
 EVERY = 4
 ONE_ROW = Counter({("download", "cudaMemcpyAsync"): 1, ("wait", "cudaEventSynchronize"): 1})

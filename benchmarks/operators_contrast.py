@@ -1,4 +1,4 @@
-"""NT-Xent and its rectangular form.
+"""What is computed: NT-Xent and its rectangular form, InfoNCE.
 
 Flops, with n = 2B rows in each of G groups. The similarities u uᵀ are symmetric, so half of 2·n²·d is enough: n²·d
 forward. The gradient is a full [n, n] matrix times u, 2·n²·d. The floor counts 3·G·n²·d for both passes. Plain PyTorch
@@ -11,17 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import functional as F
+from anomem import functional as AF
 from anomem.testing import draw
-from benchmarks.case import Function
-from benchmarks.operators.base import Dims, Operator, Work, capped
+from benchmarks.harness.case import Dims, Function, Operator, Work, capped
 
 TEMPERATURE = 0.2
 INFO_NCE_TEMPERATURE = 0.07
 
 
-def pair(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """Two views [G, B, d]; the second is the first plus noise, as two views of an image are alike."""
+def view_pair(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """Two views [G, B, d]; the second is the first plus noise, because views of one image are alike."""
     view = draw(dims["G"], dims["B"], dims["d"], dtype=dtype, seed=seed)
     noise = draw(dims["G"], dims["B"], dims["d"], dtype=dtype, seed=seed + 1)
     return view, view + noise
@@ -29,7 +28,7 @@ def pair(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
 
 def nt_xent(impl: str) -> Function:
     """The library's NT-Xent, mean over groups and rows."""
-    return lambda z, z_pair: F.nt_xent(z, z_pair, temperature=TEMPERATURE, impl=impl)
+    return lambda z, z_pair: AF.nt_xent(z, z_pair, temperature=TEMPERATURE, impl=impl)
 
 
 def nt_xent_work(dims: Dims, itemsize: int, training: bool) -> Work:
@@ -42,7 +41,7 @@ def nt_xent_work(dims: Dims, itemsize: int, training: bool) -> Work:
 NT_XENT = Operator(
     "nt_xent",
     "NT-Xent of G groups of 2B rows",
-    pair,
+    view_pair,
     nt_xent,
     nt_xent_work,
     lambda dims: dims["G"] * (2 * dims["B"]) ** 2,
@@ -59,7 +58,7 @@ def rows_and_columns(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor,
 
 def info_nce(impl: str) -> Function:
     """The library's InfoNCE, mean over rows."""
-    return lambda rows, columns, positive: F.info_nce(
+    return lambda rows, columns, positive: AF.info_nce(
         rows, columns, positive, temperature=INFO_NCE_TEMPERATURE, impl=impl
     )
 
