@@ -1,7 +1,7 @@
 """Retrieval by attention code: SDPA, FlexAttention and the formula of hopfield-layers.
 
-Queries attend to the normalised prototypes. Folded: all N queries are one sequence, batch 1, one head. Expanded: a batch
-of B images, each with N/B queries, and the memory expanded along the batch.
+Queries attend to the normalised prototypes. Folded: all N queries are one sequence, batch 1, one head. Expanded: a
+batch of B images, each with N/B queries, and the memory expanded along the batch.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def flex(case: Case, device: str) -> Function:
 def hopfield_layers(case: Case, device: str) -> Function:
     """The static lookup softmax(β LN(R) LN(Y)ᵀ) LN(Y) of hopfield-layers (Ramsauer et al. 2021), from its definition.
 
-    One head, no projection, one update. The stored patterns are repeated for each of B images, then normalised, and meet
-    the image's N/B queries in a batched product.
+    One head, no projection, one update. The stored patterns are repeated for each of B images, then normalised, then
+    multiplied with the image's N/B queries in a batched product.
     """
     batch = case.dims["B"]
 

@@ -1,4 +1,4 @@
-"""The stand-in refuses what CUDA refuses, and records faults that CUDA would not report. test_stand_in.py runs these."""
+"""The stand-in refuses what CUDA refuses, and records faults that CUDA hides. test_stand_in.py runs these cases."""
 
 from __future__ import annotations
 
