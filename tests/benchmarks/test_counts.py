@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.case import case
-from benchmarks.rows import Row, row_for
 
-from benchmarks import rows
 from benchmarks.counts import RESULT, SUITE
+from benchmarks.harness import rows
+from benchmarks.harness.case import case
+from benchmarks.harness.rows import Row, row_for
 from benchmarks.report import counts
 
 ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.case import case
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomem.testing import gradients
+from benchmarks.harness.case import case
 from benchmarks.operators import OPERATORS
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from benchmarks.case import Function, Implementation, case
 from torch import Tensor
 
-from benchmarks import rows
 from benchmarks.counts import count
+from benchmarks.harness import rows
+from benchmarks.harness.case import Function, Implementation, case
 from benchmarks.rivals import implementations
 
 SMALL = case("nt_xent", G=4, B=64, d=32, dtype="bfloat16")
