@@ -20,7 +20,7 @@ import tyro
 from benchmarks.harness import rows
 from benchmarks.harness.case import Case
 from benchmarks.harness.console import Bar, say
-from benchmarks.harness.rows import RESULTS, Row
+from benchmarks.harness.rows import RESULTS, Row, about
 from benchmarks.tiles import proposal, schemes, sweep
 
 
@@ -44,7 +44,7 @@ def main(options: Options) -> int:
     if reason is not None:
         say(reason)
         return 2
-    state = rows.about("cuda")
+    state = about("cuda")
     say(f"{state['device_name']}, torch {state['torch']}, Triton {state['triton']}, commit {state['commit']}")
     path = Path(options.json) if options.json else RESULTS / "cuda-tiles.jsonl"
     parts = [part for part in plan("cuda", options) if options.filter in part[0].title]

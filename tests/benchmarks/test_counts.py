@@ -1,4 +1,4 @@
-"""The table of what is counted without a GPU."""
+"""The table of launches and memory counted without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guard against regressions that no clock can disturb: allocations and operator calls."""
+"""A guard against regressions without a clock: allocations and operator calls."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def test_one_native_call_for_each_operator_and_scale() -> None:
         for operator in ("retrieve", "nt_xent", "gather", "variance")
         for direction in ("fwd", "bwd")
     }
-    assert not {"aten.logsumexp", "aten._softmax", "aten.index_select", "aten.native_layer_norm"} & calls.keys()
+    assert calls["aten.index_select"] == 1  # of the batch, no other
+    assert not {"aten.logsumexp", "aten._softmax", "aten.native_layer_norm"} & calls.keys()
 
 
 def test_fused_step_dispatches_fewer_operators_than_eager() -> None:

@@ -1,4 +1,4 @@
-"""The flop accounting against torch's own count of what the reference does."""
+"""The flop accounting against torch's own count of the reference's flops."""
 
 from __future__ import annotations
 
