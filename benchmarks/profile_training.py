@@ -358,7 +358,7 @@ class UsualImages:
 
 
 class UsualViews:
-    """Takes the place of `anomem.train.stage1.Views` where the workers have made the views.
+    """Takes the place of `anomem.train.stage1.Views` when workers made the views.
 
     Args:
         config: not used.

@@ -68,7 +68,7 @@ def main(options: Options) -> int:
         return 2
     path = _rows_path(options, device)
     old = rows.read(path) if path and options.resume else []
-    # Rows of unavailable implementations are asked for again: that costs nothing.
+    # Unavailable implementations are tried again: that costs nothing.
     known = {row.key for row in old if row.status != rows.UNAVAILABLE}
     bounds = _bounds(options, device)
     state = rows.about(device)

@@ -57,7 +57,7 @@ def one_prototype(config: TrainConfig, task: Task) -> Metrics:
 
 
 def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
-    """Shallow baselines on raw pixels, and the residual of a patch PCA where there are masks."""
+    """Shallow baselines on raw pixels, and the residual of a patch PCA if there are masks."""
     metrics = image_metrics(baselines(task, config.run.seed), task.test_is_anomaly)
     if task.test_masks is not None:
         metrics["patch PCA"] = {"pixel_auroc": pixel_auroc(patch_pca_maps(task, config.run.seed), task.test_masks)}

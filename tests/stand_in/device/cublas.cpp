@@ -1,6 +1,6 @@
-// cuBLAS, as far as torch's matrix products call it: a product is an entry in the log.
+// Fake cuBLAS, as far as torch's matrix products call it: a product adds an entry to the log.
 //
-// Arguments that nobody looks at are not declared; a caller that passes them is not disturbed.
+// Functions declare only the arguments that they read; callers may pass more.
 #include "device.h"
 
 using namespace stand_in;
@@ -49,7 +49,7 @@ int cublasSdot_v2(void* handle) { return product("cublasSdot", handle); }
 int cublasDdot_v2(void* handle) { return product("cublasDdot", handle); }
 int cublasDotEx(void* handle) { return product("cublasDotEx", handle); }
 
-// cuBLASLt, whose descriptions of a product need no GPU and are the real ones.
+// cuBLASLt: its descriptions of a product need no GPU, so they are the real ones.
 int cublasLtMatmulAlgoGetHeuristic(
     void*, void*, void*, void*, void*, void*, void*, int, void* /* the first of them */, int* found) {
   return *found = 1, kSuccess;

@@ -100,12 +100,12 @@ cudaError_t submit(Stream* stream, Work work) {
   }
   for (Graph* graph : state().captures) {
     if (graph->origin->device != stream->device) continue;
-    // The null stream waits for every blocking stream, which it cannot while one is captured.
+    // The null stream waits for every blocking stream; that is impossible while one is captured.
     const bool blocking = (graph->origin->flags & cudaStreamNonBlocking) == 0;
     if (blocking && stream->number == 0) {
       return invalidate(graph, work.entry.what.c_str(), cudaErrorStreamCaptureImplicit);
     }
-    note("fault", work.entry.what + " beside a capture");  // CUDA allows it, and the graph lacks it
+    note("fault", work.entry.what + " beside a capture");  // CUDA allows it, but the graph lacks it
   }
   log(work.entry);
   ++state().submitted;
@@ -130,7 +130,7 @@ cudaError_t allocate(void** pointer, std::size_t bytes) {
   const int device = current_device();
   if (bytes == 0) return cudaSuccess;
   if (state().used[device] + bytes > kMemory) return cudaErrorMemoryAllocation;
-  // A page that nobody touches takes no memory, so that any machine has 80 GB of these.
+  // An untouched page takes no memory, so any machine can reserve 80 GB.
   void* block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (block == MAP_FAILED) return cudaErrorMemoryAllocation;
   own(block, bytes, device);
@@ -167,7 +167,7 @@ void own(void* pointer, std::size_t bytes, int device) {
   state().blocks[static_cast<char*>(pointer)] = {bytes, device};
 }
 
-int attribute(int which) {  // those of an H100, as far as anybody asks
+int attribute(int which) {  // those of an H100, as far as torch and Triton ask
   switch (which) {
     case cudaDevAttrComputeCapabilityMajor: return 9;
     case cudaDevAttrComputeCapabilityMinor: return 0;
@@ -199,7 +199,7 @@ int attribute(int which) {  // those of an H100, as far as anybody asks
 
 }  // namespace stand_in
 
-// For the tests.
+// Read by recording.py.
 
 extern "C" const char* stand_in_log() {
   std::lock_guard guard(stand_in::state().lock);

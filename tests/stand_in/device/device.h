@@ -1,8 +1,8 @@
-// Stand-in GPUs: their memory is the host's, and their kernels do nothing but leave an entry in a log.
+// Stand-in GPUs: their memory is the host's, their kernels add an entry to a log and compute nothing.
 //
-// What runs above CUDA runs for real: torch's CUDA tensors, allocator, streams and graphs, Triton's compiler and
-// launcher, the package's own launches. No result is computed. What CUDA refuses is refused as far as it is known here:
-// grids, blocks and dynamic shared memory that are too large, memory that is not there, calls that a capture forbids.
+// Everything above CUDA is real: torch's CUDA tensors, allocator, streams and graphs, Triton's compiler and launcher, the
+// package's own launches. Known refusals of CUDA are refused: grids, blocks and dynamic shared memory that are too large,
+// too much memory, calls that a capture forbids.
 #pragma once
 
 #include <cuda.h>
@@ -23,8 +23,8 @@ namespace stand_in {
 constexpr int kDevices = 2;
 constexpr std::size_t kMemory = std::size_t{80} << 30;  // bytes of each GPU
 constexpr int kProcessors = 132;
-constexpr int kSharedBlock = 48 << 10;   // bytes of shared memory that a block may have unasked
-constexpr int kSharedOptIn = 227 << 10;  // and with cudaFuncSetAttribute
+constexpr int kSharedBlock = 48 << 10;   // bytes of shared memory that a block has by default
+constexpr int kSharedOptIn = 227 << 10;  // at most, with cudaFuncSetAttribute
 
 /// One line of the log.
 struct Entry {
@@ -37,7 +37,7 @@ struct Entry {
   std::string when = "now";  // or captured, replayed
 };
 
-/// Work for a GPU: what the log says of it, and what it does to memory (a copy or a fill; a kernel does nothing).
+/// Work for a GPU: its entry in the log and its effect on memory (a copy or a fill; a kernel has none).
 struct Work {
   Entry entry;
   std::function<void()> run;
@@ -75,7 +75,7 @@ struct Function {
   int shared_limit[kDevices];  // bytes of dynamic shared memory, on each GPU
 };
 
-/// Everything there is. One lock, for torch runs backward passes in threads of their own.
+/// The whole state, under one lock because torch runs backward passes in other threads.
 struct State {
   std::recursive_mutex lock;
   std::vector<Entry> log;
@@ -93,7 +93,7 @@ struct State {
 };
 
 State& state();
-/// The calling thread's GPU, and what a capture forbids it.
+/// The calling thread's GPU, and the calls that a capture forbids it.
 int& current_device();
 cudaStreamCaptureMode& capture_mode();
 
@@ -109,9 +109,9 @@ void note(std::string kind, std::string what, std::size_t bytes = 0);
 void log(const Entry& entry);
 /// Ends a capture without a graph.
 cudaError_t invalidate(Graph* graph, const char* call, cudaError_t error);
-/// What a call returns that waits for a stream (nullptr: for the GPU), which a capture forbids.
+/// Result of a call that waits for a stream (nullptr: for the GPU); a capture forbids it.
 cudaError_t waits(const char* call, Stream* stream);
-/// What a call returns that a capture forbids unless the thread asked otherwise: cudaMalloc and its like.
+/// Result of a call that a capture forbids in the thread's default mode, such as cudaMalloc.
 cudaError_t unsafe(const char* call);
 
 cudaError_t submit(Stream* stream, Work work);

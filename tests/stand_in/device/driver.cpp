@@ -1,4 +1,4 @@
-// CUDA's driver, as far as the launchers of Triton and of torch.compile call it.
+// Fake CUDA driver, as far as the launchers of Triton and of torch.compile call it.
 #include "device.h"
 
 using namespace stand_in;
@@ -31,7 +31,7 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
   return *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid value" : "an error of the stand-in", CUDA_SUCCESS;
 }
 
-// A context is told by its device's null stream.
+// A context is identified by its device's null stream.
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return *context = reinterpret_cast<CUcontext>(&state().null_streams[device]), CUDA_SUCCESS;
 }
@@ -49,7 +49,7 @@ CUresult cuCtxGetDevice(CUdevice* device) { return *device = current_device(), C
 
 CUresult cuModuleLoadData(CUmodule* module, const void*) {
   std::lock_guard guard(state().lock);
-  static int only_one;  // a function is known by its name alone
+  static int only_one;  // a function is identified by its name alone
   *module = reinterpret_cast<CUmodule>(&only_one);
   return driver_code(unsafe("cuModuleLoadData"));
 }
@@ -77,7 +77,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdevicep
   if (which != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
   const int device = device_of(reinterpret_cast<void*>(pointer));
   if (device < 0) return CUDA_ERROR_INVALID_VALUE;
-  // Triton asks for each tensor that it hands to a kernel.
+  // Triton calls this for each tensor argument of a kernel.
   if (device != current_device()) note("fault", "memory of GPU " + std::to_string(device));
   return *static_cast<CUdeviceptr*>(value) = pointer, CUDA_SUCCESS;
 }

@@ -1,4 +1,4 @@
-// The runtime's error, which stays until it is asked for.
+// The runtime's last error, kept until it is read.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,4 @@
-// CUDA's runtime: devices and kernels. What is not here is the real runtime's, which finds a driver without what it needs
-// and says so.
+// Fake CUDA runtime: devices and kernels. Other calls reach the real runtime, which fails because the driver is fake.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -147,7 +146,7 @@ cudaError_t cudaProfilerStop() { return cudaSuccess; }
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char* symbol, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
   *function = dlsym(RTLD_DEFAULT, symbol);
-  // torch looks up all that it might ever call and insists on finding it.
+  // torch looks up all functions that it might call and fails if one is missing.
   if (*function == nullptr) *function = reinterpret_cast<void*>(&unsupported);
   if (result != nullptr) *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;

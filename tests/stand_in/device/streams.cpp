@@ -1,4 +1,4 @@
-// CUDA's runtime: memory, streams, events and graphs. Work is over when the call that submits it returns.
+// Fake CUDA runtime: memory, streams, events and graphs. Work is done when the call that submits it returns.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -18,11 +18,11 @@ const char* kind_of_copy(const void* to, const void* from) {
   return device_of(from) < 0 ? "upload" : "copy";
 }
 
-// More than this is not moved or set. Nothing is computed that could read it, and where 80 GB are pages that nobody has
-// touched, they would take the machine's memory.
+// Larger blocks are neither copied nor set: no kernel reads them, and touching their pages would take the machine's
+// memory.
 constexpr std::size_t kMoved = std::size_t{256} << 20;
 
-/// memset. Zeros in a large block are pages that nobody has touched, which take no memory.
+/// memset. A large block of zeros is untouched pages, which take no memory.
 void set(void* to, int value, std::size_t bytes) {
   constexpr std::size_t kPage = 4096;
   const bool aligned = reinterpret_cast<std::size_t>(to) % kPage == 0;
@@ -80,7 +80,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   std::lock_guard guard(state().lock);
   const std::string kind = kind_of_copy(to, from);
-  // CUDA copies pageable memory by a detour through its own, for which the host waits.
+  // CUDA copies pageable memory through a buffer of its own; the host waits for that.
   if (device_of(to) == kPageable || device_of(from) == kPageable) note("wait", "pageable memory", bytes);
   auto run = [=] {
     if (bytes <= kMoved) std::memmove(to, from, bytes);
@@ -130,16 +130,16 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   std::lock_guard guard(state().lock);
   Stream* stream = stream_of(handle);
-  Graph* theirs = event_of(event)->capture;
-  if (theirs != nullptr && !theirs->open) return remember(cudaErrorCapturedEvent);
-  if (stream->capture != nullptr && stream->capture != theirs) {
+  Graph* capture = event_of(event)->capture;
+  if (capture != nullptr && !capture->open) return remember(cudaErrorCapturedEvent);
+  if (stream->capture != nullptr && stream->capture != capture) {
     return remember(invalidate(stream->capture, "cudaStreamWaitEvent", cudaErrorStreamCaptureIsolation));
   }
-  if (theirs == nullptr) return cudaSuccess;
-  if (stream->number == 0) return remember(invalidate(theirs, "cudaStreamWaitEvent", cudaErrorStreamCaptureImplicit));
-  stream->capture = theirs;  // a stream that waits for a captured one is captured with it
-  auto& forked = theirs->forked;
-  if (stream == theirs->origin) {
+  if (capture == nullptr) return cudaSuccess;
+  if (stream->number == 0) return remember(invalidate(capture, "cudaStreamWaitEvent", cudaErrorStreamCaptureImplicit));
+  stream->capture = capture;  // a stream that waits for a captured one is captured with it
+  auto& forked = capture->forked;
+  if (stream == capture->origin) {
     forked.erase(std::remove(forked.begin(), forked.end(), event_of(event)->stream), forked.end());
   } else if (std::find(forked.begin(), forked.end(), stream) == forked.end()) {
     forked.push_back(stream);
@@ -175,7 +175,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return remember(event_of(event)->capture != nullptr ? cudaErrorCapturedEvent : unsafe("cudaEventSynchronize"));
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t last) {
-  constexpr float kPiece = 0.1f;  // a clock by which every piece of work takes the same time
+  constexpr float kPiece = 0.1f;  // every piece of work takes the same time
   return *milliseconds = kPiece * static_cast<float>(event_of(last)->submitted - event_of(first)->submitted),
          cudaSuccess;
 }
