@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "plots", "reference", "train", "validation",
     },
     "demo": {
-        "augment", "cli", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
+        "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
         "validation",
     },
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.data import Images, Task
-from anomem.data.optional import optional
+from anomem.errors import optional
 from anomem.validation import require
 
 

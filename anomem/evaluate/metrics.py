@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomem.data.optional import optional
-from anomem.errors import ArgumentError
+from anomem.errors import ArgumentError, optional
 from anomem.validation import require
 
 

@@ -137,7 +137,6 @@ def check_settings(config: TrainConfig) -> None:
     check_stage2(config.stage2)
     check_score(config.score)
     scale_criterion(config.loss, config.model.impl)
-    config.augment.validate()
     require(config.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", config.synthetic_outliers)
     require_count(config.run.log_every, "run.log_every", 1)
     require_count(config.run.checkpoint_every, "run.checkpoint_every", 0)
