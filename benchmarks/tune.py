@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
-from benchmarks import rows
-from benchmarks.case import Case
-from benchmarks.console import parse, progress, say
-from benchmarks.machine import ROOT, about
-from benchmarks.rows import Row
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case
+from benchmarks.harness.console import Bar, say
+from benchmarks.harness.rows import RESULTS, Row, about
 from benchmarks.tiles import proposal, schemes, sweep
 
 
@@ -46,7 +46,7 @@ def main(options: Options) -> int:
         return 2
     state = about("cuda")
     say(f"{state['device_name']}, torch {state['torch']}, Triton {state['triton']}, commit {state['commit']}")
-    path = Path(options.json) if options.json else ROOT / "benchmarks" / "results" / "cuda-tiles.jsonl"
+    path = Path(options.json) if options.json else RESULTS / "cuda-tiles.jsonl"
     parts = [part for part in plan("cuda", options) if options.filter in part[0].title]
     if not parts:
         say(f"--filter {options.filter!r} matches no case; the cases are:")
@@ -92,7 +92,7 @@ def plan(device: str, options: Options) -> list[Part]:
 
 def run(parts: list[Part], path: Path) -> Iterator[Row]:
     """Measure, and keep each row as soon as it is there."""
-    with progress(len(parts)) as bar:
+    with Bar(len(parts)) as bar:
         for one, measure in parts:
             bar.note(one.title)
             for row in measure(one):
@@ -102,4 +102,4 @@ def run(parts: list[Part], path: Path) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Options, __doc__ or "")))
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from anomem.data import Images
 
@@ -28,7 +29,16 @@ def training_batches(
     Yields:
         step, images [b, C, H, W] uint8 and their indices [b], on the device of the set.
     """
-    size = min(batch_size, len(images))
+    source = _batches(images, min(batch_size, len(images)), seed, start, steps)
+    while True:
+        with record_function("anomem.batch"):
+            batch = next(source, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _batches(images: Images, size: int, seed: int, start: int, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     per_epoch = len(images) // size
     epochs_per_chunk = max(1, CHUNK // (per_epoch * size))
     step = start

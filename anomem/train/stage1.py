@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.models import AnoMem
@@ -52,16 +53,21 @@ def train_stage1(
     model.train()
     with Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet) as monitor:
         for step, batch, index in training_batches(images, settings.batch_size, config.run.seed, start, settings.steps):
-            views, normal = views_of(batch, index, 2)  # [2B, C, H, W], [B]
+            with record_function("anomem.augment"):
+                views, normal = views_of(batch, index, 2)  # [2B, C, H, W], [B]
             with autocast(config.run, device):
                 if step == 0 and config.prototypes_from == "features":
                     fill_memories(model, views, normal, generator)
-                maps = model(views)
-                positions = draw_positions(model.encoder.sizes, config.loss, len(views) // 2, generator)
-                sampled = model.sample(maps, positions)  # S × [n, 2B, d]
-                loss, terms = multi_scale_loss(model, criterion, sampled, normal)
-            loss.backward()
-            apply_gradients(optimizer, settings, step)
+                with record_function("anomem.encode"):
+                    maps = model(views)
+                with record_function("anomem.contrast"):
+                    positions = draw_positions(model.encoder.sizes, config.loss, len(views) // 2, generator)
+                    sampled = model.sample(maps, positions)  # S × [n, 2B, d]
+                    loss, terms = multi_scale_loss(model, criterion, sampled, normal)
+            with record_function("anomem.backward"):
+                loss.backward()
+            with record_function("anomem.optimizer"):
+                apply_gradients(optimizer, settings, step)
             if monitor.due(step, len(batch)):
                 rate = learning_rate(settings, step)
                 monitor.log(step, rate, {"loss": loss, **terms, **memory_figures(model, sampled)})

@@ -8,8 +8,8 @@ from math import exp, log
 from statistics import fmean
 from typing import NamedTuple
 
-from benchmarks.console import say, table
-from benchmarks.rows import MEASURED, Row
+from benchmarks.harness.console import say, table
+from benchmarks.harness.rows import MEASURED, Row
 from benchmarks.tiles import schemes, sweep
 from benchmarks.tiles.schemes import IN_A_GRAPH
 

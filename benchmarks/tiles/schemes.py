@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from anomem.testing import draw
-from benchmarks import machine, rows
-from benchmarks.case import Case, case
-from benchmarks.ceilings import Ceilings
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case, case
+from benchmarks.harness.measure import Ceilings
+from benchmarks.harness.prepare import reasons
+from benchmarks.harness.rows import NoTime, Row, row_for
 from benchmarks.operators import OPERATORS
-from benchmarks.prepare import NoTime, reasons
-from benchmarks.rows import Row, row_for
 
 SUITE = "schemes"
 MIB = 2**20
@@ -140,7 +140,7 @@ class Schemes:
     def _row(self, one: Case, name: str, call: Callable[[], object], time: Time) -> Row:
         row = row_for(SUITE, one, name, "work", rows.MEASURED)
         row.group = "backward" if one.training else "forward"
-        row.about = machine.about(self.device)
+        row.about = rows.about(self.device)
         row.ceilings = self.ceilings.for_case(one)
         both, forward = (OPERATORS[one.operator].work(one.dims, 2, training) for training in (True, False))
         row.flops = both.flops - forward.flops if one.training else forward.flops

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, rows
-from benchmarks.case import Case, case
-from benchmarks.ceilings import Ceilings
-from benchmarks.check import Truth, Wrong, checked_at
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case, case
+from benchmarks.harness.measure import Ceilings
+from benchmarks.harness.prepare import Subject, Truth, checked_at, reasons
+from benchmarks.harness.rows import NoTime, Row, Wrong
 from benchmarks.operators import OPERATORS
-from benchmarks.prepare import NoTime, reasons
 from benchmarks.rivals.ours import ours
-from benchmarks.rows import Row
-from benchmarks.timing import Subject
 
 SUITE = "tiles"
 # Products of [rows, columns] scores with d features that a kernel does, and how many matrices [rows, d] it reads and
@@ -76,7 +74,7 @@ class Sweep:
                 truth = Truth(checked_at(one, compiles=False), self.device) if self.check else None
         except NoTime as none:
             row = rows.row_for(SUITE, one, "triton", "work", none.status)
-            row.reason, row.about = none.reason, machine.about(self.device)
+            row.reason, row.about = none.reason, rows.about(self.device)
             yield row
             return
         for search in searches:
@@ -101,7 +99,7 @@ class Sweep:
         name = f"{tile.rows}x{tile.columns}, {tile.warps} warps, {tile.stages} stages"
         row = Row(SUITE, kernel, shape, one.dtype, False, f"{kind} {block_d}, {facts}", name, "work", rows.MEASURED)
         row.tile = {**tile._asdict(), "registers": trial.registers}
-        row.about = machine.about(self.device)
+        row.about = rows.about(self.device)
         row.ceilings = self.ceilings.for_case(one)
         products, matrices = WORK[kernel]
         row.flops = 2.0 * products * site.rows * site.columns * site.facts["d"]
@@ -117,7 +115,7 @@ class Sweep:
                 self._hold(truth, kernel, tile)
                 row.checked = truth.case.dims
         except Wrong as error:
-            row.status, row.reason = rows.WRONG, str(error)
+            row.status, row.reason = error.status, error.reason
             return row
         row.milliseconds = dict(zip(("p20", "p50", "p80"), trial.milliseconds, strict=True))
         row.fraction_of_floor = row.floor_milliseconds / row.milliseconds["p50"]

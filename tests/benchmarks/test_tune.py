@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import rows, tune
-from benchmarks.case import case
-from benchmarks.ceilings import Ceilings
-from benchmarks.rows import Row
+from benchmarks import tune
+from benchmarks.harness import rows
+from benchmarks.harness.case import case
+from benchmarks.harness.measure import Ceilings
+from benchmarks.harness.rows import Row
 from benchmarks.tiles import proposal, schemes, sweep
 
 pytest.importorskip("triton")

@@ -1,7 +1,7 @@
 """Between a function's call and its kernels nothing waits for the GPU, so that a CUDA graph can capture it.
 
 Here an operator that needs a value on the host is looked for. Graphs are captured on a GPU and, without values, on the
-stand-ins of stand_in/.
+stand-ins of tests/stand_in/.
 """
 
 from __future__ import annotations
