@@ -1,4 +1,4 @@
-"""The tuning benchmark, in the interpreter with timers that say what the test wants."""
+"""The tile_search benchmark, in the interpreter with timers that say what the test wants."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RETRIEVE = case("retrieve", N=33, M=40, d=24, B=11, dtype="bfloat16")
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """Three candidates, of which the second is the fastest and the third does not compile; known ceilings."""
-    from anomem.kernels import tuning
-    from anomem.kernels.tiles import INTERPRETED
+    from anomem.kernels import tile_search
+    from anomem.kernels.tile_table import INTERPRETED
 
     found = (INTERPRETED, INTERPRETED._replace(columns=16), INTERPRETED._replace(rows=64, warps=8))
 
@@ -33,8 +33,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
             raise RuntimeError("PassManager::run failed")
         return 1.0, 4.0 - place, 5.0
 
-    monkeypatch.setattr(tuning, "candidates", lambda entry, device: found)
-    monkeypatch.setattr(tuning, "measure", timer)
+    monkeypatch.setattr(tile_search, "candidates", lambda entry, device: found)
+    monkeypatch.setattr(tile_search, "measure", timer)
     monkeypatch.setattr(Ceilings, "product", lambda self, dtype: 1e9)
     monkeypatch.setattr(Ceilings, "copy", lambda self: 1e9)
     return found
@@ -42,7 +42,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
 
 def test_each_tile_of_each_kernel_makes_a_row(tiles: tuple[Any, ...]) -> None:
     found = list(sweep.Sweep("cpu").rows(RETRIEVE))
-    kernels = ["retrieve_forward", "retrieve_prototype_sums", "retrieve_query_gradient"]
+    kernels = ["retrieve_flash_forward", "retrieve_flash_prototype_sums", "retrieve_flash_query_gradient"]
     assert [row.operator for row in found] == [kernel for kernel in kernels for _ in tiles]
     for row in found:
         assert row.shape == {"rows": 33, "columns": 40, "d": 24}
@@ -79,10 +79,10 @@ def test_a_tile_with_wrong_numbers_gets_no_time(tiles: tuple[Any, ...], monkeypa
             return run
 
     monkeypatch.setattr(retrieve_flash, "_forward", Empty())
-    found = [row for row in sweep.Sweep("cpu").rows(RETRIEVE) if row.operator == "retrieve_forward"]
+    found = [row for row in sweep.Sweep("cpu").rows(RETRIEVE) if row.operator == "retrieve_flash_forward"]
     assert [row.status for row in found] == [rows.MEASURED, rows.WRONG, rows.FAILED]
     assert found[1].milliseconds is None
-    assert len(proposal.proposal(found)["retrieve_forward half 64"]) == 1
+    assert len(proposal.proposal(found)["retrieve_flash_forward half 64"]) == 1
 
 
 def test_what_cannot_run_is_a_row_with_its_reason(tiles: tuple[Any, ...]) -> None:
@@ -92,7 +92,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(tiles: tuple[Any, ...]) -> Non
 
 
 def test_every_kernel_of_the_table_has_its_work() -> None:
-    from anomem.kernels.tiles import TABLE
+    from anomem.kernels.tile_table import TABLE
 
     assert set(sweep.WORK) == {kernel for kernel, _, _ in TABLE}
 
@@ -117,7 +117,7 @@ def timed(entry: str, launch: str, times: dict[str, float | None]) -> list[Row]:
 
 
 def test_proposal_ranks_what_is_right_in_every_launch() -> None:
-    entry = "retrieve_forward half 256"
+    entry = "retrieve_flash_forward half 256"
     measured = [
         *timed(entry, "tied", {"64x64": 1.0, "128x64": 2.0, "64x32": 4.0, "32x32": 8.0, "16x16": 9.0}),
         *timed(entry, "separate", {"64x64": None, "128x64": 3.0, "64x32": 2.0, "32x32": 8.0, "16x16": 9.0}),
@@ -190,7 +190,7 @@ def test_questions_are_answered_from_rows(capsys: pytest.CaptureFixture[str]) ->
         return row
 
     measured = [
-        *timed("retrieve_forward half 256", "tied", {"64x64": 1.5, "128x64": 1.25, "64x32": None}),
+        *timed("retrieve_flash_forward half 256", "tied", {"64x64": 1.5, "128x64": 1.25, "64x32": None}),
         scheme("flash", 2.0, "backward"),
         scheme("chunked", 3.0, "backward"),
         scheme("6 MiB", 4.0, "forward"),
@@ -213,7 +213,7 @@ def test_a_run_keeps_each_row_and_fails_on_wrong_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    right, wrong = timed("retrieve_forward half 256", "tied", {"64x64": 1.5, "128x64": None})
+    right, wrong = timed("retrieve_flash_forward half 256", "tied", {"64x64": 1.5, "128x64": None})
     monkeypatch.setattr(tune, "obstacle", lambda: None)
     monkeypatch.setattr(
         tune, "about", lambda device: {"device_name": "a GPU", "torch": "2", "triton": "3", "commit": "1"}

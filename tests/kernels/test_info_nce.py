@@ -107,13 +107,13 @@ def test_vmap_folds_into_groups() -> None:
 
 
 def test_a_gradient_of_the_columns_from_half_of_the_rows_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem.kernels import info_nce
+    from anomem.kernels import contrast
 
-    positive, complete = torch.arange(33), info_nce.gradient
+    positive, complete = torch.arange(33), contrast.gradient
 
     def half(role: object, owned: Tensor, streamed: Tensor, *rest: object) -> Tensor | None:
         inverse_owned, inverse_streamed, lse, upstream, *others = rest
-        if role == info_nce.COLUMNS:
+        if role == contrast.COLUMNS:
             upstream = upstream.clone()
             upstream[:, upstream.shape[1] // 2 :] = 0
         return complete(role, owned, streamed, inverse_owned, inverse_streamed, lse, upstream, *others)
@@ -124,7 +124,7 @@ def test_a_gradient_of_the_columns_from_half_of_the_rows_is_rejected(monkeypatch
         lambda a, b: R.info_nce_rows(a, b, positive, None, 0.07),
     )
     compare(*functions, inputs)
-    monkeypatch.setattr(info_nce, "gradient", half)
+    monkeypatch.setattr(contrast, "gradient", half)
     with pytest.raises(AssertionError, match="result 2: error"):
         compare(*functions, inputs)
 
