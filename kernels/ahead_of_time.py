@@ -118,8 +118,9 @@ def recording() -> Iterator[list[Launch]]:
     def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def record(*positional: Any, **options: Any) -> None:
             options |= dict(zip(kernel.arg_names, positional, strict=False))
-            options = {name: value.value if isinstance(value, tl.constexpr) else value for name, value in options.items()}
             arguments = {name: options.pop(name) for name in kernel.arg_names}
+            for name, value in arguments.items():
+                arguments[name] = value.value if isinstance(value, tl.constexpr) else value
             launches.append(Launch(kernel, arguments, options))
 
         return record
@@ -205,16 +206,15 @@ def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
 
 
 def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
-    """(kind, block as a tile, launch) of the passes that multiply no matrices, at short and at the longest rows."""
+    """(dtype, block as a tile, launch) of the passes that multiply no matrices, at short and at the longest rows."""
     passes = (
-        *((row_calls, width, (rows.rows_per_block(width), width)) for width in (64, 256, 2048)),
-        *((contrast_row_calls, width, (rows.rows_per_block(width), width)) for width in (128, 1024)),
-        *((chunked_calls, width, retrieve_chunked.block_of_scores(width)) for width in (64, 4096)),
+        *((row_calls, "row", width, (rows.rows_per_block(width), width)) for width in (64, 256, 2048)),
+        *((contrast_row_calls, "contrast", width, (rows.rows_per_block(width), width)) for width in (128, 1024)),
+        *((chunked_calls, "retrieve_chunked", M, retrieve_chunked.block_of_scores(M)) for M in (64, 4096)),
     )
-    for calls, width, block in passes:
+    for calls, prefix, size, block in passes:
         with recording() as launches:
-            calls(width)
-        prefix = {row_calls: "row", contrast_row_calls: "contrast", chunked_calls: "retrieve_chunked"}[calls]
+            calls(size)
         for launch in launches:
             if launch.kernel.__name__.startswith(prefix):
                 yield "bf16", Tile(*block, warps=4, stages=3, shared=1), launch
@@ -263,8 +263,7 @@ def shipped() -> dict[str, Spec]:
     """Everything that is compiled, by the key of its committed row."""
     specs: dict[str, Spec] = {}
     for architecture in ARCHITECTURES:
-        found = (*table_launches(architecture), *pass_launches())
-        for kind, tile, launch in found:
+        for kind, tile, launch in (*table_launches(architecture), *pass_launches()):
             kernel, arguments = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
             width = arguments.get("D", arguments.get("FEATURES"))
             words = (kernel, variant(arguments), kind, f"d{width}" if width else "", f"{tile.rows}x{tile.columns}")
