@@ -6,8 +6,8 @@ no kernel: the first call of an operator loads the operator's file.
 The files
     `retrieve`      chooses among `retrieve_flash`, `retrieve_resident` and `retrieve_chunked`; `rows` normalises
     `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward` and `contrast_backward`
-    `primitives`    what the others share
-    `tile_table`    the sizes of tiles; `tile_search` measures other ones; `ahead_of_time` compiles all without a GPU
+    `primitives`    loads, products, softmax and sizes that these share
+    `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
 How a kernel file is built
     The formula and its source stand at the top; every tile carries its shape. Blocks are named for what they tile:
@@ -34,9 +34,11 @@ class Operator(NamedTuple):
     function: str
     """A function of that file, with the arguments of the operator's schema."""
     kernels: tuple[str, ...]
-    """All kernels that the function can launch, in the order of the schemes."""
+    """All kernels that the function can launch."""
 
 
+_CONTRAST_FORWARD = ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel")
+_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_row_gradient_kernel")
 OPERATORS = {
     "anomem::triton_retrieve_fwd": Operator(
         "retrieve",
@@ -60,26 +62,10 @@ OPERATORS = {
             "row_normalize_backward_kernel",
         ),
     ),
-    "anomem::triton_nt_xent_fwd": Operator(
-        "contrast",
-        "nt_xent_forward",
-        ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel"),
-    ),
-    "anomem::triton_nt_xent_bwd": Operator(
-        "contrast",
-        "nt_xent_backward",
-        ("contrast_backward_kernel", "contrast_row_gradient_kernel"),
-    ),
-    "anomem::triton_info_nce_fwd": Operator(
-        "contrast",
-        "info_nce_forward",
-        ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel"),
-    ),
-    "anomem::triton_info_nce_bwd": Operator(
-        "contrast",
-        "info_nce_backward",
-        ("contrast_backward_kernel", "contrast_row_gradient_kernel"),
-    ),
+    "anomem::triton_nt_xent_fwd": Operator("contrast", "nt_xent_forward", _CONTRAST_FORWARD),
+    "anomem::triton_nt_xent_bwd": Operator("contrast", "nt_xent_backward", _CONTRAST_BACKWARD),
+    "anomem::triton_info_nce_fwd": Operator("contrast", "info_nce_forward", _CONTRAST_FORWARD),
+    "anomem::triton_info_nce_bwd": Operator("contrast", "info_nce_backward", _CONTRAST_BACKWARD),
 }
 
 # Longer rows do not fit into the registers of one block, where the row normalisation keeps them.
