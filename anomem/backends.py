@@ -288,7 +288,7 @@ def source_of_tiles() -> str:
     reason = _triton_obstacle("retrieve", "cuda", torch.float32, 64)
     if reason is not None:
         return reason
-    told: str = importlib.import_module("anomem.kernels.tuning").source(
+    told: str = importlib.import_module("anomem.kernels.tile_search").source(
         torch.device("cuda", torch.cuda.current_device())
     )
     return told

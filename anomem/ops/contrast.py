@@ -93,8 +93,8 @@ define(
     _native_info_nce_gradients_fake,
 )
 for _operator in ("nt_xent", "info_nce"):
-    implement_with_triton(f"triton_{_operator}_fwd", _operator, "forward")
-    implement_with_triton(f"triton_{_operator}_bwd", _operator, "backward")
+    implement_with_triton(f"triton_{_operator}_fwd")
+    implement_with_triton(f"triton_{_operator}_bwd")
 
 
 def nt_xent(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str) -> Tensor:

@@ -25,15 +25,15 @@ def define(name: str, schema: str, fake: Fake) -> None:
     torch.library.register_fake(f"anomem::{name}", fake, lib=LIBRARY)
 
 
-def implement_with_triton(name: str, module: str, function: str) -> None:
-    """Let `anomem::name` run `anomem.kernels.<module>.<function>`, imported by the first call.
+def implement_with_triton(name: str) -> None:
+    """Let `anomem::name` run its function in `anomem.kernels.OPERATORS`, imported by the first call.
 
     On CPU tensors too: that is Triton's interpreter, which `anomem.backends` admits only when it is switched on.
     """
+    operator = f"anomem::{name}"
 
     def run(*args: Any) -> Any:
-        kernel = getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
-        return kernel(*args)
+        return importlib.import_module("anomem.kernels").implementation(operator)(*args)
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)

@@ -48,8 +48,8 @@ def backward_fake(
 for _backend in ("native", "triton"):
     define(f"{_backend}_retrieve_fwd", _FORWARD_SCHEMA, forward_fake)
     define(f"{_backend}_retrieve_bwd", _BACKWARD_SCHEMA, backward_fake)
-implement_with_triton("triton_retrieve_fwd", "retrieve", "forward")
-implement_with_triton("triton_retrieve_bwd", "retrieve", "backward")
+implement_with_triton("triton_retrieve_fwd")
+implement_with_triton("triton_retrieve_bwd")
 
 
 def retrieve(

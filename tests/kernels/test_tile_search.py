@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def tuning(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def tile_search(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module with three candidates, of which the last is the fastest, and an environment that asks for nothing."""
-    from anomem.kernels import tuning
-    from anomem.kernels.tiles import INTERPRETED
+    from anomem.kernels import tile_search
+    from anomem.kernels.tile_table import INTERPRETED
 
     tiles = (INTERPRETED, INTERPRETED._replace(rows=16), INTERPRETED._replace(columns=16))
 
@@ -31,86 +31,87 @@ def tuning(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         call()
         return 0.1, 9.0 - tiles.index(call.args[0]), 10.0
 
-    monkeypatch.setattr(tuning, "candidates", lambda entry, device: tiles)
-    monkeypatch.setattr(tuning, "measure", timer)
+    monkeypatch.setattr(tile_search, "candidates", lambda entry, device: tiles)
+    monkeypatch.setattr(tile_search, "measure", timer)
     for name in ("ANOMEM_AUTOTUNE", "ANOMEM_TILES"):
         monkeypatch.delenv(name, raising=False)
-    tuning.from_environment.cache_clear()
-    yield tuning
-    tuning.from_environment.cache_clear()
+    tile_search.from_environment.cache_clear()
+    yield tile_search
+    tile_search.from_environment.cache_clear()
 
 
 class Site:
     """A launch that records the tiles it was launched with."""
 
-    def __init__(self, tuning: Any, rows: int = 1000, columns: int = 64, **facts: object) -> None:
+    def __init__(self, tile_search: Any, rows: int = 1000, columns: int = 64, **facts: object) -> None:
         self.launched: list[Any] = []
-        self.tuning = tuning
-        self.site = tuning.Site(("retrieve_forward", "half", 64), facts, rows, columns, CPU)
+        self.tile_search = tile_search
+        self.site = tile_search.Site(("retrieve_flash_forward", "half", 64), facts, rows, columns, CPU)
 
     def __call__(self) -> Any:
-        return self.tuning.launch(self.site, self.run)
+        return self.tile_search.launch(self.site, self.run)
 
     def run(self, tile: Any) -> Any:
         self.launched.append(tile)
-        return self.tuning.Launched(None, tile)
+        return self.tile_search.Launched(None, tile)
 
 
 def never(call: object) -> None:
     raise AssertionError("something was measured")
 
 
-def test_nothing_is_read_or_measured_unless_asked_for(tuning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem.kernels.tiles import INTERPRETED
+def test_nothing_is_read_or_measured_unless_asked_for(tile_search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomem.kernels.tile_table import INTERPRETED
 
-    monkeypatch.setattr(tuning, "read", never)
-    monkeypatch.setattr(tuning, "measure", never)
-    site = Site(tuning)
-    assert tuning.from_environment() is None
+    monkeypatch.setattr(tile_search, "read_tiles", never)
+    monkeypatch.setattr(tile_search, "measure", never)
+    site = Site(tile_search)
+    assert tile_search.from_environment() is None
     assert site() == INTERPRETED
     assert site.launched == [INTERPRETED]
 
 
 def test_fastest_is_taken_remembered_and_read_by_a_later_process(
-    tuning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tile_search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "deep" / "tiles.json"
     monkeypatch.setenv("ANOMEM_TILES", str(path))
     monkeypatch.setenv("ANOMEM_AUTOTUNE", "1")
-    first = Site(tuning, dtype=torch.bfloat16)
+    first = Site(tile_search, dtype=torch.bfloat16)
     assert first().columns == 16
     assert len(first.launched) == 2 * 3 + 1  # each candidate compiled and timed, then the launch itself
-    monkeypatch.setattr(tuning, "measure", never)
+    monkeypatch.setattr(tile_search, "measure", never)
     assert first().columns == 16
-    assert "1 measured ones" in tuning.source(CPU)
+    assert "1 measured tiles" in tile_search.source(CPU)
     assert [one.name for one in path.parent.iterdir()] == ["tiles.json"]
     section = json.loads(path.read_text())["sections"][0]
-    assert section["tiles"]["retrieve_forward half 64, dtype=bfloat16, 1024 x 64"]["milliseconds"] == 7.0
+    assert section["tiles"]["retrieve_flash_forward half 64, dtype=bfloat16, 1024 x 64"]["milliseconds"] == 7.0
 
     monkeypatch.delenv("ANOMEM_AUTOTUNE")
-    tuning.from_environment.cache_clear()
-    assert Site(tuning, dtype=torch.bfloat16)().columns == 16
-    assert Site(tuning, dtype=torch.float16)().columns == 32  # not measured: the table's
+    tile_search.from_environment.cache_clear()
+    assert Site(tile_search, dtype=torch.bfloat16)().columns == 16
+    assert Site(tile_search, dtype=torch.float16)().columns == 32  # not measured: the table's
 
 
-def test_size_classes(tuning: Any) -> None:
+def test_size_classes(tile_search: Any) -> None:
     names = [
-        Site(tuning, rows, columns).site.name for rows, columns in ((513, 65), (1024, 128), (1025, 128), (1024, 129))
+        Site(tile_search, rows, columns).site.name
+        for rows, columns in ((513, 65), (1024, 128), (1025, 128), (1024, 129))
     ]
     assert names[0] == names[1]
     assert len(set(names)) == 3
-    assert Site(tuning, 2**18, 2**15).site.name == Site(tuning, 2**24, 2**20).site.name
-    assert Site(tuning, tied=True).site.name != Site(tuning, tied=False).site.name
+    assert Site(tile_search, 2**18, 2**15).site.name == Site(tile_search, 2**24, 2**20).site.name
+    assert Site(tile_search, tied=True).site.name != Site(tile_search, tied=False).site.name
 
 
 def test_what_does_not_compile_does_not_fit_or_spills_is_not_taken(
-    tuning: Any, monkeypatch: pytest.MonkeyPatch
+    tile_search: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.errors import OutOfResources
 
-    monkeypatch.setattr(tuning, "measure", lambda call: (1.0, 1.0, 1.0))
+    monkeypatch.setattr(tile_search, "measure", lambda call: (1.0, 1.0, 1.0))
     sound, too_large, broken, spilling = (
-        tuning.candidates(None, CPU)[0]._replace(stages=stages) for stages in range(4)
+        tile_search.candidates(None, CPU)[0]._replace(stages=stages) for stages in range(4)
     )
 
     def run(tile: Any) -> Any:
@@ -119,40 +120,40 @@ def test_what_does_not_compile_does_not_fit_or_spills_is_not_taken(
         if tile == broken:
             raise RuntimeError("PassManager::run failed")
         spills = 8 if tile == spilling else 0
-        return tuning.Launched(SimpleNamespace(n_spills=spills, n_regs=90, metadata=SimpleNamespace(shared=2000)))
+        return tile_search.Launched(SimpleNamespace(n_spills=spills, n_regs=90, metadata=SimpleNamespace(shared=2000)))
 
-    trials = list(tuning.trying(run, (sound, too_large, broken, spilling)))
+    trials = list(tile_search.trying(run, (sound, too_large, broken, spilling)))
     assert [trial.milliseconds is None for trial in trials] == [False, True, True, True]
     for trial, reason in zip(trials, ("", "shared memory", "PassManager", "spills 8"), strict=True):
         assert reason in trial.reason
     assert (trials[0].tile.shared, trials[0].registers) == (2, 90)  # KiB, rounded up
 
 
-def test_mistakes_of_a_launch_are_not_taken_for_a_bad_tile(tuning: Any) -> None:
+def test_mistakes_of_a_launch_are_not_taken_for_a_bad_tile(tile_search: Any) -> None:
     def run(tile: Any) -> Any:
         raise TypeError("wrong argument")
 
-    with pytest.raises(TypeError, match="wrong argument"), tuning.using(tuning.Choice(None, search=True)):
-        tuning.launch(Site(tuning).site, run)
+    with pytest.raises(TypeError, match="wrong argument"), tile_search.using(tile_search.Choice(None, search=True)):
+        tile_search.launch(Site(tile_search).site, run)
 
 
-def test_where_no_tile_works_the_launch_says_why_and_nothing_is_kept(tuning: Any, tmp_path: Path) -> None:
+def test_where_no_tile_works_the_launch_says_why_and_nothing_is_kept(tile_search: Any, tmp_path: Path) -> None:
     def run(tile: Any) -> Any:
         raise RuntimeError("no memory")
 
     path = tmp_path / "tiles.json"
-    with pytest.raises(RuntimeError, match="no memory"), tuning.using(tuning.Choice(path, search=True)):
-        tuning.launch(Site(tuning).site, run)
+    with pytest.raises(RuntimeError, match="no memory"), tile_search.using(tile_search.Choice(path, search=True)):
+        tile_search.launch(Site(tile_search).site, run)
     assert not path.exists()
 
 
-def test_nothing_is_measured_while_a_graph_is_captured(tuning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(tuning)
-    with tuning.using(tuning.Choice(None, search=True)):
+def test_nothing_is_measured_while_a_graph_is_captured(tile_search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tile_search)
+    with tile_search.using(tile_search.Choice(None, search=True)):
         with monkeypatch.context() as captured:
-            captured.setattr(tuning, "capturing", lambda device: True)
+            captured.setattr(tile_search, "capturing", lambda device: True)
             assert site().columns == 32
-        assert site.launched == [tuning.fitting(site.site.entry, CPU)[0]]
+        assert site.launched == [tile_search.fitting(site.site.entry, CPU)[0]]
         assert site().columns == 16  # the capture left nothing behind
 
 
@@ -172,11 +173,15 @@ REFERENCES = {
 @pytest.mark.parametrize(
     ("operator", "sizes", "kernels"),
     [
-        ("retrieve", [(33, 24), (70, 24)], "retrieve_forward retrieve_query_gradient retrieve_prototype_sums"),
+        (
+            "retrieve",
+            [(33, 24), (70, 24)],
+            "retrieve_flash_forward retrieve_flash_query_gradient retrieve_flash_prototype_sums",
+        ),
         (
             "retrieve",
             [(33, 24), (70, 24), (70, 40)],
-            "retrieve_forward retrieve_query_gradient retrieve_prototype_sums",
+            "retrieve_flash_forward retrieve_flash_query_gradient retrieve_flash_prototype_sums",
         ),
         ("retrieve", [(33, 260), (5, 260)], "retrieve_resident"),
         ("nt_xent", [(2, 33, 24), (2, 33, 24)], "contrast_forward contrast_backward"),
@@ -189,14 +194,14 @@ def test_every_kernel_is_tuned_and_right_with_any_tile(
     sizes: list[tuple[int, ...]],
     kernels: str,
     fastest: int,
-    tuning: Any,
+    tile_search: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The launches of a search leave nothing behind that the last one would read."""
-    tiles = tuning.candidates(None, CPU)
-    monkeypatch.setattr(tuning, "measure", lambda call: (1.0, float(tiles.index(call.args[0]) != fastest), 1.0))
+    tiles = tile_search.candidates(None, CPU)
+    monkeypatch.setattr(tile_search, "measure", lambda call: (1.0, float(tiles.index(call.args[0]) != fastest), 1.0))
     inputs: list[Tensor] = [draw(*size, dtype=torch.bfloat16, seed=seed) for seed, size in enumerate(sizes)]
-    with tuning.using(tuning.Choice(None, search=True)) as choice:
+    with tile_search.using(tile_search.Choice(None, search=True)) as choice:
         compare(CASES[operator], REFERENCES[operator], inputs)
     assert {found.site.entry[0] for found in choice.searches} == set(kernels.split())
     assert set(choice._tiles[CPU].values()) == {tiles[fastest]}
@@ -204,60 +209,71 @@ def test_every_kernel_is_tuned_and_right_with_any_tile(
 
 def put(path: Path, **changed: str) -> None:
     """A file with a tile of 16 columns for `Site`, measured where the test runs but for what is changed."""
-    from anomem.kernels import tile_file
-    from anomem.kernels.tiles import INTERPRETED
+    from anomem.kernels import tile_search
+    from anomem.kernels.tile_table import INTERPRETED
 
     tile = {**INTERPRETED._replace(columns=16)._asdict(), "milliseconds": 1.0}
-    section = {**tile_file.identity(CPU), **changed, "tiles": {"retrieve_forward half 64, , 1024 x 64": tile}}
+    section = {**tile_search.identity(CPU), **changed, "tiles": {"retrieve_flash_forward half 64, , 1024 x 64": tile}}
     path.write_text(json.dumps({"format": 1, "sections": [section]}))
 
 
-def test_a_file_is_used(tuning: Any, tmp_path: Path) -> None:
+def test_a_file_is_used(tile_search: Any, tmp_path: Path) -> None:
     put(tmp_path / "tiles.json")
-    with tuning.using(tuning.Choice(tmp_path / "tiles.json", search=False)):
-        assert Site(tuning)().columns == 16
+    with tile_search.using(tile_search.Choice(tmp_path / "tiles.json", search=False)):
+        assert Site(tile_search)().columns == 16
 
 
 @pytest.mark.parametrize("field", ["device", "triton", "kernels"])
-def test_a_file_of_elsewhere_is_ignored_with_a_reason(field: str, tuning: Any, tmp_path: Path) -> None:
+def test_a_file_of_elsewhere_is_ignored_with_a_reason(field: str, tile_search: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     put(path, **{field: "another"})
-    with tuning.using(tuning.Choice(path, search=False)), pytest.warns(RuntimeWarning, match=r"another.*none for"):
-        assert Site(tuning)().columns == 32
-    with tuning.using(tuning.Choice(path, search=True)):
-        Site(tuning)()
+    with (
+        tile_search.using(tile_search.Choice(path, search=False)),
+        pytest.warns(RuntimeWarning, match=r"another.*none for"),
+    ):
+        assert Site(tile_search)().columns == 32
+    with tile_search.using(tile_search.Choice(path, search=True)):
+        Site(tile_search)()
     held = [section[field] for section in json.loads(path.read_text())["sections"]]
     assert len(held) == (1 if field == "kernels" else 2)  # an older state of the kernels is replaced
-    with tuning.using(tuning.Choice(path, search=False)):
-        assert Site(tuning)().columns == 16
+    with tile_search.using(tile_search.Choice(path, search=False)):
+        assert Site(tile_search)().columns == 16
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{", "\xff", '{"format": 2, "sections": []}', '{"format": 1}', '{"format": 1, "sections": [{}]}'],
 )
-def test_a_damaged_file_is_ignored_with_a_reason_and_not_overwritten(content: str, tuning: Any, tmp_path: Path) -> None:
+def test_a_damaged_file_is_ignored_with_a_reason_and_not_overwritten(
+    content: str, tile_search: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "tiles.json"
     path.write_text(content, encoding="latin1")
     for search, columns in ((False, 32), (True, 16)):
-        with tuning.using(tuning.Choice(path, search)), pytest.warns(RuntimeWarning, match="is no file of tiles"):
-            assert Site(tuning)().columns == columns
+        with (
+            tile_search.using(tile_search.Choice(path, search)),
+            pytest.warns(RuntimeWarning, match="is not a file of tiles"),
+        ):
+            assert Site(tile_search)().columns == columns
     assert path.read_text(encoding="latin1") == content
 
 
 @pytest.mark.parametrize("change", [{"rows": 48}, {"warps": 0}, {"stages": "2"}, {"columns": None}])
-def test_a_damaged_tile_is_seen(change: dict[str, object], tuning: Any, tmp_path: Path) -> None:
+def test_a_damaged_tile_is_seen(change: dict[str, object], tile_search: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     put(path)
     held = json.loads(path.read_text())
     next(iter(held["sections"][0]["tiles"].values())).update(change)
     path.write_text(json.dumps(held))
-    with tuning.using(tuning.Choice(path, search=False)), pytest.warns(RuntimeWarning, match="is no file of tiles"):
-        assert Site(tuning)().columns == 32
+    with (
+        tile_search.using(tile_search.Choice(path, search=False)),
+        pytest.warns(RuntimeWarning, match="is not a file of tiles"),
+    ):
+        assert Site(tile_search)().columns == 32
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(
-    tuning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tile_search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "tiles.json"
     put(path, device="another")
@@ -267,33 +283,36 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
         raise PermissionError("read-only")
 
     monkeypatch.setattr("os.replace", refuse)
-    with tuning.using(tuning.Choice(path, search=True)), pytest.warns(RuntimeWarning, match=r"not kept.*read-only"):
-        assert Site(tuning)().columns == 16
+    with (
+        tile_search.using(tile_search.Choice(path, search=True)),
+        pytest.warns(RuntimeWarning, match=r"not kept.*read-only"),
+    ):
+        assert Site(tile_search)().columns == 16
     assert path.read_text() == before
     assert [one.name for one in tmp_path.iterdir()] == ["tiles.json"]
 
 
-def test_the_environment(tuning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment(tile_search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "ANOMEM_TILES and ANOMEM_AUTOTUNE are not set" in tuning.source(CPU)
+    assert "ANOMEM_TILES and ANOMEM_AUTOTUNE are not set" in tile_search.source(CPU)
     for asked, path, search in (("1", "", True), ("0", "x.json", False), ("", "x.json", False), ("1", "x.json", True)):
         monkeypatch.setenv("ANOMEM_AUTOTUNE", asked)
         monkeypatch.setenv("ANOMEM_TILES", path)
-        tuning.from_environment.cache_clear()
-        choice = tuning.from_environment()
+        tile_search.from_environment.cache_clear()
+        choice = tile_search.from_environment()
         assert choice.search == search
         assert choice.path == (Path(path) if path else tmp_path / "anomem" / "tiles.json")
-        assert "does not exist" in tuning.source(CPU)
+        assert "does not exist" in tile_search.source(CPU)
     monkeypatch.setenv("ANOMEM_AUTOTUNE", "yes")
-    tuning.from_environment.cache_clear()
+    tile_search.from_environment.cache_clear()
     told = "ANOMEM_AUTOTUNE: expected 0 or 1, received 'yes'"
-    assert tuning.source(CPU) == told
+    assert tile_search.source(CPU) == told
     with pytest.raises(ValueError, match=told):
-        Site(tuning)()
+        Site(tile_search)()
 
 
 def test_neighbours_keep_to_what_an_architecture_compiles_well() -> None:
-    from anomem.kernels.tiles import TABLE, neighbours
+    from anomem.kernels.tile_table import TABLE, neighbours
 
     for entry, tiles in TABLE.items():
         for architecture, known in tiles.items():
@@ -313,16 +332,16 @@ def test_neighbours_keep_to_what_an_architecture_compiles_well() -> None:
 
 
 def test_only_tiles_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem.kernels import tiles
+    from anomem.kernels import tile_table
 
-    entry, device = ("retrieve_forward", "half", 256), torch.device("cuda", 7)
-    small, large = tiles.TABLE[entry][90]
-    monkeypatch.setattr(tiles, "architecture_of", lambda device: 90)
+    entry, device = ("retrieve_flash_forward", "half", 256), torch.device("cuda", 7)
+    small, large = tile_table.TABLE[entry][90]
+    monkeypatch.setattr(tile_table, "architecture_of", lambda device: 90)
     for limit, fit in ((small.shared - 1, ()), (small.shared, (small,)), (large.shared, (small, large))):
-        monkeypatch.setattr(tiles, "_device_properties", lambda device, kib=limit: {"max_shared_mem": kib * 1024})
-        tiles._fitting_gpu.cache_clear()
-        assert tiles.fitting(entry, device) == fit
-        assert tiles.candidates(entry, device)[: len(fit)] == fit
-        assert len(set(tiles.candidates(entry, device))) >= len(fit)
-    assert tiles.fitting(("retrieve_query_gradient", "half", 256), device) == ()
-    tiles._fitting_gpu.cache_clear()
+        monkeypatch.setattr(tile_table, "_device_properties", lambda device, kib=limit: {"max_shared_mem": kib * 1024})
+        tile_table._fitting_gpu.cache_clear()
+        assert tile_table.fitting(entry, device) == fit
+        assert tile_table.candidates(entry, device)[: len(fit)] == fit
+        assert len(set(tile_table.candidates(entry, device))) >= len(fit)
+    assert tile_table.fitting(("retrieve_flash_query_gradient", "half", 256), device) == ()
+    tile_table._fitting_gpu.cache_clear()

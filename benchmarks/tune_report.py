@@ -1,4 +1,4 @@
-"""From rows to tables, to an order for `kernels/tiles.py`, and to answers in words."""
+"""Report of `benchmarks.tune`: tables of rows, an order for `kernels/tile_table.py`, and answers to open questions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from benchmarks.harness.console import say, table
 from benchmarks.harness.rows import MEASURED, Row
-from benchmarks.tiles import schemes, sweep
-from benchmarks.tiles.schemes import IN_A_GRAPH
 
+TILES, SCHEMES = "tiles", "schemes"
+"""The suites of `benchmarks.tune`."""
+IN_A_GRAPH = ", in a CUDA graph"
 MOST_TILES = 3
 """Of one entry of the tile table."""
 
@@ -27,12 +28,12 @@ class Ranked(NamedTuple):
 def proposal(measured: Sequence[Row]) -> dict[str, list[Ranked]]:
     """The best tiles of each entry of the tile table, the best first.
 
-    Only a tile that is right and has a time in every launch of its entry is ranked: what spills with separate values is
-    no tile of the table.
+    Only a tile with right numbers and a time in every launch of its entry is ranked: a tile that spills with separate
+    values cannot be in the table.
     """
     launches: dict[str, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in measured:
-        if row.suite == sweep.SUITE and row.tile is not None:
+        if row.suite == TILES and row.tile is not None:
             entry = f"{row.operator} {row.group.partition(',')[0]}"
             launches[entry][f"{row.shape} {row.group}"][row.implementation] = row
     found: dict[str, list[Ranked]] = {}
@@ -65,7 +66,7 @@ def show(measured: Sequence[Row]) -> None:
         for row in group:
             if not row.milliseconds:
                 say(f"  {row.implementation}: {row.status}: {row.reason}")
-    say("\nProposed for kernels/tiles.py (behind a tile: its time over the fastest one's)")
+    say("\nProposed for kernels/tile_table.py (behind a tile: its time over the fastest one's)")
     for entry, ranked in proposal(measured).items():
         say(f"  {entry}")
         for tile, ratio in ranked:
@@ -77,11 +78,11 @@ def show(measured: Sequence[Row]) -> None:
 
 
 def answers(measured: Sequence[Row]) -> Iterator[str]:
-    """What the rows say about what had to wait for a GPU."""
+    """Answers to the questions that need a GPU, one sentence each."""
     forward = [
         row
         for row in measured
-        if row.operator == "retrieve_forward" and row.group.startswith("half 256") and row.milliseconds
+        if row.operator == "retrieve_flash_forward" and row.group.startswith("half 256") and row.milliseconds
     ]
     for shape in {str(row.shape): row.shape for row in forward}.values():
         best = {rows: _best([r for r in forward if r.shape == shape], f"{rows}x64,") for rows in (64, 128)}
@@ -89,30 +90,30 @@ def answers(measured: Sequence[Row]) -> Iterator[str]:
     pairs: dict[str, list[Row]] = defaultdict(list)
     sizes: dict[str, list[Row]] = defaultdict(list)
     for row in measured:
-        if row.suite == schemes.SUITE:
+        if row.suite == SCHEMES:
             dims = row.shape
             title = f"retrieval {row.group}, d = {dims['d']}, M = {dims['M']}, N = {dims['N']}"
             (sizes if "MiB" in row.implementation else pairs)[title].append(row)
     for title, group in pairs.items():
         timed = sorted((row for row in group if row.milliseconds), key=_milliseconds)
-        told = ", ".join(f"{row.implementation} {_milliseconds(row):.3g} ms" for row in timed)
-        yield f"{title}: {told or 'no time'}"
+        times = ", ".join(f"{row.implementation} {_milliseconds(row):.3g} ms" for row in timed)
+        yield f"{title}: {times or 'no time'}"
     for title, group in sizes.items():
         for kind, of_kind in (
             ("from the host", [row for row in group if IN_A_GRAPH not in row.implementation]),
             ("in a CUDA graph", [row for row in group if IN_A_GRAPH in row.implementation]),
         ):
             timed = [row for row in of_kind if row.milliseconds]
-            told = ", ".join(f"{r.implementation.removesuffix(IN_A_GRAPH)} {_milliseconds(r):.3g} ms" for r in timed)
-            yield f"{title}, scratch, {kind}: {told or 'no time'}"
+            times = ", ".join(f"{r.implementation.removesuffix(IN_A_GRAPH)} {_milliseconds(r):.3g} ms" for r in timed)
+            yield f"{title}, scratch, {kind}: {times or 'no time'}"
     yield "NT-Xent forward, full square against a triangle: there is no triangle to time"
 
 
 def _against(name: str, row: Row | None, other_name: str, other: Row | None) -> str:
-    told = [
+    times = [
         f"{n} {'no time' if r is None else f'{_milliseconds(r):.3g} ms'}" for n, r in ((name, row), (other_name, other))
     ]
-    return ", ".join(told)
+    return ", ".join(times)
 
 
 def _best(group: Sequence[Row], begin: str) -> Row | None:
