@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from anomem import functional as F
-from anomem.backends import for_part
 from anomem.models import AnoMem
 from benchmarks.suites import MOST_POSITIONS, RATIO
 from benchmarks.training.phases import Phases
@@ -89,6 +88,6 @@ class Step:
                 read = memory(asked)
             with phases("contrastive"):
                 contrast = F.nt_xent(views.to(read.dtype), read, temperature=TEMPERATURE, impl=memory.impl)
-                variance = F.variance_hinge(read, impl=for_part("variance", self.device, memory.impl))
+                variance = F.variance_hinge(read, impl=memory.impl, part=True)
             total = total + weight * (contrast + VARIANCE_WEIGHT * variance)
         return total
