@@ -10,6 +10,10 @@ How a kernel file is built
     time (see `anomem.kernels.inspect`).
 """
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 if __name__ != "anomem.kernels":
@@ -17,7 +21,26 @@ if __name__ != "anomem.kernels":
 
 # Rows longer than this do not fit into the registers of one block, where the row normalisation keeps them.
 LONGEST_ROW = {"retrieve": 2048, "nt_xent": 1024, "info_nce": 1024}
+OPERATORS = {
+    "anomem::triton_retrieve_fwd": ("retrieve", "forward"),
+    "anomem::triton_retrieve_bwd": ("retrieve", "backward"),
+    "anomem::triton_nt_xent_fwd": ("nt_xent", "forward"),
+    "anomem::triton_nt_xent_bwd": ("nt_xent", "backward"),
+    "anomem::triton_info_nce_fwd": ("info_nce", "forward"),
+    "anomem::triton_info_nce_bwd": ("info_nce", "backward"),
+}
+"""Operator of `anomem.ops` -> (file of this folder, function with the arguments of the operator's schema)."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def implementation(operator: str) -> Callable[..., Any]:
+    """The function that runs an operator; imports its file.
+
+    Args:
+        operator: a key of `OPERATORS`.
+    """
+    module, function = OPERATORS[operator]
+    return getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
 
 
 def support(operator: str, dtype: torch.dtype, features: int) -> str | None:

@@ -1,6 +1,7 @@
-"""The `anomem::` operator library: how an operator is declared, which Triton kernel runs it, and what all share.
+"""The `anomem::` operator library: how an operator is declared, and what the operators share.
 
-Schemas and fakes exist whether or not a kernel can run here.
+Schemas and fakes exist whether or not a kernel can run here. `anomem.kernels` has the table of the operators that run
+Triton kernels; csrc/ registers the native ones.
 """
 
 from __future__ import annotations
@@ -17,16 +18,6 @@ from torch.autograd import forward_ad
 from anomem.reference.retrieve import Normalize
 
 LIBRARY = torch.library.Library("anomem", "DEF")
-
-TRITON_KERNELS = {
-    "triton_retrieve_fwd": ("retrieve", "forward"),
-    "triton_retrieve_bwd": ("retrieve", "backward"),
-    "triton_nt_xent_fwd": ("nt_xent", "forward"),
-    "triton_nt_xent_bwd": ("nt_xent", "backward"),
-    "triton_info_nce_fwd": ("info_nce", "forward"),
-    "triton_info_nce_bwd": ("info_nce", "backward"),
-}
-"""Operator -> (module of `anomem.kernels`, function). The native library registers its own, in csrc/."""
 
 NORMALIZE_CODES: dict[Normalize, int] = {"none": 0, "layer": 1, "l2": 2}
 """What kernels receive for `normalize`; the order is that of csrc/ and kernels/."""
@@ -63,7 +54,7 @@ class Memory(NamedTuple):
 
 
 def define(name: str, schema: str, fake: Fake) -> None:
-    """Declare `anomem::name`, and its Triton kernel if `TRITON_KERNELS` has one.
+    """Declare `anomem::name`, and let it run `anomem.kernels.implementation` if it is an operator of Triton's.
 
     Args:
         name: "<backend>_<operator>_<fwd|bwd>".
@@ -72,12 +63,10 @@ def define(name: str, schema: str, fake: Fake) -> None:
     """
     LIBRARY.define(name + schema)
     torch.library.register_fake(f"anomem::{name}", fake, lib=LIBRARY)
-    if name in TRITON_KERNELS:
-        module, function = TRITON_KERNELS[name]
+    if name.startswith("triton_"):
 
         def run(*args: Any) -> Any:
-            kernel = getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
-            return kernel(*args)
+            return importlib.import_module("anomem.kernels").implementation(f"anomem::{name}")(*args)
 
         # CPU tensors run in Triton's interpreter, which `anomem.backends` admits only when it is switched on.
         for key in ("CPU", "CUDA"):
