@@ -46,8 +46,8 @@ def memory_diagnostics(
     """
     require_tensor(query, "query", (), "[..., d]")
     features = query.shape[-1]
-    require_tensor(prototypes, "prototypes", (2,), "[M, d]")
-    query, memory = memory_inputs(query.detach(), "query", features, prototypes.detach(), None, beta, normalize)
+    query, memory = memory_inputs(query.detach(), "query", features, prototypes, None, beta, normalize)
+    memory = memory._replace(keys=memory.keys.detach())
     rows = query.reshape(-1, features)  # [N, d]
     require(rows.shape[0] > 0, "query", "at least one row", query)
     problem = backends.Problem(

@@ -109,8 +109,8 @@ def test_the_deviation_map_takes_the_energy_of_its_positions() -> None:
     feature_map, keys = draw(2, 8, 3, 3), draw(5, 8, seed=1)
     distances = AF.deviation_map(feature_map, keys, impl="reference")
     query = feature_map.flatten(2).mT
-    read = AF.hopfield_retrieve(query, keys, impl="reference")
-    cosine = torch.cosine_similarity(R.layer_normalize(query), read, dim=-1)
+    retrieved = AF.hopfield_retrieve(query, keys, impl="reference")
+    cosine = torch.cosine_similarity(R.layer_normalize(query), retrieved, dim=-1)
     torch.testing.assert_close(distances, (1 - cosine).reshape(2, 3, 3))
     last = AF.deviation_map(feature_map.to(memory_format=torch.channels_last), keys, impl="reference")
     torch.testing.assert_close(distances, last)

@@ -67,12 +67,12 @@ def test_gradients(name: str) -> None:
 
 def test_retrieval_gradient_is_the_closed_form() -> None:
     query, keys, values, beta = leaf(3, 4), leaf(5, 4, seed=1), leaf(5, 2, seed=2), scalar(0.7)
-    read = R.hopfield_retrieve(query, keys, values=values, beta=beta, normalize="none")
+    retrieval = R.hopfield_retrieve(query, keys, values=values, beta=beta, normalize="none")
     dout, dlse = leaf(3, 2, seed=3).detach(), leaf(3, seed=4).detach()
-    actual = torch.autograd.grad((read.out, read.lse), (query, keys, values, beta), (dout, dlse))
+    actual = torch.autograd.grad((retrieval.out, retrieval.lse), (query, keys, values, beta), (dout, dlse))
     with torch.no_grad():
-        scores, weights = beta * query @ keys.T, read.weights
-        delta = (dout * read.out).sum(-1, keepdim=True)
+        scores, weights = beta * query @ keys.T, retrieval.weights
+        delta = (dout * retrieval.out).sum(-1, keepdim=True)
         dscores = weights * (dout @ values.T - delta + dlse[:, None])
         expected = (
             beta * dscores @ keys,
@@ -80,8 +80,7 @@ def test_retrieval_gradient_is_the_closed_form() -> None:
             weights.T @ dout,
             (dscores * scores).sum() / beta,
         )
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_nt_xent_gradient_is_the_closed_form() -> None:
@@ -107,8 +106,8 @@ def test_a_zero_row_has_zero_gradient_to_every_order() -> None:
     assert second is None or not second.any()
 
 
-def test_the_derivation_of_retrieval_is_its_gradient() -> None:
-    """The lines at the head of anomem/reference/retrieve.py, tied, with LayerNorm or unit length."""
+def test_tied_retrieval_gradient_through_the_normalisation_is_the_closed_form() -> None:
+    """As derived at the head of anomem/reference/retrieve.py."""
     for normalize in ("layer", "l2"):
         query, keys = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (6, 4))
         beta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -132,8 +131,8 @@ def test_the_derivation_of_retrieval_is_its_gradient() -> None:
         torch.testing.assert_close(derived, expected)
 
 
-def test_the_derivation_of_nt_xent_is_its_gradient() -> None:
-    """The lines at the head of anomem/reference/contrast.py, from unit rows on."""
+def test_nt_xent_gradients_of_weighted_rows_are_the_closed_form() -> None:
+    """As derived at the head of anomem/reference/contrast.py; that of tau too."""
     unit = R.l2_normalize(torch.randn(8, 5, dtype=torch.float64)).requires_grad_()
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     every = torch.arange(8)
@@ -153,7 +152,7 @@ def test_the_derivation_of_nt_xent_is_its_gradient() -> None:
     torch.testing.assert_close((du, -(ds * s).sum() / tau), expected)
 
 
-def test_the_derivation_of_the_rectangular_form_is_its_gradient() -> None:
+def test_info_nce_gradients_are_the_closed_form() -> None:
     rows, columns = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 6))
     positive, exclude = torch.tensor([0, 5, 2, 2]), torch.tensor([1, 0, 0, 5])
     losses = R.contrast_rows(rows, columns, positive, exclude, 0.3)
