@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from anomem.reference.deviation import Distance
+from anomem.reference.deviation_map import Distance
 
 Pool = Literal["mean", "max", "topk"]
 

@@ -13,7 +13,7 @@ from anomem.data import Images
 from anomem.evaluate.config import ScoreConfig
 from anomem.models import AnoMem, DeviationDetector, DeviationHead, LocationPrior
 from anomem.models.detector import Alignment
-from anomem.reference.deviation import Distance
+from anomem.reference.deviation_map import Distance
 from anomem.validation import require, require_choice, require_count, values_are_free
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anomem.backends import Impl
-from anomem.reference.losses import Weighting
-from anomem.reference.normalize import Normalize
+from anomem.reference.contrast import Weighting
+from anomem.reference.retrieve import Normalize
 
 Backbone = Literal["small", "resnet18", "resnet50", "efficientnet_b0"]
 Stem = Literal["auto", "small", "standard"]

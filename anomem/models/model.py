@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from anomem import backends
 from anomem import functional as F
 from anomem.models.config import ModelConfig
 from anomem.models.encoders import Encoder, build_encoder
 from anomem.nn import HopfieldMemory
-from anomem.reference.deviation import Distance
+from anomem.reference.deviation_map import Distance
 from anomem.validation import require, require_count
 
 
@@ -75,7 +74,7 @@ class AnoMem(nn.Module):
             S tensors [n_s, B, d_s].
         """
         return [
-            projection(F.gather_positions(m, p, impl=backends.for_part("gather", m.device.type, memory.impl)))
+            projection(F.gather_positions(m, p, impl=memory.impl, part=True))
             for m, p, projection, memory in zip(maps, positions, self.projections, self.hopfield, strict=True)
         ]
 
@@ -114,7 +113,8 @@ class AnoMem(nn.Module):
                     normalize=memory.normalize,
                     distance=distance,
                     log_prior=prior,
-                    impl=backends.for_part("deviation_map", m.device.type, memory.impl),
+                    impl=memory.impl,
+                    part=True,
                 )
             )
         return result

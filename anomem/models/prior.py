@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anomem.models.model import AnoMem
-from anomem.reference.retrieval import hopfield_retrieve
+from anomem.reference.retrieve import hopfield_retrieve
 
 
 class LocationPrior(nn.Module):

@@ -14,8 +14,7 @@ from anomem.errors import UserError
 from anomem.evaluate.baselines import baselines, pixels
 from anomem.evaluate.scoring import Scorer, score_images
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
-from anomem.reference.normalize import normalize_rows
-from anomem.reference.retrieval import hopfield_retrieve
+from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
 
 
 def draw_figures(

@@ -9,7 +9,7 @@ from anomem.augment import AugmentConfig
 from anomem.data import DataConfig
 from anomem.evaluate.config import ScoreConfig
 from anomem.models import ModelConfig
-from anomem.reference.losses import Negatives
+from anomem.reference.contrast import Negatives
 
 
 @dataclass(frozen=True)

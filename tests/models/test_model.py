@@ -7,7 +7,7 @@ import torch
 
 from anomem import reference as R
 from anomem.models import DeviationHead, LocationPrior, ModelConfig, build_model
-from anomem.reference.normalize import layer_normalize
+from anomem.reference.retrieve import layer_normalize
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Sampling of positions from feature maps (Algorithm 1, line 3)."""
+"""Sampling of positions from feature maps (Algorithm 1, line 3) and the variance term on what was sampled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from anomem.reference.normalize import l2_normalize
+from anomem.reference.retrieve import l2_normalize
 
 
 def sample_positions(
@@ -58,3 +58,21 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
         picked = flat.gather(2, positions.unsqueeze(1).expand(batch, channels, -1))  # [B, C, n]
     vectors = picked.permute(2, 0, 1)  # [n, B, C]
     return l2_normalize(vectors) if normalize else vectors
+
+
+def variance_hinge(x: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """L_V = (1/d) Σ_j max(0, gamma − sqrt(Var_k(x_kj) + eps)), the unbiased variance over the batch.
+
+    The hinge against collapse of VICReg (Bardes et al. 2022, Eq. 1).
+
+    Args:
+        x: [G, B, d], B ≥ 2.
+        gamma: the standard deviation below which a coordinate is pushed apart; 1 for raw vectors, 1/sqrt(d) for
+            L2-normalised ones.
+        eps: keeps the square root differentiable at zero variance.
+
+    Returns:
+        [G].
+    """
+    deviation = torch.sqrt(x.var(dim=-2) + eps)  # [G, d]
+    return torch.relu(gamma - deviation).mean(dim=-1)

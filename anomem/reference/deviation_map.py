@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from anomem.reference.normalize import Normalize, normalize_rows
-from anomem.reference.retrieval import hopfield_retrieve
+from anomem.reference.retrieve import Normalize, hopfield_retrieve, normalize_rows
 
 Distance = Literal["cosine", "l2"]
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
 
 
 def deviation(
@@ -32,10 +32,10 @@ def deviation(
     Returns:
         [..., d].
     """
-    read = hopfield_retrieve(
+    retrieval = hopfield_retrieve(
         query, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, shrink=shrink
     )
-    return normalize_rows(query, normalize) - read.out
+    return normalize_rows(query, normalize) - retrieval.out
 
 
 def distance(query: Tensor, retrieved: Tensor, kind: Distance) -> Tensor:
@@ -78,7 +78,7 @@ def deviation_map(
     """
     height, width = feature_map.shape[2:]
     query = feature_map.flatten(2).mT  # [B, HW, d]
-    read = hopfield_retrieve(
+    retrieval = hopfield_retrieve(
         query, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, log_prior=log_prior
     )
-    return distance(normalize_rows(query, normalize), read.out, kind).reshape(-1, height, width)
+    return distance(normalize_rows(query, normalize), retrieval.out, kind).reshape(-1, height, width)

@@ -1,13 +1,81 @@
-"""Memory retrieval, Eq. (1) of AnoMem: the read of a modern Hopfield network (Ramsauer et al. 2021, Eq. 10)."""
+"""Memory retrieval, Eq. (1) of AnoMem: the read of a modern Hopfield network (Ramsauer et al. 2021, Eq. 10).
+
+Also the row normalisation in front of it. The gradients that the fused kernels compute, with upstream gradients dO of
+`out` and dL of `lse`, q and K normalised, b = beta, S = b q Kᵀ, P = softmax(S), O = P V:
+
+    dV_m   = Σ_n P_nm dO_n
+    dP_nm  = dO_n · V_m
+    dS_nm  = P_nm (dP_nm − delta_n + dL_n),    delta_n = Σ_m P_nm dP_nm = dO_n · O_n
+    dq_n   = b Σ_m dS_nm K_m
+    dK_m   = b Σ_n dS_nm q_n                   (+ dV_m where V = K)
+    dbeta  = Σ_nm dS_nm q_n · K_m
+
+The backward recomputes P_nm = exp(S_nm − lse_n) from the saved lse, and delta_n from the saved output: no [N, M]
+matrix is kept. Through the normalisation, with y = norm(x) and dy its gradient:
+
+    unit length   dx = (dy − y (y · dy)) / |x|
+    LayerNorm     dx = (dy − mean(dy) − y mean(y dy)) / sqrt(var(x) + 1e-5)
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from anomem.reference.normalize import Normalize, normalize_rows
+Normalize = Literal["layer", "l2", "none"]
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
+
+LAYER_EPS = 1e-5
+L2_EPS = 1e-12
+
+
+def layer_normalize(x: Tensor) -> Tensor:
+    """LayerNorm without affine: (x − mean) / sqrt(var + 1e-5) over the last axis (biased variance).
+
+    Args:
+        x: [..., d].
+
+    Returns:
+        [..., d].
+    """
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_EPS)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) over the last axis; a zero row stays zero and passes no gradient.
+
+    Args:
+        x: [..., d].
+
+    Returns:
+        [..., d].
+    """
+    length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    # The norm has no derivative at zero. A where on both sides of it keeps a zero row's gradient at zero, in the
+    # second derivative too.
+    nonzero = (length > L2_EPS) | length.isnan()
+    safe = torch.where(nonzero, x, torch.ones_like(x))
+    unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
+    return torch.where(nonzero, unit, torch.zeros_like(unit))
+
+
+def normalize_rows(x: Tensor, normalize: Normalize) -> Tensor:
+    """`norm(x)` of Eq. (1): LayerNorm without affine, unit length, or x itself.
+
+    Args:
+        x: [..., d].
+        normalize: "layer", "l2" or "none".
+
+    Returns:
+        [..., d].
+    """
+    if normalize == "layer":
+        return layer_normalize(x)
+    if normalize == "l2":
+        return l2_normalize(x)
+    return x
 
 
 class Retrieval(NamedTuple):

@@ -5,24 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import backends
+from anomem import backends, reference
 from anomem.backends import Impl
-from anomem.functional.precision import accumulator, autocast_inputs, scalar, without_autocast
-from anomem.functional.retrieval import hopfield_retrieve
-from anomem.reference.deviation import Distance
-from anomem.reference.deviation import deviation_map as reference_map
-from anomem.reference.normalize import Normalize, normalize_rows
-from anomem.validation import (
-    DISTANCES,
-    NORMALIZE,
-    require,
-    require_choice,
-    require_count,
-    require_number,
-    require_same_kind,
-    require_tensor,
-    shape_of,
-)
+from anomem.functional._inputs import kernel_memory, memory_inputs, reference_memory, without_autocast
+from anomem.functional.retrieve import hopfield_retrieve
+from anomem.ops.library import accumulator
+from anomem.reference import Distance, Normalize, normalize_rows
+from anomem.reference.deviation_map import DISTANCES
+from anomem.validation import require, require_choice, require_count, require_tensor
 
 
 def deviation(
@@ -74,6 +64,7 @@ def deviation_map(
     distance: Distance = "cosine",
     log_prior: Tensor | None = None,
     impl: Impl = "auto",
+    part: bool = False,
 ) -> Tensor:
     """Distance between feature and retrieval at every position of a map; inference only, no gradient.
 
@@ -88,7 +79,8 @@ def deviation_map(
         normalize: as in `hopfield_retrieve`.
         distance: "cosine" (1 − cos, 0 to 2) or "l2".
         log_prior: [H·W, M], `log pi(prototype | position)` added to the logits (location prior).
-        impl: which implementation; see the package.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+        part: where the named implementation has no such kernel, choose by "auto".
 
     Returns:
         [B, H, W], float32 (float64 for float64).
@@ -97,64 +89,40 @@ def deviation_map(
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
     """
     require_tensor(feature_map, "feature_map", (4,), "[B, d, H, W]")
-    require_tensor(prototypes, "prototypes", (2,), "[M, d]")
-    features = feature_map.shape[1]
-    require(features > 0, "feature_map", "[B, d, H, W] with d ≥ 1", feature_map)
-    right_shape = prototypes.shape[1] == features and prototypes.shape[0] > 0
-    require(right_shape, "prototypes", lambda: f"[M, {features}] with M ≥ 1", prototypes)
-    require_choice(normalize, "normalize", NORMALIZE)
     require_choice(distance, "distance", DISTANCES)
     require_count(steps, "steps", 1)
-    if beta is not None:
-        require_number(beta, "beta")
-    feature_map, prototypes, values = autocast_inputs(feature_map.detach(), prototypes, values)
-    require_same_kind(prototypes, "prototypes", feature_map, "feature_map")
+    batch, features, height, width = feature_map.shape
+    feature_map, memory = memory_inputs(
+        feature_map.detach(), "feature_map", features, prototypes, values, beta, normalize
+    )
     if values is not None:
-        require_tensor(values, "values", (2,), "[M, d]")
-        require_same_kind(values, "values", feature_map, "feature_map")
-        require(values.shape == prototypes.shape, "values", lambda: shape_of(prototypes), values)
-    batch, _, height, width = feature_map.shape
+        require(values.shape[1] == features, "values", lambda: f"[M, {features}]", values)
+    count = prototypes.shape[0]
     if log_prior is not None:
         require_tensor(log_prior, "log_prior", (2,), "[H·W, M]")
-        wanted = (height * width, prototypes.shape[0])
-        require(tuple(log_prior.shape) == wanted, "log_prior", lambda: f"[{wanted[0]}, {wanted[1]}]", log_prior)
-    if beta is None:
-        beta = features**-0.5
+        right = tuple(log_prior.shape) == (height * width, count)
+        require(right, "log_prior", lambda: f"[{height * width}, {count}]", log_prior)
     problem = backends.Problem(
         "deviation_map",
         feature_map.device.type,
         feature_map.dtype,
         features,
         rows=batch * height * width,
-        columns=prototypes.shape[0],
+        columns=count,
+        steps=steps,
     )
-    if steps > 1 and impl == "auto":
-        impl = "reference"
-    require(steps == 1 or impl == "reference", "steps", lambda: f"1 for impl={impl!r}", steps, 'use impl="reference"')
-    chosen = backends.choose(problem, impl)
+    chosen = backends.choose(problem, impl, part=part)
     dtype = accumulator(feature_map)
     with torch.no_grad(), without_autocast(feature_map.device.type):
         if chosen == "reference":
-            return reference_map(
+            return reference.deviation_map(
                 feature_map.to(dtype),
-                prototypes.to(dtype),
-                values=None if values is None else values.to(dtype),
-                beta=beta,
+                **reference_memory(memory, dtype),
                 steps=steps,
-                normalize=normalize,
                 kind=distance,
                 log_prior=log_prior,
             )
-        from anomem.ops import inference
+        from anomem.ops import deviation_map as operators
 
-        learned, scale = scalar(beta, feature_map)
-        return inference.deviation_map(
-            feature_map,
-            prototypes.detach().contiguous(),
-            None if values is None else values.detach().contiguous(),
-            learned,
-            scale,
-            normalize,
-            distance,
-            None if log_prior is None else log_prior.to(dtype).contiguous(),
-        )
+        prior = None if log_prior is None else log_prior.to(dtype).contiguous()
+        return operators.deviation_map(feature_map, kernel_memory(memory), distance, prior)
