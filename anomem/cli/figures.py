@@ -10,10 +10,10 @@ from torch import Tensor
 from anomem.data import Images, Task
 from anomem.errors import UserError
 from anomem.evaluate.baselines import baselines, pixels
-from anomem.evaluate.scoring import Scorer, score_images
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.normalize import normalize_rows
 from anomem.reference.retrieval import hopfield_retrieve
+from anomem.scoring import Scorer, score_images
 from anomem.train import RunDirectory
 
 
@@ -56,7 +56,7 @@ def draw_figures(run: RunDirectory, task: Task, scorer: Scorer, seed: int = 0) -
         normals = task.train_is_normal.nonzero().flatten()
         weights, _ = last_scale(scorer, task.train, normals)
         prototypes(pixels(task.train, normals.cpu()), weights, paths["prototypes"])
-        memory = scorer.model.hopfield[-1]
+        memory = scorer.model.memories[-1]
         _, vectors = last_scale(scorer, task.test, torch.arange(len(task.test)))
         stored = normalize_rows(memory.prototypes.detach(), memory.normalize).cpu()
         tsne(stored, vectors[~truth], vectors[truth], paths["tsne"], seed=seed)
@@ -77,7 +77,7 @@ def last_scale(scorer: Scorer, images: Images, order: Tensor) -> tuple[Tensor, T
     Returns:
         Retrieval weights [N, M], and normalised queries [N, d].
     """
-    model, memory = scorer.model, scorer.model.hopfield[-1]
+    model, memory = scorer.model, scorer.model.memories[-1]
     weights, vectors = [], []
     for batch, _ in images.batches(order, scorer.config.batch_size):
         query = model.queries(model(batch))[-1]  # [b, P, d]

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from anomem.train.config import TrainConfig
+from anomem.train.config import Preset, TrainConfig
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a detector and write a run directory."""
 
-    preset: Literal["digits", "textures", "cifar10", "cifar100", "folder"] | None = None
+    preset: Preset | None = None
     """Settings to start from; that of --data.dataset when not given."""
     config: Path | None = None
     """Settings to start from: the config.json of a run. Options on the command line come on top."""

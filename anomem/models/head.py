@@ -1,4 +1,4 @@
-"""Stage 2: small convolutional heads that embed the deviation maps."""
+"""DeviationHead: the small convolutional heads of stage 2, which embed the deviation maps."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from anomem.evaluate.report import Metrics
-from anomem.train.run import has_stage2
-from anomem.train.serialize import to_dict
+from anomem.train.config import to_dict
 from benchmarks.accuracy.tasks import Job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +48,7 @@ class Row:
 def digest(job: Job) -> str:
     """Equal for equal configurations; the settings of a second stage that does not run do not count."""
     values = to_dict(job.config)
-    if not has_stage2(job.config):
+    if not job.config.has_stage2:
         del values["stage2"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

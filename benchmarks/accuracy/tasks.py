@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from anomem.train import TrainConfig
-from anomem.train.presets import preset
+from anomem.train.config import preset
 from benchmarks.accuracy.settings import SETTINGS
 
 DIGITS = ("3", "8", "9")

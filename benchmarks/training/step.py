@@ -82,7 +82,7 @@ class Step:
 
     def _contrasted(self, sampled: list[Tensor], phases: Phases) -> Tensor:
         total = sampled[0].new_zeros((), dtype=torch.float32)
-        for vectors, memory, weight in zip(sampled, self.model.hopfield, self.model.scale_weights, strict=True):
+        for vectors, memory, weight in zip(sampled, self.model.memories, self.model.scale_weights, strict=True):
             z, z_pair = vectors.chunk(2, dim=1)  # [n, B, d]
             views, asked = torch.cat([z, z_pair]), torch.cat([z_pair, z])  # [2n, B, d]
             with phases("retrieval"):

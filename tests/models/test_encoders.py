@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,19 +52,25 @@ def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "argument", "text"),
+    ("values", "argument", "text"),
     [
-        (ModelConfig(backbone="resnet19"), "backbone", "resnet18"),  # type: ignore[arg-type]
-        (ModelConfig(scales=("layer9",)), "scales", "block1"),
-        (ModelConfig(stem="tiny"), "stem", "standard"),  # type: ignore[arg-type]
-        (ModelConfig(prototypes=(8, 8)), "prototypes", "3, one per scale"),
-        (ModelConfig(projection=0), "projection", "≥ 1"),
-        (ModelConfig(normalize="rms"), "normalize", "layer"),  # type: ignore[arg-type]
+        ({"backbone": "resnet19"}, "backbone", "resnet18"),
+        ({"scales": ("layer9",)}, "scales", "block1"),
+        ({"stem": "tiny"}, "stem", "standard"),
+        ({"prototypes": (8, 8)}, "prototypes", "3, one per scale"),
+        ({"prototypes": ()}, "prototypes", "one number"),
+        ({"prototypes": (8, 0)}, "prototypes", "≥ 1"),
+        ({"projection": 0}, "projection", "≥ 1"),
+        ({"normalize": "rms"}, "normalize", "layer"),
+        ({"beta": float("nan")}, "beta", "finite"),
+        ({"steps": 0}, "steps", "≥ 1"),
+        ({"scale_weights": "log"}, "scale_weights", "linear"),
+        ({"impl": "cuda"}, "impl", "triton"),
     ],
 )
-def test_wrong_settings_are_named(config: ModelConfig, argument: str, text: str) -> None:
+def test_wrong_settings_are_named(values: dict[str, Any], argument: str, text: str) -> None:
     with pytest.raises(ArgumentError, match=text) as caught:
-        build_model(config, (16, 16), 1, [0.5], [0.5])
+        build_model(ModelConfig(**values), (16, 16), 1, [0.5], [0.5])
     assert caught.value.argument == argument
 
 

@@ -15,7 +15,7 @@ import torch
 from anomem.errors import UserError
 from anomem.train import RunDirectory, TrainConfig, load_scorer, resume, train
 from anomem.train.checkpoint import load_checkpoint
-from anomem.train.serialize import to_dict
+from anomem.train.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # Trains until the checkpoint named on the command line has been written, then dies without any clean-up.
@@ -23,19 +23,19 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from anomem.train import TrainConfig, stage, train
-from anomem.train.serialize import load_config
+from anomem.train import TrainConfig, checkpoint, train
+from anomem.train.config import load_config
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
-save = stage.save_checkpoint
+save = checkpoint.save_checkpoint
 
 def save_and_die(directory, name, step, *rest):
     save(directory, name, step, *rest)
     if f"{name}-{step}" == sys.argv[2]:
         os._exit(9)
 
-stage.save_checkpoint = save_and_die
+checkpoint.save_checkpoint = save_and_die
 train(load_config(TrainConfig, Path(sys.argv[1])), quiet=True)
 """
 

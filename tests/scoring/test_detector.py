@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.models import DeviationDetector, Gaussians, MomentSums
+from anomem.scoring import DeviationDetector, Gaussians, MomentSums
 
 
 def sums_of(x: torch.Tensor, *sizes: int) -> MomentSums:
