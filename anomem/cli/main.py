@@ -7,9 +7,11 @@ Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,7 +20,7 @@ import tyro
 from anomem import __version__
 from anomem.cli import commands
 from anomem.cli.options import Evaluate, Plot, Score, Train
-from anomem.errors import UserError
+from anomem.errors import ArgumentError, UserError
 from anomem.train.config import Preset, TrainConfig, load_config, preset
 
 
@@ -75,9 +77,23 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
-    about = "Anomaly detection with contrasted memories."
-    command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
-    return command
+
+    def parse() -> Train | Evaluate | Score | Plot:
+        about = "Anomaly detection with contrasted memories."
+        command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+        return command
+
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return parse()
+    except SystemExit as stop:
+        # tyro prints the error of a configuration, which is a ValueError, in its own way and exits.
+        error: BaseException | None = stop
+        while error is not None and not isinstance(error, ArgumentError):
+            error = error.__context__
+    if error is not None:
+        raise error
+    return parse()  # prints the help, or which option is wrong, and exits
 
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
