@@ -37,9 +37,9 @@ def test_standard_stem_is_torchvisions_network() -> None:
     torch.manual_seed(0)
     encoder = build_encoder(ModelConfig(backbone="resnet18", stem="standard", scales=("layer4",)), (64, 64), 3).eval()
     network = get_model("resnet18", weights=None).eval()
-    mine, theirs = list(encoder.state_dict().values()), list(network.state_dict().values())
-    assert [v.shape for v in mine] == [v.shape for v in theirs[: len(mine)]]
-    network.load_state_dict(dict(zip(network.state_dict(), [*mine, *theirs[len(mine) :]], strict=True)))
+    actual, expected = list(encoder.state_dict().values()), list(network.state_dict().values())
+    assert [v.shape for v in actual] == [v.shape for v in expected[: len(actual)]]
+    network.load_state_dict(dict(zip(network.state_dict(), [*actual, *expected[len(actual) :]], strict=True)))
     images = torch.rand(2, 3, 64, 64)
     pooled = encoder(images)[0].mean(dim=(2, 3))
     torch.testing.assert_close(network.fc(pooled), network(images))

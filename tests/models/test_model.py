@@ -19,8 +19,8 @@ def maps() -> list[torch.Tensor]:
 def test_bytes_and_unit_floats_give_the_same_maps() -> None:
     model = build_model(ModelConfig(), (16, 16), 1, [0.3], [0.2]).eval()
     images = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
-    for mine, theirs in zip(model(images), model(images / 255), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(model(images), model(images / 255), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("projection", [None, 8])
@@ -59,8 +59,8 @@ def test_a_uniform_prior_changes_nothing(maps: list[torch.Tensor]) -> None:
 def test_deviation_is_norm_of_z_minus_retrieval(maps: list[torch.Tensor]) -> None:
     model = build_model(ModelConfig(prototypes=(7,)), (16, 16), 1, [0.5], [0.5])
     query = maps[1].flatten(2).mT
-    read = R.hopfield_retrieve(query, model.memories[1].prototypes).out
-    torch.testing.assert_close(model.deviations(maps)[1], layer_normalize(query) - read)
+    retrieved = R.hopfield_retrieve(query, model.memories[1].prototypes).out
+    torch.testing.assert_close(model.deviations(maps)[1], layer_normalize(query) - retrieved)
 
 
 def test_head_scores_are_weighted_lengths() -> None:

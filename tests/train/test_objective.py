@@ -46,17 +46,17 @@ def test_loss_is_equation_4(labelled: bool, negatives: str) -> None:
         torch.testing.assert_close(terms[f"variance/{name}"], variance)
     torch.testing.assert_close(total, expected)
     trained = [model.memories[0].prototypes, *model.encoder.parameters()]
-    for mine, theirs in zip(
+    for actual, reference in zip(
         torch.autograd.grad(total, trained, retain_graph=True), torch.autograd.grad(expected, trained), strict=True
     ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-5)
 
 
 def test_positions_are_capped_distinct_and_shared_by_both_views() -> None:
     sizes = [(8, 8), (4, 4), (2, 2)]
-    drawn = draw_positions(sizes, LossConfig(ratio=0.25, max_positions=8), 5, generator())
-    assert [p.shape for p in drawn] == [(8,), (4,), (1,)]
-    assert all(len(set(p.tolist())) == len(p) for p in drawn)
+    positions = draw_positions(sizes, LossConfig(ratio=0.25, max_positions=8), 5, generator())
+    assert [p.shape for p in positions] == [(8,), (4,), (1,)]
+    assert all(len(set(p.tolist())) == len(p) for p in positions)
     per_image = draw_positions(sizes, LossConfig(positions_per_image=True, max_positions=3), 5, generator())
     assert [p.shape for p in per_image] == [(10, 3)] * 3
     assert all(torch.equal(p[:5], p[5:]) for p in per_image)

@@ -48,10 +48,10 @@ def tensors_of(run: Path, name: str) -> dict[str, torch.Tensor]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     for name in ("stage1", "stage2", "scorer"):
-        mine, theirs = tensors_of(first, name), tensors_of(second, name)
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert torch.equal(mine[key], theirs[key]), f"{name}: {key}"
+        expected, actual = tensors_of(first, name), tensors_of(second, name)
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert torch.equal(expected[key], actual[key]), f"{name}: {key}"
     timing = ("seconds", "images_per_second")
     timeless = [
         [{k: v for k, v in row.items() if k not in timing} for row in RunDirectory(run).rows()]
