@@ -1,4 +1,4 @@
-"""ModelConfig: the encoder and the memories of a model as plain values."""
+"""ModelConfig: the encoder and the memories of a model as plain values, checked when it is made."""
 
 from __future__ import annotations
 
@@ -32,11 +32,7 @@ DEFAULT_SCALES: dict[Backbone, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and memories.
-
-    Raises:
-        ArgumentError: an unknown name, a count below 1, or a beta that is not finite.
-    """
+    """Encoder and memories."""
 
     backbone: Backbone = "small"
     """Encoder; the torchvision ones start from random weights."""

@@ -1,4 +1,4 @@
-"""ScoreConfig: how images are scored, as plain values."""
+"""ScoreConfig: how images are scored, as plain values, checked when it is made."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ ConfiguredAlignment = Literal["auto", Alignment]
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Plain deviation and one-class detector.
-
-    Raises:
-        ArgumentError: an unknown name, a count that is too small, or a `top_fraction` outside of (0, 1].
-    """
+    """Plain deviation and one-class detector."""
 
     distance: Distance = "cosine"
     """dev(z, HF(z)) of the plain deviation: 1 - cos, or Euclidean length."""

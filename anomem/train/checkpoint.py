@@ -118,50 +118,6 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, s
     module.load_state_dict(saved)
 
 
-def training_tensors(
-    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """All tensors that a stage needs to resume with identical bits.
-
-    Args:
-        modules: name -> module; their tensors are saved as "name.tensor".
-        optimizer: its momentum is saved as "momentum.name.parameter".
-        generator: its state is saved as "generator".
-    """
-    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for name, parameter in _named_parameters(modules):
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    return {**tensors, "generator": generator.get_state()}
-
-
-def load_training(
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    source: Path,
-) -> None:
-    """The inverse of `training_tensors`; the arguments are the same.
-
-    Raises:
-        UserError: the tensors belong to another model.
-    """
-    for name, module in modules.items():
-        load_module(module, tensors, f"{name}.", source)
-    for name, parameter in _named_parameters(modules):
-        momentum = tensors.get(f"momentum.{name}")
-        if momentum is not None:
-            # In the layout of the parameter (channels-last), as before the checkpoint was written.
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(momentum)
-    generator.set_state(tensors["generator"])
-
-
-def _named_parameters(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    return [(f"{name}.{key}", p) for name, module in modules.items() for key, p in module.named_parameters()]
-
-
 class StageState:
     """Modules, optimiser and generator of a stage, saved to and restored from its checkpoint.
 
@@ -194,7 +150,15 @@ class StageState:
         if checkpoint is None or self.directory is None:
             return 0
         source = self.directory / f"{self.name}.json"
-        load_training(checkpoint.tensors, self.modules, self.optimizer, self.generator, source)
+        for name, module in self.modules.items():
+            load_module(module, checkpoint.tensors, f"{name}.", source)
+        for name, parameter in self._parameters():
+            momentum = checkpoint.tensors.get(f"momentum.{name}")
+            if momentum is not None:
+                # In the layout of the parameter (channels-last), as before the checkpoint was written.
+                buffer = torch.empty_like(parameter.detach()).copy_(momentum)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.generator.set_state(checkpoint.tensors["generator"])
         return checkpoint.step
 
     def due(self, done: int, steps: int, every: int) -> bool:
@@ -208,11 +172,22 @@ class StageState:
         return self.directory is not None and (done == steps or (every > 0 and done % every == 0))
 
     def save(self, done: int) -> None:
-        """Write the checkpoint.
+        """Write everything that the stage needs to resume with identical bits.
 
         Args:
             done: steps done.
         """
-        if self.directory is not None:
-            tensors = training_tensors(self.modules, self.optimizer, self.generator)
-            save_checkpoint(self.directory, self.name, done, tensors)
+        if self.directory is None:
+            return
+        tensors = {
+            f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()
+        }
+        for name, parameter in self._parameters():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        save_checkpoint(self.directory, self.name, done, {**tensors, "generator": self.generator.get_state()})
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names in the checkpoint, and parameters."""
+        return [(f"{name}.{key}", p) for name, module in self.modules.items() for key, p in module.named_parameters()]

@@ -1,4 +1,7 @@
-"""TrainConfig: everything a run depends on as plain values; its presets; to JSON and back."""
+"""TrainConfig: everything a run depends on as plain values; its presets; to JSON and back.
+
+Each configuration checks itself when it is made and raises `ArgumentError`.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,7 @@ FirstPrototypes = Literal["normal", "features"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Stage 1, Eqs. (2) to (4).
-
-    Raises:
-        ArgumentError: a temperature, weight, ratio or cap outside of its range, or an unknown name.
-    """
+    """Stage 1, Eqs. (2) to (4)."""
 
     temperature: float = 0.2
     """tau of the contrast."""
@@ -57,11 +56,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD with Nesterov momentum; linear warm-up, then cosine annealing to zero.
-
-    Raises:
-        ArgumentError: a number outside of its range.
-    """
+    """SGD with Nesterov momentum; linear warm-up, then cosine annealing to zero."""
 
     section: ClassVar[str] = "optimizer"  # in the configuration, for messages
 
@@ -107,11 +102,7 @@ class Stage2OptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class Stage2Config:
-    """Margin stage on the deviation maps; runs where there are labelled or synthetic anomalies.
-
-    Raises:
-        ArgumentError: a margin of at most 1, or a head without channels.
-    """
+    """Margin stage on the deviation maps; runs where there are labelled or synthetic anomalies."""
 
     enabled: bool = True
     """Run it where there are anomalies."""
@@ -133,11 +124,7 @@ class Stage2Config:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how a run executes.
-
-    Raises:
-        ArgumentError: a count that is too small. Whether the device exists is known when the run starts.
-    """
+    """Where and how a run executes."""
 
     directory: str | None = None
     """Run directory; runs/<dataset>-<normal>-<seed> when None."""
@@ -170,9 +157,6 @@ class RunConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; each part checks itself when it is made.
-
-    Raises:
-        ArgumentError: a negative ratio, or an unknown name.
 
     Example:
         >>> config = preset("folder")
