@@ -32,17 +32,18 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "validation"},
     "augment": {"errors", "validation"},
     "models": {"backends", "errors", "functional", "nn", "reference", "validation"},
-    "evaluate": {
-        "augment", "backends", "data", "errors", "functional", "models", "nn", "reference", "validation",
-    },
-    "plots": {"data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "validation"},
+    "scoring": {"augment", "data", "models", "reference", "validation"},
     "train": {
-        "__init__", "augment", "backends", "data", "errors", "evaluate", "files", "functional", "models", "nn",
-        "reference", "validation",
+        "augment", "backends", "data", "errors", "files", "functional", "models", "nn", "reference", "scoring",
+        "validation",
+    },
+    "evaluate": {"augment", "data", "errors", "models", "scoring", "train", "validation"},
+    "plots": {
+        "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "cli": {
         "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "files", "functional", "models", "nn",
-        "plots", "reference", "train", "validation",
+        "plots", "reference", "scoring", "train", "validation",
     },
     "demo": {
         "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",

@@ -14,8 +14,8 @@ from rich.markdown import Markdown
 
 from anomem.data import load_task
 from anomem.evaluate.report import Metrics
+from anomem.train.config import to_dict
 from anomem.train.run import has_stage2
-from anomem.train.serialize import to_dict
 from benchmarks.accuracy.settings import SETTINGS, Job, jobs
 from benchmarks.harness import rows
 from benchmarks.harness.rows import Score

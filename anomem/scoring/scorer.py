@@ -1,24 +1,25 @@
-"""From a trained model to scores and maps: everything that follows the training."""
+"""Scorer: a trained model with its fitted prior and detector gives scores and maps of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images
-from anomem.evaluate.config import ScoreConfig
-from anomem.models import AnoMem, DeviationDetector, DeviationHead, LocationPrior
-from anomem.models.detector import Alignment
+from anomem.models import AnoMem, DeviationHead
 from anomem.reference.deviation_map import Distance
-from anomem.validation import require, require_choice, require_count, values_are_free
+from anomem.scoring.config import Pool, ScoreConfig
+from anomem.scoring.detector import Alignment, DeviationDetector
+from anomem.scoring.prior import LocationPrior
+from anomem.validation import require, values_are_free
 
 
 class Scored(NamedTuple):
-    """What a scorer says about B images; higher is more anomalous."""
+    """Scores and maps of B images; higher is more anomalous."""
 
     scores: dict[str, Tensor]
     """Name -> [B]. "plain", "prior", "energy", "detector" and, after stage 2, "stage2"; see `Scorer`."""
@@ -27,7 +28,7 @@ class Scored(NamedTuple):
 
 
 class Scorer(nn.Module):
-    """A frozen model with what was fitted to it.
+    """A frozen model with the prior and the detector that were fitted to it.
 
     Scores: "plain" is Σ lambda_s pool dev(z, HF(z)); "prior" the same with the location prior; "energy" is
     Σ lambda_s mean −lse/beta; "detector" the Gaussians on the deviations; "stage2" Σ lambda_s |g(s)|.
@@ -37,18 +38,27 @@ class Scorer(nn.Module):
         alignment: of the detector.
         config: of the plain deviation.
         head: of stage 2, or None.
+
+    Shape:
+        images [B, C, H, W] -> scores [B] each, maps [B, H, W] each.
+
+    Example:
+        >>> scorer = load_scorer(Path("runs/mine"))
+        >>> scored = scorer(images)
+        >>> scored.scores["detector"], scored.maps["detector"]  # [B], [B, H, W]
     """
 
-    def __init__(self, model: AnoMem, alignment: str, config: ScoreConfig, head: DeviationHead | None = None) -> None:
+    def __init__(
+        self, model: AnoMem, alignment: Alignment, config: ScoreConfig, head: DeviationHead | None = None
+    ) -> None:
         super().__init__()
-        check_score(config)
         self.config = config
         self.model = model
         self.head = head
-        positions, features = positions_and_features(model)
-        self.prior = LocationPrior(positions, [memory.prototypes.shape[0] for memory in model.hopfield])
-        self.detector = DeviationDetector(positions, features, alignment_named(alignment))
-        self.to(model.mean.device)
+        positions = [height * width for height, width in model.encoder.sizes]
+        self.prior = LocationPrior(positions, [memory.prototypes.shape[0] for memory in model.memories])
+        self.detector = DeviationDetector(positions, model.features, alignment)
+        self.to(model.device)
         self.eval()
 
     @property
@@ -71,7 +81,7 @@ class Scorer(nn.Module):
             "plain": self.pooled(plain),
             "prior": self.pooled(self.model.distances(maps, self.config.distance, self.prior.log_priors)),
             "energy": self.weighted(
-                [m.energy(q).mean(dim=1) for m, q in zip(self.model.hopfield, self.model.queries(maps), strict=True)]
+                [m.energy(q).mean(dim=1) for m, q in zip(self.model.memories, self.model.queries(maps), strict=True)]
             ),
             "detector": self.detector(deviations),
         }
@@ -96,7 +106,7 @@ class Scorer(nn.Module):
             hint = "divide by 255, or give uint8"
             require(right, "images", "floating pixels from 0 to 1", f"{low:.3g} to {high:.3g}", hint)
 
-    def pooled(self, distances: list[Tensor], pool: str | None = None) -> Tensor:
+    def pooled(self, distances: list[Tensor], pool: Pool | None = None) -> Tensor:
         """Σ lambda_s pool over positions: S tensors [B, H_s, W_s] -> [B].
 
         Args:
@@ -119,16 +129,6 @@ class Scorer(nn.Module):
         return self.weighted(resized)
 
 
-def check_score(config: ScoreConfig) -> None:
-    """Raise `ArgumentError` for settings no scorer can use."""
-    require_choice(config.pool, "score.pool", ("mean", "max", "topk"))
-    require_choice(config.distance, "score.distance", ("cosine", "l2"))
-    require_choice(config.alignment, "score.alignment", ("auto", "per_position", "pooled"))
-    require(0 < config.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", config.top_fraction)
-    require_count(config.copies, "score.copies", 0)
-    require_count(config.batch_size, "score.batch_size", 1)
-
-
 def fit_scorer(
     model: AnoMem,
     images: Images,
@@ -139,18 +139,19 @@ def fit_scorer(
     config: ScoreConfig,
     head: DeviationHead | None = None,
 ) -> Scorer:
-    """Fit prior and detector to the training normals; labels and anomalies play no part.
+    """Fit prior and detector to the training normals; anomalies are not used.
 
     Args:
         model: trained; put into eval mode.
         images: training images, on the model's device.
         is_normal: [N] bool.
-        aligned: whether positions are comparable across images; decides where `config.alignment` is "auto".
-        augment: training augmentations, of which light ones are derived for the copies.
-        config: how to score.
+        aligned: whether positions are comparable across images; used where `config.alignment` is "auto".
+        augment: training augmentations; the copies get weaker ones derived from them.
+        config: of the scorer.
         head: of stage 2, or None.
     """
-    alignment = config.alignment if config.alignment != "auto" else ("per_position" if aligned else "pooled")
+    automatic: Alignment = "per_position" if aligned else "pooled"
+    alignment = automatic if config.alignment == "auto" else config.alignment
     model.eval()
     scorer = Scorer(model, alignment, config, head)
     batches = normal_batches(images, is_normal, augment, config)
@@ -160,9 +161,9 @@ def fit_scorer(
 
 
 def fit_feature_detector(
-    model: AnoMem, images: Images, is_normal: Tensor, alignment: str, augment: AugmentConfig, config: ScoreConfig
+    model: AnoMem, images: Images, is_normal: Tensor, alignment: Alignment, augment: AugmentConfig, config: ScoreConfig
 ) -> DeviationDetector:
-    """The control that leaves the memory out: the same detector on the features z instead of z − HF(z).
+    """The control without memory: the same detector on the features z instead of z − HF(z).
 
     Args:
         model: trained, in eval mode.
@@ -173,7 +174,8 @@ def fit_feature_detector(
         config: as for `fit_scorer`.
     """
     batches = normal_batches(images, is_normal, augment, config)
-    detector = DeviationDetector(*positions_and_features(model), alignment_named(alignment)).to(model.mean.device)
+    positions = [height * width for height, width in model.encoder.sizes]
+    detector = DeviationDetector(positions, model.features, alignment).to(model.device)
     detector.fit(lambda: (model.queries(model(x)) for x in batches(config.copies)))
     return detector
 
@@ -181,12 +183,12 @@ def fit_feature_detector(
 def normal_batches(
     images: Images, is_normal: Tensor, augment: AugmentConfig, config: ScoreConfig
 ) -> Callable[[int], Iterator[Tensor]]:
-    """The training normals, as they are and as lightly augmented copies; every call gives the same.
+    """The training normals and lightly augmented copies of them; every call gives the same batches.
 
     Args:
         images: training images.
         is_normal: [N] bool.
-        augment: of which the light augmentation is derived.
+        augment: training augmentations; the light ones are derived from them.
         config: batch size and seed.
 
     Returns:
@@ -208,7 +210,7 @@ def normal_batches(
 
 
 def light_augmentation(config: AugmentConfig) -> AugmentConfig:
-    """A third of the training augmentations' ranges, without flips and blur: variation that normals do have.
+    """A third of the training augmentations' ranges, without flips and blur: variation that normals have.
 
     Args:
         config: of the training.
@@ -241,7 +243,7 @@ def score_images(scorer: Scorer, images: Images) -> Scored:
         scorer: fitted.
         images: on any device.
     """
-    order, images = torch.arange(len(images)), images.to(scorer.model.mean.device)
+    order, images = torch.arange(len(images)), images.to(scorer.model.device)
     parts = [scorer(batch) for batch, _ in images.batches(order, scorer.config.batch_size)]
     return Scored(
         {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
@@ -258,28 +260,16 @@ def plain_variants(scorer: Scorer, images: Images) -> dict[str, Tensor]:
         images: on the scorer's device.
     """
     parts: dict[str, list[Tensor]] = {}
-    distances: tuple[Distance, ...] = ("cosine", "l2")
     for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size):
         maps = scorer.model(batch)
-        for distance in distances:
-            of_scales = scorer.model.distances(maps, distance)
-            for pool in ("mean", "max", "topk"):
-                parts.setdefault(f"plain/{distance}-{pool}", []).append(scorer.pooled(of_scales, pool).cpu())
+        for distance in get_args(Distance):
+            per_scale = scorer.model.distances(maps, distance)
+            for pool in get_args(Pool):
+                parts.setdefault(f"plain/{distance}-{pool}", []).append(scorer.pooled(per_scale, pool).cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def positions_and_features(model: AnoMem) -> tuple[list[int], list[int]]:
-    """H_s·W_s and d_s of each scale."""
-    return [h * w for h, w in model.encoder.sizes], [memory.prototypes.shape[1] for memory in model.hopfield]
-
-
-def alignment_named(name: str) -> Alignment:
-    """The detector's alignment by name, checked."""
-    require_choice(name, "score.alignment", ("per_position", "pooled"))
-    return "pooled" if name == "pooled" else "per_position"
-
-
-def _pool(distances: Tensor, pool: str, top_fraction: float) -> Tensor:
+def _pool(distances: Tensor, pool: Pool, top_fraction: float) -> Tensor:
     """[B, P] -> [B]."""
     if pool == "mean":
         return distances.mean(dim=1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.evaluate import Scorer
-from anomem.evaluate.config import ScoreConfig
 from anomem.models import ModelConfig, build_model
+from anomem.scoring import ScoreConfig, Scorer
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,21 @@ def test_bytes_and_their_parts_of_one_score_alike(scorer: Scorer) -> None:
 def test_images_of_another_kind_are_refused(scorer: Scorer, images: Tensor, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         scorer(images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"distance": "l1"},
+        {"pool": "median"},
+        {"top_fraction": 0.0},
+        {"alignment": "aligned"},
+        {"copies": -1},
+        {"batch_size": 0},
+    ],
+    ids=str,
+)
+def test_settings_no_scorer_can_use(change: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        ScoreConfig(**change)
+    assert caught.value.argument == f"score.{next(iter(change))}"

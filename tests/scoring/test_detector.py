@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.models import DeviationDetector, Gaussians, MomentSums
+from anomem.scoring import DeviationDetector, Gaussians, MomentSums
 
 
 def sums_of(x: torch.Tensor, *sizes: int) -> MomentSums:
@@ -23,16 +23,16 @@ def test_covariance_and_shrinkage_are_scikit_learns(count: int, features: int) -
     x = 3 + torch.randn(count, 2, features, dtype=torch.float64) @ torch.randn(features, features, dtype=torch.float64)
     mean, covariance, shrinkage = sums_of(x).gaussian()
     for p in range(2):
-        theirs = LedoitWolf().fit(x[:, p].numpy())
-        torch.testing.assert_close(mean[p], torch.from_numpy(theirs.location_))
-        torch.testing.assert_close(covariance[p], torch.from_numpy(theirs.covariance_))
-        assert float(shrinkage[p]) == pytest.approx(float(theirs.shrinkage_))
+        expected = LedoitWolf().fit(x[:, p].numpy())
+        torch.testing.assert_close(mean[p], torch.from_numpy(expected.location_))
+        torch.testing.assert_close(covariance[p], torch.from_numpy(expected.covariance_))
+        assert float(shrinkage[p]) == pytest.approx(float(expected.shrinkage_))
 
 
 def test_batches_add_up() -> None:
     x = torch.randn(50, 3, 4)
-    for mine, whole in zip(sums_of(x, 20, 29, 1).gaussian(), sums_of(x).gaussian(), strict=True):
-        torch.testing.assert_close(mine, whole)
+    for actual, whole in zip(sums_of(x, 20, 29, 1).gaussian(), sums_of(x).gaussian(), strict=True):
+        torch.testing.assert_close(actual, whole)
 
 
 def test_a_far_origin_does_not_cancel() -> None:
@@ -72,9 +72,9 @@ def test_detector_finds_the_shifted_images(alignment: str) -> None:
     detector = DeviationDetector([4, 1], [3, 5], alignment)  # type: ignore[arg-type]
     detector.fit(lambda: [[x[:50] for x in normal], [x[50:] for x in normal]])
     assert detector(normal).shape == (80,)
-    odd = [x + 3 for x in normal]
-    assert detector(odd).min() > detector(normal).quantile(0.9)
-    assert [m.shape for m in detector.maps(odd)] == [(80, 4), (80, 1)]
+    shifted = [x + 3 for x in normal]
+    assert detector(shifted).min() > detector(normal).quantile(0.9)
+    assert [m.shape for m in detector.maps(shifted)] == [(80, 4), (80, 1)]
 
 
 def test_each_scale_is_in_units_of_its_training_spread() -> None:

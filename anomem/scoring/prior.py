@@ -1,4 +1,4 @@
-"""The location prior: which prototypes a position of a normal image retrieves."""
+"""LocationPrior: which prototypes each position of a normal image retrieves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from anomem.models.model import AnoMem
+from anomem.models import AnoMem
 from anomem.reference.retrieve import hopfield_retrieve
 
 
@@ -35,16 +35,16 @@ class LocationPrior(nn.Module):
 
     @torch.no_grad()
     def fit(self, model: AnoMem, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Mean retrieval weights of normals at every position, with one pseudo-image of uniform weights.
+        """Take the mean retrieval weights of normals at every position, with one pseudo-image of uniform weights.
 
         Args:
-            model: gives the memories.
+            model: its memories are read.
             batches: S tensors of queries [B, P_s, d_s] each.
         """
         sums = [torch.full_like(prior, 1 / prior.shape[1]) for prior in self.log_priors]
         for queries in batches:
-            for total, query, memory in zip(sums, queries, model.hopfield, strict=True):
-                read = hopfield_retrieve(
+            for total, query, memory in zip(sums, queries, model.memories, strict=True):
+                retrieved = hopfield_retrieve(
                     query.float(),
                     memory.prototypes,
                     values=memory.values,
@@ -52,6 +52,6 @@ class LocationPrior(nn.Module):
                     steps=memory.steps,
                     normalize=memory.normalize,
                 )
-                total += read.weights.sum(dim=0)
+                total += retrieved.weights.sum(dim=0)
         for prior, total in zip(self.log_priors, sums, strict=True):
             prior.copy_((total / total.sum(dim=1, keepdim=True)).log())
