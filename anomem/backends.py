@@ -128,7 +128,7 @@ class Choice(NamedTuple):
 
 
 _MEASURED = (torch.float32, torch.bfloat16)
-_FASTEST = "the fastest implementation in every row of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
+_FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:

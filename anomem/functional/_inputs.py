@@ -22,12 +22,12 @@ def memory_inputs(
     beta: float | Tensor | None,
     normalize: Normalize,
 ) -> tuple[Tensor, Memory]:
-    """Check what a memory is read with and cast it under autocast.
+    """Check the arguments of a retrieval and cast them under autocast.
 
     Args:
-        query: what is read with; a floating tensor already.
+        query: a floating tensor, checked already.
         argument: its name.
-        features: d, its length of a row.
+        features: d, the length of its rows.
         prototypes: expected to be [M, d].
         values: expected to be [M, dv], or None.
         beta: expected to be a number or a 0-dim tensor; 1/sqrt(d) when None.
@@ -56,7 +56,7 @@ def memory_inputs(
     require_same_kind(prototypes, "prototypes", query, argument)
     if values is not None:
         require_same_kind(values, "values", query, argument)
-    learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, float(beta))
+    learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
     return query, Memory(prototypes, values, learned, scale, normalize)
 
 
@@ -72,9 +72,10 @@ def reference_memory(memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
 
 def kernel_memory(memory: Memory) -> Memory:
     """The memory as the operators take it: contiguous, beta on its device in the accumulation dtype."""
-    values = None if memory.values is None else memory.values.contiguous()
-    beta = None if memory.beta is None else scalar(memory.beta, memory.keys)[0]
-    return memory._replace(keys=memory.keys.contiguous(), values=values, beta=beta)
+    keys, values, beta, scale, normalize = memory
+    if beta is not None:
+        beta = beta.to(device=keys.device, dtype=accumulator(keys))
+    return Memory(keys.contiguous(), None if values is None else values.contiguous(), beta, float(scale), normalize)
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Gradients go to q, K, V and beta; `anomem.reference.retrieve` derives them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from anomem import reference
 from anomem.ops import library
 from anomem.ops.library import NORMALIZE_CODES, Memory, accumulator, define, empty, operator, with_known_signature
-from anomem.reference import Normalize
 
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
@@ -114,7 +114,7 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
     Returns:
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
-    result: tuple[Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, backend)
+    result: tuple[Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, None, backend)
     return result
 
 
@@ -129,12 +129,14 @@ def shrink(query: Tensor, memory: Memory, threshold: float) -> tuple[Tensor, Ten
     Returns:
         out [N, dv], lse [N] and entropy [N] of the weights in nats.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Shrink.apply(query, *memory.operands, threshold)
+    result: tuple[Tensor, Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, threshold, "native")
     return result
 
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
+    """(out, lse), and with a threshold (out, lse, entropy)."""
+
     @staticmethod
     def forward(
         query: Tensor,
@@ -143,96 +145,51 @@ class _Retrieve(torch.autograd.Function):
         beta: Tensor | None,
         scale: float,
         normalize: int,
+        threshold: float | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize)
-        return out, lse
+    ) -> tuple[Tensor, ...]:
+        if threshold is None:
+            return tuple(operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize))
+        return tuple(operator("shrink_fwd", backend)(query, keys, values, beta, scale, normalize, threshold))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, keys, values, beta, ctx.scale, ctx.normalize, ctx.backend = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, keys, values, beta, *output)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, keys, values, beta, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, keys, values, beta, out, *extras = ctx.saved_tensors
+        if all(grad is None for grad in upstream):
+            return None, None, None, None, None, None, None, None
         if library.wants_graph():
-            return (*_differentiable(ctx, (query, keys, values, beta), 0.0, (dout, dlse)), None, None, None)
-        dout, dlse = _contiguous(out, dout, dlse)
-        dquery, dkeys, dvalues, dbeta = operator("retrieve_bwd", ctx.backend)(
-            dout, dlse, query, keys, values, beta, ctx.scale, ctx.normalize, out, lse
+            inputs = (query, keys, values, beta)
+            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
+            grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:4], upstream)
+            return (*grads, None, None, None, None)
+        dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
+        dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
+        name, threshold = ("retrieve_bwd", ()) if ctx.threshold is None else ("shrink_bwd", (ctx.threshold,))
+        dquery, dkeys, dvalues, dbeta = operator(name, ctx.backend)(
+            dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
         )
         dvalues, dbeta = None if values is None else dvalues, None if beta is None else dbeta
-        return dquery, dkeys, dvalues, dbeta, None, None, None
+        return dquery, dkeys, dvalues, dbeta, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return library.vmap(_Retrieve.apply, 1, info, in_dims, args)
 
 
-@with_known_signature
-class _Shrink(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor | None,
-        beta: Tensor | None,
-        scale: float,
-        normalize: int,
-        shrink: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse, entropy = operator("shrink_fwd", "native")(query, keys, values, beta, scale, normalize, shrink)
-        return out, lse, entropy
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, keys, values, beta, ctx.scale, ctx.normalize, ctx.shrink = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, keys, values, beta, *output)
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        query, keys, values, beta, out, lse, entropy = ctx.saved_tensors
-        if dout is None and dlse is None and dentropy is None:
-            return None, None, None, None, None, None, None
-        if library.wants_graph():
-            inputs, upstream = (query, keys, values, beta), (dout, dlse, dentropy)
-            return (*_differentiable(ctx, inputs, ctx.shrink, upstream), None, None, None)
-        dout, dlse, dentropy = _contiguous(out, dout, dlse, dentropy)
-        dquery, dkeys, dvalues, dbeta = operator("shrink_bwd", "native")(
-            dout, dlse, dentropy, query, keys, values, beta, ctx.scale, ctx.normalize, ctx.shrink, out, lse, entropy
-        )
-        dvalues, dbeta = None if values is None else dvalues, None if beta is None else dbeta
-        return dquery, dkeys, dvalues, dbeta, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return library.vmap(_Shrink.apply, 1, info, in_dims, args)
-
-
-def _contiguous(out: Tensor, dout: Tensor | None, *extras: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Upstream gradients as the operators take them: that of `out` is zero where there is none."""
-    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    return dout, *(None if grad is None else grad.contiguous() for grad in extras)
-
-
-def _differentiable(
-    ctx: Any, inputs: tuple[Tensor | None, ...], threshold: float, upstream: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    normalize: Normalize = _NORMALIZE_NAMES[ctx.normalize]
+def _composite(scale: float, normalize: int, threshold: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    name = _NORMALIZE_NAMES[normalize]
 
     def composite(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, ...]:
-        memory = Memory(keys, values, beta, ctx.scale, normalize)
-        retrieval = reference.hopfield_retrieve(
-            query, keys, values=values, beta=memory.inverse_temperature, normalize=normalize, shrink=threshold
+        factor = Memory(keys, values, beta, scale, name).inverse_temperature
+        out, lse, weights = reference.hopfield_retrieve(
+            query, keys, values=values, beta=factor, normalize=name, shrink=threshold or 0.0
         )
-        entropy = (reference.weights_entropy(retrieval.weights),) if len(upstream) == 3 else ()
-        return retrieval.out, retrieval.lse, *entropy
+        return (out, lse) if threshold is None else (out, lse, reference.weights_entropy(weights))
 
-    return library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:4], upstream)
+    return composite
