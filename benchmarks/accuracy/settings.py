@@ -10,7 +10,7 @@ from anomem.evaluate.baselines import baselines, patch_pca_maps
 from anomem.evaluate.metrics import pixel_auroc
 from anomem.evaluate.report import Metrics, control, evaluate_scorer, fill_from_features, image_metrics
 from anomem.scoring import fit_scorer
-from anomem.train import TrainConfig
+from anomem.train import TrainConfig, preset
 from anomem.train.run import model_for, train_task
 
 SYNTHETIC = 1.0
