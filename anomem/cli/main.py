@@ -118,9 +118,8 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
     """The settings that options change: those of a file, a preset, or the preset of the data set."""
-    from anomem.train.config import TrainConfig
-    from anomem.train.presets import NAMES, preset
-    from anomem.train.serialize import load_config
+    from anomem.data import DATASETS
+    from anomem.train.config import TrainConfig, load_config, preset
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--config", "--data.dataset", "--data.root"):
@@ -139,7 +138,7 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
         dataset = known.preset if dataset is None else dataset
         dataset = dataset or ("digits" if root is None else "folder")
         name = known.preset or dataset
-        start = preset(name) if name in NAMES else TrainConfig()
+        start = preset(name) if name in DATASETS else TrainConfig()
     if root is not None and dataset in WITHOUT_FILES:
         raise UserError(f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder")
     return start
