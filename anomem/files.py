@@ -76,18 +76,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class Guard:
-    """What a command may write: nothing over its inputs; what is not ours, and folders of inputs, only if asked to.
+    """What a command may write: nothing over its inputs; what is not ours, and folders of images, only if asked to.
 
     Args:
-        inputs: the files the command reads.
+        images: the images the command reads.
+        inputs: the other files it reads.
         overwrite: whether the user has allowed it to replace existing files.
     """
 
-    def __init__(self, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
-        inputs = list(inputs)
+    def __init__(self, images: Iterable[Path] = (), inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
+        images = list(images)
         self.overwrite = overwrite
-        self.inputs = {found for path in inputs if (found := _identity(path))}
-        self.folders = {found for folder in {path.parent for path in inputs} if (found := _identity(folder))}
+        self.inputs = {found for path in (*images, *inputs) if (found := _identity(path))}
+        self.folders = {found for folder in {path.parent for path in images} if (found := _identity(folder))}
 
     def require(self, path: Path, option: str, ours: Callable[[Path], bool]) -> None:
         """Check that a file may be written, before the work whose result it takes.
@@ -133,7 +134,5 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def printable(text: str) -> str:
-    """A text with file names in it as one line of a terminal: control characters and bytes that are not UTF-8 escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
-    )
+    """A text with file names in it as one line: control characters, and bytes that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -140,5 +140,7 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
         name = known.preset or dataset
         start = preset(name) if name in DATASETS else TrainConfig()
     if root is not None and dataset in WITHOUT_FILES:
-        raise UserError(f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder")
+        raise UserError(
+            f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder"
+        )
     return start

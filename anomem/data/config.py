@@ -38,7 +38,8 @@ class DataConfig:
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
-    """The normal class by name or by index: "3", "brick", "airplane". A single folder in train/ needs no name."""
+    """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
+    none."""
     image_size: int | None = None
     """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder 128)."""
     outlier_ratio: float = 0.0

@@ -15,7 +15,6 @@ from anomem.data.images import Images, ImageSet, ResidentImages, channel_statist
 from anomem.errors import ArgumentError, UserError
 from anomem.validation import require
 
-
 FLAT = 32 / 255
 """Training images whose brightnesses span less than this are nearly constant."""
 

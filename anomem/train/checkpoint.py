@@ -78,6 +78,8 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
     try:
         note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
         step, file, version = int(note["step"]), directory / str(note["tensors"]), int(note["format"])
+        if file.parent != directory or not file.name.startswith(f"{name}-"):
+            raise ValueError(f"its tensors are in {note['tensors']}, not beside it")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint {note_file} is damaged ({error}); delete it to start this stage anew"
