@@ -76,19 +76,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class Guard:
-    """What a command may write: nothing over its inputs; what is not ours, and folders of images, only if asked to.
+    """What a command may write: nothing over its inputs, and nothing over what is not ours unless it is asked to.
 
     Args:
-        images: the images the command reads.
-        inputs: the other files it reads.
+        inputs: the files the command reads.
         overwrite: whether the user has allowed it to replace existing files.
     """
 
-    def __init__(self, images: Iterable[Path] = (), inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
-        images = list(images)
+    def __init__(self, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
         self.overwrite = overwrite
-        self.inputs = {found for path in (*images, *inputs) if (found := _identity(path))}
-        self.folders = {found for folder in {path.parent for path in images} if (found := _identity(folder))}
+        self.inputs = {found for path in inputs if (found := _identity(path))}
 
     def require(self, path: Path, option: str, ours: Callable[[Path], bool]) -> None:
         """Check that a file may be written, before the work whose result it takes.
@@ -118,10 +115,6 @@ class Guard:
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"`{option}`: cannot write {path}: {folder} is no folder that can be written")
-        if not self.overwrite and _identity(path.parent) in self.folders:
-            raise UserError(
-                f"`{option}`: {path.parent} holds the images; choose another folder, or add --overwrite to write there"
-            )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

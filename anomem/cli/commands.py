@@ -84,7 +84,7 @@ class Score:
     """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
     --by plain, else of "detector"."""
     overwrite: bool = False
-    """Replace existing files that anomem did not write, and write into folders that hold images. Images that are
+    """Replace existing files that anomem did not write, and write maps into folders that hold images. Images that are
     scored and the files of the run are never replaced."""
     max_megapixels: int | None = None
     """Refuse larger images, in millions of pixels; data.max_megapixels of the run when not given."""
@@ -340,8 +340,8 @@ def _places(command: Score, given: Sequence[Given], run: RunDirectory, root: Pat
     Raises:
         UserError: something would be written over an input or over what is not ours.
     """
-    inputs = (run.config_file, run.given_file, run.split_file, run.log_file, *run.checkpoints.glob("*"))
-    guard = Guard([image.file for image in given], [Path("/dev/fd/0"), *inputs], command.overwrite)
+    settings = (run.config_file, run.given_file, run.split_file, run.log_file, *run.checkpoints.glob("*"))
+    guard = Guard([*(image.file for image in given), Path("/dev/fd/0"), *settings], command.overwrite)
     if command.output is not None:
         if command.output.suffix not in (".csv", ".json"):
             raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
