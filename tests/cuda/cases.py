@@ -272,7 +272,7 @@ def test_operators_refuse_what_they_cannot_read(device: str) -> None:
         native.native_variance_fwd(x.transpose(1, 2), 1.0, 1e-4)
     with pytest.raises(RuntimeError, match=r"`positions`: expected torch\.int64, received torch\.float32"):
         native.native_gather_fwd(feature_map, positions, False)
-    with pytest.raises(RuntimeError, match="`map`: expected float32, bfloat16 or float16, received torch.float64"):
+    with pytest.raises(RuntimeError, match=r"`map`: expected float32, bfloat16 or float16, received torch\.float64"):
         native.native_gather_fwd(feature_map.double(), positions.long(), False)
     with pytest.raises(RuntimeError, match=r"`keys`: expected \[M, 4\], received shape \[3, 2\]"):
         native.native_retrieve_fwd(x[0], x[0, :, :2], None, None, 1.0, 1)

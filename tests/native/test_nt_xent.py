@@ -116,7 +116,9 @@ def test_the_operator_refuses_what_it_would_misread() -> None:
         forward(z, z_pair[:1], None, 0.2)
     with pytest.raises(RuntimeError, match="z_pair"):
         forward(z, z_pair.double(), None, 0.2)
-    with pytest.raises(RuntimeError, match="`z`: expected unit stride on the last axis, received stride 3"):
+    with pytest.raises(
+        RuntimeError, match=r"`z`: expected unit stride on the last axis, received strides \[12, 1, 3\]"
+    ):
         forward(z.mT.contiguous().mT, z_pair, None, 0.2)
     with pytest.raises(RuntimeError, match="total"):
         backward(rows, z, z_pair, inv_norm, total[:, :5], None, 0.2)
