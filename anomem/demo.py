@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anomem.errors import UserError
-from anomem.train.config import TrainConfig
-from anomem.train.presets import preset
+from anomem.train.config import TrainConfig, preset
 
 DIGITS = ("3", "8", "9")
 FOLDER = Path("runs/demo")
@@ -58,9 +57,8 @@ def run(name: str, config: TrainConfig, console: Console) -> dict[str, Any]:
     Returns:
         The content of `metrics.json`.
     """
-    from anomem.evaluate.report import report
+    from anomem.evaluate.report import control, report
     from anomem.plots.run import draw_figures
-    from anomem.train.controls import control
     from anomem.train.run import load_run, resume, train
 
     path = FOLDER / name

@@ -19,7 +19,12 @@ def test_before_and_after_agree() -> None:
     before, after = snippet.split("\n\n")
     B, d = 6, 16
     given: dict[str, Any] = {"torch": torch, "F": F, "AF": AF, "B": B, "d": d}
-    given |= {"query": torch.randn(5, d), "prototypes": torch.randn(7, d), "z0": torch.randn(B, d), "z1": torch.randn(B, d)}
+    given |= {
+        "query": torch.randn(5, d),
+        "prototypes": torch.randn(7, d),
+        "z0": torch.randn(B, d),
+        "z1": torch.randn(B, d),
+    }
     old, new = dict(given), dict(given)
     exec(before, old)
     exec(after, new)

@@ -20,8 +20,7 @@ from rich.table import Table
 from anomem.data import Dataset
 from anomem.errors import UserError
 from anomem.files import make_folder, write_atomically
-from anomem.train.config import TrainConfig
-from anomem.train.presets import preset
+from anomem.train.config import TrainConfig, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +102,8 @@ def train(command: Train) -> None:
 
 def evaluate(command: Evaluate) -> None:
     """Measure a run; write metrics.json and scores.csv."""
-    from anomem.evaluate.report import report
-    from anomem.evaluate.scoring import score_images
-    from anomem.train.controls import control
+    from anomem.evaluate.report import control, report
+    from anomem.scoring import score_images
     from anomem.train.run import load_run
 
     run, config, task, scorer = load_run(command.run)
@@ -187,7 +185,7 @@ def score(command: Score) -> None:
     if by not in scorer.names:
         raise UserError(f"`--by`: expected one of {', '.join(scorer.names)}, received {by!r}")
     files = ImageFiles(paths, scorer.model.encoder.image_size, grey=scorer.model.mean.shape[0] == 1)
-    images = StreamedImages(files, workers=0, device=scorer.model.mean.device)
+    images = StreamedImages(files, workers=0, device=scorer.model.device)
     maps = None if command.maps is None else _map_files(command.maps, paths)
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -21,9 +21,7 @@ from anomem import __version__
 from anomem.cli import commands
 from anomem.cli.commands import Evaluate, Plot, Score, Train
 from anomem.errors import UserError
-from anomem.train.config import TrainConfig
-from anomem.train.presets import NAMES, preset
-from anomem.train.serialize import load_config
+from anomem.train.config import Preset, TrainConfig, load_config, preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,4 +108,4 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
             raise UserError("`--preset` and `--config` are both settings to start from: give one of them")
         return load_config(TrainConfig, Path(known.config))
     name = known.preset or vars(known)["data.dataset"] or "digits"
-    return preset(name) if name in NAMES else TrainConfig()
+    return preset(name) if name in get_args(Preset) else TrainConfig()

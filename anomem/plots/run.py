@@ -12,10 +12,9 @@ from torch import Tensor
 from anomem.data import Images, Task
 from anomem.errors import UserError
 from anomem.evaluate.baselines import baselines, pixels
-from anomem.evaluate.scoring import Scorer, score_images
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
-from anomem.reference.normalize import normalize_rows
-from anomem.reference.retrieval import hopfield_retrieve
+from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
+from anomem.scoring import Scorer, score_images
 
 
 def draw_figures(
@@ -58,7 +57,7 @@ def draw_figures(
         normals = task.train_is_normal.nonzero().flatten()
         weights, _ = _coarsest_retrieval(scorer, task.train, normals)
         prototypes(pixels(task.train, normals.cpu()), weights, paths["prototypes"])
-        memory = scorer.model.hopfield[-1]
+        memory = scorer.model.memories[-1]
         _, vectors = _coarsest_retrieval(scorer, task.test, torch.arange(len(task.test)))
         stored = normalize_rows(memory.prototypes.detach(), memory.normalize).cpu()
         tsne(stored, vectors[~is_anomaly], vectors[is_anomaly], paths["tsne"], seed=seed)
@@ -79,7 +78,7 @@ def _coarsest_retrieval(scorer: Scorer, images: Images, order: Tensor) -> tuple[
     Returns:
         Retrieval weights [N, M], and normalised queries [N, d].
     """
-    model, memory = scorer.model, scorer.model.hopfield[-1]
+    model, memory = scorer.model, scorer.model.memories[-1]
     weights, vectors = [], []
     for batch, _ in images.batches(order, scorer.config.batch_size):
         query = model.queries(model(batch))[-1]  # [b, P, d]

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 
 from anomem.data import Task
 from anomem.evaluate.baselines import baselines, patch_pca_maps
-from anomem.evaluate.controls import fill_from_features
 from anomem.evaluate.metrics import pixel_auroc
-from anomem.evaluate.report import Metrics, evaluate_scorer, image_metrics
-from anomem.evaluate.scoring import fit_scorer
-from anomem.train import TrainConfig
-from anomem.train.controls import control
-from anomem.train.presets import preset
+from anomem.evaluate.report import Metrics, control, evaluate_scorer, fill_from_features, image_metrics
+from anomem.scoring import fit_scorer
+from anomem.train import TrainConfig, preset
 from anomem.train.run import model_for, train_task
 
 SYNTHETIC = 1.0
@@ -47,7 +44,7 @@ def refilled(config: TrainConfig, task: Task) -> Metrics:
 
 
 def untrained(config: TrainConfig, task: Task) -> Metrics:
-    """The same encoder without a gradient step; see `anomem.train.controls`."""
+    """The same encoder without a gradient step; see `anomem.evaluate.report`."""
     return evaluate_scorer(control("untrained", config, task), task, config.augment)
 
 

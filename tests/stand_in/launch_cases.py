@@ -48,7 +48,9 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         assert work_of(replayed, "replayed") == work
 
 
-@pytest.mark.parametrize(("allowed", "kernel"), [(True, "_forward"), (False, "_softmax")])
+@pytest.mark.parametrize(
+    ("allowed", "kernel"), [(True, "retrieve_flash_forward_kernel"), (False, "retrieve_chunked_softmax_kernel")]
+)
 def test_float32_takes_the_flash_kernels_where_torch_allows_tf32(allowed: bool, kernel: str) -> None:
     """Without TF32 no matrix instruction takes float32, so cuBLAS multiplies."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -70,7 +72,11 @@ def test_modules_become_graphed_callables() -> None:
     with recorded() as entries:
         graphed(query).sum().backward()
     replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
-    assert {"_softmax", "_softmax_backward", "_normalize_backward"} <= replayed
+    assert {
+        "retrieve_chunked_softmax_kernel",
+        "retrieve_chunked_softmax_backward_kernel",
+        "row_normalize_backward_kernel",
+    } <= replayed
     assert not of(entries, "fault", *HOST)
 
 
@@ -88,7 +94,12 @@ def test_a_compiled_step_replays_a_graph() -> None:
         with recorded() as entries:
             step(*views).backward()
     replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
-    assert {"_softmax", "_softmax_backward", "contrast_forward_kernel", "contrast_backward_kernel"} <= replayed
+    assert {
+        "retrieve_chunked_softmax_kernel",
+        "retrieve_chunked_softmax_backward_kernel",
+        "contrast_forward_kernel",
+        "contrast_backward_kernel",
+    } <= replayed
     assert not of(entries, "fault", *HOST)
 
 

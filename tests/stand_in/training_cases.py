@@ -50,9 +50,9 @@ def host_calls(config: TrainConfig, stage: int = 1, *, streamed: bool = False) -
     """How often the host waits for the GPU, sends to it or receives from it, in a whole stage."""
     task = load_task(config.data)
     model = model_for(config, task)
-    images: Images = task.to(model.mean.device).train
+    images: Images = task.to(model.device).train
     if streamed:
-        images = StreamedImages(list(task.train.images), workers=0, device=model.mean.device)
+        images = StreamedImages(list(task.train.images), workers=0, device=model.device)
     with recorded() as entries:
         if stage == 1:
             train_stage1(model, images, None, config, quiet=True)
