@@ -44,6 +44,11 @@ def fault(reason: str, *values: Any, raises: type[Exception] = AssertionError) -
     return pytest.param(*values, marks=pytest.mark.xfail(strict=True, raises=raises, reason=reason))
 
 
+def _label(value: Any) -> str:
+    """A value in a test's name: the same in every process, which the address of a function is not."""
+    return str(getattr(value, "__name__", value)).removeprefix("torch.")
+
+
 def cases(names: str, table: Mapping[Implementation, Iterable[Any]]) -> pytest.MarkDecorator:
     """Parametrises a test by implementation, each with inputs that it can take.
 
@@ -57,7 +62,7 @@ def cases(names: str, table: Mapping[Implementation, Iterable[Any]]) -> pytest.M
         quiet = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] if implementation.name == "triton" else []
         for row in rows:
             values, marks = (row.values, row.marks) if isinstance(row, ParameterSet) else (row, ())
-            label = "-".join([implementation.label, *(str(value).removeprefix("torch.") for value in values)])
+            label = "-".join([implementation.label, *(_label(value) for value in values)])
             marked = [*quiet, *marks]
             parameters.append(pytest.param(implementation, *values, id=label.replace(" ", ""), marks=marked))
     wanted = ", ".join(["impl", names] if names else ["impl"])
