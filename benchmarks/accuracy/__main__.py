@@ -15,7 +15,6 @@ from rich.markdown import Markdown
 from anomem.data import load_task
 from anomem.evaluate.report import Metrics
 from anomem.train.config import to_dict
-from anomem.train.run import has_stage2
 from benchmarks.accuracy.settings import SETTINGS, Job, jobs
 from benchmarks.harness import rows
 from benchmarks.harness.rows import Score
@@ -61,7 +60,7 @@ def main(options: Options) -> None:
 def digest(job: Job) -> str:
     """Equal for equal configurations; the settings of a second stage that does not run do not count."""
     values = to_dict(job.config)
-    if not has_stage2(job.config):
+    if not job.config.has_stage2:
         del values["stage2"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -8,7 +8,7 @@
 
 #include "operands.h"
 #include "scatter.cuh"
-#include "variance.cuh"
+#include "sampling_variance.cuh"
 
 namespace anomem::cuda {
 namespace {
