@@ -1,13 +1,17 @@
-"""`python -m anomem.kernels.ahead_of_time`: compile every shipped tile for sm_80, sm_90 and sm_100 without a GPU.
+"""`python -m anomem.kernels.ahead_of_time`: compile every shipped tile for every architecture without a GPU.
 
 The launchers run with tensors that have no memory, and a recorder in place of the launch: what is compiled is what they
 launch. For each kernel, tile and architecture the command prints registers per thread, spilled bytes, shared memory,
 blocks per multiprocessor, the matrix instruction and the tensor memory, read from the compiled binary. `--write` stores
 them in ahead_of_time.json under Triton's minor version; `--check` compiles again, compares, and exits with status 1 on
 
-- a spill, a serialised wgmma (ptxas C7511, C7515) or more than 512 columns of tensor memory, whatever the file says;
-- a matrix instruction that is not the architecture's (HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
-  multiplies matrices;
+- a register that is spilled inside a loop with a matrix instruction, or a spill of a kernel without matrices; a spill
+  around that loop costs little and is a number of the row;
+- a serialised wgmma (ptxas C7510 to C7519), unless the committed row of a `VARIANTS` launch has it too;
+- more than 512 columns of tensor memory;
+- a matrix instruction that is not the architecture's (HMMA, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
+  multiplies matrices, or more multiplications in its loops than the tile has;
+- two products that add to one accumulator in a loop on sm_100, where Triton may lose one of them (triton#10821);
 - more shared memory than the tile table says, since tiles are chosen by it at run time;
 - scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
 - a row that the committed file lacks or that is no longer compiled;
@@ -41,17 +45,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, rows
+from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
 from anomem.kernels.primitives import Memory
 from anomem.kernels.tile_search import Fixed, using
-from anomem.kernels.tile_table import ARCHITECTURES, TABLE, Tile
+from anomem.kernels.tile_table import ARCHITECTURES, TABLE, Tile, tiles_of
 
 COMMITTED = Path(__file__).resolve().parent / "ahead_of_time.json"
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
+# Compiled at whole rows only: their other launches are those of sm_80 but for the registers.
+_WHOLE_ROWS_ONLY = (86, 120)
 # SASS mnemonics, the best of an architecture first.
 _MNEMONICS = (("HGMMA", r"\bHGMMA\b"), ("tcgen05", r"\bUTC[A-Z]*MMA\b"), ("HMMA", r"\bHMMA\b"))
 # Shared memory in bytes of a multiprocessor, of which each block takes another KiB, and the limit of one block.
-_SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
+_SHARED = {
+    80: (164 * 1024, 163 * 1024),
+    86: (100 * 1024, 99 * 1024),
+    90: (228 * 1024, 227 * 1024),
+    100: (228 * 1024, 227 * 1024),
+    120: (100 * 1024, 99 * 1024),
+}
+_THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048, 120: 1536}
 _REGISTERS, _TENSOR_COLUMNS = 65536, 512
 _TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
 
@@ -186,13 +199,18 @@ def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
 
     At rows that fill their blocks, and at rows that leave a rest, which needs masks.
     """
-    for (kernel, kind, block), tiles in TABLE.items():
+    for kernel, kind, block in TABLE:
         dtype = torch.bfloat16 if kind == "half" else torch.float32
         resident = kernel == "retrieve_resident"
         widest = 512 if resident else block
-        for tile in tiles[architecture]:
-            for d in (widest, widest - 8):
-                with tf32(kind == "tf32"), using(Fixed(kernel, tile)), recording() as launches:
+        for tile in tiles_of((kernel, kind, block), architecture):
+            for d in (widest,) if architecture in _WHOLE_ROWS_ONLY else (widest, widest - 8):
+                with (
+                    tf32(kind == "tf32"),
+                    using(Fixed(kernel, tile)),
+                    patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+                    recording() as launches,
+                ):
                     if kernel.startswith("retrieve"):
                         for tied in (False,) if resident else (True, False):
                             retrieve_calls(dtype, d, block, tied)
@@ -223,12 +241,13 @@ def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, float32 products round their operands to TF32, or do not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def variant(arguments: dict[str, Any]) -> str:
@@ -240,7 +259,7 @@ def variant(arguments: dict[str, Any]) -> str:
         words = ("tied", "keys", "values")[arguments["PART"]]
     elif "positive" in arguments:
         words = "joined" if arguments["positive"] is None else "rectangle"
-    elif "PRECISION" in arguments:
+    elif "BLOCK_DV" in arguments:
         words = "tied" if arguments["values"] is None else "separate"
     return words + " fixed" * arguments.get("FIXED", False)
 
@@ -254,7 +273,12 @@ def spec_of(launch: Launch, architecture: int, tile: Tile, matrix: bool) -> Spec
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = _TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride"))
+    unspecialised = getattr(launch.kernel, "do_not_specialize", None) or ()  # the interpreter's kernels have none
+    aligned = tuple(
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or (name.endswith("stride") and name not in unspecialised)
+    )
     return Spec(architecture, launch.kernel, signature, constants, aligned, launch.options, tile, matrix)
 
 
@@ -263,7 +287,8 @@ def shipped() -> dict[str, Spec]:
     """Everything that is compiled, by the key of its committed row."""
     specs: dict[str, Spec] = {}
     for architecture in ARCHITECTURES:
-        for kind, tile, launch in (*table_launches(architecture), *pass_launches()):
+        passes = () if architecture in _WHOLE_ROWS_ONLY else pass_launches()
+        for kind, tile, launch in (*table_launches(architecture), *passes):
             kernel, arguments = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
             width = arguments.get("D", arguments.get("FEATURES"))
             words = (kernel, variant(arguments), kind, f"d{width}" if width else "", f"{tile.rows}x{tile.columns}")
@@ -301,7 +326,7 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     per_multiprocessor, per_block = _SHARED[spec.architecture]
     threads = 32 * spec.tile.warps
     blocks = min(
-        2048 // threads,
+        _THREADS[spec.architecture] // threads,
         # Registers are given to warps in units of 256.
         _REGISTERS // (-(-registers * 32 // 256) * 256 * spec.tile.warps),
         per_multiprocessor // (shared + 1024),
