@@ -256,6 +256,35 @@ def test_a_slow_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("checked")
+def test_a_kernel_that_fails_at_this_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("too many resources requested for launch")
+
+    monkeypatch.setattr(contrast, "nt_xent", fails)
+    assert backends.decide(LARGE)[:2] == ("reference", "measured")
+
+
+def test_no_memory_for_a_check_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> str:
+        raise torch.OutOfMemoryError
+
+    check = calibrate.check
+    monkeypatch.setattr(calibrate, "check", fails)
+    assert "no memory" in str(choice.distrust("nt_xent", "native", "cpu", torch.float32, 32))
+    monkeypatch.setattr(calibrate, "check", check)
+    assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
+
+
+def test_a_measurement_uses_the_threads_of_its_caller() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert choice.in_clean_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("checked")
 def test_a_slow_reference_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     from anomem import reference
 
