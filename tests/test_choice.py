@@ -472,6 +472,24 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> Non
         calibrate.main(["--seconds", "0"])
 
 
+def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
+    """The choice holds in this process; the next one measures again."""
+    assert not calibrate._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
+    assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
+    assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
+    monkeypatch.setattr(calibrate, "_separate", lambda seconds: False)
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    assert backends.decide(LARGE).source == "measured"
+    assert content(choice.default_path())["sections"][0]["choices"] == {}
+
+
+def test_short_calls_take_more_rounds() -> None:
+    assert not calibrate._enough({"reference": [1e-3] * 14, "native": [1e-3] * 14})
+    assert calibrate._enough({"reference": [1e-3] * 15, "native": [1e-3] * 15})
+    assert calibrate._enough({"reference": [1e-2] * 3, "native": [1e-2] * 3})
+    assert not calibrate._enough({"reference": [1.0] * 2, "native": [1.0] * 2})
+
+
 def test_how_far_ahead_is_told() -> None:
     told = str(Measured("native", {"reference": 3.0, "native": 1.5, "SDPA": 2.25}))
     assert told == "2.00 times as fast as reference, 1.50 times as fast as SDPA, 1.5 ms"
