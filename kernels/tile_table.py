@@ -64,7 +64,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
     ("retrieve_flash_forward", "half", 256): {
         80: (Tile(64, 32, 4, 2, 68),),
-        90: (Tile(64, 32, 4, 3, 80),),
+        90: (Tile(64, 32, 4, 3, 128),),
         100: (Tile(128, 64, 8, 2, 194), Tile(64, 32, 4, 2, 97)),
     },
     ("retrieve_flash_forward", "tf32", 64): {
