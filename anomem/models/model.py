@@ -167,13 +167,16 @@ def build_model(
         encoder: your own, used with its weights in place of the configuration's backbone.
 
     Raises:
-        ArgumentError: an encoder for images of another size, or numbers of prototypes for another number of scales.
+        ArgumentError: an encoder for images of another size or number of channels, or numbers of prototypes for another
+            number of scales.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = encoder or build_encoder(config, image_size, channels)
         fits = encoder.image_size == tuple(image_size)
         require(fits, "encoder", lambda: f"one for images of {tuple(image_size)}", encoder.image_size)
+        takes = getattr(encoder, "image_channels", channels)  # an encoder class of your own need not say so
+        require(takes == channels, "encoder", lambda: f"one for images of {channels} channels", f"one for {takes}")
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
         require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)
