@@ -26,19 +26,41 @@ Metrics = dict[str, dict[str, float]]
 IMAGE_MEASURES = ("auroc", "average_precision", "fpr_at_95_tpr")
 PIXEL_MEASURES = ("pixel_auroc", "aupro")
 MEANINGS = {
+    "stage2": "radius of the heads trained on anomalies",
     "detector": "distance from Gaussians fitted to the deviations of the training normals",
-    "stage2": "radius of the heads trained on anomalies (stage 2)",
     "plain": "deviation of the features from what the memory returns",
-    "prior": "plain, with the prototypes expected at each position",
+    "prior": "plain, with the prototypes that normals have at each position",
     "energy": "Hopfield energy of the features",
     "detector/features": "control without memory: the same Gaussians on the features",
-    "plain/DISTANCE-POOL": "plain by another distance and pooling: cosine or l2; mean, max, or topk, "
-    "the mean over the largest tenth of the positions (score.top_fraction)",
-    "untrained": "control: the same encoder without training",
-    "one_prototype": "control: the whole training with one prototype per scale",
-    "raw pixels": "classical detectors on the pixels, without a network",
 }
-"""What each score of the table is, in its order."""
+"""What each score is, as the table is explained; variants of "plain" are explained by their parts."""
+
+
+def explained(metrics: Mapping[str, Any]) -> list[str]:
+    """What the rows of a run's table mean, and which measures are missing and why; one line each.
+
+    Args:
+        metrics: the content of `metrics.json`.
+    """
+    scores = metrics["scores"]
+    default = "stage2" if "stage2" in scores else "detector"
+    lines = []
+    for name, meaning in MEANINGS.items():
+        if name in scores:
+            lines.append(f"{name}: {meaning}{'; what `anomem score` prints' if name == default else ''}")
+    if any(name.startswith("plain/") for name in scores):
+        lines.append(
+            "plain/DISTANCE-POOL: plain by another distance (cosine, l2) and another pooling of the positions (mean, "
+            "max, topk: the mean of the largest tenth, as score.top_fraction says)"
+        )
+    if metrics["controls"]:
+        lines.append("untrained, one_prototype: controls that should be worse; the same scores of another model")
+    if metrics["baselines"]:
+        lines.append("raw pixels: classical detectors on the pixels, without a network")
+    reasons: dict[str, list[str]] = {}
+    for measure, reason in metrics["missing"].items():
+        reasons.setdefault(reason, []).append(measure)
+    return lines + [f"not measured: {', '.join(measures)}: {reason}" for reason, measures in reasons.items()]
 
 
 def undefined_measures(task: Task) -> dict[str, str]:
@@ -101,8 +123,8 @@ def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig, scored: 
         scored: the test images' scores and maps, if they are known already.
 
     Returns:
-        One entry per score, with the measures that are defined; "plain" and "detector" have "pixel_auroc" and "aupro" too
-        where the task has masks.
+        One entry per score, with the measures that are defined; "plain" and "detector" have "pixel_auroc" and "aupro"
+        too where the task has masks.
     """
     task = task.to(scorer.model.device)
     scored = scored or score_images(scorer, task.test)

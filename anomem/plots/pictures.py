@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent
+from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent, plain
 from anomem.validation import require
 
 TILE = 1.15  # inches
@@ -63,10 +63,10 @@ def extremes(
             for column, index in enumerate(chosen[half].tolist()):
                 picture, heat = grid[2 * half, column], grid[2 * half + 1, column]
                 _show(picture, images[index], ANOMALOUS if bool(is_anomaly[index]) else NORMAL)
-                lines = [names[index], f"{float(scores[index]):.3g}"]
+                lines = [plain(names[index]), f"{float(scores[index]):.3g}"]
                 if files is not None:
-                    lines.insert(1, shortened(Path(files[index]).name))
-                picture.set_title("\n".join(lines), loc="center", fontsize=9 if files is None else 8, parse_math=False)
+                    lines.insert(1, plain(shortened(Path(files[index]).name)))
+                picture.set_title("\n".join(lines), loc="center", fontsize=9 if files is None else 8)
                 _overlay(heat, images[index], maps[index], limits)
                 if masks is not None and bool(masks[index].any()):
                     # Two pixels outside of the mask, so that a thin defect is not hidden by its own outline.

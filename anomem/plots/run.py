@@ -17,6 +17,12 @@ from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
 from anomem.scoring import Scorer, score_images
 
 
+def figure_files(folder: Path) -> dict[str, Path]:
+    """Name of each figure -> its file in a folder."""
+    names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
+    return {name: folder / f"{name}.png" for name in names}
+
+
 def draw_figures(
     rows: Sequence[Mapping[str, Any]], task: Task, scorer: Scorer, folder: Path, seed: int = 0
 ) -> list[Path]:
@@ -40,8 +46,9 @@ def draw_figures(
     require_packages()
     is_anomaly = task.test_is_anomaly.cpu()
     two_classes = bool(is_anomaly.any()) and not bool(is_anomaly.all())
-    names = ("loss", "histograms", *(("roc",) if two_classes else ()), "extremes", "prototypes", "tsne")
-    paths = {name: folder / f"{name}.png" for name in names}
+    paths = figure_files(folder)
+    if not two_classes:
+        del paths["roc"]
     scored = score_images(scorer, task.test)
     best = "stage2" if "stage2" in scored.scores else "detector"
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images
+from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
 from anomem.reference.deviation_map import Distance
 from anomem.scoring.config import Pool, ScoreConfig
@@ -76,9 +77,11 @@ class Scorer(nn.Module):
         Raises:
             ArgumentError: images of another shape or dtype; on a CPU also values outside of [0, 1], and scores that
                 are not finite.
+            UserError: out of memory.
         """
         self._check(images)
-        scored = self.unchecked(images)
+        with enough_memory("score.batch_size"):
+            scored = self.unchecked(images)
         if values_are_free(scored.scores["plain"]):
             require_finite(scored.scores)
         return scored

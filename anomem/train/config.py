@@ -237,7 +237,7 @@ def preset(name: str) -> TrainConfig:
         )
     folder = name == "folder"
     return TrainConfig(
-        data=DataConfig(dataset=name, normal="0"),
+        data=DataConfig(dataset=name, normal="" if folder else "0"),
         augment=augment,
         model=ModelConfig(backbone="resnet18", prototypes=(256,)),
         optimizer=OptimizerConfig(

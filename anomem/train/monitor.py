@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ class Monitor:
                 self.flush()
         finally:
             if self.display is not None:
-                self.display.live.stop()
+                with suppress(OSError):
+                    self.display.live.stop()
             if self.writer is not None:
                 self.writer.close()
 
@@ -168,7 +170,10 @@ class Monitor:
         if self.writer is not None and self._has_row(row["step"]):
             for name, value in {**values, "learning_rate": row["learning_rate"]}.items():
                 self.writer.add_scalar(f"{self.stage}/{name}", value, row["step"])
-        self._show(row, values)
+        try:
+            self._show(row, values)
+        except OSError:  # the terminal or the reader has gone: the training goes on, its log is in the run directory
+            self.quiet, self.display = True, None
 
     def _show(self, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
         terms = by_name(values)

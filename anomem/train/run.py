@@ -77,7 +77,7 @@ def train(
     # Task and model first: where one of them cannot be made, no folder is left behind.
     task = task or load_task(config.data)
     model = model_for(config, task, encoder)
-    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None])
+    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None], task.trained_on)
     with _stoppable(run), run.claimed():
         _complete(run, config, task, model, quiet)
     return run.path
@@ -105,7 +105,7 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
         # Read again: the process that held the claim before may have finished the run.
         if not _finished(run, config):
             prepare(config)
-            task = task or load_task(config.data)
+            task = task or load_task(config.data, run.split())
             _complete(run, config, task, model_for(config, task, encoder), quiet)
     return run.path
 
@@ -156,7 +156,7 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     scorer = load_scorer(path)
     for folder in (run.path, run.figures):
         remove_leftovers(folder, older_than=3600)
-    task = load_task(config.data)
+    task = load_task(config.data, run.split())
     if not len(task.test):
         raise UserError(
             f"the run {path} has no test images to measure: expected normal and anomalous ones in folders of "

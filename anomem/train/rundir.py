@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from anomem.data import Split
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
 from anomem.train.config import TrainConfig, load_config, read_json, reading, to_dict
@@ -36,7 +37,8 @@ class RunDirectory:
         self.path = path
         self.config_file = path / "config.json"
         self.given_file = path / "given.json"
-        self.lock_file = path / "lock"
+        self.split_file = path / "split.json"
+        self.lock_file = path / ".lock"
         self.log_file = path / "log.jsonl"
         self.metrics_file = path / "metrics.json"
         self.scores_file = path / "scores.csv"
@@ -45,15 +47,16 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def create(cls, config: TrainConfig, given: Sequence[str] = ()) -> RunDirectory:
+    def create(cls, config: TrainConfig, given: Sequence[str] = (), split: Split | None = None) -> RunDirectory:
         """Make a new folder and write the configuration into it.
 
         Args:
             config: of the run.
             given: names of the objects passed from Python instead of configured: "task", "encoder".
+            split: the files it is trained on, where they are known.
 
         Raises:
-            UserError: the folder already holds a run, or cannot be made.
+            UserError: the folder already holds a run or other files, or cannot be made.
         """
         run = cls(Path(config.run.directory or default_directory(config)))
         with writing(run.path):
@@ -64,9 +67,16 @@ class RunDirectory:
                     f"{run.path} already holds a run; continue it with `anomem train --resume {run.path}`, or choose "
                     "another --run.directory"
                 )
-            run.given_file.unlink(missing_ok=True)
+            # A process killed just here leaves files of ours without a configuration.
+            ours = (run.given_file.name, run.split_file.name)
+            if not all(entry.name.startswith(".") or entry.name in ours for entry in run.path.iterdir()):
+                raise UserError(f"{run.path} holds other files; choose a new or empty folder as --run.directory")
+            for file in (run.given_file, run.split_file):
+                file.unlink(missing_ok=True)
             if given:
                 write_atomically(run.given_file, json.dumps(list(given)).encode())
+            if split is not None:
+                write_atomically(run.split_file, json.dumps(split._asdict(), indent=2).encode())
             write_atomically(run.config_file, json.dumps(to_dict(config), indent=2).encode())
         return run
 
@@ -83,6 +93,23 @@ class RunDirectory:
         if not found:
             raise UserError(f"{path} holds no run: expected the file {run.config_file}")
         return run, load_config(TrainConfig, run.config_file)
+
+    def split(self) -> Split | None:
+        """The files that the run was trained on, or None where they are not known.
+
+        Raises:
+            UserError: the file that lists them is damaged.
+        """
+        if not self.split_file.exists():
+            return None
+        try:
+            lists = json.loads(self.split_file.read_text(encoding="utf-8"))
+            normal, anomalous = (tuple(lists[name]) for name in Split._fields)
+            if not all(isinstance(name, str) for name in (*normal, *anomalous)):
+                raise TypeError("not a list of names")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.split_file} is damaged ({error}); train the run anew") from error
+        return Split(normal, anomalous)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -183,11 +210,9 @@ class RunDirectory:
 
 
 def default_directory(config: TrainConfig) -> str:
-    """runs/<dataset>-<normal>-<seed>; other characters than letters, digits and hyphens become underscores."""
-    dataset, normal = (
-        "".join(c if c.isalnum() or c == "-" else "_" for c in name)
-        for name in (config.data.dataset, config.data.normal)
-    )
+    """runs/<dataset>-<normal>-<seed>; other characters than letters and digits become underscores."""
+    names = (config.data.dataset, config.data.normal or Path(config.data.root).resolve().name)
+    dataset, normal = ("".join(c if c.isalnum() else "_" for c in name)[:60] for name in names)
     return f"runs/{dataset}-{normal}-{config.run.seed}"
 
 
