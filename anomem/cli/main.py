@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -49,14 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Discard the rest of the buffer, so that Python does not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
+            raise
+        _discard_output()
+        print(f"anomem: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return code
 
 
+def _discard_output() -> None:
+    """Drop the rest of the buffer, so that Python does not complain about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"anomem: warning: {printable(str(message))}", file=sys.stderr)
+    print(f"anomem: warning: {printable(str(message).removeprefix('anomem: '))}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:

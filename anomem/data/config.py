@@ -86,8 +86,8 @@ class DataConfig:
         seed = self.seed
         require(isinstance(seed, int) and abs(seed) < 2**63, "data.seed", "an integer of 64 bits", seed)
         for name in ("dataset", "root", "normal"):
-            require("\0" not in getattr(self, name), f"data.{name}", "a text without NUL", repr(getattr(self, name)))
+            value = getattr(self, name)
+            require(isinstance(value, str) and "\0" not in value, f"data.{name}", "a text without NUL", repr(value))
         if self.levels is not None:
-            black, white = self.levels
-            finite = math.isfinite(black) and math.isfinite(white) and black < white
-            require(finite, "data.levels", "two numbers, black < white", self.levels)
+            right = len(self.levels) == 2 and all(map(math.isfinite, self.levels)) and self.levels[0] < self.levels[1]
+            require(right, "data.levels", "two numbers, black < white", self.levels)

@@ -20,14 +20,12 @@ class Encoder(nn.Module):
 
     Attributes:
         image_size: (H, W).
-        image_channels: C of the images.
         names: names of the S scales, fine to coarse.
         channels: C_s of each.
         sizes: (H_s, W_s) of each at `image_size`.
     """
 
     image_size: tuple[int, int]
-    image_channels: int
     names: tuple[str, ...]
     channels: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -39,7 +37,6 @@ class Encoder(nn.Module):
 
     def _probe(self, channels: int) -> list[Tensor]:
         """Maps of one blank image, in eval mode so that batch-norm statistics stay as they are."""
-        self.image_channels = channels
         training = self.training
         self.eval()
         try:
@@ -49,6 +46,20 @@ class Encoder(nn.Module):
         finally:
             self.train(training)
         return maps
+
+    def require_channels(self, channels: int) -> None:
+        """Check that the encoder takes images of a number of channels.
+
+        Raises:
+            ArgumentError: it does not.
+        """
+        try:
+            self._probe(channels)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            hint = "convert the images, or make it with another first layer"
+            expected = f"one for images of {channels} channels"
+            raise ArgumentError("encoder", expected, f"another ({reason})", hint) from error
 
     def _measure(self, maps: Sequence[Tensor]) -> None:
         self.channels = tuple(m.shape[1] for m in maps)

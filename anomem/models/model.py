@@ -172,11 +172,12 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        own = encoder is not None
         encoder = encoder or build_encoder(config, image_size, channels)
         fits = encoder.image_size == tuple(image_size)
         require(fits, "encoder", lambda: f"one for images of {tuple(image_size)}", encoder.image_size)
-        takes = getattr(encoder, "image_channels", channels)  # an encoder class of your own need not say so
-        require(takes == channels, "encoder", lambda: f"one for images of {channels} channels", f"one for {takes}")
+        if own:
+            encoder.require_channels(channels)
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
         require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)

@@ -4,8 +4,9 @@
 // tile is exponentiated once a pass and serves the rows of both sides. With e_ij = exp(s_ij − shift),
 // dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j) − [j = i±B](dl_i + dl_j), a_i = dl_i exp(shift − lse_i).
 //
-// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the forward
-// pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i − [j = positive_i] dl_i serves both sides.
+// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the
+// forward pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i − [j = positive_i] dl_i serves
+// both sides.
 #pragma once
 
 #include "cpu/contrast.h"

@@ -352,6 +352,15 @@ def test_terminals_of_any_encoding(tmp_path: Path, encoding: str) -> None:
     assert done.stderr.startswith(b"anomem: \\u6f22\\u5b57 good: expected at least two"), done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output(finished: Path, photos: Path) -> None:
+    command = [sys.executable, "-m", "anomem", "score", str(photos), "--run", str(finished)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert done.stderr.splitlines()[-1] == "anomem: cannot write to standard output: No space left on device"
+
+
 def test_warnings_are_one_line(anomem: Command, tmp_path: Path) -> None:
     for i in range(2):
         Image.new("L", (16, 16), 7 + i).save(picture(tmp_path / "train" / "good" / f"{i}.png"))

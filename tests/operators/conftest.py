@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from anomem.backends import Impl
 from anomem.ops import native
-from tests.operators.contract import Contract, Implementation, cases, each
+from tests.operators.contract import Contract, Implementation, cases, each, fault
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -19,7 +20,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     implementations = metafunc.cls.implementations
     if "dtype" in metafunc.fixturenames:
-        mark = cases("dtype", {one: [(dtype,) for dtype in one.dtypes] for one in implementations})
+        faults = metafunc.cls.no_rows_fail if metafunc.function.__name__ == "test_no_rows" else {}
+
+        def row(one: Implementation, dtype: torch.dtype) -> Any:
+            reason = faults.get((one, dtype))
+            return (dtype,) if reason is None else fault(reason, dtype, raises=RuntimeError)
+
+        mark = cases("dtype", {one: [row(one, dtype) for dtype in one.dtypes] for one in implementations})
     else:
         mark = each(*implementations)
     metafunc.parametrize(*mark.args, **mark.kwargs)
