@@ -225,7 +225,8 @@ def test_a_damaged_file_beside_the_tensors_is_named(stopped: Path, tmp_path: Pat
         return  # names that mean nothing
     with pytest.raises(UserError) as caught:
         resume(run, quiet=True)
-    assert str(run / file) in str(caught.value)
+    assert Path(file).name in str(caught.value)
+    assert str(run) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -278,7 +279,7 @@ def test_every_flipped_bit_of_a_weight_is_seen(whole: Path, tmp_path: Path) -> N
     for place in (-1, -len(content) // 3, -len(content) // 2):
         content[place] ^= 1
         file.write_bytes(content)
-        with pytest.raises(UserError, match="damaged .*digest"):
+        with pytest.raises(UserError, match=r"damaged .*digest"):
             load_scorer(run)
         content[place] ^= 1
 
@@ -316,7 +317,7 @@ def test_the_scorer_of_another_run_is_refused(whole: Path, tiny: TrainConfig, tm
     run = shutil.copytree(whole, tmp_path / "copy")
     for name in ("scorer.json", "scorer-00000006.safetensors"):
         shutil.copy(other / "checkpoints" / name, run / "checkpoints")
-    with pytest.raises(UserError, match=r"was trained with `run\.seed`|learning_rate"):
+    with pytest.raises(UserError, match="was trained with `"):
         load_scorer(run)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="belongs to another run: it continued another stage1"):
