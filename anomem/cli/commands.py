@@ -122,10 +122,13 @@ def train(command: Train) -> None:
 
 def evaluate(command: Evaluate) -> None:
     """Measure a run; write metrics.json and scores.csv."""
-    from anomem.evaluate.report import control, report
+    from anomem.evaluate.baselines import require_packages
+    from anomem.evaluate.report import control, explained, report
     from anomem.scoring import score_images
     from anomem.train.run import load_run
 
+    if command.baselines:
+        require_packages()
     run, config, task, scorer = load_run(command.run)
     guard = Guard(overwrite=command.overwrite)
     guard.require(run.scores_file, "RUN", lambda path: _begins(path, ROWS))
@@ -149,6 +152,7 @@ def evaluate(command: Evaluate) -> None:
         ) from error
     run.write_metrics(metrics)
     Console(width=None if sys.stdout.isatty() else 100).print(metrics_table(metrics))
+    print("\n".join(explained(metrics)))
     print(f"written to {run.metrics_file}, image by image to {run.scores_file}; next: anomem plot {command.run}")
 
 
@@ -175,17 +179,26 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     title = f"{metrics['task']}: {metrics['test_images']} test images, {metrics['test_anomalies']} anomalous"
     table = Table(title=Text(printable(title)))  # as Text, since a name may look like rich's markup
     table.add_column("score")
-    for name in ("AUROC", "AP", "FPR@95%TPR", "pixel AUROC", "AUPRO@30%"):
-        table.add_column(name, justify="right")
+    # A measure that no score has needs no column.
+    columns = {
+        "auroc": "AUROC",
+        "average_precision": "AP",
+        "fpr_at_95_tpr": "FPR@95%TPR",
+        "pixel_auroc": "pixel AUROC",
+        "aupro": "AUPRO@30%",
+    }
+    columns = {measure: heading for measure, heading in columns.items() if measure not in metrics["missing"]}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     groups = {
         "": metrics["scores"],
         **{f"{name}: ": scores for name, scores in metrics["controls"].items()},
         "raw pixels: ": metrics["baselines"],
     }
     for prefix, scores in groups.items():
-        for name, values in scores.items():
-            measures = ("auroc", "average_precision", "fpr_at_95_tpr", "pixel_auroc", "aupro")
-            table.add_row(prefix + name, *(f"{values[m]:.4f}" if m in values else "" for m in measures))
+        # The scores that `anomem score` gives by default come first; the variants of "plain" last.
+        for name in sorted(scores, key=lambda name: ("/" in name, name != "stage2", name != "detector")):
+            table.add_row(prefix + name, *(f"{scores[name][m]:.4f}" if m in scores[name] else "" for m in columns))
         table.add_section()
     return table
 

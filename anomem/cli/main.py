@@ -1,7 +1,8 @@
 """The command `anomem`: train, evaluate, score, plot.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
-(one sentence on stderr); 130 interrupted; 141 the reader of the output has closed it (`| head`).
+(one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
+(`| head`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -88,10 +90,10 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"anomem: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        training = "; `anomem train --resume DIR` goes on from the last checkpoint (see --run.checkpoint-every)"
-        print(f"anomem: interrupted{training if arguments[:1] == ['train'] else ''}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+            print(f"anomem: {printable(str(stop)) or 'interrupted'}", file=sys.stderr)
+        return 128 + int(getattr(stop, "signal", signal.SIGINT))
     except SystemExit as stop:  # tyro: help, or a wrong option
         return int(stop.code or 0)
     return 0

@@ -3,7 +3,7 @@
 from anomem.scoring.config import ScoreConfig
 from anomem.scoring.detector import DeviationDetector, Gaussians, MomentSums
 from anomem.scoring.prior import LocationPrior
-from anomem.scoring.scorer import Scored, Scorer, fit_scorer, score_images
+from anomem.scoring.scorer import Scored, Scorer, fit_scorer, score_images, useless_scores
 
 __all__ = [
     "DeviationDetector",
@@ -15,4 +15,5 @@ __all__ = [
     "Scorer",
     "fit_scorer",
     "score_images",
+    "useless_scores",
 ]

@@ -27,6 +27,8 @@ class ScoreConfig:
     """Detector: one Gaussian per position, or one for all; "auto" asks the data set whether its images are aligned."""
     copies: int = 2
     """Lightly augmented copies of each training image to which the detector is fitted besides the image itself."""
+    detector_megabytes: int = 1024
+    """Limit of the detector's matrices, one per position; more are fitted to fewer channels, by a fixed projection."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0
@@ -37,5 +39,7 @@ class ScoreConfig:
         require_choice(self.pool, "score.pool", get_args(Pool))
         require(0 < self.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", self.top_fraction)
         require_choice(self.alignment, "score.alignment", get_args(ConfiguredAlignment))
-        require_count(self.copies, "score.copies", 0)
-        require_count(self.batch_size, "score.batch_size", 1)
+        require_count(self.copies, "score.copies", 0, 1000)
+        require_count(self.detector_megabytes, "score.detector_megabytes", 1)
+        require_count(self.batch_size, "score.batch_size", 1, 2**31)
+        require_count(self.seed, "score.seed", 0, 2**31)
