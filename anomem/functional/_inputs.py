@@ -101,11 +101,6 @@ def _autocast_is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def unit_inner_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def scalar(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
     """Split a number-or-tensor into what kernels take: (tensor in the accumulation dtype or None, number).
 

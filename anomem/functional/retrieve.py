@@ -12,10 +12,9 @@ from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
     reference_memory,
-    unit_inner_stride,
     without_autocast,
 )
-from anomem.ops.library import Memory, accumulator
+from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.reference import Normalize, normalize_rows
 from anomem.validation import require, require_count, require_number, require_tensor
 
@@ -126,8 +125,9 @@ def _by_kernel(
     memory = kernel_memory(memory)
     if steps > 1:
         # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.
-        state = normalize_rows(state, memory.normalize)
-        memory = memory._replace(keys=normalize_rows(memory.keys, memory.normalize), normalize="none")
+        dtype = accumulator(state)
+        state, keys = (normalize_rows(x.to(dtype), memory.normalize).to(x.dtype) for x in (state, memory.keys))
+        memory = memory._replace(keys=keys, normalize="none")
         for _ in range(steps - 1):
             state, _ = retrieve.retrieve(state, memory._replace(values=None), backend)
     entropy = None

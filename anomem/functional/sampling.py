@@ -60,7 +60,9 @@ def gather_positions(
         groups=positions.shape[-1],
     )
     if backends.choose(problem, impl, part=part) == "reference":
-        return reference.gather_positions(feature_map, positions, normalize=normalize)
+        # In the accumulation dtype also without normalisation: gradients of repeated positions are summed in it.
+        vectors = reference.gather_positions(feature_map.to(accumulator(feature_map)), positions, normalize=normalize)
+        return vectors.to(feature_map.dtype)
     from anomem.ops import sampling
 
     return sampling.gather_positions(feature_map, positions.contiguous(), normalize)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from anomem.reference.retrieve import Normalize
+from anomem.reference.retrieve import Normalize, in_forward_mode
 
 LIBRARY = torch.library.Library("anomem", "DEF")
 
@@ -97,6 +96,16 @@ def accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def unit_inner_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def contiguous(tensors: Sequence[Any]) -> list[Any]:
+    """Saved tensors as the kernels read them: a saved-tensors hook may give back other strides than it was given."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 def empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous uninitialised tensor on the device of `like`, for fakes."""
     return like.new_empty(shape, dtype=dtype or like.dtype)
@@ -130,11 +139,6 @@ def vmap(
     ]  # [V, batch, ...] each
     outs = apply(*(x.flatten(0, 1).contiguous() for x in batched), *args[folded:])
     return tuple(out.unflatten(0, batched[0].shape[:2]) for out in outs), (0,) * len(outs)
-
-
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation (jvp, jacfwd, `forward_ad.dual_level`) is open."""
-    return forward_ad._current_level >= 0  # −1 when none is
 
 
 def wants_graph() -> bool:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import NORMALIZE_CODES, Memory, accumulator, define, empty, operator, with_known_signature
+from anomem.ops.library import (
+    NORMALIZE_CODES,
+    Memory,
+    accumulator,
+    define,
+    empty,
+    operator,
+    unit_inner_stride,
+    with_known_signature,
+)
 
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
@@ -160,13 +169,16 @@ class _Retrieve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, keys, values, beta, out, *extras = ctx.saved_tensors
+        query, *saved = ctx.saved_tensors
+        query, (keys, values, beta, out, *extras) = unit_inner_stride(query), library.contiguous(saved)
         if all(grad is None for grad in upstream):
             return None, None, None, None, None, None, None, None
         if library.wants_graph():
             inputs = (query, keys, values, beta)
+            needed = list(ctx.needs_input_grad[:4])
+            needed[2] &= upstream[0] is not None
             composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
-            grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:4], upstream)
+            grads = library.differentiable_gradients(composite, inputs, needed, upstream)
             return (*grads, None, None, None, None)
         dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
         dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
@@ -174,8 +186,9 @@ class _Retrieve(torch.autograd.Function):
         dquery, dkeys, dvalues, dbeta = operator(name, ctx.backend)(
             dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
         )
-        dvalues, dbeta = None if values is None else dvalues, None if beta is None else dbeta
-        return dquery, dkeys, dvalues, dbeta, None, None, None, None
+        # What does not depend on the values gives them no gradient, which an optimizer tells from zeros.
+        dvalues = None if values is None or upstream[0] is None else dvalues
+        return dquery, dkeys, dvalues, None if beta is None else dbeta, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

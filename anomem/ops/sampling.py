@@ -107,7 +107,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dout is None:
             return None, None, None
-        feature_map, out, positions, inv_norm = ctx.saved_tensors
+        feature_map, *saved = ctx.saved_tensors
+        out, positions, inv_norm = library.contiguous(saved)
         if library.wants_graph():
 
             def composite(feature_map: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class _Variance(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return None, None, None
-        x, mean, std = ctx.saved_tensors
+        x, mean, std = library.contiguous(ctx.saved_tensors)
         if library.wants_graph():
 
             def composite(x: Tensor) -> Tensor:
