@@ -79,14 +79,17 @@ def contrast_rows(
 ) -> Tensor:
     """Cross-entropy of the similarities of rows that are normalised already; shapes as in `info_nce_rows`."""
     similarity = unit_rows @ unit_columns.mT / temperature  # [G, R, C]
-    index = positive.expand(similarity.shape[:-1]).unsqueeze(-1)  # [G, R, 1]
-    matched = similarity.gather(-1, index).squeeze(-1)  # before the exclusion, which may be of the positive itself
+    matched = similarity.gather(-1, positive.expand(similarity.shape[:-1]).unsqueeze(-1)).squeeze(-1)  # [G, R]
+    row, true = torch.arange(similarity.shape[-2], device=similarity.device), positive.new_ones((), dtype=torch.bool)
+    hidden = torch.zeros(similarity.shape[-2:], dtype=torch.bool, device=similarity.device)
+    hidden = hidden.index_put((row, positive), true)
     if exclude is not None:
-        row = torch.arange(similarity.shape[-2], device=similarity.device)
-        hidden = torch.zeros(similarity.shape[-2:], dtype=torch.bool, device=similarity.device)
-        hidden = hidden.index_put((row, exclude), torch.ones((), dtype=torch.bool, device=similarity.device))
-        similarity = similarity.masked_fill(hidden, -torch.inf)
-    return torch.logsumexp(similarity, dim=-1) - matched
+        hidden = hidden.index_put((row, exclude), true)
+    # log(Σ negatives / positive). Of log(1 + Σ / positive) the softplus keeps the digits where the positive dominates;
+    # logsumexp minus positive, the difference of two nearly equal numbers, does not.
+    ratio = torch.logsumexp(similarity.masked_fill(hidden, -torch.inf), dim=-1) - matched
+    loss: Tensor = torch.nn.functional.softplus(ratio, threshold=40)
+    return loss if exclude is None else torch.where(positive == exclude, ratio, loss)
 
 
 def _opposite(batch: int, device: torch.device) -> Tensor:
