@@ -43,12 +43,10 @@ def larger_shift(shift, other):
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + exp(x)) [BLOCK]; NaN stays NaN."""
-    e = tl.exp(-tl.abs(x))
-    one_more = 1.0 + e
-    logarithm = tl.where(one_more == 1.0, e, tl.log(one_more) * (e / (one_more - 1.0)))  # log1p, Kahan
-    return tl.where(x > 0, x, 0.0) + logarithm
+def log1p(x):
+    """log(1 + x) [BLOCK] of x from 0 to 1, by Kahan's correction; NaN stays NaN."""
+    one_more = 1.0 + x
+    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / (one_more - 1.0)))
 
 
 @triton.jit
@@ -59,12 +57,18 @@ def store_losses(loss, lse, at, mask, shift, running_sum, matched, hidden, inver
     excludes its positive, [BLOCK_R] or None.
     """
     # Cosines are subtracted before the multiplication: where the positive dominates, their difference is small.
-    ratio = (shift - matched) * inverse_tau + tl.log2(running_sum) * LN2
-    row_loss = softplus(ratio)
+    log_sum = tl.log2(running_sum) * LN2
+    ratio = (shift - matched) * inverse_tau + log_sum
+    rest = log1p(tl.exp(-tl.abs(ratio)))
     if hidden is not None:
-        row_loss = tl.where(hidden, ratio, row_loss)
-    tl.store(loss + at, row_loss, mask=mask)
-    tl.store(lse + at, matched * inverse_tau + row_loss, mask=mask)
+        rest = tl.where(hidden, 0.0, rest)
+    negatives = ratio > 0
+    if hidden is not None:
+        negatives = negatives | hidden
+    tl.store(loss + at, tl.where(negatives, ratio, 0.0) + rest, mask=mask)
+    # The logit of a column that dominates its row, rounded like here, minus lse is then exactly 0.
+    row_lse = tl.where(negatives, shift * inverse_tau + (log_sum + rest), matched * inverse_tau + rest)
+    tl.store(lse + at, row_lse, mask=mask)
 
 
 @triton.jit

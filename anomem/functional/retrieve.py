@@ -11,6 +11,7 @@ from anomem.backends import Impl
 from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
+    numbers,
     reference_memory,
     without_autocast,
 )
@@ -93,9 +94,9 @@ def hopfield_retrieve(
     problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
     chosen = backends.choose(problem, impl)
     if chosen == "reference":
-        out, lse, entropy = _by_reference(query, memory, steps, float(shrink), return_entropy)
+        out, lse, entropy = _by_reference(query, memory, steps, shrink, return_entropy)
     elif operator == "shrink":
-        out, lse, entropy = _by_kernel(query, memory, steps, float(shrink), chosen)
+        out, lse, entropy = _by_kernel(query, memory, steps, numbers(shrink)[0], chosen)
     else:
         out, lse, entropy = _by_kernel(query, memory, steps, None, chosen)
     extras = ([lse] if return_lse else []) + ([entropy] if return_entropy and entropy is not None else [])
@@ -115,7 +116,7 @@ def _by_reference(
 
 
 def _by_kernel(
-    query: Tensor, memory: Memory, steps: int, shrink: float | None, backend: str
+    query: Tensor, memory: Memory, steps: int, shrink: float | Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`shrink` is None where neither shrinkage nor the entropy is wanted."""
     from anomem.ops import retrieve

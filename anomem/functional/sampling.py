@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anomem import backends, reference
 from anomem.backends import Impl
+from anomem.functional._inputs import numbers
 from anomem.ops.library import accumulator
 from anomem.validation import (
     require,
@@ -108,7 +109,7 @@ def variance_hinge(
     else:
         from anomem.ops import sampling
 
-        loss = sampling.variance_hinge(grouped.contiguous(), float(gamma), float(eps))
+        loss = sampling.variance_hinge(grouped.contiguous(), *numbers(gamma, eps))
     if reduction == "mean":
         return loss.mean()
     return loss if x.dim() == 3 else loss[0]

@@ -102,6 +102,7 @@ define(
     "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, float shrink) -> "
     "(Tensor out, Tensor lse, Tensor entropy)",
     _shrink_fake,
+    scheduled=("shrink",),
 )
 define(
     "native_shrink_bwd",
@@ -109,6 +110,7 @@ define(
     "float scale, int normalize, float shrink, Tensor out, Tensor lse, Tensor entropy) -> "
     "(Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
     _shrink_backward_fake,
+    scheduled=("shrink",),
 )
 
 
@@ -127,13 +129,13 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
     return result
 
 
-def shrink(query: Tensor, memory: Memory, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable retrieval with hard shrinkage (MemAE, Gong et al. 2019, Eqs. 6–9), by the native library.
 
     Args:
         query: as in `retrieve`.
         memory: as in `retrieve`.
-        threshold: of the weights; 0 keeps the softmax and only adds the entropy.
+        threshold: of the weights, a number or 0-dim on the CPU; 0 keeps the softmax and only adds the entropy.
 
     Returns:
         out [N, dv], lse [N] and entropy [N] of the weights in nats.
@@ -154,12 +156,13 @@ class _Retrieve(torch.autograd.Function):
         beta: Tensor | None,
         scale: float,
         normalize: int,
-        threshold: float | None,
+        threshold: float | Tensor | None,
         backend: str,
     ) -> tuple[Tensor, ...]:
         if threshold is None:
             return tuple(operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize))
-        return tuple(operator("shrink_fwd", backend)(query, keys, values, beta, scale, normalize, threshold))
+        forward = library.overload(operator("shrink_fwd", backend), threshold)
+        return tuple(forward(query, keys, values, beta, scale, normalize, threshold))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,7 +186,7 @@ class _Retrieve(torch.autograd.Function):
         dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
         dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
         name, threshold = ("retrieve_bwd", ()) if ctx.threshold is None else ("shrink_bwd", (ctx.threshold,))
-        dquery, dkeys, dvalues, dbeta = operator(name, ctx.backend)(
+        dquery, dkeys, dvalues, dbeta = library.overload(operator(name, ctx.backend), *threshold)(
             dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
         )
         # What does not depend on the values gives them no gradient, which an optimizer tells from zeros.
