@@ -77,7 +77,7 @@ def _shrunk(x: Tensor) -> Tensor:
 
     Neither normalisation depends on the factor: the constant 1e-5 is nothing beside the variance of such a row.
     """
-    if x.dtype == torch.float16:  # squares are summed in float32
+    if x.dtype == torch.float16 or x.shape[-1] == 0:  # float16: squares are summed in float32
         return x
     power = 256 if x.dtype == torch.float64 else 32
     peak = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)  # [..., 1]
