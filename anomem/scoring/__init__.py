@@ -1,0 +1,1 @@
+"""Filled memories: prototypes chosen among the features of normals, their scores, and the decision."""
