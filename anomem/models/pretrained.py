@@ -7,6 +7,7 @@ read torchvision's own weights or a file; `timm:NAME` is any network of timm wit
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -271,7 +272,9 @@ def _torchvision(
     channels_last = name.startswith("swin")
     strides = _strides_of_nodes(network, nodes, image_size, channels_last)
     if not taps:
-        taps = _transformer_taps(nodes) if vision_transformer else tuple(str(s) for s in DEFAULT_STRIDES if s in strides)
+        usual = [s for s in DEFAULT_STRIDES if s in strides] or sorted(strides)[-3:]
+        taps = _transformer_taps(nodes) if vision_transformer else tuple(map(str, usual))
+    require(len(taps) > 0, "image_size", f"one at which {name} gives a map", image_size)
     names = dict.fromkeys(".".join(node.split(".")[:n]) for node in nodes for n in range(1, node.count(".") + 2))
     chosen = _ordered(taps, tuple(names), strides)
     extractor = create_feature_extractor(network, {tap: tap for tap in chosen})
@@ -281,18 +284,17 @@ def _torchvision(
 def _strides_of_nodes(
     network: nn.Module, nodes: Sequence[str], image_size: tuple[int, int], channels_last: bool
 ) -> dict[int, str]:
-    """The last node of each stride that gives a map."""
+    """The last node of each stride, a power of two, that gives a map with more than one position."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     with torch.no_grad():
         found = create_feature_extractor(network, list(nodes[1:]))(torch.zeros(1, 3, *image_size))
-    height, width = (1, 2) if channels_last else (2, 3)
+    height = 1 if channels_last else 2
     strides = {}
     for node, output in found.items():
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[height] > 1:
-            stride = -(-image_size[0] // output.shape[height])
-            if -(-image_size[1] // output.shape[width]) == stride:
-                strides[stride] = node
+            # Layers without padding give a little less than a half.
+            strides[2 ** round(math.log2(image_size[0] / output.shape[height]))] = node
     return strides
 
 
@@ -387,7 +389,8 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {file}: {" ".join(str(error).split())[:200] or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot read the weights {file}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -98,18 +100,41 @@ def test_torchvision_taps_by_name() -> None:
     assert by_stride.channels == (128, 256, 512)
 
 
-def test_torchvision_vision_transformer() -> None:
+def small_network(monkeypatch: pytest.MonkeyPatch, make: Callable[..., nn.Module]) -> None:
+    """Torchvision's own transformers are large: one of the same kind takes their place."""
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, weights, **options: make(**options))
+
+
+def test_torchvision_vision_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import VisionTransformer
+
+    small = partial(VisionTransformer, patch_size=16, num_layers=6, num_heads=2, hidden_dim=8, mlp_dim=8)
+    small_network(monkeypatch, small)
     encoder = pretrained_encoder("vit_b_16", SIZE, channels=1, weights=None)
-    assert encoder.names == tuple(f"encoder.layers.encoder_layer_{i}" for i in (3, 7, 11))
+    assert encoder.names == tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3, 5))
     assert encoder.sizes == ((4, 4),) * 3
-    assert encoder.channels == (768,) * 3
+    assert encoder.channels == (8,) * 3
     with pytest.raises(ArgumentError, match="image_size.*square"):
         pretrained_encoder("vit_b_16", (64, 32), weights=None)
 
 
-def test_torchvision_channels_last_maps() -> None:
+def test_torchvision_vision_transformer_of_another_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torchvision.models import VisionTransformer
+
+    small = partial(VisionTransformer, patch_size=16, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=8)
+    torch.save(small(image_size=96).state_dict(), tmp_path / "vit.pth")
+    small_network(monkeypatch, small)
+    encoder = pretrained_encoder("vit_b_16", SIZE, weights=tmp_path / "vit.pth")
+    assert encoder.sizes == ((4, 4),) * 3, "the position embedding is interpolated"
+
+
+def test_torchvision_channels_last_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import SwinTransformer
+
+    small = partial(SwinTransformer, [4, 4], 8, [1] * 4, [1] * 4, [4, 4])
+    small_network(monkeypatch, small)
     encoder = pretrained_encoder("swin_t", SIZE, weights=None)
-    assert encoder.channels == (192, 384, 768)
+    assert encoder.channels == (16, 32, 64)
     assert encoder.strides == (8, 16, 32)
 
 
@@ -147,15 +172,15 @@ def test_tokens_become_maps() -> None:
 
 def test_weights_from_files(tmp_path: Path) -> None:
     from safetensors.torch import save_file
-    from torchvision.models import resnet18
+    from torchvision.models import squeezenet1_1
 
-    network = resnet18()
+    network = squeezenet1_1()
     plain, nested, safe = tmp_path / "a.pth", tmp_path / "b.pth", tmp_path / "c.safetensors"
     torch.save(network.state_dict(), plain)
     torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}, "epoch": 3}, nested)
     save_file(network.state_dict(), str(safe))
     images = torch.randn(1, 3, *SIZE)
-    found = [pretrained_encoder("resnet18", SIZE, weights=file)(images) for file in (plain, nested, safe)]
+    found = [pretrained_encoder("squeezenet1_1", SIZE, weights=file)(images) for file in (plain, nested, safe)]
     for maps in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(maps, found[0], strict=True))
 
@@ -174,10 +199,10 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
-    from torchvision.models import resnet34
+    from torchvision.models import squeezenet1_1
 
-    other = tmp_path / "resnet34.pth"
-    torch.save(resnet34().state_dict(), other)
+    other = tmp_path / "squeezenet.pth"
+    torch.save(squeezenet1_1().state_dict(), other)
     with pytest.raises(UserError, match="other weights than those of resnet18"):
         pretrained_encoder("resnet18", SIZE, weights=other)
     with pytest.raises(UserError, match="other weights than those of efficientnet_lite0"):
@@ -221,14 +246,15 @@ def test_missing_torchvision_weights_are_told(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_cached_torchvision_weights_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from torchvision.models import resnet18
+    from torchvision.models import squeezenet1_1
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    network = resnet18()
-    torch.save(network.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
-    encoder = pretrained_encoder("resnet18", SIZE)
-    assert torch.equal(encoder.state_dict()["network.conv1.weight"], network.conv1.weight)
+    network = squeezenet1_1()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    encoder = pretrained_encoder("squeezenet1_1", SIZE)
+    assert encoder.strides == (9, 21), "layers without padding: strides 8 and 16, nearly"
+    assert torch.equal(encoder.state_dict()["network.features.0.weight"], network.features[0].weight)
 
 
 @pytest.mark.parametrize(

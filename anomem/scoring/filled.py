@@ -1,0 +1,263 @@
+"""Filling a model's memories from all normals, and the scores that suit a filled memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from anomem.models.gaussian import Gaussians, MomentSums
+from anomem.models.model import AnoMem
+from anomem.reference.normalize import normalize_rows
+from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
+from anomem.validation import require, require_choice
+
+Alignment = Literal["per_position", "pooled"]
+ImageBatches = Callable[[], Iterable[Tensor]]
+"""Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
+TOP_PART = 0.1
+"""Of the positions, the largest distances first: their mean is an image's distance."""
+
+
+class FilledScale(NamedTuple):
+    """What one memory was filled with."""
+
+    name: str
+    """Of the scale."""
+    rows: int
+    """Features of normals seen."""
+    prototypes: int
+    """M."""
+    seconds: float
+    """Taken by the choice."""
+
+
+@torch.no_grad()
+def fill_memories(
+    model: AnoMem,
+    batches: Iterable[Tensor],
+    prototypes: Sequence[float],
+    method: Fill = "kmeans",
+    *,
+    seed: int = 0,
+    at_most: int = 400_000,
+) -> list[FilledScale]:
+    """Replace the prototypes of every memory by ones chosen among the features of all normals.
+
+    The memories change their size where M differs from what they have. Retrieval normalises prototypes as it normalises
+    queries, so the features are normalised before the choice.
+
+    Args:
+        model: put into eval mode; its encoder is not changed.
+        batches: of normal images [b, C, H, W], read once.
+        prototypes: one number for all scales, or one per scale: M, or a ratio in (0, 1) of the features. A number above
+            that of the features takes all of them.
+        method: see `fill_prototypes`.
+        seed: see `fill_prototypes`.
+        at_most: features held per scale; of more, a random choice.
+
+    Raises:
+        ArgumentError: no image, a wrong number, or memories with separate values, which could not be filled.
+    """
+    scales = len(model.hopfield)
+    wanted = list(prototypes) * scales if len(prototypes) == 1 else list(prototypes)
+    require(len(wanted) == scales, "prototypes", f"one number, or {scales}, one per scale", list(prototypes))
+    separate = any(memory.values is not None for memory in model.hopfield)
+    require(not separate, "separate_values", "False: a filled memory returns its prototypes", True)
+    model.eval()
+    collected = [FeatureRows(at_most, seed) for _ in range(scales)]
+    for images in batches:
+        for rows, query, memory in zip(collected, model.queries(model(images)), model.hopfield, strict=True):
+            rows.add(normalize_rows(query.flatten(0, 1).float(), memory.normalize))
+    filled = []
+    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.hopfield, strict=True):
+        begin = time.perf_counter()
+        rows = held.rows()
+        chosen = fill_prototypes(rows, prototype_count(count, len(rows)), method, seed=seed)
+        memory.prototypes = nn.Parameter(chosen.to(memory.prototypes), requires_grad=memory.prototypes.requires_grad)
+        filled.append(FilledScale(name, held.seen, len(chosen), time.perf_counter() - begin))
+    return filled
+
+
+class FilledScores(NamedTuple):
+    """Scores and maps of B images; higher is more anomalous."""
+
+    scores: dict[str, Tensor]
+    """"plain", "local", "whole" and "either" -> [B]; see `FilledScorer`."""
+    maps: dict[str, Tensor]
+    """"plain" and "local" -> [B, H, W] at the images' size."""
+
+
+class FilledScorer(nn.Module):
+    """A frozen model with filled memories and what was fitted to its deviations; one retrieval per scale and image.
+
+    * "plain": Σ lambda_s top 1 − cos(z, HF(z)), where top is the mean over the largest tenth of the positions.
+    * "local": Mahalanobis distance of D(s) at every position, pooled by the top: local defects on aligned parts.
+    * "whole": Mahalanobis distance of the mean of D(s) over positions: another material, another object.
+    * "either": the larger of "local" and "whole", each relative to its mean and spread over the fitted normals.
+
+    Each scale of "local" and "whole" is divided by its spread over the fitted normals; so are the scales of the maps.
+
+    Args:
+        model: memories filled.
+        alignment: "per_position" fits one Gaussian per position, "pooled" one for all.
+        top_part: part of the positions that are pooled, in (0, 1]; at least one position.
+
+    Shape:
+        images [B, C, H, W] -> `FilledScores`.
+
+    Example:
+        >>> fill_memories(model, normals(), [1024])
+        >>> scorer = FilledScorer(model, "per_position")
+        >>> scorer.fit(normals)
+        >>> scores, maps = scorer(images)
+    """
+
+    local_spread: Tensor
+    whole_spread: Tensor
+    map_spread: Tensor
+    plain_map_spread: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, model: AnoMem, alignment: Alignment, top_part: float = TOP_PART) -> None:
+        super().__init__()
+        require_choice(alignment, "alignment", ("per_position", "pooled"))
+        require(0 < top_part <= 1, "top_part", "a part in (0, 1]", top_part)
+        self.model, self.alignment, self.top_part = model, alignment, top_part
+        positions = [h * w for h, w in model.encoder.sizes]
+        widths = [memory.prototypes.shape[1] for memory in model.hopfield]
+        pooled = alignment == "pooled"
+        self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in zip(positions, widths, strict=True)])
+        self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
+        for name in ("local_spread", "whole_spread", "map_spread", "plain_map_spread"):
+            self.register_buffer(name, torch.ones(len(widths)))
+        self.register_buffer("centre", torch.zeros(2))  # of "local" and "whole"
+        self.register_buffer("spread", torch.ones(2))
+        self.to(model.mean.device)
+        self.eval()
+
+    @property
+    def lead(self) -> str:
+        """The score to look at first: "local" where positions are aligned, else "either"."""
+        return "local" if self.alignment == "per_position" else "either"
+
+    @torch.no_grad()
+    def fit(self, batches: ImageBatches) -> None:
+        """Fit Gaussians and spreads to normal images in two passes.
+
+        Args:
+            batches: called twice.
+
+        Raises:
+            ArgumentError: fewer than two images.
+        """
+        sums: list[tuple[MomentSums, MomentSums]] = []
+        for images in batches():
+            _, deviations = self._deviations(images)
+            if not sums:
+                for gaussians, d in zip(self.local, deviations, strict=True):
+                    assert isinstance(gaussians, Gaussians)
+                    of_scale = (len(gaussians.mean), 1)
+                    sums.append(tuple(MomentSums(p, d.shape[2], d.device) for p in of_scale))  # type: ignore[arg-type]
+            for (local, whole), d in zip(sums, deviations, strict=True):
+                local.update(d.flatten(0, 1)[:, None] if self.alignment == "pooled" else d)
+                whole.update(d.mean(dim=1, keepdim=True))
+        require(len(sums) > 0, "images", "at least two normals to fit a Gaussian", 0)
+        for (local, whole), of_positions, of_images in zip(sums, self.local, self.whole, strict=True):
+            assert isinstance(of_positions, Gaussians)
+            assert isinstance(of_images, Gaussians)
+            of_positions.fit(local)
+            of_images.fit(whole)
+        self._fit_spreads(batches)
+
+    def _fit_spreads(self, batches: ImageBatches) -> None:
+        local, whole, means, plain_means = [], [], [], []
+        for images in batches():
+            cosines, deviations = self._deviations(images)
+            maps = [g(d) for g, d in zip(self.local, deviations, strict=True)]
+            local.append(torch.stack([self._top(m) for m in maps]))
+            whole.append(torch.stack(self._whole(deviations)))
+            means.append(torch.stack([m.mean(dim=1) for m in maps]))
+            plain_means.append(torch.stack([m.mean(dim=1) for m in cosines]))
+        for buffer, parts in (
+            (self.local_spread, local),
+            (self.whole_spread, whole),
+            (self.map_spread, means),
+            (self.plain_map_spread, plain_means),
+        ):
+            buffer.copy_(_spread(torch.cat(parts, dim=1)))
+        both = torch.stack(
+            [
+                (torch.cat(parts, dim=1) / spread[:, None]).sum(dim=0)
+                for parts, spread in ((local, self.local_spread), (whole, self.whole_spread))
+            ]
+        )
+        self.centre.copy_(both.mean(dim=1))
+        self.spread.copy_(_spread(both))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> FilledScores:
+        """See the class."""
+        cosines, deviations = self._deviations(images)
+        distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
+        plain = sum(w * self._top(c) for w, c in zip(self.model.scale_weights, cosines, strict=True))
+        local = sum(self._top(d) / spread for d, spread in zip(distances, self.local_spread, strict=True))
+        whole = sum(d / spread for d, spread in zip(self._whole(deviations), self.whole_spread, strict=True))
+        assert isinstance(plain, Tensor)
+        assert isinstance(local, Tensor)
+        assert isinstance(whole, Tensor)
+        either = ((torch.stack([local, whole]) - self.centre[:, None]) / self.spread[:, None]).amax(dim=0)
+        size = (images.shape[2], images.shape[3])
+        return FilledScores(
+            {"plain": plain, "local": local, "whole": whole, "either": either},
+            {
+                "plain": self._map(cosines, self.plain_map_spread, size),
+                "local": self._map(distances, self.map_spread, size),
+            },
+        )
+
+    def pooled_deviations(self, images: Tensor) -> Tensor:
+        """Mean of D and abs(D) over positions, for `anomem.scoring.labelled`: [B, 2·Σ d_s]."""
+        from anomem.scoring.labelled import pooled_deviations
+
+        return pooled_deviations(self._deviations(images)[1])
+
+    def _deviations(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
+        queries = self.model.queries(self.model(images))
+        cosines, deviations = [], []
+        for query, memory in zip(queries, self.model.hopfield, strict=True):
+            z = normalize_rows(query.float(), memory.normalize)
+            d = memory.deviation(query).float()
+            cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))
+            deviations.append(d)
+        return cosines, deviations
+
+    def _top(self, distances: Tensor) -> Tensor:
+        """Mean over the largest: [B, P] -> [B]."""
+        count = max(1, int(distances.shape[1] * self.top_part))
+        return distances.topk(count, dim=1).values.mean(dim=1)
+
+    def _whole(self, deviations: Sequence[Tensor]) -> list[Tensor]:
+        """S tensors [B]."""
+        return [g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in zip(self.whole, deviations, strict=True)]
+
+    def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
+        result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
+        for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
+            small = (d / by).unflatten(1, (height, width))[:, None]
+            result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
+        return result
+
+
+def _spread(distances: Tensor) -> Tensor:
+    """Standard deviation over images [S, N] -> [S]; the mean where nothing spreads, 1 where that is 0 too."""
+    require(distances.shape[1] >= 2, "images", "at least two normals to fit a Gaussian", distances.shape[1])
+    spread, typical = distances.std(dim=1), distances.mean(dim=1).abs()
+    instead = torch.where(typical > 0, typical, torch.ones_like(typical))
+    return torch.where(spread > 1e-5 * typical, spread, instead)  # less is rounding in float32
