@@ -321,9 +321,7 @@ def _timm(
         ) from error
     if weights not in (None, "default"):
         load_weights(network, read_weights(weights), weights, f"timm:{name}")
-    require(
-        hasattr(network, "forward_intermediates"), "backbone", "a timm network with intermediate features", name
-    )
+    require(hasattr(network, "forward_intermediates"), "backbone", "a timm network with intermediate features", name)
     features = list(network.feature_info)
     names = [str(i) for i in range(len(features))]
     reductions: dict[int, str] = {int(f["reduction"]): n for f, n in zip(features, names, strict=True)}
@@ -472,5 +470,6 @@ def tokens_to_map(tokens: Tensor, image_size: tuple[int, int]) -> Tensor:
         h, w = height // patch, width // patch
         if h * patch == height and w * patch == width and h * w <= tokens.shape[1]:
             extra = tokens.shape[1] - h * w
-            return tokens[:, extra:].mT.unflatten(2, (h, w))
+            found: Tensor = tokens[:, extra:].mT.unflatten(2, (h, w))
+            return found
     raise ArgumentError("network", "tokens of square patches", tokens)  # pragma: no cover - patch = gcd always fits

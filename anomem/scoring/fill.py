@@ -206,4 +206,3 @@ class FeatureRows:
         if len(self.parts) > 1:
             self.parts = [torch.cat(self.parts)]
         return self.parts[0]
-

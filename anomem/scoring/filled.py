@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -75,8 +76,8 @@ def fill_memories(
     filled = []
     for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.hopfield, strict=True):
         begin = time.perf_counter()
-        rows = held.rows()
-        chosen = fill_prototypes(rows, prototype_count(count, len(rows)), method, seed=seed)
+        features = held.rows()
+        chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
         memory.prototypes = nn.Parameter(chosen.to(memory.prototypes), requires_grad=memory.prototypes.requires_grad)
         filled.append(FilledScale(name, held.seen, len(chosen), time.perf_counter() - begin))
     return filled
@@ -149,40 +150,49 @@ class FilledScorer(nn.Module):
     def fit(self, batches: ImageBatches) -> None:
         """Fit Gaussians and spreads to normal images in two passes.
 
+        A Gaussian is nearer to the images it was fitted to than to others, the more so the fewer they are and the more
+        channels a scale has. The spreads are therefore those of each half of the images (every other one) under
+        Gaussians fitted to the other half, where a half is at least two; what scores new images is fitted to all.
+
         Args:
             batches: called twice.
 
         Raises:
             ArgumentError: fewer than two images.
         """
-        sums: list[tuple[MomentSums, MomentSums]] = []
+        halves = [_Moments(self.local, self.whole), _Moments(self.local, self.whole)]
+        seen = 0
         for images in batches():
-            _, deviations = self._deviations(images)
-            if not sums:
-                for gaussians, d in zip(self.local, deviations, strict=True):
-                    assert isinstance(gaussians, Gaussians)
-                    of_scale = (len(gaussians.mean), 1)
-                    sums.append(tuple(MomentSums(p, d.shape[2], d.device) for p in of_scale))  # type: ignore[arg-type]
-            for (local, whole), d in zip(sums, deviations, strict=True):
-                local.update(d.flatten(0, 1)[:, None] if self.alignment == "pooled" else d)
-                whole.update(d.mean(dim=1, keepdim=True))
-        require(len(sums) > 0, "images", "at least two normals to fit a Gaussian", 0)
-        for (local, whole), of_positions, of_images in zip(sums, self.local, self.whole, strict=True):
-            assert isinstance(of_positions, Gaussians)
-            assert isinstance(of_images, Gaussians)
-            of_positions.fit(local)
-            of_images.fit(whole)
-        self._fit_spreads(batches)
+            deviations = self._deviations(images)[1]
+            for i, half in enumerate(halves):
+                half.update([d[(i + seen) % 2 :: 2] for d in deviations])
+            seen += len(images)
+        require(seen >= 2, "images", "at least two normals to fit a Gaussian", seen)
+        everything = halves[0].joined(halves[1])
+        judges = [half.gaussians() for half in (halves if seen >= 4 else [everything, everything])]
+        self._fit_spreads(batches, judges)
+        for gaussians, sums in zip([*self.local, *self.whole], everything.sums, strict=True):
+            assert isinstance(gaussians, Gaussians)
+            gaussians.fit(sums)
 
-    def _fit_spreads(self, batches: ImageBatches) -> None:
-        local, whole, means, plain_means = [], [], [], []
+    def _fit_spreads(self, batches: ImageBatches, judges: Sequence[Sequence[Gaussians]]) -> None:
+        """From the distances of the images of one half as the other half's Gaussians give them."""
+        local, whole, means, plain_means, seen = [], [], [], [], 0
+        scales = len(self.local)
         for images in batches():
             cosines, deviations = self._deviations(images)
-            maps = [g(d) for g, d in zip(self.local, deviations, strict=True)]
-            local.append(torch.stack([self._top(m) for m in maps]))
-            whole.append(torch.stack(self._whole(deviations)))
-            means.append(torch.stack([m.mean(dim=1) for m in maps]))
-            plain_means.append(torch.stack([m.mean(dim=1) for m in cosines]))
+            plain_means.append(torch.stack([c.mean(dim=1) for c in cosines]))
+            for i in range(2):
+                part = [d[(i + seen) % 2 :: 2] for d in deviations]
+                if not len(part[0]):
+                    continue
+                judge = judges[1 - i]
+                maps = [g(d) for g, d in zip(judge[:scales], part, strict=True)]
+                local.append(torch.stack([self._top(m) for m in maps]))
+                means.append(torch.stack([m.mean(dim=1) for m in maps]))
+                pairs = zip(judge[scales:], part, strict=True)
+                whole.append(torch.stack([g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in pairs]))
+            seen += len(images)
         for buffer, parts in (
             (self.local_spread, local),
             (self.whole_spread, whole),
@@ -253,6 +263,77 @@ class FilledScorer(nn.Module):
             small = (d / by).unflatten(1, (height, width))[:, None]
             result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
         return result
+
+
+class _Moments:
+    """The running sums of some images for the Gaussians of all scales: those of positions, then those of images."""
+
+    def __init__(self, local: Iterable[nn.Module], whole: Iterable[nn.Module]) -> None:
+        self.sums: list[MomentSums] = []
+        for gaussians in (*local, *whole):
+            assert isinstance(gaussians, Gaussians)
+            positions, features = gaussians.mean.shape
+            self.sums.append(MomentSums(positions, features, gaussians.mean.device))
+
+    def update(self, deviations: Sequence[Tensor]) -> None:
+        """Add images: S tensors [b, P_s, d_s]."""
+        scales = len(deviations)
+        if not len(deviations[0]):
+            return
+        for local, whole, d in zip(self.sums[:scales], self.sums[scales:], deviations, strict=True):
+            local.update(d if len(local.fourth) > 1 else d.flatten(0, 1)[:, None])
+            whole.update(d.mean(dim=1, keepdim=True))
+
+    def joined(self, other: _Moments) -> _Moments:
+        """The sums of both sets of images."""
+        result = _Moments([], [])
+        for one, two in zip(self.sums, other.sums, strict=True):
+            result.sums.append(join_moments(one, two))
+        return result
+
+    def gaussians(self) -> list[Gaussians]:
+        """Fitted to these images."""
+        found = []
+        for sums in self.sums:
+            gaussians = Gaussians(*sums.first.shape).to(sums.first.device)
+            gaussians.fit(sums)
+            found.append(gaussians)
+        return found
+
+
+def join_moments(one: MomentSums, two: MomentSums) -> MomentSums:
+    """The sums of both sets of rows, relative to the first one's origin."""
+    if one.origin is None or two.origin is None:
+        return two if one.origin is None else one
+    shift = (two.origin - one.origin)[:, 0]  # [P, d]; a row x of the second becomes x + shift
+    n, length = two.count, shift.square().sum(dim=1)
+    trace = two.second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)  # [P], Σ |x|²
+    inner = (two.first * shift).sum(dim=1)  # Σ x·shift
+    product = (two.second @ shift[:, :, None])[:, :, 0]  # [P, d], Σ (x·shift) x
+    joint = copy.copy(one)
+    joint.count = one.count + n
+    joint.first = one.first + two.first + n * shift
+    cross = two.first[:, :, None] * shift[:, None, :]
+    joint.second = one.second + two.second + cross + cross.mT + n * shift[:, :, None] * shift[:, None, :]
+    # |x + s|² (x + s) and |x + s|⁴ expanded.
+    joint.third = (
+        one.third
+        + two.third
+        + 2 * product
+        + length[:, None] * two.first
+        + (trace + 2 * inner + n * length)[:, None] * shift
+    )
+    quadratic = (shift * product).sum(dim=1)  # Σ (x·shift)²
+    joint.fourth = (
+        one.fourth
+        + two.fourth
+        + 4 * quadratic
+        + n * length.square()
+        + 4 * (two.third * shift).sum(dim=1)
+        + 2 * length * trace
+        + 4 * length * inner
+    )
+    return joint
 
 
 def _spread(distances: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ class FewLabels(nn.Module):
             UserError: scikit-learn is not installed.
         """
         defects, normals = int((~is_normal).sum()), int(is_normal.sum())
-        require(defects >= 1 and normals >= 2, "is_normal", "at least one defect and two normals", f"{defects}, {normals}")
+        require(
+            defects >= 1 and normals >= 2, "is_normal", "at least one defect and two normals", f"{defects}, {normals}"
+        )
         inputs = torch.cat([pooled, one_class[:, None]], dim=1).double().cpu()
         mean, spread = inputs.mean(dim=0), inputs.std(dim=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +17,19 @@ from anomem.errors import ArgumentError, UserError
 
 needs_cells = pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs elpv-dataset")
 SIZES = {"mono": (353, 235, 94, 219), "poly": (552, 368, 121, 281)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def read_once() -> Iterator[None]:
+    """Reading 2,624 files takes most of these tests' time."""
+    if importlib.util.find_spec("elpv_dataset") is None:
+        yield
+        return
+    from elpv_dataset import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load_dataset", functools.cache(utils.load_dataset))
+        yield
 
 
 @needs_cells
@@ -56,9 +71,9 @@ def test_task() -> None:
 
 @needs_cells
 def test_wrong_settings() -> None:
-    with pytest.raises(ArgumentError, match="normal.*mono, poly"):
+    with pytest.raises(ArgumentError, match=r"normal.*mono, poly"):
         elpv(DataConfig("elpv", normal="thin-film", image_size=8))
-    with pytest.raises(ArgumentError, match="outlier_ratio.*94 anomalies"):
+    with pytest.raises(ArgumentError, match=r"outlier_ratio.*94 anomalies"):
         elpv(DataConfig("elpv", normal="mono", image_size=8, outlier_ratio=0.5))
 
 

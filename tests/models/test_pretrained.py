@@ -114,7 +114,7 @@ def test_torchvision_vision_transformer(monkeypatch: pytest.MonkeyPatch) -> None
     assert encoder.names == tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3, 5))
     assert encoder.sizes == ((4, 4),) * 3
     assert encoder.channels == (8,) * 3
-    with pytest.raises(ArgumentError, match="image_size.*square"):
+    with pytest.raises(ArgumentError, match=r"image_size.*square"):
         pretrained_encoder("vit_b_16", (64, 32), weights=None)
 
 
@@ -222,7 +222,7 @@ def test_refused_weights_leave_the_network_as_it_was() -> None:
     network = nn.ModuleDict(efficientnet_lite0_stages())
     tensors = {name: torch.full_like(t, 7) for name, t in network.state_dict().items()}
     tensors["stem.0.weight"] = torch.zeros(1)
-    with pytest.raises(UserError, match="another shape for stem.0.weight"):
+    with pytest.raises(UserError, match=r"another shape for stem.0.weight"):
         load_weights(network, tensors, "a file", "efficientnet_lite0")
     assert not any(bool((p == 7).all()) for p in network.parameters())
 
@@ -308,9 +308,9 @@ def test_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert encoder.sizes == ((4, 4),) * 3
     assert (encoder.mean, encoder.std) == ((0.5,), (0.25,))
     assert pretrained_encoder("timm:vit_x", SIZE, taps=("5",), weights=None).names == ("5",)
-    with pytest.raises(ArgumentError, match="scales.*indices"):
+    with pytest.raises(ArgumentError, match=r"scales.*indices"):
         pretrained_encoder("timm:vit_x", SIZE, taps=("12",), weights=None)
-    with pytest.raises(UserError, match="could not fetch them.*give the file"):
+    with pytest.raises(UserError, match=r"could not fetch them.*give the file"):
         pretrained_encoder("timm:vit_x", SIZE)
 
 

@@ -89,7 +89,7 @@ def test_how_many_normals_an_alpha_needs() -> None:
 
 
 def test_too_few_normals_are_told() -> None:
-    with pytest.raises(ArgumentError, match="alpha.*98 calibration normals allow.*needs 99"):
+    with pytest.raises(ArgumentError, match=r"alpha.*98 calibration normals allow.*needs 99"):
         calibration(98).anomalous("plain", torch.tensor([1e9]), 0.01)
     with pytest.raises(ArgumentError, match="needs 999"):
         calibration(99, maxima={"plain": torch.arange(99.0)}).pixel_threshold("plain", 0.001)
@@ -149,7 +149,7 @@ def test_wrong_scores_are_told() -> None:
         Calibration({})
     with pytest.raises(ArgumentError, match="finite"):
         calibration(9).p_values("plain", torch.tensor([math.inf]))
-    with pytest.raises(ArgumentError, match="a calibrated score: plain.*'detector'"):
+    with pytest.raises(ArgumentError, match=r"a calibrated score: plain.*'detector'"):
         calibration(9).p_values("detector", torch.zeros(1))
 
 

@@ -71,7 +71,9 @@ def test_coreset_by_definition() -> None:
 def test_kmeans_against_scikit_learn() -> None:
     cluster = pytest.importorskip("sklearn.cluster")
     rows, start = normal(400, 5), normal(400, 5)[:12]
-    expected = cluster.KMeans(12, init=start.numpy(), n_init=1, max_iter=200, tol=0, algorithm="lloyd").fit(rows.numpy())
+    expected = cluster.KMeans(12, init=start.numpy(), n_init=1, max_iter=200, tol=0, algorithm="lloyd").fit(
+        rows.numpy()
+    )
     found = kmeans(rows, start, 200)
     torch.testing.assert_close(found, torch.from_numpy(expected.cluster_centers_), rtol=1e-4, atol=1e-4)
 
@@ -124,17 +126,17 @@ def test_counts_and_ratios(wanted: float, rows: int, count: int) -> None:
 
 @pytest.mark.parametrize("wanted", [0, -3, 0.0, 1.0, 1.5, True, math.nan])
 def test_wrong_counts(wanted: float) -> None:
-    with pytest.raises(ArgumentError, match="prototypes.*integer ≥ 1, or a ratio"):
+    with pytest.raises(ArgumentError, match=r"prototypes.*integer ≥ 1, or a ratio"):
         prototype_count(wanted, 100)
 
 
 def test_wrong_arguments() -> None:
     rows = normal(10, 3)
-    with pytest.raises(ArgumentError, match="prototypes.*at most 10"):
+    with pytest.raises(ArgumentError, match=r"prototypes.*at most 10"):
         fill_prototypes(rows, 11)
-    with pytest.raises(ArgumentError, match="fill.*'kmeans'"):
+    with pytest.raises(ArgumentError, match=r"fill.*'kmeans'"):
         fill_prototypes(rows, 2, "medoids")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="rows.*finite"):
+    with pytest.raises(ArgumentError, match=r"rows.*finite"):
         fill_prototypes(torch.full((5, 2), math.nan), 2)
     with pytest.raises(ArgumentError, match="at least one normal image"):
         FeatureRows().rows()
