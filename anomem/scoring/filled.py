@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,8 +19,44 @@ from anomem.validation import require, require_choice
 Alignment = Literal["per_position", "pooled"]
 ImageBatches = Callable[[], Iterable[Tensor]]
 """Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
+HELD_BYTES = 2**30
+"""Of features that are held instead of encoded again."""
 TOP_PART = 0.1
 """Of the positions, the largest distances first: their mean is an image's distance."""
+
+
+class NormalQueries:
+    """The queries of normal images at all scales, which filling and fitting read three times.
+
+    They are encoded once and held where they fit, else encoded again each time.
+
+    Args:
+        model: put into eval mode.
+        batches: of normal images.
+        at_most: bytes to hold.
+
+    Yields:
+        For each batch S tensors [b, P_s, d_s].
+    """
+
+    def __init__(self, model: AnoMem, batches: ImageBatches, at_most: int = HELD_BYTES) -> None:
+        self.model, self.batches, self.at_most = model.eval(), batches, at_most
+        self._held: list[list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        if self._held is not None:
+            yield from self._held
+            return
+        held: list[list[Tensor]] | None = []
+        size = 0
+        for images in self.batches():
+            queries = [query.float() for query in self.model.queries(self.model(images))]
+            size += sum(query.nbytes for query in queries)
+            if held is not None:
+                held = [*held, queries] if size <= self.at_most else None
+            yield queries
+        self._held = held
 
 
 class FilledScale(NamedTuple):
@@ -39,7 +75,7 @@ class FilledScale(NamedTuple):
 @torch.no_grad()
 def fill_memories(
     model: AnoMem,
-    batches: Iterable[Tensor],
+    queries: Iterable[Sequence[Tensor]],
     prototypes: Sequence[float],
     method: Fill = "kmeans",
     *,
@@ -52,8 +88,8 @@ def fill_memories(
     queries, so the features are normalised before the choice.
 
     Args:
-        model: put into eval mode; its encoder is not changed.
-        batches: of normal images [b, C, H, W], read once.
+        model: its encoder is not changed.
+        queries: of all normals, `NormalQueries`; read once.
         prototypes: one number for all scales, or one per scale: M, or a ratio in (0, 1) of the features. A number above
             that of the features takes all of them.
         method: see `fill_prototypes`.
@@ -68,10 +104,9 @@ def fill_memories(
     require(len(wanted) == scales, "prototypes", f"one number, or {scales}, one per scale", list(prototypes))
     separate = any(memory.values is not None for memory in model.hopfield)
     require(not separate, "separate_values", "False: a filled memory returns its prototypes", True)
-    model.eval()
     collected = [FeatureRows(at_most, seed) for _ in range(scales)]
-    for images in batches:
-        for rows, query, memory in zip(collected, model.queries(model(images)), model.hopfield, strict=True):
+    for of_batch in queries:
+        for rows, query, memory in zip(collected, of_batch, model.hopfield, strict=True):
             rows.add(normalize_rows(query.flatten(0, 1).float(), memory.normalize))
     filled = []
     for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.hopfield, strict=True):
@@ -87,7 +122,7 @@ class FilledScores(NamedTuple):
     """Scores and maps of B images; higher is more anomalous."""
 
     scores: dict[str, Tensor]
-    """"plain", "local", "whole" and "either" -> [B]; see `FilledScorer`."""
+    """"plain", "local", "whole", "both" and "either" -> [B]; see `FilledScorer`."""
     maps: dict[str, Tensor]
     """"plain" and "local" -> [B, H, W] at the images' size."""
 
@@ -98,7 +133,8 @@ class FilledScorer(nn.Module):
     * "plain": Σ lambda_s top 1 − cos(z, HF(z)), where top is the mean over the largest tenth of the positions.
     * "local": Mahalanobis distance of D(s) at every position, pooled by the top: local defects on aligned parts.
     * "whole": Mahalanobis distance of the mean of D(s) over positions: another material, another object.
-    * "either": the larger of "local" and "whole", each relative to its mean and spread over the fitted normals.
+    * "both": "plain" and "local", each relative to its mean and spread over the fitted normals, added.
+    * "either": the larger of "local" and "whole", each relative to its mean and spread.
 
     Each scale of "local" and "whole" is divided by its spread over the fitted normals; so are the scales of the maps.
 
@@ -111,7 +147,8 @@ class FilledScorer(nn.Module):
         images [B, C, H, W] -> `FilledScores`.
 
     Example:
-        >>> fill_memories(model, normals(), [1024])
+        >>> normals = NormalQueries(model, batches)
+        >>> fill_memories(model, normals, [1024])
         >>> scorer = FilledScorer(model, "per_position")
         >>> scorer.fit(normals)
         >>> scores, maps = scorer(images)
@@ -136,18 +173,18 @@ class FilledScorer(nn.Module):
         self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
         for name in ("local_spread", "whole_spread", "map_spread", "plain_map_spread"):
             self.register_buffer(name, torch.ones(len(widths)))
-        self.register_buffer("centre", torch.zeros(2))  # of "local" and "whole"
-        self.register_buffer("spread", torch.ones(2))
+        self.register_buffer("centre", torch.zeros(3))  # of "plain", "local" and "whole"
+        self.register_buffer("spread", torch.ones(3))
         self.to(model.mean.device)
         self.eval()
 
     @property
     def lead(self) -> str:
-        """The score to look at first: "local" where positions are aligned, else "either"."""
-        return "local" if self.alignment == "per_position" else "either"
+        """The score to look at first: "both" where positions are aligned, else "either"."""
+        return "both" if self.alignment == "per_position" else "either"
 
     @torch.no_grad()
-    def fit(self, batches: ImageBatches) -> None:
+    def fit(self, queries: Iterable[Sequence[Tensor]]) -> None:
         """Fit Gaussians and spreads to normal images in two passes.
 
         A Gaussian is nearer to the images it was fitted to than to others, the more so the fewer they are and the more
@@ -155,32 +192,33 @@ class FilledScorer(nn.Module):
         Gaussians fitted to the other half, where a half is at least two; what scores new images is fitted to all.
 
         Args:
-            batches: called twice.
+            queries: of all normals, `NormalQueries`; read twice.
 
         Raises:
             ArgumentError: fewer than two images.
         """
         halves = [_Moments(self.local, self.whole), _Moments(self.local, self.whole)]
         seen = 0
-        for images in batches():
-            deviations = self._deviations(images)[1]
+        for of_batch in queries:
+            deviations = self._deviations(of_batch)[1]
             for i, half in enumerate(halves):
                 half.update([d[(i + seen) % 2 :: 2] for d in deviations])
-            seen += len(images)
+            seen += len(of_batch[0])
         require(seen >= 2, "images", "at least two normals to fit a Gaussian", seen)
         everything = halves[0].joined(halves[1])
         judges = [half.gaussians() for half in (halves if seen >= 4 else [everything, everything])]
-        self._fit_spreads(batches, judges)
+        self._fit_spreads(queries, judges)
         for gaussians, sums in zip([*self.local, *self.whole], everything.sums, strict=True):
             assert isinstance(gaussians, Gaussians)
             gaussians.fit(sums)
 
-    def _fit_spreads(self, batches: ImageBatches, judges: Sequence[Sequence[Gaussians]]) -> None:
+    def _fit_spreads(self, queries: Iterable[Sequence[Tensor]], judges: Sequence[Sequence[Gaussians]]) -> None:
         """From the distances of the images of one half as the other half's Gaussians give them."""
-        local, whole, means, plain_means, seen = [], [], [], [], 0
+        local, whole, means, plain_means, plain, seen = [], [], [], [], [], 0
         scales = len(self.local)
-        for images in batches():
-            cosines, deviations = self._deviations(images)
+        for of_batch in queries:
+            cosines, deviations = self._deviations(of_batch)
+            plain.append(self._plain(cosines))
             plain_means.append(torch.stack([c.mean(dim=1) for c in cosines]))
             for i in range(2):
                 part = [d[(i + seen) % 2 :: 2] for d in deviations]
@@ -192,7 +230,7 @@ class FilledScorer(nn.Module):
                 means.append(torch.stack([m.mean(dim=1) for m in maps]))
                 pairs = zip(judge[scales:], part, strict=True)
                 whole.append(torch.stack([g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in pairs]))
-            seen += len(images)
+            seen += len(of_batch[0])
         for buffer, parts in (
             (self.local_spread, local),
             (self.whole_spread, whole),
@@ -200,30 +238,27 @@ class FilledScorer(nn.Module):
             (self.plain_map_spread, plain_means),
         ):
             buffer.copy_(_spread(torch.cat(parts, dim=1)))
-        both = torch.stack(
-            [
-                (torch.cat(parts, dim=1) / spread[:, None]).sum(dim=0)
-                for parts, spread in ((local, self.local_spread), (whole, self.whole_spread))
-            ]
-        )
-        self.centre.copy_(both.mean(dim=1))
-        self.spread.copy_(_spread(both))
+        scores = [torch.cat(plain)]
+        for parts, spread in ((local, self.local_spread), (whole, self.whole_spread)):
+            scores.append((torch.cat(parts, dim=1) / spread[:, None]).sum(dim=0))
+        self.centre.copy_(torch.stack([x.mean() for x in scores]))
+        self.spread.copy_(torch.cat([_spread(x[None]) for x in scores]))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> FilledScores:
         """See the class."""
-        cosines, deviations = self._deviations(images)
+        cosines, deviations = self._deviations(self.model.queries(self.model(images)))
         distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
-        plain = sum(w * self._top(c) for w, c in zip(self.model.scale_weights, cosines, strict=True))
+        plain = self._plain(cosines)
         local = sum(self._top(d) / spread for d, spread in zip(distances, self.local_spread, strict=True))
         whole = sum(d / spread for d, spread in zip(self._whole(deviations), self.whole_spread, strict=True))
-        assert isinstance(plain, Tensor)
         assert isinstance(local, Tensor)
         assert isinstance(whole, Tensor)
-        either = ((torch.stack([local, whole]) - self.centre[:, None]) / self.spread[:, None]).amax(dim=0)
+        relative = (torch.stack([plain, local, whole]) - self.centre[:, None]) / self.spread[:, None]
+        both, either = relative[:2].sum(dim=0), relative[1:].amax(dim=0)
         size = (images.shape[2], images.shape[3])
         return FilledScores(
-            {"plain": plain, "local": local, "whole": whole, "either": either},
+            {"plain": plain, "local": local, "whole": whole, "both": both, "either": either},
             {
                 "plain": self._map(cosines, self.plain_map_spread, size),
                 "local": self._map(distances, self.map_spread, size),
@@ -234,11 +269,10 @@ class FilledScorer(nn.Module):
         """Mean of D and abs(D) over positions, for `anomem.scoring.labelled`: [B, 2·Σ d_s]."""
         from anomem.scoring.labelled import pooled_deviations
 
-        return pooled_deviations(self._deviations(images)[1])
+        return pooled_deviations(self._deviations(self.model.queries(self.model(images)))[1])
 
-    def _deviations(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
-        queries = self.model.queries(self.model(images))
         cosines, deviations = [], []
         for query, memory in zip(queries, self.model.hopfield, strict=True):
             z = normalize_rows(query.float(), memory.normalize)
@@ -246,6 +280,11 @@ class FilledScorer(nn.Module):
             cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))
             deviations.append(d)
         return cosines, deviations
+
+    def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
+        """Σ lambda_s top of the cosine distances: S tensors [B, P_s] -> [B]."""
+        pooled = [w * self._top(c) for w, c in zip(self.model.scale_weights, cosines, strict=True)]
+        return torch.stack(pooled).sum(dim=0)
 
     def _top(self, distances: Tensor) -> Tensor:
         """Mean over the largest: [B, P] -> [B]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.models.gaussian import MomentSums
 from anomem.models.pretrained import PretrainedEncoder, pretrained_encoder
 from anomem.reference.normalize import normalize_rows
-from anomem.scoring.filled import FilledScorer, fill_memories, join_moments
+from anomem.scoring.filled import FilledScorer, NormalQueries, fill_memories, join_moments
 
 SIZE = (32, 32)
 
@@ -41,14 +40,14 @@ def of_another_material(count: int) -> Tensor:
 def filled(prototypes: tuple[float, ...] = (24,), **options: object) -> AnoMem:
     config = ModelConfig(backbone="small", prototypes=(4,), **options)  # type: ignore[arg-type]
     model = build_model(config, SIZE, 1, [0.5], [0.2], seed=3)
-    fill_memories(model, pattern(24).split(10), prototypes)
+    fill_memories(model, NormalQueries(model, lambda: pattern(24).split(10)), prototypes)
     return model
 
 
 @functools.cache
 def scorer(alignment: str) -> FilledScorer:
     found = FilledScorer(filled(), alignment)  # type: ignore[arg-type]
-    found.fit(lambda: pattern(60, 1).split(13))
+    found.fit(NormalQueries(found.model, lambda: pattern(60, 1).split(13)))
     return found
 
 
@@ -59,7 +58,7 @@ def untouched() -> AnoMem:
 
 def test_memories_hold_features_of_normals() -> None:
     model = build_model(ModelConfig(backbone="small", prototypes=(4,)), SIZE, 1, [0.5], [0.2])
-    report = fill_memories(model, pattern(6).split(4), (5, 7, 0.5), "random")
+    report = fill_memories(model, NormalQueries(model, lambda: pattern(6).split(4)), (5, 7, 0.5), "random")
     counts = [6 * h * w for h, w in model.encoder.sizes]
     assert [r.rows for r in report] == counts
     assert [r.prototypes for r in report] == [5, 7, counts[2] // 2]
@@ -76,14 +75,30 @@ def test_memories_hold_features_of_normals() -> None:
 def test_same_images_in_other_batches_fill_alike() -> None:
     models = [build_model(ModelConfig(backbone="small", prototypes=(4,)), SIZE, 1, [0.5], [0.2]) for _ in range(2)]
     for model, batch in zip(models, (3, 24), strict=True):
-        fill_memories(model, pattern(24).split(batch), (16,))
+        fill_memories(model, NormalQueries(model, lambda batch=batch: pattern(24).split(batch)), (16,))
     for one, other in zip(models[0].hopfield, models[1].hopfield, strict=True):
         torch.testing.assert_close(one.prototypes, other.prototypes, rtol=1e-3, atol=1e-3)
 
 
+def test_queries_are_encoded_once_where_they_fit() -> None:
+    model, calls = untouched(), []
+
+    def batches() -> list[Tensor]:
+        calls.append(1)
+        return [pattern(3), pattern(2, 1)]
+
+    held, again = NormalQueries(model, batches), NormalQueries(model, batches, at_most=1000)
+    for queries, encoded in ((held, 1), (again, 3)):
+        calls.clear()
+        passes = [list(queries) for _ in range(3)]
+        assert len(calls) == encoded
+        for one, other in zip(passes[0], passes[2], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_few_normals_give_few_prototypes() -> None:
     model = build_model(ModelConfig(backbone="small", prototypes=(4,)), SIZE, 1, [0.5], [0.2])
-    report = fill_memories(model, [pattern(1)], (1024,))
+    report = fill_memories(model, NormalQueries(model, lambda: [pattern(1)]), (1024,))
     assert [r.prototypes for r in report] == [min(1024, h * w) for h, w in model.encoder.sizes]
 
 
@@ -92,24 +107,24 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ArgumentError, match="at least one normal image"):
         fill_memories(model, [], (4,))
     with pytest.raises(ArgumentError, match=r"prototypes.*one number, or 3"):
-        fill_memories(model, [pattern(2)], (4, 4))
+        fill_memories(model, [], (4, 4))
     separate = build_model(ModelConfig(backbone="small", separate_values=True), SIZE, 1, [0.5], [0.2])
     with pytest.raises(ArgumentError, match="separate_values"):
-        fill_memories(separate, [pattern(2)], (4,))
+        fill_memories(separate, [], (4,))
     with pytest.raises(ArgumentError, match="alignment"):
         FilledScorer(model, "maybe")  # type: ignore[arg-type]
     for batches in ([], [pattern(1)]):
         with pytest.raises(ArgumentError, match="at least two"):
-            FilledScorer(model, "pooled").fit(lambda batches=batches: batches)
+            FilledScorer(model, "pooled").fit(NormalQueries(model, lambda batches=batches: batches))
 
 
 @pytest.mark.parametrize("alignment", ["per_position", "pooled"])
 def test_defects_score_higher(alignment: str) -> None:
     found = scorer(alignment)
     normal, spot, other = (found(images).scores for images in (pattern(20, 5), spotted(20), of_another_material(20)))
-    assert set(normal) == {"plain", "local", "whole", "either"}
+    assert set(normal) == {"plain", "local", "whole", "both", "either"}
     assert found.lead in normal
-    for name in ("plain", "local", "either"):
+    for name in ("plain", "local", "both", "either"):
         assert float(spot[name].min()) > float(normal[name].max()), name
     for name in ("whole", "either"):
         assert float(other[name].min()) > float(normal[name].max()), name
@@ -151,7 +166,7 @@ def test_spread_is_that_of_new_normals() -> None:
     """Fitted images are nearer to their own Gaussian; the halves see through that."""
     found, new = scorer("pooled"), pattern(200, 11)
     whole = found(new).scores["whole"]
-    z = (whole.mean() - found.centre[1]) / found.spread[1]
+    z = (whole.mean() - found.centre[2]) / found.spread[2]
     fitted = found(pattern(60, 1)).scores["whole"]
     assert abs(float(z)) < 2
     assert float(fitted.mean()) < float(whole.mean())
@@ -160,7 +175,7 @@ def test_spread_is_that_of_new_normals() -> None:
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_a_few_normals_are_enough(count: int) -> None:
     found = FilledScorer(filled(), "per_position")
-    found.fit(lambda: pattern(count).split(2))
+    found.fit(NormalQueries(found.model, lambda: pattern(count).split(2)))
     assert all(bool(v.isfinite().all()) for v in found(pattern(3, 2)).scores.values())
 
 
@@ -194,12 +209,10 @@ def test_frozen_encoder_end_to_end() -> None:
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images = torch.nn.functional.interpolate(pattern(8), (64, 64))
 
-    def batches() -> Iterator[Tensor]:
-        return iter(images.split(3))
-
-    fill_memories(model, batches(), (16,))
+    normals = NormalQueries(model, lambda: images.split(3))
+    fill_memories(model, normals, (16,))
     found = FilledScorer(model, "per_position")
-    found.fit(batches)
+    found.fit(normals)
     assert all(bool(values.isfinite().all()) for values in found(images).scores.values())
     model.train()
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
