@@ -265,6 +265,7 @@ class FilledScorer(nn.Module):
             },
         )
 
+    @torch.no_grad()
     def pooled_deviations(self, images: Tensor) -> Tensor:
         """Mean of D and abs(D) over positions, for `anomem.scoring.labelled`: [B, 2·Σ d_s]."""
         from anomem.scoring.labelled import pooled_deviations

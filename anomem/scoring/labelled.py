@@ -46,7 +46,7 @@ class FewLabels(nn.Module):
     one_class_spread: Tensor
     odds_spread: Tensor
 
-    def __init__(self, features: int, strength: float = 100.0) -> None:
+    def __init__(self, features: int, strength: float = 10.0) -> None:
         super().__init__()
         require(strength > 0, "strength", "a number > 0", strength)
         self.strength = strength
@@ -56,6 +56,7 @@ class FewLabels(nn.Module):
         self.register_buffer("one_class_spread", torch.ones(()))
         self.register_buffer("odds_spread", torch.ones(()))
 
+    @torch.no_grad()
     def fit(self, pooled: Tensor, one_class: Tensor, is_normal: Tensor, seed: int = 0) -> None:
         """Fit to training images.
 
@@ -73,7 +74,7 @@ class FewLabels(nn.Module):
         require(
             defects >= 1 and normals >= 2, "is_normal", "at least one defect and two normals", f"{defects}, {normals}"
         )
-        inputs = torch.cat([pooled, one_class[:, None]], dim=1).double().cpu()
+        inputs = torch.cat([pooled, one_class[:, None]], dim=1).detach().double().cpu()
         mean, spread = inputs.mean(dim=0), inputs.std(dim=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         rows, labels = (inputs - mean) / spread, (~is_normal).cpu()
@@ -82,7 +83,7 @@ class FewLabels(nn.Module):
         self.weight.copy_(weight / spread)
         self.bias.copy_(bias)
         odds = self._left_out_odds(rows, labels, seed)
-        for buffer, values in ((self.odds_spread, odds), (self.one_class_spread, one_class.double().cpu())):
+        for buffer, values in ((self.odds_spread, odds), (self.one_class_spread, one_class.detach().double().cpu())):
             value = values[~labels].std()
             buffer.copy_(value if value > 0 else torch.ones_like(value))
 
@@ -114,6 +115,7 @@ class FewLabels(nn.Module):
             odds[fold == i] = rows[fold == i] @ weight + bias
         return odds
 
+    @torch.no_grad()
     def forward(self, pooled: Tensor, one_class: Tensor) -> Tensor:
         """Scores [B]; higher is more anomalous."""
         inputs = torch.cat([pooled, one_class[:, None]], dim=1)

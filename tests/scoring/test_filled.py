@@ -15,6 +15,7 @@ from anomem.models.gaussian import MomentSums
 from anomem.models.pretrained import PretrainedEncoder, pretrained_encoder
 from anomem.reference.normalize import normalize_rows
 from anomem.scoring.filled import FilledScorer, NormalQueries, fill_memories, join_moments
+from anomem.scoring.labelled import FewLabels
 
 SIZE = (32, 32)
 
@@ -191,6 +192,18 @@ def test_plain_is_the_models_cosine_distance() -> None:
         distances = found.model.distances(found.model(images), "cosine")
         expected = sum(w * found._top(d.flatten(1)) for w, d in zip(found.model.scale_weights, distances, strict=True))
     torch.testing.assert_close(found(images).scores["plain"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_few_labels_take_its_pooled_deviations() -> None:
+    pytest.importorskip("sklearn")
+    found, images = scorer("per_position"), torch.cat([pattern(12, 4), spotted(3)])
+    pooled, plain = found.pooled_deviations(images), found(images).scores["plain"]
+    assert pooled.shape == (15, 2 * sum(memory.prototypes.shape[1] for memory in found.model.hopfield))
+    labels = FewLabels(pooled.shape[1])
+    labels.fit(pooled, plain, torch.arange(15) < 12)
+    scores = labels(pooled, plain)
+    assert not scores.requires_grad
+    assert float(scores[12:].min()) > float(scores[:12].max())
 
 
 def test_survives_being_stored() -> None:
