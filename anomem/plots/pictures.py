@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent
+from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent, plain
 from anomem.validation import require
 
 TILE = 1.15  # inches
@@ -58,7 +58,7 @@ def extremes(
             for column, index in enumerate(chosen[half].tolist()):
                 picture, heat = grid[2 * half, column], grid[2 * half + 1, column]
                 _show(picture, images[index], ANOMALOUS if bool(is_anomaly[index]) else NORMAL)
-                picture.set_title(f"{names[index]}\n{float(scores[index]):.3g}", loc="center", fontsize=9)
+                picture.set_title(f"{plain(names[index])}\n{float(scores[index]):.3g}", loc="center", fontsize=9)
                 _overlay(heat, images[index], maps[index], limits)
                 if masks is not None and bool(masks[index].any()):
                     # Two pixels outside of the mask, so that a thin defect is not hidden by its own outline.

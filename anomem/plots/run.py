@@ -17,6 +17,12 @@ from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
 from anomem.scoring import Scorer, score_images
 
 
+def figure_files(folder: Path) -> dict[str, Path]:
+    """Name of each figure -> its file in a folder."""
+    names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
+    return {name: folder / f"{name}.png" for name in names}
+
+
 def draw_figures(
     rows: Sequence[Mapping[str, Any]], task: Task, scorer: Scorer, folder: Path, seed: int = 0
 ) -> list[Path]:
@@ -35,8 +41,7 @@ def draw_figures(
     Raises:
         UserError: a package that the figures need cannot be imported, or a file cannot be written.
     """
-    names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
-    paths = {name: folder / f"{name}.png" for name in names}
+    paths = figure_files(folder)
     scored = score_images(scorer, task.test)
     is_anomaly = task.test_is_anomaly.cpu()
     best = "stage2" if "stage2" in scored.scores else "detector"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from anomem.errors import UserError
@@ -78,6 +78,8 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
     try:
         note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
         step, file, version = int(note["step"]), directory / str(note["tensors"]), int(note["format"])
+        if file.parent != directory or not file.name.startswith(f"{name}-"):
+            raise ValueError(f"its tensors are in {note['tensors']}, not beside it")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint {note_file} is damaged ({error}); delete it to start this stage anew"
@@ -85,7 +87,8 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
     if version != FORMAT:
         raise UserError(f"the checkpoint {note_file} has format {version}, expected {FORMAT}; train the run anew")
     try:
-        return Checkpoint(step, load_file(file), dict(note.get("about", {})))
+        # From bytes: safetensors takes no path that is not UTF-8.
+        return Checkpoint(step, load(file.read_bytes()), dict(note.get("about", {})))
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"the checkpoint {file} is truncated or damaged ({error}); delete {note_file} to start this stage anew"

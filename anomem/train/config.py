@@ -150,6 +150,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads is not None:
             require_count(self.threads, "run.threads", 1)
+            require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
         require_count(self.log_every, "run.log_every", 1)
         require_count(self.checkpoint_every, "run.checkpoint_every", 0)
 
@@ -220,7 +221,7 @@ def preset(name: str) -> TrainConfig:
         )
     folder = name == "folder"
     return TrainConfig(
-        data=DataConfig(dataset=name, normal="0"),
+        data=DataConfig(dataset=name, normal="" if folder else "0"),
         augment=augment,
         model=ModelConfig(backbone="resnet18", prototypes=(256,)),
         optimizer=OptimizerConfig(

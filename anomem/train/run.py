@@ -58,7 +58,7 @@ def train(
     # Task and model first: where one of them cannot be made, no folder is left behind.
     task = task or load_task(config.data)
     model = model_for(config, task, encoder)
-    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None])
+    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None], task.trained_on)
     _complete(run, config, task, model, quiet)
     return run.path
 
@@ -79,7 +79,7 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
     if load_checkpoint(run.checkpoints, SCORER) is None:
         run.require_given("resume", task=task, encoder=encoder)
         prepare(config)
-        task = task or load_task(config.data)
+        task = task or load_task(config.data, run.split())
         _complete(run, config, task, model_for(config, task, encoder), quiet)
     return run.path
 
@@ -124,7 +124,7 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     run, config = RunDirectory.open(path)
     run.require_given("anomem.evaluate.report", task=None)
     scorer = load_scorer(path)
-    task = load_task(config.data)
+    task = load_task(config.data, run.split())
     if not len(task.test):
         raise UserError(
             f"the run {path} has no test images to measure: expected normal and anomalous ones in folders of "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anomem.data import Split
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
 from anomem.train.config import TrainConfig, load_config, to_dict
@@ -23,6 +24,7 @@ class RunDirectory:
         self.path = path
         self.config_file = path / "config.json"
         self.given_file = path / "given.json"
+        self.split_file = path / "split.json"
         self.log_file = path / "log.jsonl"
         self.metrics_file = path / "metrics.json"
         self.scores_file = path / "scores.csv"
@@ -31,15 +33,16 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def create(cls, config: TrainConfig, given: Sequence[str] = ()) -> RunDirectory:
+    def create(cls, config: TrainConfig, given: Sequence[str] = (), split: Split | None = None) -> RunDirectory:
         """Make a new folder and write the configuration into it.
 
         Args:
             config: of the run.
             given: names of the objects passed from Python instead of configured: "task", "encoder".
+            split: the files it is trained on, where they are known.
 
         Raises:
-            UserError: the folder already holds a run, or cannot be made.
+            UserError: the folder already holds a run or other files, or cannot be made.
         """
         run = cls(Path(config.run.directory or default_directory(config)))
         if run.config_file.exists():
@@ -49,8 +52,12 @@ class RunDirectory:
             )
         with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
+            if not all(entry.name.startswith(".") for entry in run.path.iterdir()):
+                raise UserError(f"{run.path} holds other files; choose a new or empty folder as --run.directory")
         if given:
             write_atomically(run.given_file, json.dumps(list(given)).encode())
+        if split is not None:
+            write_atomically(run.split_file, json.dumps(split._asdict(), indent=2).encode())
         write_atomically(run.config_file, json.dumps(to_dict(config), indent=2).encode())
         return run
 
@@ -65,6 +72,23 @@ class RunDirectory:
         if not run.config_file.exists():
             raise UserError(f"{path} holds no run: expected the file {run.config_file}")
         return run, load_config(TrainConfig, run.config_file)
+
+    def split(self) -> Split | None:
+        """The files that the run was trained on, or None where they are not known.
+
+        Raises:
+            UserError: the file that lists them is damaged.
+        """
+        if not self.split_file.exists():
+            return None
+        try:
+            lists = json.loads(self.split_file.read_text(encoding="utf-8"))
+            normal, anomalous = (tuple(lists[name]) for name in Split._fields)
+            if not all(isinstance(name, str) for name in (*normal, *anomalous)):
+                raise TypeError("not a list of names")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.split_file} is damaged ({error}); train the run anew") from error
+        return Split(normal, anomalous)
 
     def require_given(self, function: str, **parts: object) -> None:
         """Check that a resumed run gets the Python objects (task, encoder) it was started with.
@@ -118,5 +142,6 @@ class RunDirectory:
 
 def default_directory(config: TrainConfig) -> str:
     """runs/<dataset>-<normal>-<seed>; other characters than letters and digits become underscores."""
-    normal = "".join(c if c.isalnum() else "_" for c in config.data.normal)
-    return f"runs/{config.data.dataset}-{normal}-{config.run.seed}"
+    names = (config.data.dataset, config.data.normal or Path(config.data.root).resolve().name)
+    dataset, normal = ("".join(c if c.isalnum() else "_" for c in name)[:60] for name in names)
+    return f"runs/{dataset}-{normal}-{config.run.seed}"
