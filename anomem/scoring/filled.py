@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from anomem.models.gaussian import Gaussians, MomentSums
-from anomem.models.model import AnoMem
-from anomem.reference.normalize import normalize_rows
+from anomem.models import AnoMem
+from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.detector import Alignment, Gaussians, MomentSums
 from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
+from anomem.scoring.labelled import pooled_deviations
 from anomem.validation import require, require_choice
 
-Alignment = Literal["per_position", "pooled"]
 ImageBatches = Callable[[], Iterable[Tensor]]
 """Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
 HELD_BYTES = 2**30
@@ -99,17 +99,17 @@ def fill_memories(
     Raises:
         ArgumentError: no image, a wrong number, or memories with separate values, which could not be filled.
     """
-    scales = len(model.hopfield)
+    scales = len(model.memories)
     wanted = list(prototypes) * scales if len(prototypes) == 1 else list(prototypes)
     require(len(wanted) == scales, "prototypes", f"one number, or {scales}, one per scale", list(prototypes))
-    separate = any(memory.values is not None for memory in model.hopfield)
+    separate = any(memory.values is not None for memory in model.memories)
     require(not separate, "separate_values", "False: a filled memory returns its prototypes", True)
     collected = [FeatureRows(at_most, seed) for _ in range(scales)]
     for of_batch in queries:
-        for rows, query, memory in zip(collected, of_batch, model.hopfield, strict=True):
+        for rows, query, memory in zip(collected, of_batch, model.memories, strict=True):
             rows.add(normalize_rows(query.flatten(0, 1).float(), memory.normalize))
     filled = []
-    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.hopfield, strict=True):
+    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.memories, strict=True):
         begin = time.perf_counter()
         features = held.rows()
         chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
@@ -125,6 +125,8 @@ class FilledScores(NamedTuple):
     """"plain", "local", "whole", "both" and "either" -> [B]; see `FilledScorer`."""
     maps: dict[str, Tensor]
     """"plain" and "local" -> [B, H, W] at the images' size."""
+    pooled: Tensor
+    """[B, 2·Σ d_s], mean of D and of abs(D) over positions, for `anomem.scoring.labelled`."""
 
 
 class FilledScorer(nn.Module):
@@ -151,7 +153,7 @@ class FilledScorer(nn.Module):
         >>> fill_memories(model, normals, [1024])
         >>> scorer = FilledScorer(model, "per_position")
         >>> scorer.fit(normals)
-        >>> scores, maps = scorer(images)
+        >>> scores, maps, _ = scorer(images)
     """
 
     local_spread: Tensor
@@ -167,7 +169,7 @@ class FilledScorer(nn.Module):
         require(0 < top_part <= 1, "top_part", "a part in (0, 1]", top_part)
         self.model, self.alignment, self.top_part = model, alignment, top_part
         positions = [h * w for h, w in model.encoder.sizes]
-        widths = [memory.prototypes.shape[1] for memory in model.hopfield]
+        widths = [memory.prototypes.shape[1] for memory in model.memories]
         pooled = alignment == "pooled"
         self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in zip(positions, widths, strict=True)])
         self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
@@ -247,7 +249,17 @@ class FilledScorer(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> FilledScores:
         """See the class."""
-        cosines, deviations = self._deviations(self.model.queries(self.model(images)))
+        return self.of_queries(self.model.queries(self.model(images)), (images.shape[2], images.shape[3]))
+
+    @torch.no_grad()
+    def of_queries(self, queries: Sequence[Tensor], size: tuple[int, int]) -> FilledScores:
+        """Scores and maps of images that are encoded already.
+
+        Args:
+            queries: S tensors [B, P_s, d_s].
+            size: (H, W) of the maps.
+        """
+        cosines, deviations = self._deviations(queries)
         distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
         plain = self._plain(cosines)
         local = sum(self._top(d) / spread for d, spread in zip(distances, self.local_spread, strict=True))
@@ -256,26 +268,24 @@ class FilledScorer(nn.Module):
         assert isinstance(whole, Tensor)
         relative = (torch.stack([plain, local, whole]) - self.centre[:, None]) / self.spread[:, None]
         both, either = relative[:2].sum(dim=0), relative[1:].amax(dim=0)
-        size = (images.shape[2], images.shape[3])
         return FilledScores(
             {"plain": plain, "local": local, "whole": whole, "both": both, "either": either},
             {
                 "plain": self._map(cosines, self.plain_map_spread, size),
                 "local": self._map(distances, self.map_spread, size),
             },
+            pooled_deviations(deviations),
         )
 
     @torch.no_grad()
     def pooled_deviations(self, images: Tensor) -> Tensor:
         """Mean of D and abs(D) over positions, for `anomem.scoring.labelled`: [B, 2·Σ d_s]."""
-        from anomem.scoring.labelled import pooled_deviations
-
         return pooled_deviations(self._deviations(self.model.queries(self.model(images)))[1])
 
     def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
         cosines, deviations = [], []
-        for query, memory in zip(queries, self.model.hopfield, strict=True):
+        for query, memory in zip(queries, self.model.memories, strict=True):
             z = normalize_rows(query.float(), memory.normalize)
             d = memory.deviation(query).float()
             cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))
