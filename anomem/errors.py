@@ -69,7 +69,7 @@ def enough_memory(settings: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         # torch has a class for devices only: on the host its allocator raises a plain RuntimeError.
         text = str(error).lower()
-        signs = ("out of memory", "can't allocate memory", "not enough memory", "overflow")
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
             raise
         raise UserError(f"out of memory; lower {settings}") from error

@@ -49,7 +49,7 @@ def store_losses(loss, lse, at, mask, shift, running_sum, matched, inverse_tau):
     tl.store(lse + at, shift * inverse_tau + tl.log2(running_sum) * LN2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "row_count", "column_count", "splits", "columns_per_split"])
 def contrast_forward_kernel(
     scaled_rows,  # [G, R, d]
     scaled_columns,  # [G, C, d]
@@ -147,7 +147,7 @@ def contrast_forward_kernel(
         tl.store(partial + 2 * part + at, matched, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def contrast_add_splits_kernel(
     partial,  # [3, splits, G · R] float32
     temperature,  # 0-dim float32, or None

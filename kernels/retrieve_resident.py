@@ -35,7 +35,7 @@ BLOCK_D = 64
 MOST_PROTOTYPES = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def retrieve_resident_kernel(
     query,  # [N, d]
     keys,  # [M, d]

@@ -60,9 +60,10 @@ class AugmentConfig:
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"augment.{name}", "a number from 0 to 1", value)
-        for name in ("rotation", "shift", "noise"):
+        for name, most in (("rotation", 360), ("shift", 10), ("noise", 10)):
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"augment.{name}", "a number ≥ 0", value)
+            require(value >= 0, f"augment.{name}", "a number ≥ 0", value)
+            require(value <= most, f"augment.{name}", f"a number from 0 to {most}", value)
         require_choice(self.padding, "augment.padding", get_args(Padding))
 
     @staticmethod

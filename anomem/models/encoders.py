@@ -20,14 +20,12 @@ class Encoder(nn.Module):
 
     Attributes:
         image_size: (H, W).
-        image_channels: C of the images.
         names: names of the S scales, fine to coarse.
         channels: C_s of each.
         sizes: (H_s, W_s) of each at `image_size`.
     """
 
     image_size: tuple[int, int]
-    image_channels: int
     names: tuple[str, ...]
     channels: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -39,7 +37,6 @@ class Encoder(nn.Module):
 
     def _probe(self, channels: int) -> list[Tensor]:
         """Maps of one blank image, in eval mode so that batch-norm statistics stay as they are."""
-        self.image_channels = channels
         training = self.training
         self.eval()
         try:

@@ -79,14 +79,14 @@ def extremes(
         bar.set_label("deviation from the memory")
         bar.outline.set_visible(False)
         fig.suptitle(
-            f"{title_of(files, score)} above each image;{space}frames: blue normal, orange anomalous.",
+            f"{title_of(files, score)} stand above each image;{space}frames: blue normal, orange anomalous.",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
 
 
 def title_of(files: Sequence[str] | None, score: str | None) -> str:
     """What stands above the images, in words."""
-    return f"{'Kind' if files is None else 'Kind, file'} and {'score' if score is None else f'score ({score})'}"
+    return f"{'Name' if files is None else 'Name, file'} and {'score' if score is None else f'score ({score})'}"
 
 
 def shortened(name: str, length: int = 16) -> str:

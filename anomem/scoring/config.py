@@ -42,7 +42,7 @@ class ScoreConfig:
         require_choice(self.alignment, "score.alignment", get_args(ConfiguredAlignment))
         require_count(self.copies, "score.copies", 0, 1000)
         require_count(self.detector_megabytes, "score.detector_megabytes", 1)
-        require_count(self.batch_size, "score.batch_size", 1)
+        require_count(self.batch_size, "score.batch_size", 1, 2**31)
         require_count(self.seed, "score.seed", 0, 2**31)
 
 

@@ -59,8 +59,11 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require_positive_number(self.temperature, "loss.temperature")
+        require(1e-4 <= self.temperature <= 1e4, "loss.temperature", "a number from 1e-4 to 1e4", self.temperature)
         require_number(self.variance_weight, "loss.variance_weight")
-        require(self.variance_weight >= 0, "loss.variance_weight", "a number ≥ 0", self.variance_weight)
+        require(
+            0 <= self.variance_weight <= 1e6, "loss.variance_weight", "a number ≥ 0, up to 1e6", self.variance_weight
+        )
         require_choice(self.negatives, "loss.negatives", get_args(Negatives))
         require(0 < self.ratio <= 1, "loss.ratio", "a part of the positions in (0, 1]", self.ratio)
         require_count(self.max_positions, "loss.max_positions", 1)
@@ -92,10 +95,13 @@ class OptimizerConfig:
         enough = isinstance(self.batch_size, int) and self.batch_size >= 2
         hint = "the contrast needs another image"
         require(enough, f"{self.section}.batch_size", "an integer ≥ 2", self.batch_size, hint)
+        require_count(self.batch_size, f"{self.section}.batch_size", 2, STEPS)
         require_positive_number(self.learning_rate, f"{self.section}.learning_rate")
+        require(self.learning_rate <= 100, f"{self.section}.learning_rate", "a number up to 100", self.learning_rate)
         require(0 < self.momentum < 1, f"{self.section}.momentum", "a number in (0, 1)", self.momentum)
         require_number(self.weight_decay, f"{self.section}.weight_decay")
-        require(self.weight_decay >= 0, f"{self.section}.weight_decay", "a number ≥ 0", self.weight_decay)
+        decay = self.weight_decay
+        require(0 <= decay <= 100, f"{self.section}.weight_decay", "a number ≥ 0, up to 100", decay)
         require_count(self.warmup, f"{self.section}.warmup", 0)
         if self.clip is not None:
             require_positive_number(self.clip, f"{self.section}.clip")
@@ -129,7 +135,7 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         require_number(self.margin, "stage2.margin")
-        require(self.margin > 1, "stage2.margin", "a number > 1", self.margin)
+        require(1 < self.margin <= 1e4, "stage2.margin", "a number > 1, up to 1e4", self.margin)
         require_count(self.hidden, "stage2.hidden", 1, 4096)
         require_count(self.embedding, "stage2.embedding", 1, 65536)
 
@@ -205,7 +211,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice(self.prototypes_from, "prototypes_from", get_args(FirstPrototypes))
         require_number(self.synthetic_outliers, "synthetic_outliers")
-        require(self.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", self.synthetic_outliers)
+        require(
+            0 <= self.synthetic_outliers <= 100, "synthetic_outliers", "a ratio from 0 to 100", self.synthetic_outliers
+        )
 
     @property
     def has_stage2(self) -> bool:

@@ -143,7 +143,7 @@ def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape
 # Triton: fewer pairs of fewer features, so that negatives are near. Where all losses are 0 the error is luck.
 @cases(
     "tau, n, d",
-    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 50, 8))},
+    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 35, 8))},
 )
 def test_well_matched_pairs_within_budget(impl: Impl, tau: float, n: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
@@ -203,7 +203,7 @@ def test_the_lengths_of_the_rows_do_not_matter(impl: Impl, dtype: torch.dtype, l
 
 @cases(
     "scale, n",
-    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 35))},
+    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 17))},
 )
 def test_bfloat16_rows_of_any_length_within_budget(impl: Impl, scale: float, n: int) -> None:
     """Products of bfloat16 read rows at a power of two, in which rows that are long or short must stay what they are.
