@@ -4,8 +4,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Test workers share the cores: one thread each, but as many workers as cores.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
-CPU_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
-CUDA_SOURCES := setup.py anomem/ops/sources.py $(wildcard csrc/*.h csrc/cuda/*)
+CPU_SOURCES := setup.py anomem/ops/sources.py csrc/checks.h $(wildcard csrc/cpu/*)
+CUDA_SOURCES := setup.py anomem/ops/sources.py csrc/checks.h $(wildcard csrc/cuda/*)
 
 .PHONY: help setup build demo test test-gpu test-floor lint bench report sanitize clean
 
@@ -36,7 +36,7 @@ anomem/_C.so: $(CPU_SOURCES) | $(VENV)/.installed
 	ANOMEM_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-# Where there is no nvcc nothing is built, which is no error: the line printed says so.
+# Without nvcc this builds nothing and prints a line; that is not an error.
 anomem/_C_cuda.so: $(CUDA_SOURCES) | anomem/_C.so
 	ANOMEM_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 
@@ -49,15 +49,14 @@ test: build
 test-gpu: build
 	$(PY) -m pytest -m gpu tests
 
-# The oldest torch that the package supports and the Triton that came with it. The native library is built with it too, in
-# a folder of its own, and its CUDA module for the stand-in GPUs, the only ones that it meets here. This torch asks for a
-# setuptools before 82.
+# The oldest supported torch and the Triton that came with it. The native library is built with it in a folder of its own,
+# the CUDA module for the stand-in GPUs. This torch needs setuptools before 82.
 FLOOR := build/floor
 test-floor: $(FLOOR)/.installed
 	ANOMEM_BUILD=auto ANOMEM_CUDART=none TORCH_CUDA_ARCH_LIST=9.0 $(FLOOR)/bin/python setup.py --quiet build_ext \
 	  --build-temp $(FLOOR)/objects --build-lib $(FLOOR)/library
 	ANOMEM_LIBRARY=$(FLOOR)/library/anomem OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(WORKERS) \
-	  --dist loadgroup tests/kernels tests/stand_in tests/functional tests/nn tests/native
+	  --dist loadgroup tests/operators tests/kernels tests/stand_in tests/functional tests/nn tests/native
 
 $(FLOOR)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)
@@ -77,15 +76,14 @@ bench: build
 report: $(VENV)/.installed
 	$(PY) -m benchmarks.report
 
-# The module under test is a library inside Python, which is not instrumented: the sanitizers' runtime is loaded first,
-# and libstdc++ with it, without which it would not find the functions behind C++ exceptions. What a sanitizer says
-# before it ends the process must not be captured (--capture=sys).
+# Python itself is not instrumented, so the sanitizers' runtime is preloaded, with libstdc++: it looks up the functions
+# behind C++ exceptions. --capture=sys keeps a sanitizer's last message visible when it ends the process.
 sanitize: $(VENV)/.installed
 	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force \
 	  --build-temp build/sanitized/objects --build-lib build/sanitized
 	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
-	  $(PY) -m pytest -p no:xdist --capture=sys tests/native
+	  $(PY) -m pytest -p no:xdist --capture=sys -k native tests/native tests/operators
 
 clean:
 	rm -rf build dist *.egg-info anomem/_C*.so runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -2,11 +2,12 @@
 
 `ANOMEM_BUILD` chooses what is built:
 
-- `auto` (default): both, as far as torch, a C++ compiler and nvcc are found; what cannot be built is said and left out.
+- `auto` (default): both, as far as torch, a C++ compiler and nvcc are found; a module that cannot be built is skipped
+  with a message.
 - `cpu`, `cuda`: the CPU module, or both; anything missing is an error.
 - `none`: no native code. The package then runs on its reference and, on GPUs, on Triton.
 
-`ANOMEM_CUDART=none` leaves CUDA's runtime out of the CUDA module, for a process that brings its own: stand_in/.
+`ANOMEM_CUDART=none` links the CUDA module without CUDA's runtime, for a process that brings its own: tests/stand_in/.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = runpy.run_path(str(ROOT / "anomem" / "ops" / "sources.py"))
-# The oldest torch whose stable ABI the library is built against; it runs on this one and every later one.
+# The oldest torch that the library runs on: it is built against the stable ABI of this release.
 TORCH_TARGET = "0x020b000000000000"
 
 
@@ -35,7 +36,7 @@ class CannotBuild(Exception):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """A wheel for one platform and any Python 3: the libraries know torch's C functions and nothing of Python."""
+    """A wheel for one platform and any Python 3: the libraries call torch's C functions and none of Python's."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -72,25 +73,25 @@ def cpu_module() -> Extension:
     if shutil.which(compiler.split()[0]) is None:
         raise CannotBuild(f"no C++ compiler ({compiler}) found, so the CPU kernels are left out")
     sanitize = os.environ.get("ANOMEM_SANITIZE")
-    # Python is built with -fwrapv and hands it on, which would hide signed overflow from the sanitizer.
+    # Python's own flags include -fwrapv, which would hide signed overflow from the sanitizer.
     debug = ["-g1", "-O1", "-fno-wrapv", "-fno-omit-frame-pointer"]
-    # -g0: Python hands on -g too, and nine tenths of the library would be about its own source.
+    # Python's own flags include -g; without -g0 nine tenths of the library would be debug information.
     flags = [*debug, f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"]
     return Extension(
         "anomem._C",
-        sources=[*sources("csrc/ops.cpp", "csrc/cpu/*.cpp"), mark("_C")],
+        sources=[*sources("csrc/cpu/*.cpp"), mark("_C")],
         include_dirs=[str(ROOT / "csrc"), *include],
         library_dirs=libraries,
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-        # No -ffast-math: NaN and inf must come out as the reference gives them.
+        # No -ffast-math: NaN and inf must agree with the reference.
         extra_compile_args={"cxx": ["-std=c++17", "-fvisibility=hidden", "-Wall", "-fno-math-errno", *flags]},
         extra_link_args=[f"-fsanitize={sanitize}"] if sanitize else [],
     )
 
 
 def cuda_module() -> Extension:
-    """`anomem._C_cuda`: operator implementations for CUDA tensors; links torch_cuda and, if any, the static runtime."""
+    """`anomem._C_cuda`: operator implementations for CUDA tensors; links torch_cuda and CUDA's static runtime."""
     include, libraries = torch_paths()
     import torch
     from torch.utils import cpp_extension
@@ -99,14 +100,14 @@ def cuda_module() -> Extension:
         raise CannotBuild("this torch has no CUDA, so the CUDA kernels are left out")
     home = cuda_home()
     cpp_extension.CUDA_HOME = str(home)
-    told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    theirs = re.search(r"release (\d+)", told)
-    if theirs is None or theirs.group(1) != torch.version.cuda.split(".")[0]:
-        found = f"CUDA {theirs.group(1)}" if theirs else "an unreadable version"
+    banner = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", banner)
+    if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
+        found = f"CUDA {release.group(1)}" if release else "an unreadable version"
         raise CannotBuild(
             f"nvcc is of {found} and torch of CUDA {torch.version.cuda}, so the CUDA kernels are left out"
         )
-    # Without a default torch looks for a GPU at build time; the PTX serves what comes after sm_90.
+    # Without this default torch looks for a GPU at build time. The PTX serves architectures after sm_90.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     runtime = [] if os.environ.get("ANOMEM_CUDART") == "none" else ["cudart_static", "rt", "dl", "pthread"]
     return Extension(
@@ -115,7 +116,7 @@ def cuda_module() -> Extension:
         include_dirs=[str(ROOT / "csrc"), *include, str(home / "include")],
         library_dirs=[*libraries, str(home / "lib64")],
         libraries=["torch_cpu", "torch_cuda", *runtime],
-        language="c++",  # of the link: .cu says nothing to setuptools, which would leave libstdc++ out
+        language="c++",  # of the link: setuptools does not know .cu and would not link libstdc++
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-std=c++17", "-O3", "-fvisibility=hidden"],
@@ -125,7 +126,7 @@ def cuda_module() -> Extension:
 
 
 def cuda_home() -> Path:
-    """Root of the CUDA toolkit. nvcc itself is asked, because what PATH or CUDA_HOME leads to may be a wrapper."""
+    """Root of the CUDA toolkit, as nvcc itself reports it: the nvcc on PATH or in CUDA_HOME may be a wrapper."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{named}/bin" if named else None)
     if nvcc is None:
@@ -148,7 +149,7 @@ def torch_paths() -> tuple[list[str], list[str]]:
 
 
 def mark(module: str) -> str:
-    """A source file with the digest of the others, by which a library is known that was built from older ones."""
+    """A source file with a digest of all other sources; lets the loader reject a library built from older sources."""
     text = SOURCES["MARK"].decode() + SOURCES["digest"](f"{module}.so", ROOT)
     path = ROOT / "build" / "sources" / f"sources{module}.cpp"
     content = f'extern "C" __attribute__((used)) const char anomem_sources[] = "{text}";\n'

@@ -1,7 +1,7 @@
 """What can run here, why not if not, and the choice behind `impl="auto"`.
 
-Each backend answers an operator with None (it can run) or a sentence (why it cannot). The table `AUTO` then picks among
-those that can, by measured size limits; `python -m anomem.env` prints both.
+Each backend answers an operator with None (it can run) or a sentence (why it cannot). `decide` asks `SOURCES` in order
+for an implementation; `python -m anomem.env` prints what can run and the table `AUTO`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from operator import index
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.ops.composite import in_forward_mode
+from anomem.ops.library import in_forward_mode
 from anomem.validation import require_choice
 
 Impl = Literal["auto", "reference", "triton", "native"]
-IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
+IMPLEMENTATIONS: tuple[Impl, ...] = get_args(Impl)
 OPERATORS = (
     "retrieve",
     "shrink",
@@ -50,185 +51,129 @@ class Problem(NamedTuple):
     """M prototypes, or columns of one group."""
     groups: int = 1
     """G."""
+    steps: int = 1
+    """Reads of the memory."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """For which problems a rule holds; `str` says it in words. A bound of 0 or None does not bind."""
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    """All where empty."""
+    rows: int = 0
+    """At least."""
+    columns: int = 0
+    """At least."""
+    features: int = 0
+    """At least."""
+    most_features: int | None = None
+    scores_of_a_group: int = 0
+    """rows × columns at least."""
+    scores: int = 0
+    """groups × rows × columns at least."""
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether a problem is one of these."""
+        # A bound that does not bind is not compared: under torch.compile a comparison would guard a dynamic size.
+        return (
+            (not self.dtypes or problem.dtype in self.dtypes)
+            and (not self.rows or problem.rows >= self.rows)
+            and (not self.columns or problem.columns >= self.columns)
+            and (not self.features or problem.features >= self.features)
+            and (self.most_features is None or problem.features <= self.most_features)
+            and (not self.scores_of_a_group or problem.rows * problem.columns >= self.scores_of_a_group)
+            and (not self.scores or problem.groups * problem.rows * problem.columns >= self.scores)
+        )
+
+    def __str__(self) -> str:
+        bounds = [
+            ("rows", self.rows),
+            ("columns", self.columns),
+            ("features", self.features),
+            ("rows × columns", self.scores_of_a_group),
+            ("groups × rows × columns", self.scores),
+        ]
+        words = [" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)] if self.dtypes else []
+        words += [f"{name} ≥ {_number(least)}" for name, least in bounds if least]
+        words += [f"features ≤ {_number(self.most_features)}"] if self.most_features is not None else []
+        return ", ".join(words) or "always"
 
 
 class Rule(NamedTuple):
-    """One line of the auto table: on this device this implementation is taken where `applies` says so."""
+    """One line of the auto table: on this device this implementation is taken where the condition holds."""
 
     operator: str
     device: str
-    implementation: str
-    where: str
-    """The condition in words."""
+    implementation: Impl
+    where: Where
     reason: str
-    applies: Callable[[Problem], bool]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
-def _float32_or_bfloat16(problem: Problem) -> bool:
-    return problem.dtype in (torch.float32, torch.bfloat16)
+class Choice(NamedTuple):
+    """What runs a call under `impl="auto"`, and where that came from."""
+
+    implementation: str
+    source: str
+    """"export", "table" or "default"."""
+    because: Rule | str
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return str(self.because)
 
 
-def _memory_read(problem: Problem) -> bool:
-    sizes = problem.rows >= 1024 and problem.columns >= 64 and problem.features >= 64
-    return sizes and _float32_or_bfloat16(problem)
+_MEASURED = (torch.float32, torch.bfloat16)
+_FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
 
 
-def _large_memory_read(problem: Problem) -> bool:
-    return _memory_read(problem) and problem.rows >= 8192 and problem.columns >= 512
-
-
-def _large_contrast(problem: Problem) -> bool:
-    return _float32_or_bfloat16(problem) and problem.rows * problem.columns >= 2**20
-
-
-def _short_rows(problem: Problem) -> bool:
-    return _float32_or_bfloat16(problem) and problem.features <= 256
-
-
-def _beyond_a_gpu(problem: Problem) -> bool:
-    return problem.groups * problem.rows * problem.columns >= 2**33
-
-
-def _where_plain_pytorch_does_not_fit(operator: str, scores: str, size: int) -> Rule:
-    """No GPU was measured yet: a kernel is taken where, on all but the largest, it could be slower than nothing.
+def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
+    """No GPU was measured yet, so a kernel is taken only where plain PyTorch exceeds the memory of most GPUs.
 
     Args:
         operator: whose rule.
-        scores: what counts them, in words.
-        size: bytes for each that plain PyTorch holds at the peak of both passes; counted by tests/stand_in.
+        bytes_per_score: what plain PyTorch holds at the peak of both passes; counted by tests/stand_in and in
+            benchmarks/results/cuda-counts.jsonl.
     """
     return Rule(
         operator,
         "cuda",
         "triton",
-        f"{scores} ≥ 2^33 on a GPU",
-        f"plain PyTorch takes {size} bytes a score for both passes, {8 * size} GiB and more, and the kernel nothing "
-        "that grows with their number (counted, not timed on a GPU yet)",
-        _beyond_a_gpu,
+        Where(scores=2**33),
+        f"plain PyTorch takes {bytes_per_score} bytes a score for both passes, {8 * bytes_per_score} GiB and more, and "
+        "the memory of the kernel does not grow with their number (counted, not timed on a GPU yet)",
     )
 
 
-# The reasons quote the committed rows of benchmarks/results: forward and backward; on the CPU 2 threads, AVX-512.
+# A test compares the CPU's rules with the committed rows, forward and backward.
 AUTO: tuple[Rule, ...] = (
-    Rule(
-        "retrieve",
-        "cpu",
-        "native",
-        "float32 and bfloat16, N ≥ 1024, M ≥ 64 and d ≥ 64 on the CPU",
-        "1.4 to 5.8 times as fast as eager, at least 1.3 times as any other implementation, N up to 2^20, M to 8192, "
-        "d to 2048; in bfloat16 1.7 to 8.2 times, 1.04 to 1.6 times as any other, N up to 32768, M to 512, d to 256",
-        _memory_read,
-    ),
-    Rule(
-        "shrink",
-        "cpu",
-        "native",
-        "float32 and bfloat16, N ≥ 8192, M ≥ 512 and d ≥ 64 on the CPU",
-        "2.6 times as fast as eager and 1.2 times as torch.compile, at N=8192, M=512, d=64; in bfloat16 3.7 and 1.5",
-        _large_memory_read,
-    ),
-    Rule(
-        "nt_xent",
-        "cpu",
-        "native",
-        "float32 and bfloat16 on the CPU",
-        "2.4 to 12.9 times as fast as eager in float32, G=1 to 64, B=128 to 8192, d=64 to 2048; 7 times in bfloat16, "
-        "G=8, B=256, d=128, and 14 times at G=4, B=1024, d=256",
-        _float32_or_bfloat16,
-    ),
-    Rule(
-        "info_nce",
-        "cpu",
-        "native",
-        "float32 and bfloat16, R·C ≥ 2^20 on the CPU",
-        "2.1 to 4.9 times as fast as eager, at least 1.6 times as any other implementation, up to R=C=4096, d=128; "
-        "3.2 to 4.0 times in bfloat16, 1.1 times as fast as F.linear_cross_entropy; at R=C=128 torch.compile is faster",
-        _large_contrast,
-    ),
-    Rule(
-        "gather",
-        "cpu",
-        "native",
-        "float32 and bfloat16 on the CPU",
-        "2.1 to 2.7 times as fast as eager in float32, B=128, 4×4 to 16×16 maps; 2.8 times in bfloat16, 16×16",
-        _float32_or_bfloat16,
-    ),
-    Rule(
-        "variance",
-        "cpu",
-        "native",
-        "float32 and bfloat16 on the CPU",
-        "4.7 to 11 times as fast as eager in float32, G=8, B=128, d=128 to 512; 4.4 times in bfloat16, d=128",
-        _float32_or_bfloat16,
-    ),
-    Rule(
-        "deviation_map",
-        "cpu",
-        "native",
-        "float32 and bfloat16, d ≤ 256 on the CPU",
-        "1.5 to 3.7 times as fast as eager in float32, B=128, 8×8 and 16×16 maps, 64 prototypes, in about a thousandth "
-        "of its memory; 2.8 times in bfloat16, 16×16; at d=512, 4×4 eager is as fast",
-        _short_rows,
-    ),
-    Rule(
-        "usage",
-        "cpu",
-        "native",
-        "float32 and bfloat16 on the CPU",
-        "7.1 times as fast as eager in float32, 9.6 times in bfloat16, N=16384, M=512, d=64",
-        _float32_or_bfloat16,
-    ),
-    _where_plain_pytorch_does_not_fit("retrieve", "N·M", 16),
-    _where_plain_pytorch_does_not_fit("nt_xent", "G·(2B)²", 21),
-    _where_plain_pytorch_does_not_fit("info_nce", "G·R·C", 20),
+    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED), _FASTEST),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores_of_a_group=2**20), _FASTEST),
+    Rule("gather", "cpu", "native", Where(_MEASURED), _FASTEST),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=256), _FASTEST),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST),
+    _beyond_a_gpu("retrieve", 16),
+    _beyond_a_gpu("nt_xent", 21),
+    _beyond_a_gpu("info_nce", 20),
 )
 
 
-def obstacle(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:
-    """Why this implementation cannot run this operator here, or None if it can.
-
-    Args:
-        operator: one of `OPERATORS`.
-        implementation: "reference", "triton" or "native".
-        device: device type of the tensors.
-        dtype: their dtype.
-        features: length of a row.
-    """
-    if implementation == "reference":
-        return None
-    if implementation == "triton":
-        return _triton_obstacle(operator, device, dtype, features)
-    return _native_obstacle(operator, device, dtype)
-
-
-def for_part(operator: str, device: str, impl: Impl) -> Impl:
-    """What to ask one operator of a larger computation for, when the whole was asked to use `impl`.
-
-    A whole training run with `impl="triton"` means Triton wherever there is a Triton kernel: the operators that have
-    none choose by "auto". An operator that has a kernel which cannot run here still raises.
-    """
-    if impl == "triton" and operator not in _TRITON_OPERATORS:
-        return "auto"
-    if impl == "native" and device == "cuda" and operator not in _NATIVE_CUDA_OPERATORS:
-        return "auto"
-    return impl
-
-
-def _obstacle_of(problem: Problem, implementation: str) -> str | None:
-    # Under torch.compile with dynamic shapes a length is a symbol: index() settles the row length, on which it depends
-    # what can run, and leaves the other lengths dynamic.
-    features = index(problem.features)
-    if implementation != "reference" and in_forward_mode():
-        return "forward-mode differentiation (jvp, jacfwd, hessian) runs through the reference only"
-    return _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features)
-
-
-def choose(problem: Problem, impl: str) -> str:
+def choose(problem: Problem, impl: str, *, part: bool = False) -> str:
     """The implementation that will run a call.
 
     Args:
         problem: the call.
         impl: what the user asked for.
+        part: the call is part of a larger computation that was asked to use `impl`: a training run with "triton" means
+            Triton wherever there is a Triton kernel. An operator that has none chooses by "auto"; one that has a kernel
+            which cannot run here still raises.
 
     Returns:
         "reference", "triton" or "native".
@@ -237,8 +182,8 @@ def choose(problem: Problem, impl: str) -> str:
         ArgumentError: `impl` is no implementation, or the one asked for cannot run here (there is no silent fallback).
     """
     require_choice(impl, "impl", IMPLEMENTATIONS)
-    if impl == "auto":
-        return explain(problem)[0]
+    if impl == "auto" or (part and not _has_kernel(problem, impl)):
+        return decide(problem).implementation
     why_not = _obstacle_of(problem, impl)
     if why_not is not None:
         runnable = [name for name in IMPLEMENTATIONS[1:] if _obstacle_of(problem, name) is None]
@@ -257,60 +202,128 @@ def explain(problem: Problem) -> tuple[str, str]:
     Returns:
         (implementation, reason).
     """
+    choice = decide(problem)
+    return choice.implementation, choice.reason
+
+
+def decide(problem: Problem) -> Choice:
+    """What `impl="auto"` takes for a call: the answer of the first of `SOURCES` that has one, else the reference."""
+    for source in SOURCES:
+        choice = source(problem)
+        if choice is not None:
+            return choice
+    return Choice("reference", "default", "no kernel was measured to be faster at this size")
+
+
+def _for_export(problem: Problem) -> Choice | None:
+    # A kernel would bind the program to this package, and a rule's size limit a dynamic size to one side of it.
     if torch.compiler.is_exporting():
-        # A kernel would bind the program to this package, and a rule's size limit a dynamic size to one side of it.
-        return "reference", "an exported program is plain PyTorch, of any size, unless it names an implementation"
-    reason = "no kernel was measured to be faster at this size"
+        reason = "an exported program is plain PyTorch, of any size, unless it names an implementation"
+        return Choice("reference", "export", reason)
+    return None
+
+
+def _from_table(problem: Problem) -> Choice | None:
+    choice = None
     for rule in AUTO:
-        if rule.operator == problem.operator and rule.device == problem.device and rule.applies(problem):
+        if rule.operator == problem.operator and rule.device == problem.device and rule.where.holds(problem):
             why_not = _obstacle_of(problem, rule.implementation)
             if why_not is None:
-                return rule.implementation, f"{rule.where}: {rule.reason}"
-            reason = f"{rule.implementation} cannot run here: {why_not}"
-    return "reference", reason
+                return Choice(rule.implementation, "table", rule)
+            choice = Choice("reference", "table", f"{rule.implementation} cannot run here: {why_not}")
+    return choice
+
+
+SOURCES: tuple[Callable[[Problem], Choice | None], ...] = (_for_export, _from_table)
+"""Where a choice comes from, in this order; None passes on to the next."""
+
+
+def obstacle(
+    operator: str, implementation: str, device: str, dtype: torch.dtype, features: int, steps: int = 1
+) -> str | None:
+    """Why this implementation cannot run this operator here, or None if it can.
+
+    Args:
+        operator: one of `OPERATORS`.
+        implementation: "reference", "triton" or "native".
+        device: device type of the tensors.
+        dtype: their dtype.
+        features: length of a row.
+        steps: reads of the memory.
+    """
+    if implementation == "reference":
+        return None
+    if implementation == "triton":
+        return _triton_obstacle(operator, device, dtype, features)
+    return _native_obstacle(operator, device, dtype, steps)
 
 
 def table(device: str, dtype: torch.dtype = torch.float32, features: int = 128) -> Iterator[tuple[str, str, str]]:
-    """Every operator × implementation with "runs" or the reason why not, for printing.
+    """Every operator × implementation with "runs", under which condition, or the reason why not, for printing.
 
     Yields:
-        (operator, implementation, "runs" or the obstacle).
+        (operator, implementation, an answer that begins with "runs" or the obstacle).
     """
     for operator in OPERATORS:
         for implementation in IMPLEMENTATIONS[1:]:
-            yield operator, implementation, obstacle(operator, implementation, device, dtype, features) or "runs"
+            why_not = obstacle(operator, implementation, device, dtype, features)
+            later = obstacle(operator, implementation, device, dtype, features, steps=2)
+            answer = why_not or ("runs" if later is None else f"runs with steps=1: {later}")
+            yield operator, implementation, answer
 
 
 def source_of_tiles() -> str:
-    """Where the tile sizes of the Triton kernels come from on the current GPU, or why they run on none, in words."""
+    """Where the tile sizes of the Triton kernels come from on the current GPU, or why the kernels do not run there."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     reason = _triton_obstacle("retrieve", "cuda", torch.float32, 64)
     if reason is not None:
         return reason
-    told: str = importlib.import_module("anomem.kernels.tuning").source(
+    source: str = importlib.import_module("anomem.kernels.tile_search").source(
         torch.device("cuda", torch.cuda.current_device())
     )
-    return told
+    return source
+
+
+def _number(value: int) -> str:
+    power = value.bit_length() - 1
+    return f"2^{power}" if value == 2**power and power >= 16 else str(value)
+
+
+def _has_kernel(problem: Problem, impl: str) -> bool:
+    if impl == "triton":
+        return problem.operator in _TRITON_OPERATORS
+    return impl != "native" or problem.device != "cuda" or problem.operator in _NATIVE_CUDA_OPERATORS
+
+
+def _obstacle_of(problem: Problem, implementation: str) -> str | None:
+    # Under torch.compile with dynamic shapes a length is a symbol: index() settles the row length, on which it depends
+    # what can run, and leaves the other lengths dynamic.
+    features, steps = index(problem.features), index(problem.steps)
+    if implementation != "reference" and in_forward_mode():
+        return "forward-mode differentiation (jvp, jacfwd, hessian) runs through the reference only"
+    return _constant_obstacle(problem.operator, implementation, problem.device, problem.dtype, features, steps)
 
 
 def _constant_obstacle(
-    operator: str, implementation: str, device: str, dtype: torch.dtype, features: int
+    operator: str, implementation: str, device: str, dtype: torch.dtype, features: int, steps: int
 ) -> str | None:
     # Loading a library cannot be traced; its outcome does not change within a process.
-    return obstacle(operator, implementation, device, dtype, features)
+    return obstacle(operator, implementation, device, dtype, features, steps)
 
 
-# What the decorator torch.compiler.assume_constant_result sets. The decorator itself imports the compiler and Triton,
-# most of a second that a program which compiles nothing would wait for.
+# What the decorator torch.compiler.assume_constant_result sets; tests/test_backends.py compares. The decorator itself
+# imports the compiler and Triton, most of a second that a program which compiles nothing would wait for.
 _constant_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _native_obstacle(operator: str, device: str, dtype: torch.dtype) -> str | None:
+def _native_obstacle(operator: str, device: str, dtype: torch.dtype, steps: int) -> str | None:
     from anomem.ops import native
 
     if device == "cuda" and operator not in _NATIVE_CUDA_OPERATORS:
         return f"the native library has no CUDA kernel for {operator}"
+    if operator == "deviation_map" and steps > 1:
+        return "the native deviation map reads the memory once; more steps run the reference"
     if device == "cpu" and dtype == torch.float16:
         return "the native CPU kernels take float32, bfloat16 and float64, not float16"
     if device == "cuda" and dtype == torch.float64:

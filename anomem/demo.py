@@ -1,7 +1,7 @@
 """`make demo`: AnoMem on real images in a few minutes, against shallow baselines and an untrained encoder.
 
-Digits 3, 8 and 9 in the paper's one-class setting, and one texture with heat maps of its scratches. What is already
-trained is not trained again.
+Digits 3, 8 and 9 in the paper's one-class setting, and one texture with heat maps of its scratches. Finished runs are
+reused.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from anomem.errors import UserError
-from anomem.train.config import TrainConfig
-from anomem.train.presets import preset
+from anomem.train.config import TrainConfig, preset
 
 DIGITS = ("3", "8", "9")
 FOLDER = Path("runs/demo")
-# Label of a row -> where metrics.json keeps it.
+# Label of a row -> its keys in metrics.json.
 ROWS = (
     ("AnoMem, Gaussian on the deviation maps", ("scores", "detector")),
     ("AnoMem, plain deviation", ("scores", "plain")),
@@ -48,19 +47,18 @@ def configurations() -> dict[str, TrainConfig]:
 
 
 def run(name: str, config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Train, measure and draw one run, as far as that is not done yet.
+    """Train, measure and draw one run, or continue from what its directory holds.
 
     Args:
-        name: for what is printed.
+        name: of the run, for the headline.
         config: with its run directory.
-        console: where it is printed.
+        console: to print to.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
     """
-    from anomem.cli.figures import draw_figures
-    from anomem.evaluate.report import report
-    from anomem.train.controls import control
+    from anomem.evaluate.report import control, report
+    from anomem.plots.run import draw_figures
     from anomem.train.run import load_run, resume, train
 
     path = FOLDER / name
@@ -77,13 +75,13 @@ def run(name: str, config: TrainConfig, console: Console) -> dict[str, Any]:
     console.print("fitting the baselines and the untrained control, drawing the figures …")
     controls = {"untrained": control("untrained", config, task)}
     metrics = report(scorer, task, config.augment, seed=config.run.seed, controls=controls)
-    draw_figures(opened, task, scorer, config.run.seed)
+    draw_figures(opened.rows(), task, scorer, opened.figures, config.run.seed)
     opened.write_metrics(metrics)
     return metrics
 
 
 def auroc_of(metrics: dict[str, Any], place: tuple[str, ...], measure: str = "auroc") -> float | None:
-    """One figure of `metrics.json`, None where that run has none."""
+    """One number of `metrics.json`, None if the run has none."""
     found: Any = metrics
     for key in place:
         found = found.get(key, {})
@@ -92,7 +90,7 @@ def auroc_of(metrics: dict[str, Any], place: tuple[str, ...], measure: str = "au
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """AUROC of every score on every run, and the pixel AUROC where there are masks.
+    """AUROC of every score on every run, and the pixel AUROC of the run with masks.
 
     Args:
         results: name of a run -> its metrics.
@@ -117,7 +115,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def main() -> int:
-    """Run the demo; 2 when something is missing that the user can mend."""
+    """Run the demo. Returns the exit code: 0, or 2 for something the user can mend."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         results = {name: run(name, config, console) for name, config in configurations().items()}
@@ -130,9 +128,9 @@ def main() -> int:
     console.print()
     console.print(table(results))
     console.print(
-        "Digits are an easy set: three nearest neighbours on raw pixels are near perfect there, and an untrained "
-        "encoder with the same scoring does as well as a trained one: it is the scoring that lifts AnoMem on digits. "
-        "The last column says what training does for locating defects."
+        "Digits are easy: three nearest neighbours on raw pixels are almost perfect, and an untrained encoder with the "
+        "same scoring does as well as a trained one, so the gain of AnoMem on digits comes from the scoring. The last "
+        "column shows what training does for locating defects."
     )
     console.print(
         f"Figures: {FOLDER}/*/figures/*.png; the scratches' heat maps: {FOLDER}/brick-scratches/figures/extremes.png"

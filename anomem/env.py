@@ -46,11 +46,11 @@ def main() -> int:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         runs = Table("operator", "implementation", "runs here?", title=f"float32 tensors on {device}")
         for operator, implementation, answer in backends.table(device):
-            runs.add_row(operator, implementation, answer, style=None if answer == "runs" else "dim")
+            runs.add_row(operator, implementation, answer, style=None if answer.startswith("runs") else "dim")
         console.print(runs)
     auto = Table("operator", "device", "takes", "where", "reason", title='impl="auto": the first line that applies')
     for rule in backends.AUTO:
-        auto.add_row(rule.operator, rule.device, rule.implementation, rule.where, rule.reason)
+        auto.add_row(rule.operator, rule.device, rule.implementation, str(rule.where), rule.reason)
     auto.add_row("any", "any", "reference", "otherwise", "no kernel that runs here was measured to be faster")
     console.print(auto)
     return 0

@@ -1,24 +1,27 @@
-"""The two exceptions a user of anomem can cause.
+"""The two exceptions a user of anomem can cause, and the message about a missing optional package.
 
-`UserError` is anything the person at the keyboard can mend (a missing file, a folder that already holds a run): the
-command line prints its one sentence and exits with status 2. `ArgumentError` is a wrong argument to a function; it is
-also a `ValueError`, which is what Python code expects to catch.
+`UserError` is anything the user can mend (a missing file, a folder that already holds a run): the command line prints
+its one sentence and exits with status 2. `ArgumentError` is a wrong argument or setting; it is also a `ValueError`,
+which Python code expects to catch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
-    """Something the user can mend, told in one sentence."""
+    """Something the user can mend, in one sentence."""
 
 
 class ArgumentError(UserError, ValueError):
-    """A wrong argument: names it, what was expected and what came.
+    """A wrong argument: its name, what was expected and what came.
 
     Args:
-        argument: name of the argument as the caller spells it.
-        expected: what would have been right.
-        received: what came instead; shown with `str`.
+        argument: its name as the caller spells it; a setting with its dotted path, `data.image_size`.
+        expected: the allowed values.
+        received: the value that came; shown with `str`.
         hint: what to do about it, if that is not obvious.
     """
 
@@ -31,3 +34,21 @@ class ArgumentError(UserError, ValueError):
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str | None]]:
         return type(self), (self.argument, self.expected, self.received, self.hint)
+
+
+@contextmanager
+def optional(purpose: str) -> Iterator[None]:
+    """Around the import of an optional package.
+
+    Args:
+        purpose: what needs the package: "the data set digits", "drawing figures".
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{purpose} needs the package {error.name}, which is not installed; pip install anomem[lab]"
+        ) from error

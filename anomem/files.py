@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and what is said when they cannot be written."""
+"""Output files: written whole or not at all, with one sentence if they cannot be written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from anomem.errors import UserError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around whatever writes a file or makes a folder: a full disk or a missing permission is told in one sentence.
+    """Around anything that writes a file or makes a folder: a full disk or a missing permission becomes one sentence.
 
     Args:
-        path: what is being written.
+        path: the file or folder.
 
     Raises:
         UserError: it cannot be written.
@@ -27,25 +27,47 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it holds either what it held or all of the new content.
-
-    Args:
-        path: where; its folder exists.
-        content: what.
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents unless they exist.
 
     Raises:
-        UserError: the file cannot be written; what it held is still there.
+        UserError: it cannot be made.
     """
-    # Beside the file, so that the replacement is one rename; opened plainly, so that its mode follows the umask.
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error.
+
+    Args:
+        path: the file; its folder exists.
+
+    Raises:
+        UserError: the file cannot be written; its old content is still there.
+    """
+    # Beside the file, so that the replacement is one rename.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     with writing(path):
         try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it holds either its old content or all of the new.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+
+    Raises:
+        UserError: the file cannot be written; its old content is still there.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

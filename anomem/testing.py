@@ -1,4 +1,4 @@
-"""How a kernel is held to the truth, shared by tests and benchmarks.
+"""How the results of a kernel are compared with float64, shared by tests and benchmarks.
 
 The rule (`assert_within_budget`): against float64, a kernel may err at most twice as much as plain PyTorch does in
 the same dtype, plus a band of a few units in the last place for how the result itself is rounded. No tolerance is
@@ -7,6 +7,7 @@ written by hand. Inputs are drawn in the low dtype and promoted, so both see the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,18 +50,22 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str
             error beyond the budget.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    wide = actual.dtype == torch.float64 and plain.dtype == torch.float32
-    assert wide or actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
+    in_float64 = actual.dtype == torch.float64 and plain.dtype == torch.float32
+    assert in_float64 or actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
     finite = exact.isfinite()
     assert torch.equal(actual.isfinite().cpu(), finite.cpu()), f"{name}: finite where it should not be, or the reverse"
     zero = torch.zeros((), dtype=torch.float64, device=exact.device)
     truth = torch.where(finite, exact, zero)
-    mine, theirs = (error(torch.where(finite, x.double(), zero), truth) for x in (actual, plain))
+    actual_error, plain_error = (error(torch.where(finite, x.double(), zero), truth) for x in (actual, plain))
     unit = torch.finfo(actual.dtype).eps
-    theirs *= unit / torch.finfo(plain.dtype).eps
-    budget = (3 if wide else 2) * theirs + ulps * unit
-    assert mine <= budget, (
-        f"{name}: error {mine:.3g} of the largest magnitude, budget {budget:.3g} (plain {theirs:.3g})"
+    plain_error *= unit / torch.finfo(plain.dtype).eps
+    budget = (3 if in_float64 else 2) * plain_error + ulps * unit
+    if "PYTEST_CURRENT_TEST" in os.environ:  # pytest shows it under -s
+        test = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].removesuffix(" (call)")
+        ratio = f"{actual_error / plain_error:.2f}x plain" if plain_error else f"{actual_error / unit:.2f} ulps"
+        print(f"{test}: {name}: error {ratio}")
+    assert actual_error <= budget, (
+        f"{name}: error {actual_error:.3g} of the largest magnitude, budget {budget:.3g} (plain {plain_error:.3g})"
     )
 
 
@@ -101,12 +106,12 @@ def compare(
     def converted(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
 
-    wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
-    if wide:
+    in_float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs)
+    if in_float64:
         inputs = converted(torch.float64, converted(torch.float32, inputs))
     actual = gradients(kernel, inputs)
-    plain = gradients(reference, converted(torch.float32, inputs) if wide else inputs)
+    plain = gradients(reference, converted(torch.float32, inputs) if in_float64 else inputs)
     exact = gradients(reference, converted(torch.float64, inputs))
     assert len(actual) == len(exact), f"{len(actual)} results, expected {len(exact)}"
-    for i, (mine, theirs, truth) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_within_budget(mine, theirs if wide else theirs.to(mine.dtype), truth, f"result {i}")
+    for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_within_budget(result, baseline if in_float64 else baseline.to(result.dtype), truth, f"result {i}")

@@ -15,9 +15,6 @@ from torch import Tensor
 from anomem.errors import ArgumentError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NORMALIZE = ("layer", "l2", "none")
-REDUCTIONS = ("mean", "sum", "none")
-DISTANCES = ("cosine", "l2")
 
 
 def require(

@@ -1,9 +1,9 @@
-"""What a call gives a GPU to do and how much memory it takes, counted without one.
+"""Kernels launched and memory taken by a call on a GPU, counted without a GPU.
 
-`python -m benchmarks.counts` runs every implementation on the GPUs of `stand_in`: torch's allocator, its dispatcher,
-the compilers and the launchers are the real ones, the kernels compute nothing. Kernels launched and bytes allocated are
-therefore those of an H100 with 132 multiprocessors, where a product by cuBLAS counts as one kernel, a fill or a copy as
-none. How long it takes is not seen. An implementation that reads what a kernel computed is left out.
+`python -m benchmarks.counts` runs every implementation on the fake GPUs of `tests/stand_in`: torch's allocator, its
+dispatcher, the compilers and the launchers are the real ones, the kernels compute nothing. The counts are therefore
+those of an H100 with 132 multiprocessors. A product by cuBLAS counts as one kernel, a fill or a copy as none. Times are
+not measured. An implementation that reads computed values on the host is left out.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
-from benchmarks import machine, rows
-from benchmarks.case import Case, Implementation, case
-from benchmarks.console import say
-from benchmarks.memory import peak_bytes
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case, Implementation, case
+from benchmarks.harness.console import say
+from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.prepare import Subject, reasons
+from benchmarks.harness.rows import NoTime, Row
 from benchmarks.operators import OPERATORS
-from benchmarks.prepare import NoTime, reasons
 from benchmarks.rivals import implementations
-from benchmarks.rows import Row
-from benchmarks.runner import WORK
 from benchmarks.suites import kernels
-from benchmarks.timing import Subject
-from stand_in import recording
-from stand_in.start import start
+from tests.stand_in import recording
+from tests.stand_in.start import start
 
-GPU_BYTES = 80 * 2**30  # of a stand-in
+GPU_BYTES = 80 * 2**30  # of a fake GPU
 SUITE = "counts"
-RESULT = machine.ROOT / "benchmarks" / "results" / f"cuda-{SUITE}.jsonl"
+RESULT = rows.RESULTS / f"cuda-{SUITE}.jsonl"
 
 
 def cases() -> Iterator[Case]:
-    """The cases of the suite `kernels` as on a GPU, and two sweeps to where the plain way does not fit."""
+    """The cases of the suite `kernels` as on a GPU, and two sweeps to sizes at which plain PyTorch does not fit."""
     yield from kernels("cuda").cases
     for batch in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
         yield case("nt_xent", G=1, B=batch, d=128, dtype="bfloat16", group="over B")
@@ -45,48 +44,40 @@ def cases() -> Iterator[Case]:
 
 def count(case: Case, implementation: Implementation) -> Row:
     """Count one call of one implementation, after calls that compile and plan."""
-    result = rows.row_for(SUITE, case, implementation.name, WORK, rows.COUNTED)
-    torch.compiler.reset()  # a function compiled for many sizes is compiled for any size, or given up
+    result = rows.row_for(SUITE, case, implementation.name, rows.WORK, rows.COUNTED)
+    torch.compiler.reset()  # after many sizes a function is compiled for any size, or no more
     try:
         with reasons():
             function = implementation.build(case, "cuda")
-            drawn = OPERATORS[case.operator].inputs(case.dims, case.torch_dtype, 0)
-            inputs = tuple(x.cuda().requires_grad_(case.training and x.is_floating_point()) for x in drawn)
+            inputs = OPERATORS[case.operator].inputs(case.dims, case.torch_dtype, 0)
+            inputs = tuple(x.cuda().requires_grad_(case.training and x.is_floating_point()) for x in inputs)
             subject = Subject(case, function, "cuda", [inputs])
             for _ in range(2):
                 subject.call()
             with recording.recorded() as entries:
                 subject.call()
             if recording.of(entries, "wait", "download"):
-                raise NoTime(rows.UNAVAILABLE, "reads computed values on the host, by which its sizes may go")
+                raise NoTime(rows.UNAVAILABLE, "reads computed values on the host, on which its sizes may depend")
             result.launches = len(recording.of(entries, "launch"))
             result.peak_bytes = peak_bytes(subject.call, "cuda")
-    except NoTime as why:
-        result.status, result.reason = why.status, why.reason
+    except NoTime as none:
+        result.status, result.reason = none.status, none.reason
     torch.cuda.empty_cache()
     return result
 
 
 @dataclass(frozen=True)
 class Options:
-    """Count launches and memory of every implementation on GPUs that are not there."""
+    """Count launches and memory of every implementation without a GPU."""
 
     filter: str = ""
     """Only cases whose title contains this."""
     json: Path = RESULT
-    """Rows are written here, when all are there."""
+    """File of rows, written when all are counted."""
 
 
 def main(options: Options) -> int:
-    """Count, say and write."""
-    about = {
-        "commit": machine.git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(machine.git("status", "--porcelain", "--untracked-files=no")),
-        "torch": torch.__version__,
-        "triton": machine.version("triton"),
-        "device": "cuda",
-        "device_name": torch.cuda.get_device_name(),
-    }
+    """Count, print and write."""
     if options.filter and options.json == RESULT:
         say("--filter leaves cases out: name another file with --json")
         return 2
@@ -98,7 +89,7 @@ def main(options: Options) -> int:
         say(each.title)
         for implementation in implementations(each.operator):
             row = count(each, implementation)
-            row.about = about
+            row.about = rows.about("cuda")
             rows.append(partial, row)
             if row.status == rows.COUNTED:
                 assert row.peak_bytes is not None
@@ -112,6 +103,4 @@ def main(options: Options) -> int:
 if __name__ == "__main__":
     if not recording.present():
         start("-m", "benchmarks.counts", *sys.argv[1:])
-    import tyro
-
     sys.exit(main(tyro.cli(Options)))

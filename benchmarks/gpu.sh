@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything a GPU machine can say about this library, in one command and within nine minutes:
+# All measurements and tests of this library that need a GPU, in one command and within nine minutes:
 #
 #     benchmarks/gpu.sh OUTDIR
 #
-# Builds the library against the torch that is installed, runs the GPU tests, compute-sanitizer over every kernel, the
-# kernel, training and scaling suites, the profile of a training step and the tiles of the Triton kernels. Leaves rows,
-# traces and a log of each step in OUTDIR and prints what passed, failed, ran out of time or was skipped, and why. Needs
-# no network.
+# Builds the library against the installed torch, runs the GPU tests, compute-sanitizer over every kernel, the kernel,
+# training and scaling suites, the profile of the training loop and the tiles of the Triton kernels. Writes rows, traces
+# and a log of each step to OUTDIR and prints which steps passed, failed, ran out of time or were skipped, and why. Needs
+# no network; the suites need the package's dependencies (pip install .).
 #
-# PYTHON names the interpreter (python3), ANOMEM_COMMIT the commit where there is no git repository, SECONDS_IN_ALL the
-# time limit (540). The exit status is 0 where the build, the tests and the kernels' numbers are right, 1 where one of
-# them is not, 2 where there is nothing to run on.
+# PYTHON names the interpreter (python3), ANOMEM_COMMIT the commit if there is no git repository, SECONDS_IN_ALL the time
+# limit (540). Exit status: 0 if the build, the tests and the kernels' numbers are right, 1 if one of them is wrong, 2 if
+# torch or a CUDA device is missing.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -29,7 +29,7 @@ failed=0
 tell() { echo "$*" | tee -a "$out/summary.txt"; }
 
 # step NAME SECONDS COMMAND...: runs the command with a time limit, its output in NAME.log; 0 if it succeeded, 124 if
-# its time was over, also where none was left to start it.
+# it ran out of time or no time was left to start it.
 step() {
   local name=$1 seconds=$2 left status from
   shift 2
@@ -44,7 +44,7 @@ step() {
   status=$?
   case $status in
     0) tell "$name: passed in $((SECONDS - from)) s" ;;
-    124 | 137) tell "$name: stopped after $seconds s; what was measured until then is kept" ;;
+    124 | 137) tell "$name: stopped after $seconds s; rows measured until then are kept" ;;
     *) tell "$name: FAILED with status $status after $((SECONDS - from)) s; the end of $name.log:" ;;
   esac
   [ $status -ne 0 ] && tail -n 15 "$out/$name.log" | tee -a "$out/summary.txt"
@@ -61,16 +61,21 @@ must() {
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-for module in rich tyro matplotlib torchvision pytorch_metric_learning; do
+missing=
+for module in rich tyro torchvision; do
+  has $module || missing="$missing $module"
+done
+[ -z "$missing" ] || tell "${missing# } is not installed: no suite, profile or sanitizer will run"
+for module in matplotlib pytorch_metric_learning; do
   has $module || tell "$module is not installed"
 done
 if ! "$python" -c 'import torch' 2>"$out/torch.log"; then
-  tell "$python cannot import torch, torch.log says why: nothing can be built or measured"
+  tell "$python cannot import torch (torch.log has the reason): nothing can be built or measured"
   exit 2
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   for name in build tests memcheck racecheck kernels training profile scaling tiles compiled; do
-    tell "$name: skipped, torch finds no CUDA device here"
+    tell "$name: skipped, torch finds no CUDA device"
   done
   exit 2
 fi
@@ -86,7 +91,7 @@ if ! ls anomem/_C_cuda*.so >"$out/libraries.txt" 2>&1; then
 fi
 
 if has pytest; then
-  # Only the files with GPU tests, and without --strict-config: others import, and ask for, what may not be installed.
+  # Only the files with GPU tests, without --strict-config: the others need packages that may be missing.
   mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py')
   must tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider \
     -o addopts='--strict-markers --import-mode=importlib' "${files[@]}"
@@ -95,24 +100,28 @@ else
 fi
 
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)
+if [ -n "$missing" ]; then
+  tell "memcheck, racecheck, kernels, training, profile, scaling, tiles, compiled: skipped,$missing not installed"
+  tell "done in $((SECONDS - began)) s; everything is in OUTDIR"
+  exit $failed
+fi
 if [ -z "$sanitizer" ]; then
   tell "memcheck, racecheck: skipped, compute-sanitizer was not found on PATH or in CUDA_HOME"
 elif ! ls anomem/_C_cuda*.so >/dev/null 2>&1; then
   tell "memcheck, racecheck: skipped, there is no CUDA module"
 else
   for tool in memcheck racecheck; do
-    # torch's caching allocator hides overruns inside its blocks: without it every tensor is an allocation of its own.
+    # torch's caching allocator hides overruns inside its blocks; without it each tensor has its own allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 must $tool 45 "$sanitizer" --tool $tool --error-exitcode 9 \
       "$python" -m benchmarks.touch --device cuda --impl native
   done
 fi
 
-# The suites without what has to be compiled first; with the time that is left once more with it. Rows are kept.
+# First the suites without implementations that compile; these follow in the remaining time. Rows are kept.
 measure=("$python" -m benchmarks.run --device cuda)
 must kernels 150 "${measure[@]}" --suite kernels --json "$out/cuda-kernels.jsonl" --no-compile
 must training 45 "${measure[@]}" --suite training --json "$out/cuda-training.jsonl" --no-compile
-if has torchvision; then backbone=resnet18; else backbone=small; fi
-step profile 60 "$python" -m benchmarks.profile_training --device cuda --backbone $backbone \
+step profile 60 "$python" -m benchmarks.profile_training --device cuda --backbone resnet18 \
   --json "$out/cuda-steps.jsonl" --out "$out/profile"
 step scaling 90 "${measure[@]}" --suite scaling --json "$out/cuda-scaling.jsonl" --no-compile
 if has triton; then
@@ -123,7 +132,7 @@ else
 fi
 step compiled 120 "${measure[@]}" --suite kernels --json "$out/cuda-kernels.jsonl" --compile
 
-# A trace of one step is small; should one not be, OUTDIR is better off without it.
+# Traces over 8 MiB are deleted, so that OUTDIR stays small.
 find "$out/profile" -name '*.json.gz' -size +8M -print -delete 2>/dev/null | while read -r trace; do
   tell "$trace: over 8 MiB, deleted"
 done

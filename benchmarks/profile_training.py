@@ -1,34 +1,46 @@
 """`python -m benchmarks.profile_training`: where the time of a training step goes, against plain PyTorch.
 
-Three pipelines train the same model on the same images: stage 1 with every operator in eager PyTorch (`reference`),
-stage 1 as this library runs it, and the pipeline that is usually written (per-image torchvision transforms in
-`DataLoader` workers, eager loss in float32). Writes a row for each, a Chrome trace for each and a picture of the bars.
+Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
+settings: "eager" with every operator in plain PyTorch (impl="reference"), "anomem" as the library runs it, and the
+"usual pipeline", plain PyTorch on views that `DataLoader` workers make image by image with torchvision. The phases are
+the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a picture of the bars.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
+import tyro
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
+from anomem.augment import AugmentConfig
+from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
-from benchmarks.console import has, parse, say, table
-from benchmarks.machine import ROOT, Others, about
-from benchmarks.memory import peak_bytes
+from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
+from benchmarks.harness import rows
+from benchmarks.harness.console import say, table
+from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.rows import Step
 from benchmarks.report.tables import number
-from benchmarks.training.phases import Phases
-from benchmarks.training.pipelines import Batched, PerImage, random_images
-from benchmarks.training.step import Step
 
 ROUNDS = 5
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+RANGES = "anomem."
+"""First part of the names of the loop's ranges; the rest is the phase."""
+LAST = "optimizer"
+"""The phase that ends a step."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Options:
     """What is trained, and for how long."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Where; a GPU where there is one."""
+    """A GPU if there is one, when not given."""
     backbone: Literal["small", "resnet18", "resnet50", "efficientnet_b0"] | None = None
     """Encoder; small on a CPU, resnet18 on a GPU when not given."""
     batch: int | None = None
@@ -46,9 +58,9 @@ class Options:
     impl: Literal["auto", "native", "triton"] = "auto"
     """Implementation of this library's bar."""
     steps: int = 10
-    """Steps measured without phases, and as many with them."""
+    """Steps measured without the profiler, and as many with it."""
     warmup: int = 3
-    """Steps before."""
+    """Steps before, each time the loop is started; at least 1."""
     workers: int = 2
     """Processes of the usual pipeline."""
     bf16: bool | None = None
@@ -63,147 +75,316 @@ def main(options: Options) -> int:
     """Measure the three pipelines."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        say("--device cuda: torch finds no CUDA device here")
+        say("--device cuda: torch finds no CUDA device")
         return 2
     backbone = options.backbone or ("resnet18" if device == "cuda" else "small")
     batch = options.batch or (1024 if device == "cuda" else 128)
     bf16 = device == "cuda" if options.bf16 is None else options.bf16
-    # More than the steps take: where an epoch ends, workers begin with empty queues, and a real one is far longer.
-    images = random_images((options.warmup + 2 * options.steps + 8) * batch, options.side)
-    config = {"backbone": backbone, "batch": batch, "side": options.side, "bf16": bf16, "workers": options.workers}
+    settings = {"backbone": backbone, "batch": batch, "side": options.side, "bf16": bf16, "workers": options.workers}
     title = (
         f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels, {'bfloat16' if bf16 else 'float32'}"
     )
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    pipelines = [("eager", "reference", False), (f"anomem ({options.impl})", options.impl, False)]
-    if has("torchvision"):
-        pipelines.append((f"usual pipeline, {options.workers} workers", "reference", True))
-    else:
-        say("torchvision is not installed: the usual pipeline has no bar")
-    bars: list[Bar] = []
-    for name, impl, usual in pipelines:
-        step = Step(model_for(backbone, impl, options.side, device), device, bf16=bf16, loss_in_float32=usual)
-        source = PerImage(images, batch, device, options.workers) if usual else Batched(images, batch, device)
-        bars.append(Bar(name, step, source))
-    # Workers that fill their queues would take cores from another bar's steps: what has workers is measured alone.
-    with_workers = [bar for bar in bars if isinstance(bar.source, PerImage)]
-    found: list[dict[str, Any]] = []
-    for together in ([bar for bar in bars if bar not in with_workers], with_workers):
-        if together:
-            say(f"{', '.join(bar.name for bar in together)}: {options.warmup} + {2 * options.steps} steps")
-            with Others() as others:
-                measure(together, options)
-        for bar in together:
-            row = {"pipeline": bar.name, "title": title, "config": config, "about": about(device)}
-            row |= bar.result(out / f"{device}-{bar.name.split(' ')[0]}.json.gz")
-            row["images_per_second"] = batch / row["seconds_per_step"]
-            # Workers of the pipeline itself would count as others.
-            row["others"] = None if bar in with_workers else others.cores
-            found.append(row)
-    path = Path(options.json) if options.json else ROOT / "benchmarks" / "results" / f"{device}-steps.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    # More than a run of the loop takes: at the end of an epoch workers would start with empty queues.
+    pixels = random_images((options.warmup + options.steps + 3) * batch, options.side)
+    resident = ResidentImages(pixels.to(device))
+    usual = UsualImages(pixels, device, options.workers)
+
+    def pipeline(name: str, impl: str, images: Images) -> Pipeline:
+        return Pipeline(name, config_of(backbone, impl, batch, device, bf16), images, options.warmup)
+
+    alternating = [
+        pipeline("eager", "reference", resident),
+        pipeline(f"anomem ({options.impl})", options.impl, resident),
+    ]
+    # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
+    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual)]
+    found: list[Step] = []
+    for group, rounds in ((alternating, ROUNDS), (alone, 1)):
+        say(", ".join(each.name for each in group))
+        with rows.Others() as others:
+            for _ in range(rounds):
+                for each in group:
+                    each.measure(max(1, options.steps // rounds), out / f"{device}-{each.name.split(' ')[0]}.json.gz")
+        for each in group:
+            seconds = median(each.seconds)
+            found.append(
+                Step(
+                    pipeline=each.name,
+                    title=title,
+                    config=settings,
+                    about=rows.about(device),
+                    seconds_per_step=seconds,
+                    milliseconds=each.milliseconds(),
+                    peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
+                    images_per_second=batch / seconds,
+                    # Workers of the pipeline itself would count as others.
+                    others=others.cores if group is alternating else None,
+                )
+            )
+    path = Path(options.json) if options.json else rows.RESULTS / f"{device}-steps.jsonl"
+    rows.write(path, found)
     show(title, found)
     say(f"rows in {path}, traces in {out}")
-    if has("matplotlib"):
+    if importlib.util.find_spec("matplotlib") is None:
+        say("matplotlib is not installed (pip install 'anomem[lab]'): no picture")
+    else:
         from benchmarks.report import pictures
 
         pictures.bars(found, out / f"{device}-training.png")
-    else:
-        say("matplotlib is not installed: no picture")
     return 0
 
 
-def model_for(backbone: str, impl: str, side: int, device: str) -> AnoMem:
-    """The model of every bar: the same seed, the same weights."""
-    config = ModelConfig(backbone=backbone, impl=impl)  # type: ignore[arg-type]
-    return build_model(config, (side, side), 3, MEAN, STD).to(device).train()
+def config_of(backbone: str, impl: str, batch: int, device: str, bf16: bool) -> TrainConfig:
+    """The settings of a pipeline: the library's defaults but for these."""
+    return TrainConfig(
+        model=ModelConfig(backbone=backbone, impl=impl),
+        optimizer=OptimizerConfig(batch_size=batch),
+        run=RunConfig(device=device, bf16=bf16, log_every=10**9),
+        prototypes_from="normal",  # the loop is started several times and would fill the memories each time
+    )
 
 
-class Bar:
-    """One pipeline: its step, its views, and what was measured of it.
+def random_images(count: int, side: int) -> Tensor:
+    """[count, 3, side, side] uint8; the time of a step does not depend on the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+class Pipeline:
+    """A model, its images, and the measurements of the training loop on them.
 
     Args:
         name: in tables and pictures.
-        step: the gradient step.
-        source: of the views.
+        config: of the loop, but for the number of steps.
+        images: on the device.
+        warmup: steps before those that are measured, at least 1.
     """
 
-    def __init__(self, name: str, step: Step, source: Batched | PerImage) -> None:
+    def __init__(self, name: str, config: TrainConfig, images: Images, warmup: int) -> None:
         self.name = name
-        self.step = step
-        self.source = source
-        self.phases = Phases(step.device, timed=False)
-        self._views = source.views(self.phases)
+        self.config = config
+        self.images = images
+        self.warmup = max(1, warmup)
+        self.device = config.run.device
         self.seconds: list[float] = []
+        """Of a step, the mean of each round."""
+        self.phases: list[dict[str, float]] = []
+        """Seconds of each phase in a step, the mean of each round."""
+        model: AnoMem = build_model(config.model, images.size, images.channels, MEAN, STD)
+        self.model = model.to(self.device)
 
-    def run(self, steps: int, *, timed: bool) -> None:
-        """Some steps, each phase of them timed or not."""
-        self.phases.timed = timed
-        for _ in range(steps):
-            self.step(next(self._views), self.phases)
-        if timed:
-            self.phases.end_of_block(steps)
+    def train(self, steps: int) -> list[float]:
+        """Run the loop; the times at which its first measured step begins and its last one ends."""
+        stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
+        # One step more, whose batch is asked for when the last measured step ends.
+        optimizer = replace(self.config.optimizer, steps=self.warmup + steps + 1)
+        config = replace(self.config, optimizer=optimizer)
+        views = UsualViews if isinstance(self.images, UsualImages) else stage1.Views
+        with mock.patch.object(stage1, "Views", views):
+            stage1.train_stage1(self.model, stamped, None, config, quiet=True)
+        return stamped.times
 
-    def clock(self, steps: int) -> None:
-        """Seconds of a step, from some of them without a wait in between."""
-        wait(self.step.device)
-        start = time.perf_counter()
-        self.run(steps, timed=False)
-        wait(self.step.device)
-        self.seconds.append((time.perf_counter() - start) / steps)
-
-    def result(self, trace: Path) -> dict[str, Any]:
-        """What was measured, and with one more step each the peak memory and a Chrome trace in this file."""
-        device = self.step.device
-        self.phases.timed = False
-        views = next(self._views)
-        peak = peak_bytes(lambda: self.step(views, self.phases), device)
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    def measure(self, steps: int, trace: Path) -> None:
+        """One round: the loop without the profiler, then with it; its trace goes to a file."""
+        begin, end = self.train(steps)
+        self.seconds.append((end - begin) / steps)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
         with profile(activities=activities) as profiler:
-            self.run(1, timed=False)
-            wait(device)
+            self.train(steps)
         profiler.export_chrome_trace(str(trace))
-        return {
-            "seconds_per_step": median(self.seconds),
-            "milliseconds": self.phases.milliseconds(),
-            "peak_bytes": peak,
-        }
+        events = [Event.of(event) for event in profiler.events() or ()]
+        self.phases.append(seconds_of_phases(events, self.warmup, steps, on_gpu=self.device == "cuda"))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Phase -> time in a step, the median over the rounds."""
+        names = dict.fromkeys(name for phases in self.phases for name in phases)
+        return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
 
 
-def measure(bars: list[Bar], options: Options) -> None:
-    """Rounds of blocks: each pipeline a block without phases, by which it is judged, then one with them.
+class Event(NamedTuple):
+    """One event of a profile on the host's side; times in microseconds."""
 
-    A median over rounds, of both, survives a disturbance of the machine; figures of blocks that follow each other can
-    be compared.
+    name: str
+    start: float
+    end: float
+    on_gpu: float = 0.0
+    """Time of the kernels and copies that it launched itself."""
+
+    @classmethod
+    def of(cls, event: Any) -> Event:
+        """From an event of `torch.profiler`, which lists a range's copy on the GPU among its kernels."""
+        kernels = (kernel.duration for kernel in event.kernels if not kernel.name.startswith(RANGES))
+        return cls(event.name, event.time_range.start, event.time_range.end, sum(kernels))
+
+
+def seconds_of_phases(events: Sequence[Event], warmup: int, steps: int, *, on_gpu: bool) -> dict[str, float]:
+    """Seconds of each of the loop's ranges in one step.
+
+    On a CPU the time of the range. On a GPU the time of the kernels and copies launched during the range by any thread,
+    because autograd launches the backward pass from its own thread.
+
+    Args:
+        events: of a profile of the loop.
+        warmup: steps not counted, at least 1.
+        steps: counted after them.
+        on_gpu: whether the time is the GPU's.
+
+    Returns:
+        Phase -> seconds, in the order of a step.
     """
-    for bar in bars:
-        bar.run(options.warmup, timed=False)
-    block = max(1, options.steps // ROUNDS)
-    for _ in range(ROUNDS):
-        for bar in bars:
-            bar.clock(block)
-            bar.run(block, timed=True)
+    ranges = sorted((event for event in events if event.name.startswith(RANGES)), key=lambda event: event.start)
+    ends = [one.end for one in ranges if one.name == RANGES + LAST]
+    ranges = [one for one in ranges if ends[warmup - 1] <= one.start < ends[warmup + steps - 1]]
+    microseconds = dict.fromkeys((one.name for one in ranges), 0.0)
+    for one in ranges:
+        inside = (event.on_gpu for event in events if one.start <= event.start < one.end) if on_gpu else ()
+        microseconds[one.name] += sum(inside) if on_gpu else one.end - one.start
+    return {name.removeprefix(RANGES): total / steps / 1e6 for name, total in microseconds.items()}
 
 
-def wait(device: str) -> None:
-    """Until the device has done what was asked of it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+class StampedImages:
+    """An image set that notes when two of its batches are asked for, with the device idle.
+
+    Args:
+        images: the set.
+        device: "cpu" or "cuda".
+        first: number of a batch, counted from 0.
+        last: likewise.
+    """
+
+    def __init__(self, images: Images, device: str, first: int, last: int) -> None:
+        self.images = images
+        self.device = device
+        self.stamps = {first, last}
+        self.times: list[float] = []
+        self.count = 0
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.images.channels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.images.size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> StampedImages:
+        """The set itself: it is on its device."""
+        return self
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `anomem.data.Images.batches`."""
+        source = self.images.batches(order, batch_size)
+        while True:
+            if self.count in self.stamps:
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                self.times.append(time.perf_counter())
+            self.count += 1
+            batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
 
 
-def show(title: str, found: list[dict[str, Any]]) -> None:
-    """The bars as a table: a line for each phase."""
-    phases = list(dict.fromkeys(phase for row in found for phase in row["milliseconds"]))
-    columns = ("ms of a step", *(row["pipeline"] for row in found))
-    lines = [(phase, *(number(row["milliseconds"].get(phase, 0.0)) for row in found)) for phase in phases]
-    lines.append(("sum of phases", *(number(sum(row["milliseconds"].values())) for row in found)))
-    lines.append(("step without phases", *(number(1e3 * row["seconds_per_step"]) for row in found)))
-    lines.append(("images/s", *(f"{row['images_per_second']:.0f}" for row in found)))
-    lines.append(("peak MiB of forward, backward, update", *(f"{row['peak_bytes'] / 2**20:.1f}" for row in found)))
+class TwoViews(Dataset[tuple[Tensor, Tensor]]):
+    """An image as two views by torchvision's transforms, with the ranges of `AugmentConfig`.
+
+    Args:
+        images: [N, C, H, W] uint8.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        config = AugmentConfig()
+        side = images.shape[-1]
+        radius = min(max(1, round(3 * config.blur_sigma[1])), side - 1)
+        self.images = images
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(side, scale=config.crop_area, ratio=config.crop_ratio, antialias=True),
+                v2.RandomHorizontalFlip(config.flip),
+                v2.RandomApply([v2.ColorJitter(config.brightness, config.contrast, config.saturation)], config.jitter),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.RandomApply([v2.GaussianBlur(2 * radius + 1, config.blur_sigma)], config.blur),
+                v2.Lambda(lambda x: (x + config.noise * torch.rand(()) * torch.randn_like(x)).clamp(0, 1)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.images[index]
+        return self.transform(image), self.transform(image)
+
+
+class UsualImages:
+    """Images whose batches are already two views, made by `DataLoader` workers.
+
+    Args:
+        images: [N, C, H, W] uint8 on the CPU.
+        device: "cpu" or "cuda".
+        workers: processes; 0 augments in the training process.
+    """
+
+    def __init__(self, images: Tensor, device: str, workers: int) -> None:
+        self.dataset = TwoViews(images)
+        self.channels = images.shape[1]
+        self.size = images.shape[2], images.shape[3]
+        self.device = device
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def to(self, device: torch.device | str) -> UsualImages:
+        """The set itself: it is on its device."""
+        return self
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views [2b, C, H, W] in [0, 1], first views, then second, and the order [b]."""
+        pinned = self.device == "cuda"
+        loader = DataLoader(
+            self.dataset, batch_size, sampler=order.tolist(), num_workers=self.workers, pin_memory=pinned
+        )
+        for pair, index in zip(loader, order.split(batch_size), strict=True):
+            yield torch.cat(pair).to(self.device, non_blocking=True), index
+
+
+class UsualViews:
+    """Takes the place of `anomem.train.stage1.Views` when workers made the views.
+
+    Args:
+        config: not used.
+        is_normal: None.
+        generator: not used.
+    """
+
+    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator) -> None:
+        pass
+
+    def __call__(self, views: Tensor, index: Tensor, count: int) -> tuple[Tensor, None]:
+        """The views as they came."""
+        return views, None
+
+
+def show(title: str, found: list[Step]) -> None:
+    """The pipelines as a table: a line for each phase."""
+    phases = list(dict.fromkeys(phase for row in found for phase in row.milliseconds))
+    columns = ("ms of a step", *(row.pipeline for row in found))
+    lines = [(phase, *(number(row.milliseconds.get(phase, 0.0)) for row in found)) for phase in phases]
+    lines.append(("sum of phases", *(number(sum(row.milliseconds.values())) for row in found)))
+    lines.append(("step without the profiler", *(number(1e3 * row.seconds_per_step) for row in found)))
+    lines.append(("images/s", *(f"{row.images_per_second:.0f}" for row in found)))
+    lines.append(("peak MiB of the loop", *(f"{row.peak_bytes / 2**20:.1f}" for row in found)))
     table(title, columns, lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Options, __doc__ or "")))
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

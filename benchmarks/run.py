@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 
-from benchmarks import rows
-from benchmarks.base import Base
-from benchmarks.console import parse, progress, say, table
-from benchmarks.machine import ROOT, about
-from benchmarks.memory import limit_process, total_bytes
-from benchmarks.prepare import Bounds
-from benchmarks.rows import Row
-from benchmarks.runner import Runner
+from benchmarks.harness import rows
+from benchmarks.harness.base import Base
+from benchmarks.harness.case import Case
+from benchmarks.harness.console import Bar, say, table
+from benchmarks.harness.measure import limit_process, total_bytes
+from benchmarks.harness.prepare import Bounds
+from benchmarks.harness.rows import RESULTS, WORK, Row
+from benchmarks.harness.runner import Runner
 from benchmarks.suites import suite
 
 DISTURBED = 0.1
@@ -30,31 +31,31 @@ class Options:
     """What is measured, and for how long."""
 
     suite: Literal["smoke", "kernels", "grid", "training", "scaling"] = "kernels"
-    """smoke: does it work here; kernels: every operator; grid: retrieval and NT-Xent, each case with torch.compile;
-    training: the loss of each scale; scaling: sweeps."""
+    """smoke: every operator, small; kernels: every operator at its sizes in training; grid: retrieval and contrast over
+    a grid of sizes, with torch.compile; training: the loss of each scale; scaling: sweeps."""
     device: Literal["cpu", "cuda"] | None = None
-    """Where; a GPU where there is one."""
+    """A GPU if there is one, when not given."""
     filter: str = ""
-    """Only cases whose line contains this."""
+    """Only cases whose title contains this."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-<suite>.jsonl when not given, none for smoke."""
     resume: bool = True
-    """Keep rows of the file that were measured at this state of the code and go on with the others."""
+    """Keep rows of the file that were measured at this state of the code and measure the others."""
     compile: bool = True
-    """Measure what is compiled first, too (the smoke suite never does)."""
+    """Measure implementations that compile, too (the smoke suite never does)."""
     base: str | None = None
     """Another git revision to measure in the same run, alternating with this one."""
     seconds: float | None = None
-    """A call may take this long (default: the suite's, 2 to 6); slower is a row that says so."""
+    """Longest call (default: the suite's, 2 to 6 s); slower calls get a row with status over-time."""
     memory: float | None = None
     """GiB that a call may allocate (default: half of the device's memory on a CPU, all of it on a GPU)."""
 
 
 def main(options: Options) -> int:
-    """Run; the exit status is 1 where an implementation of this library gave wrong numbers."""
+    """Run; the exit status is 1 if an implementation of this library gave wrong numbers."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        say("--device cuda: torch finds no CUDA device here")
+        say("--device cuda: torch finds no CUDA device")
         return 2
     chosen = suite(options.suite, device)
     if not options.compile:
@@ -67,10 +68,10 @@ def main(options: Options) -> int:
         return 2
     path = _rows_path(options, device)
     old = rows.read(path) if path and options.resume else []
-    # What could not run may run now: it costs nothing to ask again.
+    # Unavailable implementations are tried again: that costs nothing.
     known = {row.key for row in old if row.status != rows.UNAVAILABLE}
     bounds = _bounds(options, device)
-    state = about(device)
+    state = rows.about(device)
     say(f"{state['device_name']}, {state['threads']} threads, torch {state['torch']}, commit {state['commit']}")
     if path and not options.resume:
         path.unlink(missing_ok=True)
@@ -82,7 +83,7 @@ def main(options: Options) -> int:
             say(f"--base: {error}")
             return 2
         runner = Runner(chosen, device, bounds, base, known)
-        with progress(len(cases)) as bar:
+        with Bar(len(cases)) as bar:
             for case in cases:
                 for row in runner.run(case, bar.note):
                     new.append(row)
@@ -92,9 +93,9 @@ def main(options: Options) -> int:
     busiest = max((row.others for row in new if row.others is not None), default=0.0)
     if busiest > DISTURBED:
         say(f"other processes used up to {busiest:g} cores while a case was timed: measure again on a quiet machine")
-    wanted = {case.title for case in cases}
+    wanted: set[Case] = set(cases)
     latest = {row.key: row for row in [*old, *new]}
-    show([row for row in latest.values() if _title(row) in wanted])
+    show([row for row in latest.values() if row.case in wanted])
     if path:
         rows.write(path, rows.read(path))
         say(f"rows in {path}")
@@ -103,14 +104,12 @@ def main(options: Options) -> int:
 
 
 def show(measured: list[Row]) -> None:
-    """A table for each case, then the reasons of what has no time."""
+    """A table for each case, then the reasons of rows without a time."""
     by_case: dict[str, list[Row]] = defaultdict(list)
     for row in measured:
-        by_case[_title(row)].append(row)
+        by_case[row.case.title].append(row)
     for title, group in by_case.items():
-        eager = next(
-            (r for r in group if r.implementation == "eager" and r.milliseconds and r.revision == "work"), None
-        )
+        eager = next((r for r in group if r.implementation == "eager" and r.milliseconds and r.revision == WORK), None)
         lines = [_line(row, eager) for row in sorted(group, key=_order) if row.milliseconds]
         columns = ("implementation", "p50 ms", "p20", "p80", "against eager", "peak MiB", "of the floor")
         table(f"{title}   floor {group[0].floor_milliseconds:.3g} ms", columns, lines)
@@ -135,18 +134,11 @@ def _line(row: Row, eager: Row | None) -> tuple[str, ...]:
 
 
 def _order(row: Row) -> float:
-    assert row.milliseconds is not None or row.status != rows.MEASURED
     return row.milliseconds["p50"] if row.milliseconds else float("inf")
 
 
 def _name(row: Row) -> str:
-    return row.implementation if row.revision == "work" else f"{row.implementation} at {row.revision}"
-
-
-def _title(row: Row) -> str:
-    from benchmarks.case import Case
-
-    return Case(row.operator, tuple(row.shape.items()), row.dtype, row.training, row.group).title
+    return row.implementation if row.revision == WORK else f"{row.implementation} at {row.revision}"
 
 
 def _rows_path(options: Options, device: str) -> Path | None:
@@ -154,16 +146,16 @@ def _rows_path(options: Options, device: str) -> Path | None:
         return Path(options.json)
     if options.suite == "smoke":
         return None
-    return ROOT / "benchmarks" / "results" / f"{device}-{options.suite}.jsonl"
+    return RESULTS / f"{device}-{options.suite}.jsonl"
 
 
 def _bounds(options: Options, device: str) -> Bounds:
     size = options.memory * 2**30 if options.memory else total_bytes(device) * (0.5 if device == "cpu" else 1)
     if device == "cpu":
-        # Inputs, results and libraries come on top of what a call may allocate.
+        # Inputs, results and libraries come on top of a call's own allocations.
         limit_process(int(size) + 4 * 2**30)
     return Bounds(options.seconds or suite(options.suite, device).call_seconds, size)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Options, __doc__ or "")))
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

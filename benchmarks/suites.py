@@ -1,17 +1,16 @@
-"""Which sizes are measured, for how long."""
+"""The suites: which sizes are measured, for how long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.case import Case, case
+from anomem.train.config import LossConfig
+from benchmarks.harness.case import Case, case
 
 # Widths and side lengths of the three scales (layer2 to layer4, small stem) at 32×32 pixels.
 NETWORKS = {"resnet18": ((128, 16), (256, 8), (512, 4)), "resnet50": ((512, 16), (1024, 8), (2048, 4))}
 PROTOTYPES = 64
-RATIO, MOST_POSITIONS = 1.0, 8
-"""Sampled positions of a map of H² are min(8, H²): the library's defaults."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,23 @@ class Suite:
     name: str
     cases: tuple[Case, ...]
     seconds: float
-    """Time spent on the repeats of one implementation of one case."""
+    """Least time spent on the repeats of one implementation of one case."""
     least_repeats: int = 5
     most_repeats: int = 50
     most_seconds: float = 4.0
-    """Where repeats take this long, fewer than the least will do."""
+    """Stop early after this many seconds, even below `least_repeats`."""
     call_seconds: float = 2.0
-    """What a call may take; slower is a row that says so."""
+    """Slower calls get a row with status over-time."""
     compiled_groups: tuple[str, ...] | None = None
-    """Groups in which implementations that compile for tens of seconds take part; None: in all."""
+    """Groups in which implementations that compile for tens of seconds take part; None means all."""
+
+    def enough(self, seconds: list[float]) -> bool:
+        """Whether an implementation whose calls took these seconds needs no more repeats."""
+        spent = sum(seconds)
+        return spent > self.seconds and (len(seconds) >= self.least_repeats or spent > self.most_seconds)
 
     def compiles_for(self, case: Case) -> bool:
-        """Whether they take part in a case."""
+        """Whether these take part in a case."""
         return self.compiled_groups is None or case.group in self.compiled_groups
 
 
@@ -47,7 +51,7 @@ def suite(name: str, device: str) -> Suite:
 
 
 def smoke(device: str) -> Suite:
-    """Every operator once, small: does the harness work here?"""
+    """Every operator once, small: a test of the harness on this machine."""
     cases = (
         case("retrieve", N=1024, M=64, d=64, B=64),
         case("shrink", N=1024, M=64, d=64, B=64),
@@ -64,7 +68,7 @@ def smoke(device: str) -> Suite:
 
 
 def kernels(device: str) -> Suite:
-    """Each operator at the sizes of training AnoMem on CIFAR, and at the larger sizes its kernel was made for."""
+    """Each operator at the sizes of training AnoMem on CIFAR, and at the larger sizes that its kernel is made for."""
     batch = 1024 if device == "cuda" else 128
     dtype = "bfloat16" if device == "cuda" else "float32"
     cases: list[Case] = []
@@ -83,7 +87,7 @@ def kernels(device: str) -> Suite:
             case("variance", G=n, B=batch, d=d, dtype=dtype, group=group),
             case("deviation_map", B=batch, d=d, H=side, M=PROTOTYPES, dtype=dtype, training=False, group=group),
         ]
-    # On a CPU as many queries as eager answers well within the bound on a call's time.
+    # On a CPU as many queries as eager answers within the bound on a call's time.
     many, fewer = (32768, 32768) if device == "cuda" else (16384, 8192)
     cases += [
         case("retrieve", N=many, M=512, d=64, B=batch, dtype=dtype, group="large"),
@@ -104,7 +108,7 @@ def kernels(device: str) -> Suite:
             case("retrieve", N=32768, M=512, d=128, B=batch, dtype="float32", group="large"),
             case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
         ]
-    # Where every case would compile, a CPU would mostly compile.
+    # On a CPU compiling every case would take most of the time.
     groups = None if device == "cuda" else ("resnet18 scale 1", "large")
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
@@ -169,7 +173,7 @@ def training(device: str) -> Suite:
 
 
 def scaling(device: str) -> Suite:
-    """Sweeps of one size at a time, up to where each implementation runs out of memory or of time."""
+    """Sweeps of one size at a time, until each implementation runs out of memory or of time."""
     on_gpu = device == "cuda"
     dtype = "bfloat16" if on_gpu else "float32"
     thousand = 1024
@@ -200,8 +204,9 @@ def scaling(device: str) -> Suite:
 
 
 def positions(side: int) -> int:
-    """Sampled positions of a map of side × side."""
-    return max(1, min(MOST_POSITIONS, int(side * side * RATIO)))
+    """Sampled positions of a map of side × side, with the library's defaults."""
+    loss = LossConfig()
+    return max(1, min(loss.max_positions, int(side * side * loss.ratio)))
 
 
 SUITES: dict[str, Callable[[str], Suite]] = {

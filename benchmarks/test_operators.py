@@ -1,6 +1,8 @@
-"""`pytest benchmarks/`: the smoke cases of every operator and implementation under pytest-benchmark.
+"""`pytest benchmarks/`: the harness as pytest-benchmark sees it, at the sizes of the smoke suite.
 
-The numbers are checked first; an implementation that cannot run here is skipped with its reason, a wrong one fails.
+It is for comparing runs with pytest-benchmark's own tools (`--benchmark-save`, `--benchmark-compare`) and for CI; rows,
+tables and pictures come from `python -m benchmarks.run`. Each implementation of each operator is one test, checked
+against float64 before it is timed: a wrong one fails, an unavailable one is skipped with its reason.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import rows
-from benchmarks.case import Case, Implementation
-from benchmarks.prepare import Bench, Bounds, NoTime
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case, Implementation
+from benchmarks.harness.prepare import Bench, Bounds
+from benchmarks.harness.rows import NoTime
 from benchmarks.rivals import implementations
 from benchmarks.suites import suite
 
@@ -45,7 +48,7 @@ def test_operator(case: Case, implementation: Implementation, benchmark) -> None
         raise
     benchmark.group = case.title
     if DEVICE == "cuda":
-        # pytest-benchmark has the host's clock: it must wait for the device. The runner uses events instead.
-        benchmark(lambda: (ready.subject.call(), torch.cuda.synchronize()))
+        # pytest-benchmark reads the host's clock, so each call waits for the device. The runner uses events instead.
+        benchmark(lambda: (ready.call(), torch.cuda.synchronize()))
     else:
-        benchmark(ready.subject.call)
+        benchmark(ready.call)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.touch`: every kernel of the library once, small, forward and backward; for sanitizers.
 
-Numbers are not checked here: the tests do that. Sizes are odd, so that last tiles are not full.
+Numbers are checked by the tests, not here. Sizes are odd, so that last tiles are not full.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import tyro
 
-from benchmarks.case import Unavailable, case
-from benchmarks.console import parse, say
+from benchmarks.harness.case import case
+from benchmarks.harness.console import say
+from benchmarks.harness.rows import Unavailable
 from benchmarks.operators import OPERATORS
 from benchmarks.rivals.ours import build
 
@@ -24,15 +26,15 @@ class Options:
     """Which kernels."""
 
     device: Literal["cpu", "cuda"] = "cuda"
-    """Where."""
+    """Where to run."""
     impl: Literal["native", "triton"] = "native"
-    """Whose."""
+    """Whose kernels."""
 
 
 def main(options: Options) -> int:
-    """Run; says what ran and what could not."""
+    """Run; print what ran, and why the others could not."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        say("--device cuda: torch finds no CUDA device here")
+        say("--device cuda: torch finds no CUDA device")
         return 2
     ran = 0
     for operator in OPERATORS.values():
@@ -55,4 +57,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Options, __doc__ or "")))
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

@@ -1,23 +1,86 @@
-"""Triton kernels of anomem: one file per operator, shared tile helpers, one table of tile sizes.
+"""Triton kernels of anomem, and the table of the operators that run them.
 
 This folder is installed as `anomem.kernels`; it imports torch and triton and nothing of `anomem`. Importing it loads
-no kernel: an operator's file is loaded by the operator's first call.
+no kernel: the first call of an operator loads the operator's file.
+
+The files
+    `retrieve`      chooses among `retrieve_flash`, `retrieve_resident` and `retrieve_chunked`; `rows` normalises
+    `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward` and `contrast_backward`
+    `primitives`    loads, products, softmax and sizes that these share
+    `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
 How a kernel file is built
-    The formula and its source stand at the top; every tile carries its shape. Tiles are named for what they tile:
+    The formula and its source stand at the top; every tile carries its shape. Blocks are named for what they tile:
     BLOCK_N queries, BLOCK_M prototypes, BLOCK_D features. Kernels (`@triton.jit`) come first, then the functions that
-    launch them, with a tile that `anomem.kernels.tuning` chooses, then `specs`, the list of what is compiled ahead of
-    time (see `anomem.kernels.inspect`).
+    launch them with a tile from `tile_search.launch`. A function that is launched is called `…_kernel`: that name is
+    what a profiler shows, and, without the ending, the tile table's.
 """
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 if __name__ != "anomem.kernels":
     raise ImportError("import anomem.kernels, not kernels: the folder is installed under the package's name")
 
-# Rows longer than this do not fit into the registers of one block, where the row normalisation keeps them.
+
+class Operator(NamedTuple):
+    """The implementation of an operator of `anomem.ops`."""
+
+    module: str
+    """A file of this folder."""
+    function: str
+    """A function of that file, with the arguments of the operator's schema."""
+    kernels: tuple[str, ...]
+    """All kernels that the function can launch."""
+
+
+_CONTRAST_FORWARD = ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel")
+_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_row_gradient_kernel")
+OPERATORS = {
+    "anomem::triton_retrieve_fwd": Operator(
+        "retrieve",
+        "forward",
+        (
+            "row_normalize_kernel",
+            "retrieve_flash_forward_kernel",
+            "retrieve_resident_kernel",
+            "retrieve_chunked_softmax_kernel",
+        ),
+    ),
+    "anomem::triton_retrieve_bwd": Operator(
+        "retrieve",
+        "backward",
+        (
+            "row_normalize_kernel",
+            "row_constant_kernel",
+            "retrieve_flash_prototype_sums_kernel",
+            "retrieve_flash_query_gradient_kernel",
+            "retrieve_chunked_softmax_backward_kernel",
+            "row_normalize_backward_kernel",
+        ),
+    ),
+    "anomem::triton_nt_xent_fwd": Operator("contrast", "nt_xent_forward", _CONTRAST_FORWARD),
+    "anomem::triton_nt_xent_bwd": Operator("contrast", "nt_xent_backward", _CONTRAST_BACKWARD),
+    "anomem::triton_info_nce_fwd": Operator("contrast", "info_nce_forward", _CONTRAST_FORWARD),
+    "anomem::triton_info_nce_bwd": Operator("contrast", "info_nce_backward", _CONTRAST_BACKWARD),
+}
+
+# Longer rows do not fit into the registers of one block, where the row normalisation keeps them.
 LONGEST_ROW = {"retrieve": 2048, "nt_xent": 1024, "info_nce": 1024}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def implementation(operator: str) -> Callable[..., Any]:
+    """The function that runs an operator; imports its file.
+
+    Args:
+        operator: a key of `OPERATORS`.
+    """
+    module, function, _ = OPERATORS[operator]
+    return getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
 
 
 def support(operator: str, dtype: torch.dtype, features: int) -> str | None:

@@ -3,63 +3,70 @@
 With cosines c_ij = u_i·v_j, P_ij = exp(c_ij / tau − lse_i), δ_ij = 1 at the positive of row i, and upstream gradient
 g_i of the loss of row i,
 
-    du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij)
+    du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij).
 
-and where rows and columns are the same joined views, so that c and δ are symmetric, in one pass
+For two joined views c and δ are symmetric, and one pass is enough:
 
     du_i = (1/tau) Σ_j W_ij u_j,   W_ij = g_i P_ij + g_j P_ji − (g_i + g_j) δ_ij,   W_ii = 0.
 
 The temperature's gradient comes with it: dtau = −(1/tau) Σ_ij W_ij c_ij / tau, half of that for joined views.
 
 Each block owns BLOCK_X rows x of one matrix and streams tiles of BLOCK_Y rows y of the other: W = [BLOCK_X, BLOCK_Y],
-du += W y, as in the backward of FlashAttention (Dao 2023). The block holds its gradient whole, so it also applies the
-backward of the row normalisation, unless the sum is cut into splits or the rows are too long: then float32 partial
-sums are left to `row_gradient_kernel`.
+du += W y, as in the backward of FlashAttention (Dao 2023). A block that holds its gradient whole also applies the
+backward of the row normalisation. If the sum is cut into splits or the rows are too long, it stores float32 partial
+sums, which `contrast_row_gradient_kernel` adds.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import cdiv, device_of, dot, multiprocessors, round_to, rounded_product, split_loop
-from anomem.kernels.contrast_rows import load_mantissa, mantissa, row_gradient, store_row_gradient
-from anomem.kernels.contrast_tiles import (
+from anomem.kernels.contrast_rows import (
     cosines,
     has_fixed_shift,
     inverse_temperature,
     is_special,
     load_index,
-    load_tile,
+    load_mantissa,
+    mantissa,
     opposite,
     plan,
-    points,
+    row_gradient,
     sees_one_column,
     sliced_product,
+    store_row_gradient,
 )
-from anomem.kernels.specs import Spec, names, spec
-from anomem.kernels.tiles import Tile
-from anomem.kernels.tuning import Launched, Site, launch
+from anomem.kernels.primitives import (
+    cdiv,
+    device_of,
+    dot,
+    load_tile,
+    multiprocessors,
+    round_to,
+    rounded_product,
+    split_loop,
+)
+from anomem.kernels.tile_search import Launched, Site, launch
+from anomem.kernels.tile_table import Tile
 
-# What W is a matrix of: two joined views, or a rectangle whose blocks own rows or columns.
+# The matrix W of a launch: of two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# float16 weights are scaled so that the largest upstream gradient of their group becomes this: their smallest normal
-# number, 2⁻¹⁴, then is 2⁻²⁷ of it, and their sum at a positive stays below the largest, 65504.
+# float16 weights are scaled so that the largest upstream gradient of their group becomes this. The smallest normal
+# number of float16, 2⁻¹⁴, is 2⁻²⁷ of it, and the sum of two weights at a positive stays below the largest, 65504.
 FLOAT16_PEAK = tl.constexpr(8192.0)
 
 
 @triton.jit
 def load_per_row(lse, upstream, rows, count):
-    """(lse, upstream gradient), [BLOCK] each; a row that is not there weighs nothing."""
+    """(lse, upstream gradient), [BLOCK] each; a row beyond the last gets weight 0."""
     mask = rows < count
     return tl.load(lse + rows, mask=mask, other=float("inf")), tl.load(upstream + rows, mask=mask, other=0.0)
 
 
 @triton.jit
 def rectangle_weights(logit, lse, upstream, target, hidden, column, column_count):
-    """W = g (P − δ). `logit` is [BLOCK_X, BLOCK_Y]; the others are [BLOCK_X, 1] or [1, BLOCK_Y], as rows lie."""
+    """W = g (P − δ). `logit` is [BLOCK_X, BLOCK_Y]; the others are [BLOCK_X, 1] or [1, BLOCK_Y]."""
     weight = tl.exp(logit - lse)
     weight = tl.where(column == target, weight - 1.0, weight) * upstream
     outside = column >= column_count
@@ -80,9 +87,9 @@ def contrast_backward_kernel(
     exclude,  # [R] int64, or None
     temperature,  # 0-dim float32, or None
     peak,  # [G] float32, max |upstream|: scales float16 weights; None otherwise
-    first,  # [G, border, d], written if there is no `partial`: see `store_row_gradient`
+    first,  # [G, border, d], written if `partial` is None: see `store_row_gradient`
     second,  # [G, X − border, d], or None
-    moment,  # [splits, G, X] float32: Σ_j W_ij c_ij / tau, for the temperature's gradient; None if it is not wanted
+    moment,  # [splits, G, X] float32: Σ_j W_ij c_ij / tau, for the temperature's gradient; None if not needed
     partial,  # [splits, G, X, d] float32, or None
     inverse_tau,
     groups,
@@ -159,14 +166,14 @@ def contrast_backward_kernel(
             y_upstream = y_upstream * amplify
         if ROLE == JOINED:
             if FIXED:
-                # One exponential an element. With 1/tau ≤ 44 neither exp(c / tau) nor exp(−lse) leaves 2^±82, so that
-                # no shift is needed and any upstream gradient fits between them and the ends of float32.
+                # One exponential an element. With 1/tau ≤ 44 both exp(c / tau) and exp(−lse) stay within 2^±82. So no
+                # shift is needed, and the product with any upstream gradient stays in float32.
                 weight = tl.exp(logit) * (x_weight[:, None] + (tl.exp(-y_lse) * y_upstream)[None, :])
             else:
                 weight = tl.exp(logit - x_lse[:, None]) * x_upstream[:, None]
                 weight += tl.exp(logit - y_lse[None, :]) * y_upstream[None, :]
             if is_special(tile * BLOCK_X, start, streamed_count, BLOCK_X, BLOCK_Y):
-                # −2 of the positive (once for each of the pair's rows) joins before W is rounded: it cancels most of P.
+                # −(g_i + g_j) of the positive is added before W is rounded, since it cancels most of P.
                 both = x_upstream[:, None] + y_upstream[None, :]
                 weight = tl.where(y_rows[None, :] == x_target[:, None], weight - both, weight)
                 outside = (y_rows[None, :] == x_rows[:, None]) | (y_rows >= streamed_count)[None, :]
@@ -228,7 +235,7 @@ def gradient(
         return lse.new_zeros(()) if wants_moment else None
     column_count = owned_count if role == COLUMNS else streamed.shape[1]
     if sees_one_column(positive, exclude, column_count):
-        upstream = upstream * 0.0  # what would be left of P − 1 is rounding
+        upstream = upstream * 0.0  # P − 1 is 0; without this its rounding error would remain
     cut = plan("contrast_backward", owned)
     slices = cdiv(features, cut.block_out)
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
@@ -257,34 +264,3 @@ def gradient(
     with device_of(owned):
         moment = launch(Site(cut.entry, facts, groups * owned_count, streamed.shape[1], owned.device), run)
     return None if moment is None else moment.sum()
-
-
-def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table in every role, with all that a call can have: an exclusion, a learned temperature."""
-    counts = dict.fromkeys(("groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"), "i32")
-    index = {"positive": "*i64", "exclude": "*i64"}
-    for point in points("contrast_backward", architecture):
-        row = "*bf16" if point.kind == "half" else "*fp32"
-        tensors = dict.fromkeys(("owned", "streamed", "first"), row) | {"inverse_tau": "fp32"}
-        tensors |= dict.fromkeys(("owned_inverse", "streamed_inverse", "lse", "upstream"), "*fp32")
-        if point.features > point.block_out:
-            tensors["partial"] = "*fp32"
-        variants = {
-            "joined": (JOINED, False, {"second": row, "temperature": "*fp32", "moment": "*fp32"}),
-            "joined fixed": (JOINED, True, {"second": row}),
-            "rows": (ROWS, False, index | {"temperature": "*fp32", "moment": "*fp32"}),
-            "columns": (COLUMNS, False, index | {"temperature": "*fp32"}),
-        }
-        for variant, (role, fixed, present) in variants.items():
-            if fixed and not point.fixed:
-                continue
-            constants = {
-                **{name: None for name in names(contrast_backward_kernel) if name.islower()},
-                "FEATURES": point.features, "ROLE": role.value, "FIXED": fixed, "SLICED": point.sliced,
-                "PRECISION": point.precision, "BLOCK_X": point.tile.rows, "BLOCK_Y": point.tile.columns,
-                "BLOCK_D": point.block_d, "BLOCK_OUT": point.block_out,
-            }  # fmt: skip
-            yield spec(
-                f"contrast_backward {variant} {point.kind} d{point.features}", contrast_backward_kernel,
-                tensors | counts | present, constants, point.tile, matrix=point.kind != "ieee",
-            )  # fmt: skip

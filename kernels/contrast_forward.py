@@ -1,53 +1,52 @@
-"""Losses of the rows of a contrast, and their logarithms of sums, without a [R, C] matrix.
+"""Loss and log-sum-exp of each row of a contrast, without a [R, C] matrix.
 
     lse_i = log Σ_{j ≠ exclude_i} exp(u_i·v_j / tau),   l_i = lse_i − u_i·v_{positive_i} / tau
     (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
 
 Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of cosines
 c_ij. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1.
-Where there are few rows the columns are cut into splits, whose sums a second kernel adds in their order: every run
-gives the same.
+With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a fixed order, so every
+run gives the same bits.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, cdiv, device_of, dot, multiprocessors, split_loop
-from anomem.kernels.contrast_rows import load_mantissa
-from anomem.kernels.contrast_tiles import (
+from anomem.kernels.contrast_rows import (
     cosines,
     has_fixed_shift,
     inverse_temperature,
     is_special,
     load_index,
-    load_tile,
+    load_mantissa,
     opposite,
     plan,
-    points,
     sees_one_column,
     sliced_product,
 )
-from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import Tile
-from anomem.kernels.tuning import Launched, Site, launch
+from anomem.kernels.primitives import LN2, LOG2E, cdiv, device_of, dot, load_tile, multiprocessors, split_loop
+from anomem.kernels.tile_search import Launched, Site, launch
+from anomem.kernels.tile_table import Tile
 
 
 @triton.jit
-def _larger(shift, other):
-    """The larger of two shifts, and the same with 0 for −inf, where no column was seen yet: it can be subtracted."""
+def larger_shift(shift, other):
+    """max(shift, other), and a copy that is safe to subtract: 0 instead of −inf while no column has been seen.
+
+    Not `online_softmax`, whose scores are logits: here shifts are cosines, and 1/tau is applied to the difference.
+    """
     new = tl.maximum(shift, other)
     return new, tl.where(new == -float("inf"), 0.0, new)
 
 
 @triton.jit
-def _store_losses(loss, lse, at, mask, shift, total, matched, inverse_tau):
-    # The difference first: where one column dominates, both cosines are nearly equal.
-    tl.store(loss + at, (shift - matched) * inverse_tau + tl.log2(total) * LN2, mask=mask)
-    tl.store(lse + at, shift * inverse_tau + tl.log2(total) * LN2, mask=mask)
+def store_losses(loss, lse, at, mask, shift, running_sum, matched, inverse_tau):
+    """Store loss and lse from the shift, the sum and the positive's cosine, [BLOCK_R] each, at offsets `at`."""
+    # Cosines are subtracted before the multiplication: where one column dominates, both are nearly equal.
+    tl.store(loss + at, (shift - matched) * inverse_tau + tl.log2(running_sum) * LN2, mask=mask)
+    tl.store(lse + at, shift * inverse_tau + tl.log2(running_sum) * LN2, mask=mask)
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def contrast_forward_kernel(
     scaled_columns,  # [G, C, d]
     row_inverse,  # [G, R] float32, 1/|row|
     column_inverse,  # [G, C] float32
-    positive,  # [R] int64; None where rows and columns are two joined views, and each row is hidden from itself
+    positive,  # [R] int64; None for two joined views, in which each row is hidden from itself
     exclude,  # [R] int64, or None
     temperature,  # 0-dim float32, or None
     loss,  # [G, R] float32
@@ -102,7 +101,7 @@ def contrast_forward_kernel(
     shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     if FIXED:
         shift = tl.full((BLOCK_R,), 1.0, tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
+    running_sum = tl.zeros((BLOCK_R,), tl.float32)
     matched = tl.zeros((BLOCK_R,), tl.float32)
     begin = split * columns_per_split
     end = tl.minimum(begin + columns_per_split, column_count)
@@ -128,28 +127,28 @@ def contrast_forward_kernel(
             cosine = tl.where((columns < column_count)[None, :], cosine, -float("inf"))
             matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
         if FIXED:
-            total += tl.sum(tl.exp2(cosine * scale - scale), axis=1)
+            running_sum += tl.sum(tl.exp2(cosine * scale - scale), axis=1)
         else:
-            new, safe = _larger(shift, tl.max(cosine, axis=1))
-            total = total * tl.exp2((shift - safe) * scale)
-            total += tl.sum(tl.exp2((cosine - safe[:, None]) * scale), axis=1)
+            new, safe = larger_shift(shift, tl.max(cosine, axis=1))
+            running_sum = running_sum * tl.exp2((shift - safe) * scale)
+            running_sum += tl.sum(tl.exp2((cosine - safe[:, None]) * scale), axis=1)
             shift = new
     if positive is not None:
-        total = tl.where(valid, total, float("nan"))
+        running_sum = tl.where(valid, running_sum, float("nan"))
 
     mask = rows < row_count
     if partial is None:
-        _store_losses(loss, lse, group * row_count + rows, mask, shift, total, matched, inverse_tau)
+        store_losses(loss, lse, group * row_count + rows, mask, shift, running_sum, matched, inverse_tau)
     else:
         at = (split * groups + group) * row_count + rows
         part = tl.full((), splits, tl.int64) * groups * row_count
         tl.store(partial + at, shift, mask=mask)
-        tl.store(partial + part + at, total, mask=mask)
+        tl.store(partial + part + at, running_sum, mask=mask)
         tl.store(partial + 2 * part + at, matched, mask=mask)
 
 
 @triton.jit
-def add_splits_kernel(
+def contrast_add_splits_kernel(
     partial,  # [3, splits, G · R] float32
     temperature,  # 0-dim float32, or None
     loss,  # [G · R] float32
@@ -159,24 +158,24 @@ def add_splits_kernel(
     splits,
     BLOCK_R: tl.constexpr,
 ):
-    """Losses from the sums of the splits, added in their order."""
+    """Loss and lse from the sums of the splits, added in order."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     mask = rows < count
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     scale = inverse_tau * LOG2E
     shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
+    running_sum = tl.zeros((BLOCK_R,), tl.float32)
     matched = tl.zeros((BLOCK_R,), tl.float32)
     for split in range(splits):
         at = tl.full((), split, tl.int64) * count + rows
         part = tl.full((), splits, tl.int64) * count
         other = tl.load(partial + at, mask=mask, other=0.0)
-        new, safe = _larger(shift, other)
-        total = total * tl.exp2((shift - safe) * scale)
-        total += tl.load(partial + part + at, mask=mask, other=0.0) * tl.exp2((other - safe) * scale)
+        new, safe = larger_shift(shift, other)
+        running_sum = running_sum * tl.exp2((shift - safe) * scale)
+        running_sum += tl.load(partial + part + at, mask=mask, other=0.0) * tl.exp2((other - safe) * scale)
         matched += tl.load(partial + 2 * part + at, mask=mask, other=0.0)
         shift = new
-    _store_losses(loss, lse, rows, mask, shift, total, matched, inverse_tau)
+    store_losses(loss, lse, rows, mask, shift, running_sum, matched, inverse_tau)
 
 
 def losses(
@@ -189,7 +188,7 @@ def losses(
     temperature: Tensor | None,
     tau: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and logarithm of the sum of each row.
+    """Loss and log-sum-exp of each row.
 
     Args:
         scaled_rows: [G, R, d] contiguous; see `contrast_rows`.
@@ -210,7 +209,7 @@ def losses(
     lse = torch.empty_like(loss)
     if loss.numel() == 0:
         return loss, lse
-    # With the running maximum a row's only column gives loss 0 without rounding.
+    # With the running maximum the loss of a row with one column is exactly 0.
     fixed = has_fixed_shift(scaled_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
     cut = plan("contrast_forward", scaled_rows)
 
@@ -225,7 +224,7 @@ def losses(
             BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            add_splits_kernel[(cdiv(loss.numel(), 256),)](
+            contrast_add_splits_kernel[(cdiv(loss.numel(), 256),)](
                 partial, temperature, loss, lse, 1 / tau, loss.numel(), parts, BLOCK_R=256, num_warps=4
             )
         return Launched(compiled)
@@ -235,31 +234,3 @@ def losses(
     with device_of(scaled_rows):
         launch(Site(cut.entry, facts, groups * row_count, column_count, scaled_rows.device), run)
     return loss, lse
-
-
-def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table, joined views and rectangle, with either shift and all that a call can have."""
-    counts = dict.fromkeys(("groups", "row_count", "column_count", "splits", "columns_per_split"), "i32")
-    index = {"positive": "*i64", "exclude": "*i64"}
-    variants = {
-        "joined": (False, {"temperature": "*fp32"}),
-        "joined fixed": (True, {}),
-        "rectangle": (False, {"temperature": "*fp32"} | index),
-        "rectangle fixed": (True, index),
-    }
-    for point in points("contrast_forward", architecture):
-        row = "*bf16" if point.kind == "half" else "*fp32"
-        tensors = {"scaled_rows": row, "scaled_columns": row, "inverse_tau": "fp32"}
-        tensors |= dict.fromkeys(("row_inverse", "column_inverse", "loss", "lse", "partial"), "*fp32")
-        for variant, (fixed, present) in variants.items():
-            if fixed and not point.fixed:
-                continue
-            constants = {
-                **dict.fromkeys({"temperature", *index} - set(present)),
-                "FEATURES": point.features, "FIXED": fixed, "SLICED": point.sliced, "PRECISION": point.precision,
-                "BLOCK_R": point.tile.rows, "BLOCK_C": point.tile.columns, "BLOCK_D": point.block_d,
-            }  # fmt: skip
-            yield spec(
-                f"contrast_forward {variant} {point.kind} d{point.features}", contrast_forward_kernel,
-                tensors | counts | present, constants, point.tile, matrix=point.kind != "ieee",
-            )  # fmt: skip

@@ -1,31 +1,59 @@
-"""The row passes of the contrastive losses: scaled rows in, gradients of the raw rows out. Both are memory bound.
+"""What the contrast kernels share: passes over rows, tiles of cosines, the temperature, and the plan of a launch.
 
+Scaled rows
     u_i = m_i s_i,   s_i = 2^k x_i,   m_i = 2^−k/|x_i|, k such that ½ ≤ m_i < 1
     r_i = 1/|x_i|, and 0 where |x_i| ≤ 1e-12;      dx_i = r_i (du_i − u_i (u_i·du_i))
 
-What the products read are the scaled rows s, not the unit rows u. A power of two rounds nothing, so that the cosines
-u_i·u_j = m_i m_j (s_i·s_j) of bfloat16 rows are as exact as their float32 sum. Rounding a unit row would change
-each element by up to 2⁻⁸ of it, and the temperature divides that: at tau = 0.005 and d = 16 logits would err by about
-0.1, weights P by a tenth. Only r is stored beside s: m is its mantissa.
+    Products read the scaled rows s, not the unit rows u. Scaling by a power of two rounds nothing, so the cosines
+    c_ij = m_i m_j (s_i·s_j) of bfloat16 rows are as exact as their float32 sum. Rounding a unit row would change each
+    element by up to 2⁻⁸ of it, and the temperature divides that error: at tau = 0.005 and d = 16 logits c_ij / tau
+    would err by about 0.1, weights P by a tenth. Beside s only r is stored; m is its mantissa.
 
-A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous.
+    A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous.
+    The row passes are memory bound.
+
+Feature axis
+    Up to `WHOLE` features a block holds its rows whole, and the tile of streamed rows is loaded once for both products.
+    Beyond, the products are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT features of its
+    rows' gradient: the products are computed d / BLOCK_OUT times, and nothing of their size is stored.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import block_of, cdiv, device_of, load_rows, round_to, store_rows
-from anomem.kernels.normalize import L2_EPS
-from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import Tile
+from anomem.kernels.primitives import (
+    block_of,
+    cdiv,
+    device_of,
+    dot,
+    load_rows,
+    load_tile,
+    precision,
+    round_to,
+    rounded_product,
+    store_rows,
+)
+from anomem.kernels.rows import L2_EPS, rows_per_block
+from anomem.kernels.tile_table import Entry, fitting, kind_of
+
+# Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, so the constant 1/tau
+# can replace the running maximum.
+LOWEST_FIXED_SHIFT = 0.023
+# A backward tile of 256 features spills: the gradient alone takes half of the registers.
+WHOLE = {
+    "contrast_forward": {"half": 256, "tf32": 128, "ieee": 64},
+    "contrast_backward": {"half": 128, "tf32": 64, "ieee": 64},
+}
+SLICE = {"half": 64, "tf32": 32, "ieee": 32}
 
 
 @triton.jit
 def mantissa(r):
-    """m, ½ ≤ m < 1, of r = 2^k m [BLOCK] float32; ½ for 0, whose row is 0."""
+    """m, ½ ≤ m < 1, of r = 2^k m [BLOCK] float32; ½ for r = 0 (a zero row)."""
     bits = r.to(tl.int32, bitcast=True)
     return ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
 
@@ -44,11 +72,11 @@ def load_mantissa(inverse, rows, count):
 
 
 @triton.jit
-def _scale_tile(
+def scale_tile(
     x,  # [G, count, d]
     x_group_stride,
     x_row_stride,
-    scaled,  # [G, count, d], rows contiguous; the groups may lie further apart, where `x` is one part of a matrix
+    scaled,  # [G, count, d], rows contiguous; groups may lie further apart, if `scaled` is one half of joined views
     scaled_group_stride,
     inverse,  # [G, count] float32
     inverse_group_stride,
@@ -59,11 +87,12 @@ def _scale_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Store s and r of one tile of rows of one matrix."""
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     raw = load_rows(x + group * x_group_stride, rows, x_row_stride, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
     raw = raw.to(tl.float32)
     length = tl.sqrt_rn(tl.sum(raw * raw, axis=1))  # [BLOCK_R]
-    # Not NaN where the length is; 0 also where it overflowed, and then infinite elements times 0 give NaN.
+    # A NaN length is not ≤ and stays NaN. An overflowed length has factor 0, and an infinite element times 0 is NaN.
     factor = tl.where(length <= L2_EPS, 0.0, tl.div_rn(1.0, length))
     s = raw * power_of_two(factor)[:, None]  # [BLOCK_R, BLOCK_D]
     store_rows(scaled + group * scaled_group_stride, s, rows, FEATURES, count, FEATURES, BLOCK_D)
@@ -71,7 +100,7 @@ def _scale_tile(
 
 
 @triton.jit
-def scaled_rows_kernel(
+def contrast_scaled_rows_kernel(
     first,  # [G, first_count, d]
     first_scaled,
     first_inverse,
@@ -98,13 +127,13 @@ def scaled_rows_kernel(
     group = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if tile < first_tiles:
-        _scale_tile(
+        scale_tile(
             first, first_group_stride, first_row_stride,
             first_scaled, first_scaled_group_stride, first_inverse, first_inverse_group_stride,
             group, tile, first_count, FEATURES, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     else:
-        _scale_tile(
+        scale_tile(
             second, second_group_stride, second_row_stride,
             second_scaled, second_scaled_group_stride, second_inverse, second_inverse_group_stride,
             group, tile - first_tiles, second_count, FEATURES, BLOCK_R, BLOCK_D,
@@ -125,10 +154,10 @@ def store_row_gradient(
     FEATURES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The backward of the row normalisation, written to where the raw rows came from. A zero row gets zero."""
-    along = tl.sum(u * du, axis=1)  # [BLOCK_R]
-    dx = (du - u * along[:, None]) * factor[:, None]  # [BLOCK_R, BLOCK_D]
-    # du can be NaN, because of another row; a row that was cut off at |x| ≤ 1e-12 gets zero all the same.
+    """Apply the backward of the row normalisation and store it as the raw rows lie. A zero row gets zero."""
+    projection = tl.sum(u * du, axis=1)  # [BLOCK_R]
+    dx = (du - u * projection[:, None]) * factor[:, None]  # [BLOCK_R, BLOCK_D]
+    # A row that was set to zero at |x| ≤ 1e-12 gets zero, even if another row made its du NaN.
     dx = tl.where((tl.sum(u * u, axis=1) == 0)[:, None], 0.0, dx)
     dx = round_to(dx, first.dtype.element_ty)
     columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -141,7 +170,7 @@ def store_row_gradient(
 
 
 @triton.jit
-def row_gradient_kernel(
+def contrast_row_gradient_kernel(
     partial,  # [splits, G, count, d] float32
     scaled,  # [G, count, d]
     inverse,  # [G, count] float32, 1/|row|
@@ -155,7 +184,7 @@ def row_gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """du = the partial sums added in the order of the splits, then the backward of the row normalisation."""
+    """Add the partial sums of du in the order of the splits and apply the backward of the row normalisation."""
     tiles = tl.cdiv(count, BLOCK_R)
     group = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -169,9 +198,70 @@ def row_gradient_kernel(
     store_row_gradient(du, u, factor, first, second, group, rows, count, border, FEATURES, BLOCK_D)
 
 
-def rows_per_block(features: int) -> int:
-    """BLOCK_R of the row passes: about 4096 elements, 32 a thread."""
-    return max(4096 // block_of(features), 1)
+@triton.jit
+def inverse_temperature(inverse_tau, temperature):
+    """1/tau: the number, or loaded from the 0-dim tensor of a learned temperature."""
+    if temperature is not None:
+        return 1.0 / tl.load(temperature)
+    return inverse_tau
+
+
+@triton.jit
+def sliced_product(
+    x,  # [x_count, FEATURES]
+    y,  # [y_count, FEATURES]
+    x_first,
+    y_first,
+    x_count,
+    y_count,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x yᵀ [BLOCK_X, BLOCK_Y] float32, summed over slices of BLOCK_D features."""
+    product = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for begin in range(0, FEATURES, BLOCK_D):
+        x_slice = load_tile(x, x_first, x_count, begin, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+        y_slice = load_tile(y, y_first, y_count, begin, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+        product = dot(x_slice, tl.trans(y_slice), product, PRECISION)
+    return product
+
+
+@triton.jit
+def cosines(product, x_factor, y_factor):
+    """c [BLOCK_X, BLOCK_Y] from products [BLOCK_X, BLOCK_Y] and the rows' factors m, [BLOCK_X] and [BLOCK_Y].
+
+    Its bits depend neither on which of the two rows is x nor on the operations that follow. So where one column has all
+    the weight, its cosine minus the maximum and its logit minus lse are exactly 0, and no rounding error is divided by
+    tau.
+    """
+    return rounded_product(product, x_factor[:, None] * y_factor[None, :])
+
+
+@triton.jit
+def opposite(rows, count):
+    """Index of each row's positive among the rows of two joined views: i + B for the first, i − B for the second."""
+    half = count // 2
+    return tl.where(rows < half, rows + half, rows - half)
+
+
+@triton.jit
+def is_special(x_begin, y_begin, count, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """Whether a tile of two joined views has a diagonal element, a positive or padding; most tiles have neither."""
+    half = count // 2
+    diagonal = (y_begin < x_begin + BLOCK_X) & (x_begin < y_begin + BLOCK_Y)
+    above = (y_begin < x_begin + half + BLOCK_X) & (x_begin + half < y_begin + BLOCK_Y)
+    below = (y_begin + half < x_begin + BLOCK_X) & (x_begin < y_begin + half + BLOCK_Y)
+    return diagonal | above | below | (y_begin + BLOCK_Y > count)
+
+
+@triton.jit
+def load_index(index, rows, count):
+    """[BLOCK] int32 column index per row, −1 beyond the last row; an index beyond int32 stays out of range."""
+    value = tl.load(index + rows, mask=rows < count, other=-1)
+    return tl.minimum(tl.maximum(value, -1), 0x7FFFFFFF).to(tl.int32)
 
 
 def scaled_rows(
@@ -199,7 +289,7 @@ def scaled_rows(
     if tiles == 0:
         return
     with device_of(first):
-        scaled_rows_kernel[(tiles,)](
+        contrast_scaled_rows_kernel[(tiles,)](
             first, first_scaled, first_inverse, second, second_scaled, second_inverse,
             first.stride(0), first.stride(1), second.stride(0), second.stride(1),
             first_scaled.stride(0), second_scaled.stride(0), first_inverse.stride(0), second_inverse.stride(0),
@@ -209,31 +299,63 @@ def scaled_rows(
 
 
 def row_gradient(partial: Tensor, scaled: Tensor, inverse: Tensor, first: Tensor, second: Tensor | None) -> None:
-    """Finish a gradient that was left in partial sums; arguments as in `row_gradient_kernel`."""
+    """The gradient of raw rows from its partial sums; arguments as in `contrast_row_gradient_kernel`."""
     groups, count, features = scaled.shape
     block_r = rows_per_block(features)
     with device_of(scaled):
-        row_gradient_kernel[(groups * cdiv(count, block_r),)](
+        contrast_row_gradient_kernel[(groups * cdiv(count, block_r),)](
             partial, scaled, inverse, first, second,
             groups, count, first.shape[1], partial.shape[0],
             FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
 
 
-def specs(architecture: int) -> Iterator[Spec]:
-    """The row passes at common and at the longest rows; they multiply no matrices."""
-    for features in (128, 1024):
-        tile = Tile(rows=rows_per_block(features), columns=features, warps=4, stages=3, shared=1)
-        shape = {"FEATURES": features, "BLOCK_R": tile.rows, "BLOCK_D": features}
-        parts = ("first", "second")
-        arguments = {f"{part}{name}": kind for part in parts for name, kind in _MATRIX.items()}
-        yield spec(f"scaled_rows bf16 d{features}", scaled_rows_kernel, arguments, shape, tile, matrix=False)
-        arguments = {"partial": "*fp32", "inverse": "*fp32"} | dict.fromkeys(("scaled", *parts), "*bf16")
-        arguments |= dict.fromkeys(("groups", "count", "border", "splits"), "i32")
-        yield spec(f"row_gradient bf16 d{features}", row_gradient_kernel, arguments, shape, tile, matrix=False)
+def has_fixed_shift(rows: Tensor, temperature: Tensor | None, tau: float) -> bool:
+    """Whether exponentials need no running maximum.
+
+    A learned temperature is not known before the launch. Exact float32 keeps the maximum: exponents of up to 126 cost
+    7 of its 24 bits, more than plain PyTorch loses, and its exponentials take little of the time.
+    """
+    exact = rows.dtype == torch.float32 and precision(rows.dtype) == "ieee"
+    return temperature is None and tau >= LOWEST_FIXED_SHIFT and not exact
 
 
-_MATRIX = {
-    "": "*bf16", "_scaled": "*bf16", "_inverse": "*fp32", "_group_stride": "i32", "_row_stride": "i32",
-    "_scaled_group_stride": "i32", "_inverse_group_stride": "i32", "_count": "i32",
-}  # fmt: skip
+def sees_one_column(positive: Tensor | None, exclude: Tensor | None, columns: int) -> bool:
+    """Whether each row sees its positive alone: its loss and its gradient are exactly 0."""
+    return columns == 2 if positive is None else columns == 1 and exclude is None
+
+
+class Plan(NamedTuple):
+    """How a launch cuts up the features; the same for every tile."""
+
+    entry: Entry
+    """Of the tile table."""
+    block_d: int
+    """BLOCK_D of the products."""
+    block_out: int
+    """BLOCK_OUT, the features of the gradient that one backward block owns."""
+    sliced: bool
+    """Whether products are summed over slices of BLOCK_D features."""
+    precision: str
+
+
+def plan(kernel: str, owned: Tensor) -> Plan:
+    """Cut up the features of the rows that the blocks own.
+
+    Args:
+        kernel: "contrast_forward" or "contrast_backward".
+        owned: [G, X, d].
+
+    Raises:
+        RuntimeError: no tile of the table fits the GPU.
+    """
+    features = owned.shape[2]
+    arithmetic = precision(owned.dtype)
+    kind = kind_of(owned.dtype, arithmetic)
+    whole = WHOLE[kernel][kind]
+    sliced = features > whole
+    block_d = SLICE[kind] if sliced else block_of(features)
+    entry = kernel, kind, 2 * whole if sliced else max(block_d, 64)
+    if not fitting(entry, owned.device):
+        raise RuntimeError(f"no tile of {kernel} for {owned.dtype}, d = {features} fits the shared memory of this GPU")
+    return Plan(entry, block_d, min(block_of(features), whole), sliced, arithmetic)

@@ -1,35 +1,42 @@
-"""Retrieval on GPUs: the choice among the schemes; the schemas are those of `anomem.ops.retrieve`.
+"""Retrieval: forward, backward, and the choice among three schemes.
 
     flash      d, dv ≤ 256: whole rows in registers, online softmax (`retrieve_flash`)
     resident   any d, dv, and M ≤ 256: whole score rows in registers, no backward (`retrieve_resident`)
-    chunked    any d, dv, M: the library's matrix products over L2-sized chunks of queries (`retrieve_chunked`)
+    chunked    any d, dv, M: cuBLAS products over L2-sized chunks of queries (`retrieve_chunked`)
 
-Exact float32 is chunked: the library multiplies better than a tile of fused multiply-adds would. So is the backward
-beyond 128 features: there flash would recompute, 7 products of 2 N M d operations against 5 of the chunked scheme, in
-poor tiles. Those of 256 features that do not spill have 32 rows or 8 warps for 64 of them on sm_80, which computes some
-products twice, and one block per multiprocessor on sm_100; on sm_90 none was found for separate values.
+Exact float32 is chunked: cuBLAS multiplies faster than a tile of fused multiply-adds.
+
+The backward beyond 128 features is chunked too:
+    - flash recomputes: 7 products of 2 N M d operations instead of 5;
+    - only poor tiles of 256 features compile without spills. On sm_80 they have 32 rows, or 64 rows and 8 warps, which
+      computes some products twice. On sm_100 one block fits a multiprocessor. On sm_90 no tile was found for separate
+      values.
 """
 
 import torch
 from torch import Tensor
 
 from anomem.kernels import retrieve_chunked, retrieve_flash, retrieve_resident, rows
-from anomem.kernels.common import block_of, precision
-from anomem.kernels.memory import Memory
-from anomem.kernels.tiles import Key, fitting, kind_of
+from anomem.kernels.primitives import Memory, block_of, precision
+from anomem.kernels.tile_table import Entry, fitting, kind_of
 
 
 def forward(
-    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    normalize: int,
 ) -> tuple[Tensor, Tensor]:
-    """What the memory returns.
+    """softmax(scale · beta · norm(Q) norm(K)ᵀ) V and its log-sum-exp.
 
     Args:
         query: [N, d], unit inner stride, any row stride.
         keys: [M, d], contiguous.
         values: [M, dv], contiguous, or None for V = norm(K).
-        beta: 0-dim, read on the device, or None.
-        scale: factor on beta, or beta itself when that is None.
+        beta: 0-dim, loaded by the kernel, or None.
+        scale: factor on beta; beta itself when that is None.
         normalize: 0 none, 1 layer, 2 l2.
 
     Returns:
@@ -39,10 +46,10 @@ def forward(
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    entries = flash_tiles(("retrieve_forward",), query, values)
+    entries = flash_entries(("retrieve_flash_forward",), query, values)
     if entries is not None:
         return retrieve_flash.forward(query, memory, entries[0], precision(query.dtype))
-    entry = resident_tile(query, keys)
+    entry = resident_entry(query, keys)
     if entry is not None:
         return retrieve_resident.forward(rows.normalized(query, normalize), memory, entry)
     return retrieve_chunked.forward(query, memory)
@@ -66,7 +73,7 @@ def backward(
         dout: [N, dv], contiguous.
         dlse: [N] or None.
         query, keys, values, beta, scale, normalize: as in `forward`.
-        out, lse: what `forward` returned.
+        out, lse: the results of `forward`.
 
     Returns:
         dquery [N, d], dkeys [M, d], dvalues [M, dv] (empty when tied), dbeta (0-dim; empty without beta).
@@ -77,7 +84,7 @@ def backward(
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
     memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-    entries = flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, values)
+    entries = flash_entries(("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, values)
     if entries is None:
         gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
@@ -89,8 +96,8 @@ def backward(
     return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
 
 
-def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Key, ...] | None:
-    """Where the tile table has these flash kernels, or None where the rows are too long or no tile fits."""
+def flash_entries(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Entry, ...] | None:
+    """The entries of the tile table for these flash kernels; None where rows are too long or no tile fits."""
     width = query.shape[1] if values is None else max(query.shape[1], values.shape[1])
     block = max(block_of(width), 64)  # shorter rows take the tile of 64
     kind = kind_of(query.dtype, precision(query.dtype))
@@ -100,8 +107,8 @@ def flash_tiles(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) 
     return entries if all(fitting(entry, query.device) for entry in entries) else None
 
 
-def resident_tile(query: Tensor, keys: Tensor) -> Key | None:
-    """Where the tile table has the resident kernel, or None where the memory is too large or no tile fits."""
+def resident_entry(query: Tensor, keys: Tensor) -> Entry | None:
+    """The entry of the tile table for the resident kernel; None where the memory is too large or no tile fits."""
     block = retrieve_resident.block_of_memory(keys.shape[0])
     if query.dtype == torch.float32 or block > retrieve_resident.MOST_PROTOTYPES:
         return None

@@ -2,72 +2,88 @@
 
     S = b norm(Q) Kᵀ, summed over slices of the features;   P = softmax(S), L = logsumexp(S);   O = P V, slice by slice
 
-A block owns BLOCK_N queries and all M ≤ BLOCK_M prototypes, so that d and dv may have any length and S is never
-written: two passes over slices of BLOCK_D features, one product each, no running maximum in between. b = scale · beta;
-query and keys are normalised already.
+A block owns BLOCK_N queries and all M ≤ BLOCK_M prototypes. So d and dv may have any length, S is never written, and
+no running maximum is needed: the kernel makes two passes over slices of BLOCK_D features with one product each.
+b = scale · beta; queries and keys are already normalised.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import LN2, LOG2E, cdiv, device_of, dot, next_power_of_2, round_to
-from anomem.kernels.memory import Memory, finite_shift, inverse_temperature
-from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import TABLE, Key, Tile
-from anomem.kernels.tuning import Launched, Site, launch
+from anomem.kernels.primitives import (
+    LN2,
+    LOG2E,
+    Memory,
+    cdiv,
+    device_of,
+    dot,
+    finite_shift,
+    load_slice,
+    next_power_of_2,
+    round_to,
+    score_scale,
+)
+from anomem.kernels.tile_search import Launched, Site, launch
+from anomem.kernels.tile_table import Entry, Tile
 
-# Features that a product takes at a time: one row of a shared-memory swizzle in 16 bits.
+# Features that one product takes: one row of a shared-memory swizzle in 16 bits.
 BLOCK_D = 64
-# 512 scores a row would leave 64 rows to a block: then it reads the memory from L2 faster than L2 delivers, and where d
-# is no multiple of BLOCK_D it spills.
+# With 512 scores a row a block would have 64 rows. It would need the memory faster than L2 delivers it, and would spill
+# where d is no multiple of BLOCK_D.
 MOST_PROTOTYPES = 256
 
 
 @triton.jit
-def load_slice(base, rows, columns, stride, count, WIDTH: tl.constexpr):
-    """[BLOCK, BLOCK_D] of a row-major matrix [count, WIDTH] at these rows and columns; zero outside."""
-    mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _forward(
-    query, keys, values, beta, out, lse, N, M, query_stride, scale,
-    D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    b = inverse_temperature(beta, scale) * LOG2E
-    s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+def retrieve_resident_kernel(
+    query,  # [N, d]
+    keys,  # [M, d]
+    values,  # [M, dv]; the keys themselves when tied
+    beta,  # 0-dim, or None
+    out,  # [N, dv]
+    lse,  # [N] float32
+    N,
+    M,
+    query_stride,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of queries against the whole memory. Grid: [tiles of queries]."""
+    queries = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    prototypes = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    b = score_scale(beta, scale) * LOG2E
+    scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for begin in range(0, D, BLOCK_D):
         columns = begin + tl.arange(0, BLOCK_D)
-        q = load_slice(query, n, columns, query_stride, N, D)  # [BLOCK_N, BLOCK_D]
-        k = load_slice(keys, m, columns, D, M, D)  # [BLOCK_M, BLOCK_D]
-        s = dot(q, tl.trans(k), s, "ieee")
-    s = tl.where((m < M)[None, :], s * b, float("-inf"))  # [BLOCK_N, BLOCK_M]
-    shift = finite_shift(tl.max(s, axis=1))
-    p = tl.exp2(s - shift[:, None])
-    total = tl.sum(p, axis=1)
-    tl.store(lse + n, (shift + tl.log2(total)) * LN2, mask=n < N)
-    weights = round_to(p, out.dtype.element_ty)
+        query_slice = load_slice(query, queries, columns, query_stride, N, D)  # [BLOCK_N, BLOCK_D]
+        key_slice = load_slice(keys, prototypes, columns, D, M, D)  # [BLOCK_M, BLOCK_D]
+        scores = dot(query_slice, tl.trans(key_slice), scores, "ieee")
+    scores = tl.where((prototypes < M)[None, :], scores * b, float("-inf"))  # [BLOCK_N, BLOCK_M]
+    shift = finite_shift(tl.max(scores, axis=1))  # [BLOCK_N]
+    exponentials = tl.exp2(scores - shift[:, None])
+    total = tl.sum(exponentials, axis=1)  # [BLOCK_N]
+    tl.store(lse + queries, (shift + tl.log2(total)) * LN2, mask=queries < N)
+    weights = round_to(exponentials, out.dtype.element_ty)
     for begin in range(0, DV, BLOCK_D):
         columns = begin + tl.arange(0, BLOCK_D)
-        v = load_slice(values, m, columns, DV, M, DV)  # [BLOCK_M, BLOCK_D]
-        o = dot(weights, v, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), "ieee") / total[:, None]
-        target = out + n.to(tl.int64)[:, None] * DV + columns[None, :]
-        tl.store(target, round_to(o, out.dtype.element_ty), mask=(n < N)[:, None] & (columns < DV)[None, :])
+        value_slice = load_slice(values, prototypes, columns, DV, M, DV)  # [BLOCK_M, BLOCK_D]
+        out_slice = dot(weights, value_slice, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), "ieee") / total[:, None]
+        # Not `row_pointers`: computing the mask first takes four more registers on sm_100.
+        target = out + queries.to(tl.int64)[:, None] * DV + columns[None, :]
+        mask = (queries < N)[:, None] & (columns < DV)[None, :]
+        tl.store(target, round_to(out_slice, out.dtype.element_ty), mask=mask)
 
 
-def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor]:
     """One block per tile of queries.
 
     Args:
-        query: [N, d] bfloat16 or float16, N ≥ 1, unit inner stride, normalised already.
+        query: [N, d] bfloat16 or float16, N ≥ 1, unit inner stride, already normalised.
         memory: of at most MOST_PROTOTYPES prototypes.
         entry: of the tile table; a tile's rows are BLOCK_N.
 
@@ -75,14 +91,16 @@ def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
         out [N, dv] in query's dtype, lse [N] float32.
     """
     keys, _, beta, scale, _ = memory
-    (count, d), dv = query.shape, memory.read.shape[1]
+    values = memory.read_values
+    (count, d), dv = query.shape, values.shape[1]
     out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
 
     def run(tile: Tile) -> Launched:
-        return Launched(_forward[(cdiv(count, tile.rows),)](
-            query, keys, memory.read, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
-            d, dv, tile.rows, block_of_memory(keys.shape[0]), BLOCK_D, **tile.options,
-        ))  # fmt: skip
+        compiled = retrieve_resident_kernel[(cdiv(count, tile.rows),)](
+            query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
+            D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=block_of_memory(keys.shape[0]), BLOCK_D=BLOCK_D, **tile.options,
+        )  # fmt: skip
+        return Launched(compiled)
 
     facts = {"dtype": query.dtype, "d": d, "dv": dv, "beta": beta is not None}
     with device_of(query):
@@ -93,18 +111,3 @@ def forward(query: Tensor, memory: Memory, entry: Key) -> tuple[Tensor, Tensor]:
 def block_of_memory(prototypes: int) -> int:
     """BLOCK_M: the next power of two, from 64 on."""
     return max(64, next_power_of_2(prototypes))
-
-
-def specs(architecture: int) -> Iterator[Spec]:
-    """Every tile of the table with a learned beta, at rows of whole slices and at others."""
-    arguments = dict.fromkeys(("query", "keys", "values", "out"), "*bf16") | dict.fromkeys(("beta", "lse"), "*fp32")
-    arguments |= dict.fromkeys(("N", "M", "query_stride"), "i32") | {"scale": "fp32"}
-    for (kernel, kind, _), tiles in TABLE.items():
-        if kernel != "retrieve_resident":
-            continue
-        for tile in tiles[architecture]:
-            for width in (512, 504):
-                constants = {
-                    "D": width, "DV": width, "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": BLOCK_D,
-                }  # fmt: skip
-                yield spec(f"retrieve_resident {kind} d{width}", _forward, arguments, constants, tile)

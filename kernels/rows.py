@@ -1,37 +1,102 @@
-"""Passes over the rows of a matrix: normalisation, its backward over partial sums, and the backward's row constant.
+"""Row normalisation of retrieval: in registers, as passes over a matrix, and the backward's constant of each row.
 
-Each block holds whole rows, so these are memory bound and read every number once.
+    layer   y = (x − mean(x)) · r,  r = 1/sqrt(var(x) + 1e-5)     dx = r (dy − mean(dy) − y mean(dy ∘ y))
+    l2      y = x · r,              r = 1/|x|, 0 if |x| ≤ 1e-12   dx = r (dy − y Σ(dy ∘ y))
+
+The variance is biased and there is no affine part. NORMALIZE is 0 for none, 1 for layer, 2 for l2. Tiles are
+[BLOCK, BLOCK_D] float32 with rows of length D; columns beyond D are zero in the input and in the result.
+
+Each block of a pass holds whole rows, so the passes are memory bound and read every number once.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.common import block_of, cdiv, device_of, load_rows, store_rows
-from anomem.kernels.normalize import normalize_rows, normalize_rows_backward
-from anomem.kernels.specs import Spec, spec
-from anomem.kernels.tiles import Tile
+from anomem.kernels.primitives import block_of, cdiv, device_of, load_rows, store_rows
+
+NONE, LAYER, L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LAYER_EPS = tl.constexpr(1e-5)
+L2_EPS = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _normalize(x, y, N, x_stride, NORMALIZE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def normalize_rows(x, NORMALIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(y, r): the normalised rows [BLOCK, BLOCK_D] and the factor r [BLOCK] that the backward needs."""
+    if NORMALIZE == LAYER:
+        mean = tl.sum(x, axis=1) / D
+        y = zero_beyond(x - mean[:, None], D, BLOCK_D)
+        factor = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / D + LAYER_EPS)
+        y = y * factor[:, None]
+    elif NORMALIZE == L2:
+        length = tl.sqrt_rn(tl.sum(x * x, axis=1))
+        factor = tl.where(length <= L2_EPS, 0.0, 1.0 / length)  # a NaN length is not ≤ and stays NaN
+        y = x * factor[:, None]
+    else:
+        y = x
+        factor = tl.full((x.shape[0],), 1.0, tl.float32)
+    return y, factor
+
+
+@triton.jit
+def normalize_rows_backward(dy, y, factor, NORMALIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dx [BLOCK, BLOCK_D] from dy, y [BLOCK, BLOCK_D] and the factor [BLOCK] of `normalize_rows`."""
+    if NORMALIZE == LAYER:
+        mean = tl.sum(dy, axis=1) / D
+        projection = tl.sum(dy * y, axis=1) / D
+        dx = zero_beyond(dy - mean[:, None] - y * projection[:, None], D, BLOCK_D) * factor[:, None]
+    elif NORMALIZE == L2:
+        projection = tl.sum(dy * y, axis=1)
+        dx = (dy - y * projection[:, None]) * factor[:, None]
+    else:
+        dx = dy
+    return dx
+
+
+@triton.jit
+def zero_beyond(x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x [BLOCK, BLOCK_D] with zeros in the columns beyond D."""
+    if D != BLOCK_D:
+        x = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def row_normalize_kernel(
+    x,  # [N, d]
+    y,  # [N, d], contiguous
+    N,
+    x_stride,
+    NORMALIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y = norm(x)."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     tile = load_rows(x, rows, x_stride, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
     unit, _ = normalize_rows(tile, NORMALIZE, D, BLOCK_D)
     store_rows(y, unit, rows, D, N, D, BLOCK_D)
 
 
 @triton.jit
-def _normalize_backward(
-    partials, x, dx, SPLIT, N, x_stride,
-    NORMALIZE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def row_normalize_backward_kernel(
+    partials,  # [SPLIT, N, d]
+    x,  # [N, d]
+    dx,  # [N, d], contiguous
+    SPLIT,
+    N,
+    x_stride,
+    NORMALIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dx from the partial sums of dy. Their order is fixed, whatever the order in which they were computed."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     dy = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for part in range(SPLIT):  # in this order whatever the order in which the parts were made
+    for part in range(SPLIT):
         dy += load_rows(partials + tl.full((), part, tl.int64) * N * D, rows, D, N, D, BLOCK_D).to(tl.float32)
     tile = load_rows(x, rows, x_stride, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
     unit, factor = normalize_rows(tile, NORMALIZE, D, BLOCK_D)
@@ -39,11 +104,21 @@ def _normalize_backward(
 
 
 @triton.jit
-def _row_constant(out, dout, dlse, delta, N, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o = load_rows(out, rows, D, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
-    do = load_rows(dout, rows, D, N, D, BLOCK_D).to(tl.float32)
-    constant = tl.sum(o * do, axis=1)  # [BLOCK]
+def row_constant_kernel(
+    out,  # [N, d]
+    dout,  # [N, d]
+    dlse,  # [N] float32, or None
+    delta,  # [N] float32
+    N,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """delta_n = Σ_j out_nj dout_nj − dlse_n."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    out_tile = load_rows(out, rows, D, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
+    dout_tile = load_rows(dout, rows, D, N, D, BLOCK_D).to(tl.float32)
+    constant = tl.sum(out_tile * dout_tile, axis=1)  # [BLOCK]
     if dlse is not None:
         constant -= tl.load(dlse + rows, mask=rows < N, other=0.0)
     tl.store(delta + rows, constant, mask=rows < N)
@@ -55,10 +130,10 @@ def normalized(x: Tensor, normalize: int, out: Tensor | None = None) -> Tensor:
     Args:
         x: [N, d], unit inner stride.
         normalize: 0 none, 1 layer, 2 l2.
-        out: [N, d], contiguous, to be written; a new tensor when None.
+        out: [N, d], contiguous, written; a new tensor when None.
 
     Returns:
-        [N, d], contiguous; x itself where there is nothing to do.
+        [N, d], contiguous; x itself if it is contiguous, `normalize` is 0 and `out` is None.
     """
     if normalize == 0 and out is None and x.is_contiguous():
         return x
@@ -66,7 +141,9 @@ def normalized(x: Tensor, normalize: int, out: Tensor | None = None) -> Tensor:
     count, width = x.shape
     block = rows_per_block(width)
     with device_of(x):
-        _normalize[(cdiv(count, block),)](x, out, count, x.stride(0), normalize, width, block, block_of(width))
+        row_normalize_kernel[(cdiv(count, block),)](
+            x, out, count, x.stride(0), normalize, width, block, block_of(width)
+        )
     return out
 
 
@@ -82,13 +159,13 @@ def normalized_backward(partials: Tensor, x: Tensor, normalize: int, dx: Tensor)
     split, count, width = partials.shape
     block = rows_per_block(width)
     with device_of(x):
-        _normalize_backward[(cdiv(count, block),)](
+        row_normalize_backward_kernel[(cdiv(count, block),)](
             partials, x, dx, split, count, x.stride(0), normalize, width, block, block_of(width)
         )
 
 
 def row_constant(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """delta − dlse = Σ_j out_nj dout_nj − dlse_n, which the backward of a softmax subtracts in every row.
+    """Σ_j out_nj dout_nj − dlse_n, which the backward of a softmax subtracts in every row.
 
     Args:
         out: [N, dv], contiguous.
@@ -102,31 +179,10 @@ def row_constant(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     delta = out.new_empty(count, dtype=torch.float32)
     block = rows_per_block(width)
     with device_of(out):
-        _row_constant[(cdiv(count, block),)](out, dout, dlse, delta, count, width, block, block_of(width))
+        row_constant_kernel[(cdiv(count, block),)](out, dout, dlse, delta, count, width, block, block_of(width))
     return delta
 
 
 def rows_per_block(width: int) -> int:
-    """BLOCK: about 4096 numbers a block, at least one row."""
+    """Rows that a block of a row pass holds: about 4096 numbers, 32 a thread, and at least one row."""
     return max(1, 4096 // block_of(width))
-
-
-def specs(architecture: int) -> Iterator[Spec]:
-    """The row passes at their shortest and longest rows; they multiply no matrices."""
-    for width in (64, 256, 2048):
-        tile = Tile(rows=rows_per_block(width), columns=width, warps=4, stages=3, shared=1)
-        shape = {"D": width, "BLOCK": tile.rows, "BLOCK_D": width}
-        counts = {"N": "i32", "x_stride": "i32"}
-        yield spec(
-            f"normalize bf16 d{width}", _normalize, {"x": "*bf16", "y": "*bf16", **counts},
-            {"NORMALIZE": 1, **shape}, tile, matrix=False,
-        )  # fmt: skip
-        yield spec(
-            f"normalize_backward bf16 d{width}", _normalize_backward,
-            {"partials": "*fp32", "x": "*bf16", "dx": "*bf16", "SPLIT": "i32", **counts},
-            {"NORMALIZE": 1, **shape}, tile, matrix=False,
-        )  # fmt: skip
-        yield spec(
-            f"row_constant bf16 d{width}", _row_constant,
-            {"out": "*bf16", "dout": "*bf16", "dlse": "*fp32", "delta": "*fp32", "N": "i32"}, shape, tile, matrix=False,
-        )  # fmt: skip

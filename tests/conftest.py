@@ -1,20 +1,31 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite.
+
+Triton kernels run in Triton's interpreter, on CPU tensors, except under `-m gpu`. The interpreter must be switched on
+before anything imports triton, as torch.compile does and the conftest.py of a folder may: hence the first statement.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
-import torch
+
+SWITCHED_ON_HERE = "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules
+if SWITCHED_ON_HERE:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton kernels run in Triton's interpreter, on CPU tensors, except under `-m gpu`.
-
-    It must be switched on before anything imports triton, which torch.compile does: hence here, not beside the tests.
-    """
-    if config.getoption("markexpr") != "gpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    """Under `-m gpu` the kernels are compiled."""
+    if config.getoption("markexpr") == "gpu" and SWITCHED_ON_HERE:
+        if "triton" in sys.modules:
+            raise pytest.UsageError("triton was imported with its interpreter on: set TRITON_INTERPRET=0")
+        del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,9 +38,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> object:
+def poisoned_memory() -> Iterator[None]:
     """Every test runs with uninitialised memory filled with NaN, so that a value nobody wrote is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranges_in_the_interpreter() -> None:
+    """Triton 3.6 calls int() on an array of one element, which numpy 2.4 refuses unless it is 0-dimensional.
+
+    Every range() over a run-time bound would raise TypeError.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: type, *rest: object) -> None:
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+@pytest.fixture
+def interpreter(ranges_in_the_interpreter: None) -> Iterator[None]:
+    """What a test that runs kernels in the interpreter needs.
+
+    The interpreter computes with numpy, which warns where the hardware gives inf and NaN, as in masked rows.
+    """
+    with numpy.errstate(all="ignore"):
+        yield

@@ -1,11 +1,13 @@
-"""The arrows of the house: who may import whom, and what `import anomem` must not load."""
+"""Who may import whom, what `import anomem` must not load, and the words that name an operator on every floor."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -30,20 +32,21 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "validation"},
     "augment": {"errors", "validation"},
     "models": {"backends", "errors", "functional", "nn", "reference", "validation"},
-    "evaluate": {
-        "augment", "backends", "data", "errors", "functional", "models", "nn", "reference", "validation",
-    },
-    "plots": {"data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "validation"},
+    "scoring": {"augment", "data", "errors", "models", "reference", "validation"},
     "train": {
-        "__init__", "augment", "backends", "data", "errors", "evaluate", "files", "functional", "models", "nn",
-        "reference", "validation",
+        "augment", "backends", "data", "errors", "files", "functional", "models", "nn", "reference", "scoring",
+        "validation",
+    },
+    "evaluate": {"augment", "data", "errors", "models", "scoring", "train", "validation"},
+    "plots": {
+        "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "cli": {
         "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "files", "functional", "models", "nn",
-        "plots", "reference", "train", "validation",
+        "plots", "reference", "scoring", "train", "validation",
     },
     "demo": {
-        "augment", "cli", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
+        "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
         "validation",
     },
 }  # fmt: skip
@@ -112,3 +115,93 @@ def test_layers_load_no_kernel_and_no_compiler() -> None:
         "sys.exit(f'importing the layers loads {loaded}' if loaded else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage")
+"""One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
+the positions; deviation_map; memory_diagnostics."""
+
+
+class Floor(NamedTuple):
+    """A folder whose files are named after operators: `<word>.*` and, for parts of one, `<word>_<part>.*`."""
+
+    folder: str
+    words: set[str]
+    """Operators that this floor has."""
+    shared: set[str]
+    """Files that serve several operators or none, without suffix."""
+    prefix: str = ""
+
+
+FLOORS = [
+    Floor("anomem/functional", set(WORDS), {"__init__", "_inputs", "memory_loss"}),
+    Floor("anomem/reference", set(WORDS), {"__init__"}),
+    Floor("anomem/ops", set(WORDS), {"__init__", "library", "native", "sources"}),
+    Floor(
+        "kernels",
+        {"retrieve", "contrast"},
+        {"__init__", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
+    ),
+    Floor(
+        "csrc/cpu",
+        set(WORDS),
+        {
+            "arguments", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline", "kernels",
+            "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+        },
+    ),
+    Floor(
+        "csrc/cuda",
+        {"retrieve", "deviation_map", "sampling"},
+        {
+            "entry", "launch", "memory", "moments", "operands", "primitives", "product", "registers", "rows", "scatter",
+            "softmax", "take",
+        },
+    ),
+    Floor("tests/operators", set(WORDS), {"__init__", "conftest", "contract"}, prefix="test_"),
+]  # fmt: skip
+
+
+def misnamed(floor: Floor, names: Iterable[str]) -> list[str]:
+    """What is wrong with the names of a floor's files, in words."""
+    stems = {name.split(".")[0] for name in names}
+    words = {stem.removeprefix(floor.prefix) for stem in stems - floor.shared if stem.startswith(floor.prefix)}
+    strangers = {stem for stem in stems - floor.shared if not stem.startswith(floor.prefix)}
+    strangers |= {word for word in words if not any(word == w or word.startswith(f"{w}_") for w in floor.words)}
+    missing = {word for word in floor.words if word not in words}
+    return [f"no file for {word}" for word in sorted(missing)] + [
+        f"{name} is no operator" for name in sorted(strangers)
+    ]
+
+
+def names_of(folder: str) -> list[str]:
+    """Names of the source files of a folder, empty where it is not there."""
+    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh"}
+    return [path.name for path in (ROOT / folder).glob("*") if path.suffix in suffixes]
+
+
+@pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: floor.folder)
+def test_an_operator_has_one_word_on_every_floor(floor: Floor) -> None:
+    assert misnamed(floor, names_of(floor.folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "complaints"),
+    [
+        (["retrieve.py", "contrast.py", "rows.py", "retrieve_flash.py", "notes.json"], ["notes is no operator"]),
+        (["retrieval.py", "contrast.py"], ["no file for retrieve", "retrieval is no operator"]),
+        (["retrieve_flash.py", "contrast.py", "nt_xent.py"], ["no file for retrieve", "nt_xent is no operator"]),
+        (["retrieve.py", "contrast.py", "contrastive.py"], ["contrastive is no operator"]),
+        ([], ["no file for contrast", "no file for retrieve"]),
+    ],
+)
+def test_a_wrong_word_is_found(names: list[str], complaints: list[str]) -> None:
+    assert misnamed(Floor("kernels", {"retrieve", "contrast"}, {"rows"}), names) == complaints
+
+
+def test_a_test_without_its_prefix_or_its_word_is_found() -> None:
+    floor = Floor("tests/operators", {"retrieve"}, {"conftest"}, prefix="test_")
+    assert misnamed(floor, ["conftest.py", "test_retrieve.py", "test_retrieve_large.py"]) == []
+    assert misnamed(floor, ["retrieve.py", "test_retrieval.py"]) == [
+        "no file for retrieve", "retrieval is no operator", "retrieve is no operator",
+    ]  # fmt: skip

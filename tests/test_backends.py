@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from anomem import backends
-from anomem.backends import Problem, Rule
+from anomem.backends import Choice, Problem, Rule, Where
 from anomem.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +30,8 @@ def test_the_reference_runs_everything() -> None:
 
 def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = (
-        Rule("nt_xent", "cuda", "triton", "always", "another device", lambda p: True),
-        Rule("nt_xent", "cpu", "native", "rows ≥ 100", "measured", lambda p: p.rows >= 100),
+        Rule("nt_xent", "cuda", "triton", Where(), "another device"),
+        Rule("nt_xent", "cpu", "native", Where(rows=100), "measured"),
     )
     monkeypatch.setattr(backends, "AUTO", rules)
     monkeypatch.setattr(backends, "obstacle", lambda *args: None)
@@ -37,7 +40,7 @@ def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.
 
 
 def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "AUTO", (Rule("nt_xent", "cpu", "native", "always", "fast", lambda p: True),))
+    monkeypatch.setattr(backends, "AUTO", (Rule("nt_xent", "cpu", "native", Where(), "fast"),))
     monkeypatch.setattr(backends, "obstacle", lambda *args: "not built")
     assert backends.explain(problem()) == ("reference", "native cannot run here: not built")
     with pytest.raises(ArgumentError, match="not built"):
@@ -49,19 +52,134 @@ def test_every_rule_names_an_operator_an_implementation_and_its_reason() -> None
         assert rule.operator in backends.OPERATORS
         assert rule.implementation in backends.IMPLEMENTATIONS[1:]
         assert rule.device in ("cpu", "cuda")
-        assert rule.where
+        assert str(rule.where)
         assert rule.reason
 
 
-def test_a_part_without_a_kernel_chooses_for_itself() -> None:
-    assert backends.for_part("variance", "cpu", "triton") == "auto"
-    assert backends.for_part("nt_xent", "cpu", "triton") == "triton"
-    assert backends.for_part("nt_xent", "cpu", "native") == "native"
+def test_a_condition_says_what_it_tests() -> None:
+    where = Where(
+        (torch.float32,), rows=2, columns=3, features=4, most_features=9, scores_of_a_group=2**20, scores=2**33
+    )
+    assert str(where) == (
+        "float32, rows ≥ 2, columns ≥ 3, features ≥ 4, rows × columns ≥ 2^20, groups × rows × columns ≥ 2^33, "
+        "features ≤ 9"
+    )
+    assert str(Where()) == "always"
+    right = Problem("retrieve", "cpu", torch.float32, 4, rows=2**20, columns=2**13)
+    assert where.holds(right)
+    for change in (
+        {"dtype": torch.float64}, {"features": 3}, {"features": 10}, {"rows": 1, "groups": 2**30}, {"columns": 2},
+        {"rows": 2**6, "groups": 2**30}, {"rows": 2**19},
+    ):  # fmt: skip
+        assert not where.holds(right._replace(**change)), change
+    assert Where().holds(right)
+
+
+def problem_of(row: dict[str, object]) -> Problem:
+    """The call that a committed row has measured."""
+    size: dict[str, int] = defaultdict(int, row["shape"])  # type: ignore[call-overload]
+    operator = str(row["operator"])
+    rows, columns, groups = {
+        "nt_xent": (2 * size["B"], 2 * size["B"], size["G"]),
+        "info_nce": (size["R"], size["C"], 1),
+        "gather": (size["B"], size["H"] ** 2, size["n"]),
+        "variance": (size["B"], 0, size["G"]),
+        "deviation_map": (size["B"] * size["H"] ** 2, size["M"], 1),
+    }.get(operator, (size["N"], size["M"], 1))
+    features = size["C"] if operator == "gather" else size["d"]
+    return Problem(operator, "cpu", getattr(torch, str(row["dtype"])), features, rows, columns, groups)
+
+
+def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
+    """Where a rule holds its implementation is the fastest of each case, and there is such a case in each dtype."""
+    cases: dict[tuple[object, ...], dict[str, float]] = defaultdict(dict)
+    for path in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("operator") in backends.OPERATORS and row["milliseconds"] is not None:
+                key = (path.name, problem_of(row), row["training"], row["group"], json.dumps(row["shape"]))
+                cases[key][row["implementation"]] = row["milliseconds"]["p50"]
+    for rule in (rule for rule in backends.AUTO if rule.device == "cpu"):
+        measured = [(key[1], times) for key, times in cases.items() if holds(rule, key[1]) and "eager" in times]
+        assert {problem.dtype for problem, _ in measured} == set(rule.where.dtypes), rule
+        for problem, times in measured:
+            assert min(times, key=times.__getitem__) == rule.implementation, (problem, times)
+
+
+def holds(rule: Rule, problem: object) -> bool:
+    assert isinstance(problem, Problem)
+    return rule.operator == problem.operator and rule.where.holds(problem)
+
+
+def test_a_choice_can_come_from_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first source that has an answer is taken; the ones behind it are asked where it has none."""
+
+    def measured(problem: Problem) -> Choice | None:
+        return Choice("native", "measured here", "1.3 times as fast") if problem.rows >= 100 else None
+
+    monkeypatch.setattr(backends, "SOURCES", (measured, *backends.SOURCES))
+    monkeypatch.setattr(backends, "AUTO", ())
+    assert backends.decide(problem(rows=100)) == ("native", "measured here", "1.3 times as fast")
+    assert backends.explain(problem(rows=100)) == ("native", "1.3 times as fast")
+    assert backends.decide(problem(rows=99))[:2] == ("reference", "default")
+    assert backends.choose(problem(rows=100), "auto") == "native"
+
+
+def test_a_part_without_a_kernel_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "AUTO", ())
+    monkeypatch.setattr(backends, "obstacle", lambda operator, impl, *rest: None if impl == "reference" else "broken")
+    assert backends.choose(problem("variance"), "triton", part=True) == "reference"
+    with pytest.raises(ArgumentError, match="broken"):
+        backends.choose(problem("variance"), "triton")
+    for impl in ("triton", "native"):  # has a kernel, which cannot run here
+        with pytest.raises(ArgumentError, match="broken"):
+            backends.choose(problem("nt_xent"), impl, part=True)
+    on_gpu = problem("usage")._replace(device="cuda")
+    assert backends.choose(on_gpu, "native", part=True) == "reference"
+    assert backends.choose(problem("nt_xent"), "reference", part=True) == "reference"
+    with pytest.raises(ArgumentError, match="one of 'auto', 'reference', 'triton', 'native'"):
+        backends.choose(problem(), "cuda", part=True)
+
+
+def test_more_than_one_step_of_a_deviation_map_runs_the_reference() -> None:
+    once = Problem("deviation_map", "cpu", torch.float32, 16, rows=8, columns=8)
+    twice = once._replace(steps=2)
+    assert backends.choose(twice, "auto") == "reference"
+    with pytest.raises(ArgumentError, match="reads the memory once"):
+        backends.choose(twice, "native")
+    assert backends.choose(twice._replace(operator="retrieve"), "reference") == "reference"
+
+
+def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
+    """backends sets by hand what the decorator sets, because the decorator imports the compiler."""
+
+    @torch.compiler.assume_constant_result
+    def decorated() -> None: ...
+
+    assert vars(decorated) == {"_dynamo_marked_constant": True}
+    assert vars(backends._constant_obstacle) == vars(decorated)
+
+    def untraceable(count: int) -> int:
+        torch._dynamo.graph_break()
+        return count
+
+    def call(x: Tensor) -> Tensor:
+        return x * untraceable(3)
+
+    x = torch.ones(2)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(call, fullgraph=True, backend="eager")(x)
+    untraceable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    torch.compiler.reset()
+    assert torch.compile(call, fullgraph=True, backend="eager")(x).tolist() == [3, 3]
 
 
 def test_obstacles_are_sentences() -> None:
     for operator, implementation, answer in backends.table("cpu"):
         assert answer == "runs" or len(answer.split()) > 3, (operator, implementation, answer)
+    answers = {entry[:2]: entry[2] for entry in backends.table("cpu")}
+    assert answers["deviation_map", "reference"] == "runs"
+    assert answers["deviation_map", "native"] != "runs"
 
 
 def test_the_environment_can_be_printed() -> None:

@@ -1,4 +1,4 @@
-"""Random views of images, batched on their device, and synthetic outliers."""
+"""Random augmentation of a batch on its device, and synthetic outliers."""
 
 from anomem.augment.augmentation import Augmentation
 from anomem.augment.config import AugmentConfig

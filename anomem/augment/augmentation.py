@@ -1,30 +1,41 @@
-"""The random augmentation of a batch."""
+"""The random augmentation of a batch: one affine warp, then brightness, contrast, saturation, blur and noise.
+
+The photometric formulas are torchvision's (`torchvision.transforms.v2.functional`). They take one parameter per batch;
+here each image has its own.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from anomem.augment.config import AugmentConfig
-from anomem.augment.geometry import Geometry, moves, warp
-from anomem.augment.photometry import add_noise, adjust, blur_radius, gaussian_blur
+from anomem.augment.config import AugmentConfig, Padding
 from anomem.validation import require
+
+# ITU-R BT.601 luma with torchvision's rounding.
+LUMA = (0.2989, 0.587, 0.114)
 
 
 class Augmentation:
-    """Draws one set of parameters per image and applies them to the batch on its device.
+    """Draws parameters for each image and applies them to the batch on its device.
 
-    Nothing waits for the device, and the same generator state gives the same bits.
+    It never waits for the device, and the same generator state gives the same bits.
 
     Args:
         config: the ranges.
 
-    Raises:
-        ArgumentError: a range that makes no sense.
+    Example:
+        >>> augmentation = Augmentation(AugmentConfig.for_dataset("digits"))
+        >>> generator = torch.Generator(images.device).manual_seed(0)
+        >>> views = augmentation(images, generator)  # [B, C, H, W] uint8 -> float32 in [0, 1]
     """
 
     def __init__(self, config: AugmentConfig) -> None:
-        config.validate()
         self.config = config
 
     @torch.no_grad()
@@ -44,7 +55,7 @@ class Augmentation:
         uniform = torch.rand(Geometry.NUMBERS + 7, batch, generator=generator, device=x.device)
         jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
         if moves(config):
-            x = warp(x, Geometry.drawn(uniform, config), config.padding)
+            x = warp(x, Geometry.from_uniform(uniform, config), config.padding)
         if config.jitter > 0:
             on = (jittered < config.jitter).to(x.dtype)
             x = adjust(
@@ -68,10 +79,190 @@ class Augmentation:
 
 
 def as_float(images: Tensor, generator: torch.Generator) -> Tensor:
-    """[B, C, H, W] float32 in [0, 1] of uint8 or float images, after checking them against their generator."""
+    """uint8 or float images as [B, C, H, W] float32 in [0, 1], after checking them against their generator."""
     require(isinstance(images, Tensor) and images.dim() == 4, "images", "a tensor [B, C, H, W]", images)
-    right = images.dtype == torch.uint8 or images.is_floating_point()
-    require(right, "images", "uint8, or float in [0, 1]", images.dtype)
+    is_image = images.dtype == torch.uint8 or images.is_floating_point()
+    require(is_image, "images", "uint8, or float in [0, 1]", images.dtype)
     same = generator.device.type == images.device.type
     require(same, "generator", lambda: f"a generator on {images.device}", generator.device)
     return images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
+
+
+@dataclass
+class Geometry:
+    """Crop, zoom, rotation, shift and flip of each image: nine parameters, each [B] float32.
+
+    Attributes:
+        crop_width: width of the crop over the image's.
+        crop_height: height of the crop over the image's.
+        crop_x: centre of the crop, from −1 (left edge of the image) to 1.
+        crop_y: centre of the crop, from −1 (top edge) to 1.
+        flip: −1 mirrors left and right, 1 does not.
+        zoom: magnification about the centre of the crop.
+        angle: radians, clockwise as seen.
+        shift_x: to the right, as a fraction of the width.
+        shift_y: downwards, as a fraction of the height.
+    """
+
+    crop_width: Tensor
+    crop_height: Tensor
+    crop_x: Tensor
+    crop_y: Tensor
+    flip: Tensor
+    zoom: Tensor
+    angle: Tensor
+    shift_x: Tensor
+    shift_y: Tensor
+
+    # Uniform numbers that `from_uniform` takes per image.
+    NUMBERS = 9
+
+    @staticmethod
+    def from_uniform(uniform: Tensor, config: AugmentConfig) -> Geometry:
+        """Parameters from uniform numbers [9, B] in [0, 1)."""
+        signed = 2 * uniform - 1
+        area = _between(uniform[0], *config.crop_area)
+        half_log_ratio = _between(uniform[1], *(0.5 * math.log(ratio) for ratio in config.crop_ratio))
+        root, stretch = area.sqrt(), half_log_ratio.exp()
+        width, height = (root * stretch).clamp_max(1), (root / stretch).clamp_max(1)
+        return Geometry(
+            crop_width=width,
+            crop_height=height,
+            crop_x=signed[2] * (1 - width),
+            crop_y=signed[3] * (1 - height),
+            flip=1 - 2 * (uniform[4] < config.flip).to(uniform.dtype),
+            zoom=_between(uniform[5], *config.zoom),
+            angle=signed[6] * math.radians(config.rotation),
+            shift_x=signed[7] * config.shift,
+            shift_y=signed[8] * config.shift,
+        )
+
+    def matrices(self, height: int, width: int) -> Tensor:
+        """[B, 2, 3]: the place in the image that each output pixel is read from, both in [−1, 1] coordinates.
+
+        An output pixel is mirrored, then shifted back, rotated back and shrunk by the zoom, then placed in the crop.
+        Rotation is in pixels, so that it does not shear an image that is not square.
+        """
+        cosine, sine = self.angle.cos() / self.zoom, self.angle.sin() / self.zoom
+        aspect = width / height
+        a, b, c, d = cosine, sine / aspect, -sine * aspect, cosine
+        x, y = -2 * self.shift_x, -2 * self.shift_y
+        rows = [
+            self.crop_width * a * self.flip,
+            self.crop_width * b,
+            self.crop_width * (a * x + b * y) + self.crop_x,
+            self.crop_height * c * self.flip,
+            self.crop_height * d,
+            self.crop_height * (c * x + d * y) + self.crop_y,
+        ]
+        return torch.stack(rows, 1).view(-1, 2, 3)
+
+
+def moves(config: AugmentConfig) -> bool:
+    """Whether the configuration moves pixels at all."""
+    still = config.crop_area == config.crop_ratio == config.zoom == (1.0, 1.0)
+    return not (still and config.flip == config.rotation == config.shift == 0)
+
+
+def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
+    """Sample every image once, bilinearly.
+
+    Args:
+        images: [B, C, H, W] float.
+        geometry: B parameters.
+        padding: pixels outside of the image.
+
+    Returns:
+        [B, C, H, W].
+    """
+    theta = geometry.matrices(*images.shape[-2:]).to(images.dtype)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def adjust(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
+    """Brightness, then contrast, then saturation; each result is clamped to [0, 1].
+
+    Args:
+        images: [B, C, H, W] float in [0, 1].
+        brightness: [B] factors, 1 is neutral; None is 1 for all.
+        contrast: [B] factors about the image's mean grey, or None.
+        saturation: [B] factors about each pixel's grey, or None; one-channel images are left as they are.
+
+    Returns:
+        [B, C, H, W] in [0, 1].
+    """
+    if brightness is not None:
+        images = (images * brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
+    if contrast is not None:
+        mean = grey(images).mean((1, 2, 3), keepdim=True)
+        images = torch.lerp(mean, images, contrast.view(-1, 1, 1, 1)).clamp_(0, 1)
+    if saturation is not None and images.shape[1] == 3:
+        images = torch.lerp(grey(images), images, saturation.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return images
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma of colour images, the mean of any other number of channels: [B, C, H, W] -> [B, 1, H, W]."""
+    if images.shape[1] == 3:
+        return LUMA[0] * images[:, 0:1] + LUMA[1] * images[:, 1:2] + LUMA[2] * images[:, 2:3]
+    return images if images.shape[1] == 1 else images.mean(1, keepdim=True)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur each image with its own Gaussian, mirrored at the edges.
+
+    The filter on each axis is a matrix, so that a batch takes two batched matrix products whatever its sigmas.
+
+    Args:
+        images: [B, C, H, W] float; H and W > radius.
+        sigma: [B] standard deviations in pixels; one ≤ 0 leaves its image unchanged.
+        radius: of the filter in pixels; it is 2·radius + 1 wide for all images.
+
+    Returns:
+        [B, C, H, W].
+    """
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3).view(-1, 1)).square())  # [B, 2r + 1]
+    weights = weights / weights.sum(1, keepdim=True)
+    height, width = images.shape[-2:]
+    down, right = (
+        (weights @ _bands(size, radius, images.device).to(weights)).view(-1, 1, size, size) for size in (height, width)
+    )
+    return down @ images @ right.mT
+
+
+def blur_radius(largest_sigma: float) -> int:
+    """Pixels on each side that a Gaussian of this width needs: three standard deviations, at least one pixel."""
+    return max(1, math.ceil(3 * largest_sigma))
+
+
+@functools.lru_cache(maxsize=16)
+def _bands(size: int, radius: int, device: torch.device) -> Tensor:
+    """[2r + 1, size²]: row t is the matrix that shifts a line by t − r pixels, mirrored at the ends.
+
+    Cached, since a copy to an accelerator waits for the device.
+    """
+    rows = torch.arange(size)
+    matrices = torch.zeros(2 * radius + 1, size, size)
+    for index in range(2 * radius + 1):
+        columns = (rows + index - radius).abs()
+        columns = torch.where(columns >= size, 2 * (size - 1) - columns, columns)
+        matrices[index, rows, columns] = 1
+    return matrices.flatten(1).to(device)
+
+
+def add_noise(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise, clamped to [0, 1].
+
+    Args:
+        images: [B, C, H, W] float in [0, 1].
+        sigma: [B] standard deviations.
+        generator: on the images' device.
+    """
+    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    return noise.mul_(sigma.view(-1, 1, 1, 1)).add_(images).clamp_(0, 1)
+
+
+def _between(uniform: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * uniform

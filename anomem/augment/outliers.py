@@ -1,4 +1,4 @@
-"""Synthetic outliers: normal images made wrong, to stand in for labelled anomalies (beyond the paper)."""
+"""Synthetic outliers: damaged copies of normal images in place of labelled anomalies (beyond the paper)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from anomem.augment.augmentation import as_float
 from anomem.validation import require, require_choice
 
-# An image counts as damaged when some pixel has changed by so much of the full range.
+# An image counts as damaged if some pixel has changed by this share of the full range.
 VISIBLE = 0.15
 
 
 @torch.no_grad()
 def synthesize_outliers(images: Tensor, generator: torch.Generator, kinds: Sequence[str] | None = None) -> Tensor:
-    """One damaged copy of each image; nothing waits for the device.
+    """One damaged copy of each image; never waits for the device.
 
-    The kinds are dealt out evenly over the batch, in random order (a batch smaller than the number of kinds gets the
-    first ones). Where a kind happens to change nothing one could see (a piece of background pasted on background),
-    the pixels of a rectangle are inverted instead, so that the label "anomaly" is true of every image returned.
+    The kinds are spread evenly over the batch, in random order (a batch smaller than the number of kinds gets the
+    first ones). If a kind changes nothing visible (a piece of background pasted on background), a rectangle is
+    inverted instead, so that every image returned is an anomaly.
 
     Args:
         images: [B, C, H, W] float in [0, 1], or uint8.
@@ -31,6 +31,9 @@ def synthesize_outliers(images: Tensor, generator: torch.Generator, kinds: Seque
 
     Returns:
         [B, C, H, W] float32 in [0, 1].
+
+    Raises:
+        ArgumentError: no kind, or an unknown one.
     """
     x = as_float(images, generator)
     names = tuple(OUTLIERS) if kinds is None else tuple(kinds)
@@ -43,16 +46,16 @@ def synthesize_outliers(images: Tensor, generator: torch.Generator, kinds: Seque
         if len(rows):
             result[rows] = OUTLIERS[name](x[rows], generator)
     inside, _, _ = _rectangle(x, generator)
-    # Pushed to the far end of the range, so that middle grey changes too.
+    # To the far end of the range, so that middle grey changes too.
     inverted = torch.where(inside, (x < 0.5).to(x.dtype), x)
-    unseen = (result - x).abs().amax((1, 2, 3), keepdim=True) < VISIBLE
-    return torch.where(unseen, inverted, result)
+    invisible = (result - x).abs().amax((1, 2, 3), keepdim=True) < VISIBLE
+    return torch.where(invisible, inverted, result)
 
 
 def cut_paste(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A rectangle is replaced by another place of the same image (Li et al. 2021, CutPaste)."""
+    """Replace a rectangle by another place of the same image (Li et al. 2021, CutPaste)."""
     inside, height, width = _rectangle(x, generator)
-    # At least half the rectangle away, so that it does not paste onto itself.
+    # At least half the rectangle away, so that it is not pasted onto itself.
     draw = _signed(x, 2, generator)
     rows, columns = x.shape[-2:]
     down = (height.view(-1) * rows * (0.5 + draw[0].abs()) * draw[0].sign()).round().long()
@@ -65,13 +68,13 @@ def cut_paste(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def erase(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A rectangle is filled with one value (random erasing, Zhong et al. 2020)."""
+    """Fill a rectangle with one value (random erasing, Zhong et al. 2020)."""
     inside, _, _ = _rectangle(x, generator)
     return torch.where(inside, _uniform(x, 1, generator).view(-1, 1, 1, 1), x)
 
 
 def elastic(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A smooth random displacement of up to a quarter of the side."""
+    """Displace the pixels smoothly, by up to a quarter of the side."""
     height, width = x.shape[-2:]
     coarse = torch.rand(len(x), 2, 4, 4, generator=generator, device=x.device, dtype=x.dtype) - 0.5
     field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
@@ -79,7 +82,7 @@ def elastic(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mix_rotated(x: Tensor, generator: torch.Generator) -> Tensor:
-    """The mean of an image and another one of the batch turned by 60° to 300°."""
+    """Mix each image with the batch's next one, rotated by 60° to 300°."""
     angle = math.pi * (1 / 3 + 4 / 3 * _uniform(x, 1, generator)[0])
     zero = torch.zeros_like(angle)
     theta = torch.stack([angle.cos(), angle.sin(), zero, -angle.sin(), angle.cos(), zero], 1).view(-1, 2, 3)
@@ -88,7 +91,7 @@ def mix_rotated(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def stroke(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A bent line of one brightness through the middle of the image."""
+    """Draw a bent line of one brightness through the middle of the image."""
     height, width = x.shape[-2:]
     draw = _signed(x, 6, generator).view(6, -1, 1, 1, 1)
     # [1, 1, H, 1] and [1, 1, 1, W], in [−1, 1] like the grids of the warps.
@@ -97,9 +100,9 @@ def stroke(x: Tensor, generator: torch.Generator) -> Tensor:
     )
     y, h = vertical.view(1, 1, -1, 1) - 0.4 * draw[0], horizontal.view(1, 1, 1, -1) - 0.4 * draw[1]
     angle = math.pi * draw[2]
-    along, across = h * angle.cos() + y * angle.sin(), y * angle.cos() - h * angle.sin()
-    thickness = (0.09 + 0.04 * draw[3]).clamp_min(1.5 / min(height, width))
-    inside = ((across - 0.8 * draw[4] * along.square()).abs() < thickness) & (along.abs() < 0.6)
+    u, v = h * angle.cos() + y * angle.sin(), y * angle.cos() - h * angle.sin()  # along and across the line
+    half_width = (0.09 + 0.04 * draw[3]).clamp_min(1.5 / min(height, width))
+    inside = ((v - 0.8 * draw[4] * u.square()).abs() < half_width) & (u.abs() < 0.6)
     # Light on dark images and dark on light ones.
     value = (x.mean((1, 2, 3), keepdim=True) < 0.5).to(x.dtype) * 0.7 + 0.3 * draw[5].abs()
     return torch.where(inside, value, x)

@@ -1,4 +1,4 @@
-"""What each command does. Imports that cost a second wait until the command is known."""
+"""The four commands, each with its options. Imports that take a second wait until the command is known."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from anomem.cli.options import Evaluate, Plot, Score, Train
+from anomem.data import Dataset
 from anomem.errors import UserError
-from anomem.files import write_atomically
-from anomem.train.presets import preset
+from anomem.files import make_folder, write_atomically
+from anomem.train.config import TrainConfig, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +28,60 @@ if TYPE_CHECKING:
     from anomem.data import Task
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train a detector and write a run directory."""
+
+    preset: Dataset | None = None
+    """Settings to start from; that of --data.dataset when not given."""
+    config: Path | None = None
+    """Settings to start from: the config.json of a run. Options on the command line come on top."""
+    resume: Path | None = None
+    """Go on with the run in this directory; its own settings are used."""
+    quiet: bool = False
+    """Print only the run directory."""
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run on its test images, next to baselines and controls; writes metrics.json and scores.csv."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    controls: tuple[Literal["untrained", "one_prototype"], ...] = ()
+    """Fair controls to compute as well: the untrained encoder; the whole training with one prototype."""
+    baselines: bool = True
+    """Fit kNN, one-class SVM, LOF and isolation forest on raw pixels."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score image files with a trained run; higher is more anomalous."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    run: Path
+    """Run directory."""
+    by: str | None = None
+    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector."""
+    output: Path | None = None
+    """Write a .csv or .json file with all scores instead of printing one."""
+    maps: Path | None = None
+    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
+    --by plain, else of "detector"."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the figures of a run into its folder figures/."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+
+
 def train(command: Train) -> None:
-    """Train, or go on training."""
+    """Train a new run, or continue one."""
     from anomem.train import run
 
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -46,15 +101,14 @@ def train(command: Train) -> None:
 
 
 def evaluate(command: Evaluate) -> None:
-    """Measure a run."""
-    from anomem.evaluate.report import report
-    from anomem.evaluate.scoring import score_images
-    from anomem.train.controls import control
+    """Measure a run; write metrics.json and scores.csv."""
+    from anomem.evaluate.report import control, report
+    from anomem.scoring import score_images
     from anomem.train.run import load_run
 
     run, config, task, scorer = load_run(command.run)
     scored = score_images(scorer, task.test)
-    _write(run.scores_file, _score_rows(task, scored.scores))
+    _write_rows(run.scores_file, _score_rows(task, scored.scores))
     controls = {str(name): control(name, config, task) for name in command.controls}
     try:
         metrics = report(
@@ -76,7 +130,7 @@ def evaluate(command: Evaluate) -> None:
 
 
 def _score_rows(task: Task, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """One row per test image: which it is, what is true of it and all its scores."""
+    """One row per test image: name, kind, label and all scores."""
     names = task.test_paths or [str(i) for i in range(len(task.test))]
     return [
         {
@@ -90,10 +144,10 @@ def _score_rows(task: Task, scores: Mapping[str, Tensor]) -> list[dict[str, Any]
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
-    """`metrics.json` as people read it.
+    """`metrics.json` as a table.
 
     Args:
-        metrics: what `report` gives.
+        metrics: from `report`.
     """
     table = Table(
         title=f"{metrics['task']}: {metrics['test_images']} test images, {metrics['test_anomalies']} anomalous"
@@ -115,10 +169,9 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
 
 
 def score(command: Score) -> None:
-    """Score files."""
+    """Score image files; print one score of each, or write all scores and maps."""
     import torch
 
-    from anomem.cli.maps import MapFiles
     from anomem.data import ImageFiles, StreamedImages, image_files
     from anomem.train.run import load_scorer
 
@@ -132,8 +185,8 @@ def score(command: Score) -> None:
     if by not in scorer.names:
         raise UserError(f"`--by`: expected one of {', '.join(scorer.names)}, received {by!r}")
     files = ImageFiles(paths, scorer.model.encoder.image_size, grey=scorer.model.mean.shape[0] == 1)
-    images = StreamedImages(files, workers=0, device=scorer.model.mean.device)
-    maps = None if command.maps is None else MapFiles(command.maps, paths)
+    images = StreamedImages(files, workers=0, device=scorer.model.device)
+    maps = None if command.maps is None else _map_files(command.maps, paths)
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
     for batch, index in images.batches(torch.arange(len(paths)), scorer.config.batch_size):
@@ -142,18 +195,49 @@ def score(command: Score) -> None:
         for i, place in enumerate(index.tolist()):
             rows.append({"path": str(paths[place]), **{name: numbers[i] for name, numbers in values.items()}})
         if maps is not None:
-            deviation = scored.maps["plain" if by == "plain" else "detector"].cpu()
+            deviations = scored.maps["plain" if by == "plain" else "detector"].cpu()
             for i, place in enumerate(index.tolist()):
-                maps.write(place, deviation[i])
+                _write_map(maps[place], deviations[i], paths[place])
     if command.output is None:
         for row in rows:
             print(f"{row[by]:.6g}\t{row['path']}")
     else:
-        _write(command.output, rows)
+        _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
 
 
-def _write(output: Path, rows: list[dict[str, Any]]) -> None:
+def _map_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """One .tiff per image in a folder, laid out as the images are.
+
+    Raises:
+        UserError: two images differ only in their suffix, so that their maps would be one file.
+    """
+    absolute = [path.absolute() for path in images]
+    common = os.path.commonpath([path.parent for path in absolute])
+    files = [(folder / path.relative_to(common)).with_suffix(".tiff") for path in absolute]
+    ((file, count),) = Counter(files).most_common(1)
+    if count > 1:
+        raise UserError(f"`--maps`: expected images of different names, received {count} whose map would be {file}")
+    return files
+
+
+def _write_map(file: Path, deviations: Tensor, image: Path) -> None:
+    """Write one deviation map [H, W] as float32, at the size of its image."""
+    import torch.nn.functional as F
+    from PIL import Image
+
+    from anomem.data import read_image
+
+    size = read_image(image).shape[1:]
+    resized = F.interpolate(deviations[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    buffer = io.BytesIO()
+    Image.fromarray(resized.numpy()).save(buffer, format="TIFF")
+    make_folder(file.parent)
+    write_atomically(file, buffer.getvalue())
+
+
+def _write_rows(output: Path, rows: list[dict[str, Any]]) -> None:
+    """Write scores as .csv or .json."""
     if output.suffix == ".json":
         text = json.dumps(rows, indent=2) + "\n"
     else:
@@ -166,10 +250,10 @@ def _write(output: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plot(command: Plot) -> None:
-    """Draw the figures of a run."""
-    from anomem.cli.figures import draw_figures
+    """Draw the figures of a run and print their files."""
+    from anomem.plots.run import draw_figures
     from anomem.train.run import load_run
 
     run, config, task, scorer = load_run(command.run)
-    for path in draw_figures(run, task, scorer, config.run.seed):
+    for path in draw_figures(run.rows(), task, scorer, run.figures, config.run.seed):
         print(path)

@@ -1,27 +1,27 @@
 """The command `anomem`: train, evaluate, score, plot.
 
 Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one sentence on stderr), 130 interrupted,
-141 the reader of the output has gone (`| head`).
+141 the reader of the output has closed it (`| head`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from anomem import __version__
 from anomem.cli import commands
-from anomem.cli.options import Evaluate, Plot, Score, Train
+from anomem.cli.commands import Evaluate, Plot, Score, Train
 from anomem.errors import UserError
-from anomem.train.config import TrainConfig
-from anomem.train.presets import NAMES, preset
-from anomem.train.serialize import load_config
+from anomem.train.config import Preset, TrainConfig, load_config, preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still in the buffer goes nowhere, so that Python does not complain about it at exit.
+        # Discard the rest of the buffer, so that Python does not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
@@ -78,12 +78,24 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
     about = "Anomaly detection with contrasted memories."
-    command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+    except SystemExit as stop:
+        # tyro puts the error of a configuration into a box and exits; one sentence is enough.
+        error: BaseException | None = stop
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        print(complaint.getvalue(), end="", file=sys.stderr)
+        raise
     return command
 
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
-    """The settings that options are laid over: a file's, a preset's, or the preset of the data set named."""
+    """The settings that options change: those of a file, a preset, or the preset of the data set."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--config", "--data.dataset"):
         parser.add_argument(name, default=None)
@@ -96,4 +108,4 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
             raise UserError("`--preset` and `--config` are both settings to start from: give one of them")
         return load_config(TrainConfig, Path(known.config))
     name = known.preset or vars(known)["data.dataset"] or "digits"
-    return preset(name) if name in NAMES else TrainConfig()
+    return preset(name) if name in get_args(Preset) else TrainConfig()

@@ -1,15 +1,23 @@
-"""Images and tasks: which class is normal, what is trained on, what is tested."""
+"""Images and tasks: which class is normal, which images train, which test."""
 
-from anomem.data.config import DataConfig
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anomem.data.bundled import cifar10_task, cifar100_task, digits_task
+from anomem.data.config import DataConfig, Dataset
+from anomem.data.convert import read_image
 from anomem.data.custom import task_from_dataset
-from anomem.data.folder import ImageFiles, image_files, read_image
+from anomem.data.folder import ImageFiles, folder_task, image_files
 from anomem.data.images import Images, ImageSet, ResidentImages, StreamedImages
-from anomem.data.registry import DATASETS, load_task
 from anomem.data.task import Task
+from anomem.data.textures import textures_task
+from anomem.validation import require_choice
 
 __all__ = [
     "DATASETS",
     "DataConfig",
+    "Dataset",
     "ImageFiles",
     "ImageSet",
     "Images",
@@ -21,3 +29,21 @@ __all__ = [
     "read_image",
     "task_from_dataset",
 ]
+
+DATASETS: dict[str, Callable[[DataConfig], Task]] = {
+    "digits": digits_task,
+    "textures": textures_task,
+    "cifar10": cifar10_task,
+    "cifar100": cifar100_task,
+    "folder": folder_task,
+}
+
+
+def load_task(config: DataConfig) -> Task:
+    """The task of a configuration, with its images on the CPU (`Task.to` moves them).
+
+    Raises:
+        UserError: an unknown data set or class, missing or unreadable files, one class only.
+    """
+    require_choice(config.dataset, "data.dataset", tuple(DATASETS))
+    return DATASETS[config.dataset](config)

@@ -1,54 +1,63 @@
-"""Which images, which class is normal, and how they are split."""
+"""Settings of a task: the data set, its normal class and the split."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from anomem.validation import require_count
+from anomem.validation import require, require_choice, require_count
+
+Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder"]
+Defect = Literal["scratch", "blot", "cut_paste"]
+Anomalies = Literal["photographs", "defects", Defect]
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """One anomaly-detection task: a data set, its normal class and the split.
 
-    Attributes:
-        dataset: "digits", "textures", "cifar10", "cifar100" or "folder".
-        root: folder that holds the files of cifar10, cifar100 and folder; digits and textures need none.
-        normal: the normal class by name or by index ("3", "brick", "airplane", "0"). `folder` with a single folder in
-            `train` takes that one.
-        image_size: side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder 128).
-        outlier_ratio: labelled anomalies in training as a ratio of the normals; 0 is the one-class setting.
-        test_fraction: share of each class (digits) or of the photograph (textures) kept for testing. CIFAR and folder
-            bring their own test images.
-        seed: of the split and of everything drawn for it.
-        anomalies: for textures: "photographs" (patches of other photographs), or local defects with pixel masks:
-            "scratch", "blot", "cut_paste", or "defects", the three in turn.
-        train_patches: for textures: normal patches to train on.
-        test_patches: for textures: normal patches to test on, and as many anomalous ones.
-        grey: for folder: read the images in grey.
-        aligned: whether one position means the same thing in every image; None is the data set's own answer (yes,
-            except for textures).
-        resident_megabytes: image sets up to this size live on the device, larger ones are read while training.
-        workers: processes that read images of larger sets; 0 reads them in the main process.
+    Raises:
+        ArgumentError: a number outside of its range, or an unknown name of anomalies.
     """
 
     dataset: str = "digits"
+    """digits, textures, cifar10, cifar100 or folder. A task made in Python may have any name."""
     root: str = "data"
+    """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
+    """The normal class by name or by index: "3", "brick", "airplane". A single folder in train/ needs no name."""
     image_size: int | None = None
+    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder 128)."""
     outlier_ratio: float = 0.0
+    """Labelled anomalies in training as a ratio of the normals; 0 is the one-class setting."""
     test_fraction: float = 0.3
+    """Share of each class (digits) or of the photograph (textures) kept for testing; the others bring test images."""
     seed: int = 0
-    anomalies: str = "photographs"
+    """Of the split and of every random choice in the data."""
+    anomalies: Anomalies = "photographs"
+    """textures: patches of other photographs, or local defects with pixel masks (defects: the three kinds in turn)."""
     train_patches: int = 400
+    """textures: normal patches to train on."""
     test_patches: int = 150
+    """textures: normal patches to test on; as many anomalous ones are added."""
     grey: bool = False
+    """folder: read the images in grey."""
     aligned: bool | None = None
+    """Whether a position means the same in every image; None is the data set's own answer (textures: no)."""
     resident_megabytes: int = 2048
+    """Image sets up to this size are kept on the device; larger ones are read while training."""
     workers: int = 2
+    """Processes that read larger sets; 0 reads in the main process."""
 
-
-def check_image_size(config: DataConfig) -> None:
-    """Raise `ArgumentError` for a side that no image has."""
-    if config.image_size is not None:
-        require_count(config.image_size, "image_size", 1)
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            require_count(self.image_size, "data.image_size", 1)
+        ratio, fraction = self.outlier_ratio, self.test_fraction
+        require(0 <= ratio < math.inf, "data.outlier_ratio", "a ratio ≥ 0 of labelled anomalies to normals", ratio)
+        require(0 < fraction < 1, "data.test_fraction", "a fraction between 0 and 1", fraction)
+        require_choice(self.anomalies, "data.anomalies", get_args(Anomalies))
+        require_count(self.train_patches, "data.train_patches", 2)
+        require_count(self.test_patches, "data.test_patches", 1)
+        require_count(self.resident_megabytes, "data.resident_megabytes", 0)
+        require_count(self.workers, "data.workers", 0)

@@ -1,4 +1,4 @@
-"""Any data set in the manner of torchvision's, from Python."""
+"""Tasks from any torchvision-style data set, made in Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomem.data.config import DataConfig, check_image_size
+from anomem.data.config import DataConfig
 from anomem.data.convert import as_uint8, resize
 from anomem.data.images import Picked, ResidentImages, resident_or_streamed
 from anomem.data.task import Task, assemble, class_index, stratified_split, training_rows
@@ -37,18 +37,18 @@ class LabelledImages(Dataset[Tensor]):
 
 
 def labels_of(dataset: Any) -> Tensor:
-    """Labels [N] int64 of a data set: its `targets` (torchvision's name for them), or read item by item."""
+    """Labels [N] int64 of a data set: its `targets`, as torchvision names them, or one by one from its items."""
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = []
         for i in range(len(dataset)):
             item = dataset[i]
-            right = isinstance(item, (tuple, list)) and len(item) >= 2
-            require(right, f"dataset[{i}]", "a pair (image, label)", type(item).__name__)
+            is_pair = isinstance(item, (tuple, list)) and len(item) >= 2
+            require(is_pair, f"dataset[{i}]", "a pair (image, label)", type(item).__name__)
             targets.append(item[1])
     labels = torch.as_tensor(targets)
-    right = labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset)
-    require(right, "dataset", lambda: f"{len(dataset)} integer labels, one per image", labels)
+    one_per_image = labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset)
+    require(one_per_image, "dataset", lambda: f"{len(dataset)} integer labels, one per image", labels)
     return labels.long()
 
 
@@ -62,22 +62,24 @@ def task_from_dataset(
 ) -> Task:
     """One class of any labelled data set against its other classes.
 
-    For measures of localisation give the task masks: `dataclasses.replace(task, test_masks=masks)`, [T, H, W] bool.
-
     Args:
         train: anything with a length whose item i is (image, label): a torchvision data set, a list of pairs. Images
             are PIL images, arrays [H, W(, C)] or tensors [C, H, W]; floating pixels are in [0, 1].
-        test: the same for testing; None splits `train` by `config.test_fraction` and seed. A `train` of one class
-            then has nothing to test on: all of it is trained on.
-        config: `dataset` is only a name here; `normal`, `outlier_ratio`, `image_size`, `seed` and the limits of
-            residence mean what they say.
-        classes: names by label; by default the data set's `classes`, else the labels' numbers.
+        test: the same for testing; None splits `train` by `config.test_fraction` and seed. If `train` has one class
+            only, all of it is trained on and the task has no test images.
+        config: `dataset` is a free name; `normal`, `outlier_ratio`, `image_size`, `seed`, `resident_megabytes` and
+            `workers` apply.
+        classes: names by label; by default the data set's `classes`, else the labels as numbers.
         aligned: whether one position means the same thing in every image; `config.aligned` overrides it.
 
     Raises:
         UserError: fewer than two normals, one class only, NaN in the data, an unknown class.
+
+    Example:
+        >>> config = DataConfig("mine", normal="0", image_size=64)
+        >>> task = task_from_dataset(train_pairs, test_pairs, config=config)
+        >>> task = dataclasses.replace(task, test_masks=masks)  # [T, H, W] bool; only to measure localisation
     """
-    check_image_size(config)
     require(len(train) >= 2, "train", "at least two images", len(train))
     labels = labels_of(train)
     train_only = test is None and len(labels.unique()) == 1

@@ -1,4 +1,4 @@
-"""Sets of images behind one interface: resident on the device, or streamed from where they are stored."""
+"""Sets of images behind one interface: resident on the device, or read from a data set batch by batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Images(Protocol):
 
         Args:
             order: [n] int64, which images, in which order; repeats are allowed.
-            batch_size: b; the last batch holds what is left.
+            batch_size: b; the last batch may be smaller.
 
         Yields:
             The images [b, C, H, W] uint8 and their part of the order [b], both on the device of the set.
@@ -66,10 +66,15 @@ class Images(Protocol):
 
 
 class ResidentImages:
-    """Images that live on the device as uint8 and are gathered there by index.
+    """Images kept on the device as uint8 and gathered there by index.
 
     Args:
         images: [N, C, H, W] uint8.
+
+    Example:
+        >>> images = ResidentImages(pixels).to("cuda")  # pixels: [N, C, H, W] uint8
+        >>> batch, index = next(images.batches(torch.randperm(len(images)), batch_size=64))
+        >>> batch  # [64, C, H, W] uint8 on the GPU, images[index]
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -91,25 +96,30 @@ class ResidentImages:
         return len(self.images)
 
     def batches(self, order: Tensor, batch_size: int) -> Batches:
-        """See `Images.batches`; nothing here waits for the device."""
+        """See `Images.batches`; never waits for the device."""
         _check(order, batch_size, len(self))
         for part in order.to(self.images.device, non_blocking=True).split(batch_size):
             yield self.images.index_select(0, part), part
 
     def to(self, device: torch.device | str) -> ResidentImages:
-        """A copy on another device (the same tensor if it is there already)."""
+        """A copy on another device; the same tensor if it is there already."""
         return ResidentImages(self.images.to(device))
 
 
 class StreamedImages:
-    """Images read one by one from a torch data set through a DataLoader, for sets that do not fit on the device.
+    """Images read from a torch data set by a DataLoader, for sets that do not fit on the device.
 
-    Each call of `batches` starts its own workers, so an order that spans several epochs starts them once.
+    Each call of `batches` starts its own workers: give it an order of several epochs to start them once.
 
     Args:
         dataset: item i is an image [C, H, W] uint8, all of one shape.
         workers: processes that read; 0 reads in the calling process.
         device: where the batches are delivered.
+
+    Example:
+        >>> images = StreamedImages(ImageFiles(paths, size=128), workers=4, device="cuda")
+        >>> batch, index = next(images.batches(torch.arange(len(images)), batch_size=64))
+        >>> batch  # [64, 3, 128, 128] uint8 on the GPU
     """
 
     def __init__(self, dataset: Dataset[Tensor], workers: int = 2, device: torch.device | str = "cpu") -> None:
@@ -134,11 +144,11 @@ class StreamedImages:
         return len(cast(Any, self.dataset))
 
     def batches(self, order: Tensor, batch_size: int) -> Batches:
-        """See `Images.batches`; copies to an accelerator come from pinned memory and are not waited for."""
+        """See `Images.batches`; copies to a GPU are asynchronous, from pinned memory."""
         _check(order, batch_size, len(self))
-        parts = order.to(self.device).split(batch_size)  # all at once: a batch's own would not be pinned
+        parts = order.to(self.device).split(batch_size)  # one copy: those of single batches would not be pinned
         pinned = self.device.type == "cuda"
-        # One item of the loader is one batch; the loader keeps the order, so the parts can be zipped to it.
+        # One item of the loader is one batch, and the loader keeps the order.
         loader: DataLoader[Tensor | UserError] = DataLoader(
             _Stacks(self.dataset),
             sampler=[part.tolist() for part in order.cpu().split(batch_size)],
@@ -157,7 +167,7 @@ class StreamedImages:
 
 
 class _Stacks(Dataset[Any]):
-    """Batches of a data set by lists of indices; an error is handed over whole, not as a worker's traceback."""
+    """Batches of a data set by lists of indices. Returns a `UserError`: raised in a worker it becomes a traceback."""
 
     def __init__(self, dataset: Dataset[Tensor]) -> None:
         self.dataset = dataset
@@ -207,7 +217,7 @@ class Picked(Dataset[Tensor]):
 
 
 def resident_or_streamed(dataset: Dataset[Tensor], resident_megabytes: float, workers: int) -> Images:
-    """Read a data set into memory if it is small enough, else leave it where it is.
+    """Read a data set into memory if it is small enough, else stream it.
 
     Args:
         dataset: at least one item; item i is an image [C, H, W] uint8, all of one shape.
@@ -226,8 +236,8 @@ def channel_statistics(images: Images, count: int, at_most: int = 2048) -> tuple
 
     Args:
         images: the set.
-        count: how many of it to look at, from the first; at least one.
-        at_most: look at no more than so many, evenly spaced.
+        count: only the first so many are measured; at least one.
+        at_most: measure no more than this, evenly spaced.
 
     Returns:
         C means and C standard deviations; a constant channel gets the deviation 1, so that dividing by it is safe.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from anomem.validation import require
 
 @dataclass
 class Task:
-    """Everything training and evaluation need to know about the data.
+    """Training and test images with their labels.
 
     Attributes:
         name: data set and normal class, "digits 3".
@@ -29,8 +29,13 @@ class Task:
         test_masks: [T, H, W] bool, True on anomalous pixels; None where only images are labelled.
         mean: of each channel over training normals, in [0, 1].
         std: of each channel over training normals, > 0.
-        aligned: whether one position means the same thing in every image.
+        aligned: whether a position means the same in every image.
         test_paths: file of each test image, or None.
+
+    Example:
+        >>> task = load_task(DataConfig("digits", normal="3"))
+        >>> len(task.train), len(task.test), int(task.test_is_anomaly.sum())
+        (128, 539, 484)
     """
 
     name: str
@@ -47,17 +52,14 @@ class Task:
     test_paths: tuple[str, ...] | None = None
 
     def to(self, device: torch.device | str) -> Task:
-        """The same task with its images delivered, and its labels and masks kept, on another device."""
-        masks = None if self.test_masks is None else self.test_masks.to(device)
-        return Task(
-            **{
-                **vars(self),
-                "train": self.train.to(device),
-                "train_is_normal": self.train_is_normal.to(device),
-                "test": self.test.to(device),
-                "test_is_anomaly": self.test_is_anomaly.to(device),
-                "test_masks": masks,
-            }
+        """The same task on another device: labels and masks moved, images delivered there."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            train_is_normal=self.train_is_normal.to(device),
+            test=self.test.to(device),
+            test_is_anomaly=self.test_is_anomaly.to(device),
+            test_masks=None if self.test_masks is None else self.test_masks.to(device),
         )
 
 
@@ -78,7 +80,7 @@ def assemble(
     """Check a task's parts and measure the channel statistics of its training normals.
 
     Args:
-        name: for people.
+        name: data set and normal class, "digits 3".
         normal: name of the normal class.
         train: N images, all normals first.
         train_is_normal: [N] bool.
@@ -88,7 +90,7 @@ def assemble(
         aligned: see `Task`.
         test_masks: [T, H, W] bool or None.
         test_paths: T files or None.
-        train_only: there is nothing to test on, and that is meant.
+        train_only: the task may have no test images.
 
     Raises:
         UserError: fewer than two training normals, or only one class among the test images.
@@ -159,23 +161,22 @@ def training_rows(is_normal: Tensor, outlier_ratio: float, seed: int) -> tuple[T
         Rows [n] int64, normals first, and whether each is normal [n] bool.
 
     Raises:
-        ArgumentError: a negative ratio, or more labelled anomalies asked for than there are.
+        ArgumentError: more labelled anomalies than there are.
     """
     normals = is_normal.nonzero().flatten()
     anomalies = (~is_normal).nonzero().flatten()
     wanted = outlier_count(len(normals), outlier_ratio, len(anomalies))
-    drawn = anomalies[torch.randperm(len(anomalies), generator=generator(seed))[:wanted]]
-    rows = torch.cat([normals, drawn])
+    labelled = anomalies[torch.randperm(len(anomalies), generator=generator(seed))[:wanted]]
+    rows = torch.cat([normals, labelled])
     return rows, torch.arange(len(rows)) < len(normals)
 
 
 def outlier_count(normals: int, ratio: float, available: int) -> int:
-    """Number of labelled anomalies for a ratio of the normals; at least one for a ratio > 0."""
-    require(ratio >= 0, "outlier_ratio", "a ratio ≥ 0 of labelled anomalies to normals", ratio)
+    """Number of labelled anomalies for a ratio ≥ 0 of the normals; at least one for a ratio > 0."""
     wanted = max(1, round(normals * ratio)) if ratio > 0 else 0
     require(
         wanted <= available,
-        "outlier_ratio",
+        "data.outlier_ratio",
         lambda: f"at most {available / max(normals, 1):.3g} ({available} anomalies for {normals} normals)",
         lambda: f"{ratio} ({wanted} anomalies)",
     )
@@ -193,7 +194,6 @@ def stratified_split(labels: Tensor, test_fraction: float, seed: int) -> tuple[T
     Returns:
         Sorted rows to train on and to test on, int64.
     """
-    require(0 < test_fraction < 1, "test_fraction", "a fraction between 0 and 1", test_fraction)
     source = generator(seed)
     train, test = [], []
     for label in labels.unique().tolist():
@@ -206,7 +206,7 @@ def stratified_split(labels: Tensor, test_fraction: float, seed: int) -> tuple[T
 
 
 def class_index(name: str, classes: Sequence[str]) -> int:
-    """Index of a class given by name, or by number where no class has that name.
+    """Index of a class given by name or, if no class has that name, by number.
 
     Raises:
         ArgumentError: no such class; the message lists them.
@@ -215,9 +215,9 @@ def class_index(name: str, classes: Sequence[str]) -> int:
         return list(classes).index(name)
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
-    raise ArgumentError("normal", f"one of {', '.join(classes)} or an index below {len(classes)}", repr(name))
+    raise ArgumentError("data.normal", f"one of {', '.join(classes)} or an index below {len(classes)}", repr(name))
 
 
 def generator(seed: int) -> torch.Generator:
-    """An own CPU generator, so that a split does not depend on what was drawn before."""
+    """A new CPU generator, so that a split does not depend on earlier random numbers."""
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Shallow detectors on raw pixels, on the same split: what any learned detector must be compared with."""
+"""Baselines on raw pixels: kNN, one-class SVM, LOF and isolation forest; principal components of patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.data import Images, Task
-from anomem.data.optional import optional
+from anomem.errors import optional
 from anomem.validation import require
 
 
@@ -19,7 +19,7 @@ def pixels(images: Images, order: Tensor | None = None) -> Tensor:
 
     Args:
         images: the set.
-        order: [n] int64, which images; None is all.
+        order: [n] int64, indices of images; None is all.
     """
     order = torch.arange(len(images)) if order is None else order
     parts = [batch.cpu().float().div_(255) for batch, _ in images.batches(order, 512)]
@@ -31,8 +31,8 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
 
     Args:
         task: labelled anomalies among its training images are not used.
-        seed: of the isolation forest, and of the choice where there are more normals than `at_most`.
-        at_most: fit to no more normals than this; the kernel and neighbour methods grow with the square.
+        seed: of the isolation forest, and of the draw where there are more normals than `at_most`.
+        at_most: largest number of normals to fit to; the cost of the kernel and neighbour methods is quadratic.
 
     Returns:
         Name -> [T] float64, higher is more anomalous: "kNN-3" (mean distance to the three nearest normals),
@@ -49,29 +49,29 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
 
     train, test = (x.flatten(1).numpy() for x in (_normals(task, seed, at_most), pixels(task.test)))
     neighbours = NearestNeighbors(n_neighbors=min(3, len(train))).fit(train)
-    found = {"kNN-3": neighbours.kneighbors(test)[0].mean(1)}
+    scores = {"kNN-3": neighbours.kneighbors(test)[0].mean(1)}
     outlier_factor = LocalOutlierFactor(n_neighbors=min(20, len(train) - 1), novelty=True)
     for name, detector in (
         ("one-class SVM", OneClassSVM(gamma="scale", nu=0.1)),
         ("LOF", outlier_factor),
         ("isolation forest", IsolationForest(n_estimators=200, random_state=seed)),
     ):
-        found[name] = -cast(Any, detector).fit(train).score_samples(test)
-    return {name: torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float64)) for name, scores in found.items()}
+        scores[name] = -cast(Any, detector).fit(train).score_samples(test)
+    return {name: torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)) for name, values in scores.items()}
 
 
 def patch_pca_maps(task: Task, seed: int = 0, side: int = 8, components: int = 16, at_most: int = 100_000) -> Tensor:
-    """Localisation baseline: how badly the principal components of normal patches reconstruct the patch at each pixel.
+    """Localisation baseline: error of reconstructing each patch from the principal components of normal patches.
 
     Args:
         task: labelled anomalies among its training images are not used.
-        seed: of the choice where there are more patches than `at_most`.
+        seed: of the draw where there are more patches than `at_most`.
         side: of a patch in pixels.
-        components: kept; the residual is what is orthogonal to them.
-        at_most: fit to no more patches than this.
+        components: number kept; the residual is orthogonal to them.
+        at_most: largest number of patches to fit to.
 
     Returns:
-        [T, H, W] float32: squared residual per pixel, averaged over the patches that cover it.
+        [T, H, W] float32: squared residual per pixel, mean over the patches that cover it.
     """
     height, width = task.test.size
     require(side <= min(height, width), "side", lambda: f"at most {min(height, width)}", side)

@@ -1,4 +1,7 @@
-"""Measures of how well scores tell anomalies from normals. A higher score is more anomalous."""
+"""AUROC, average precision, FPR at a TPR, pixel AUROC and AUPRO. A higher score is more anomalous.
+
+Computed on the device of the scores, with ties counted exactly; tests compare them with scikit-learn's.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomem.data.optional import optional
-from anomem.errors import ArgumentError
+from anomem.errors import ArgumentError, optional
 from anomem.validation import require
 
 
@@ -69,7 +71,7 @@ def average_precision(scores: Any, is_anomaly: Any) -> float:
 
 
 def fpr_at_tpr(scores: Any, is_anomaly: Any, tpr: float = 0.95) -> float:
-    """Smallest share of normals called anomalous at a threshold that finds at least this share of the anomalies.
+    """Smallest false-positive rate at which the true-positive rate reaches a value.
 
     Args:
         scores: [N] finite numbers.
@@ -101,14 +103,14 @@ def pixel_auroc(maps: Any, masks: Any) -> float:
 def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate, divided by that rate (MVTec AD's measure).
 
-    At each threshold the overlap is the found share of each anomalous region (8-connected pixels of a mask), averaged
-    over the regions of all images, so that a small defect counts as much as a large one; the false-positive rate is
-    the share of normal pixels of all images that are called anomalous (Bergmann et al. 2021).
+    The overlap at a threshold is the detected share of each anomalous region (8-connected pixels of a mask), averaged
+    over the regions of all images: a small defect counts as much as a large one. The false-positive rate is the share
+    of normal pixels of all images above the threshold (Bergmann et al. 2021).
 
     Args:
         maps: [T, H, W] finite numbers, higher is more anomalous.
         masks: [T, H, W] bool, True on anomalous pixels.
-        limit: largest false-positive rate, in (0, 1]; 0.3 is what is usually reported.
+        limit: largest false-positive rate, in (0, 1]; 0.3 is usual.
 
     Raises:
         ArgumentError: as `pixel_auroc`, or a limit outside of (0, 1].
@@ -118,7 +120,7 @@ def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
     maps, masks = _checked_maps(maps, masks)
     region, anomalous = regions(masks).to(maps.device).flatten(), masks.flatten()
     size = region.bincount()
-    # Every region weighs the same, shared out over its pixels.
+    # Every region has the same weight, divided among its pixels.
     share = torch.where(anomalous, 1 / (size[region].double() * (len(size) - 1)), 0.0)
     order = maps.flatten().argsort(descending=True)
     ranked = maps.flatten()[order]
@@ -138,13 +140,13 @@ def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
 
 
 def regions(masks: Tensor) -> Tensor:
-    """The connected regions of each mask, where pixels that touch, at a corner too, belong together.
+    """The 8-connected regions of each mask.
 
     Args:
         masks: [T, H, W] bool.
 
     Returns:
-        [T, H, W] int64 on the CPU: 0 where the mask is False, elsewhere the number of the pixel's region, from 1.
+        [T, H, W] int64 on the CPU: 0 where the mask is False, elsewhere the region's number, from 1 over all images.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -153,12 +155,12 @@ def regions(masks: Tensor) -> Tensor:
         from skimage.measure import label
 
     labels = torch.zeros(masks.shape, dtype=torch.int64)
-    found = 0
+    regions_before = 0
     for i, mask in enumerate(masks.cpu()):
         if bool(mask.any()):
             of_mask = torch.from_numpy(label(mask.numpy(), connectivity=2)).long()
-            labels[i] = torch.where(of_mask > 0, of_mask + found, 0)
-            found += int(of_mask.max())
+            labels[i] = torch.where(of_mask > 0, of_mask + regions_before, 0)
+            regions_before += int(of_mask.max())
     return labels
 
 

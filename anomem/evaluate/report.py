@@ -1,19 +1,25 @@
-"""The figures of a run: every score and baseline on the same split."""
+"""The figures of a run: every score, control and baseline on the same split."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomem.augment import AugmentConfig
-from anomem.data import Task
+from anomem.data import Images, Task
 from anomem.evaluate.baselines import baselines
 from anomem.evaluate.metrics import aupro, auroc, average_precision, fpr_at_tpr, pixel_auroc
-from anomem.evaluate.scoring import Scored, Scorer, fit_feature_detector, plain_variants, score_images
+from anomem.models import AnoMem
+from anomem.scoring import Scored, Scorer, fit_scorer, score_images
+from anomem.scoring.scorer import fit_feature_detector, plain_variants
+from anomem.train import TrainConfig, model_for, train_task
+from anomem.validation import require_choice
 
+Control = Literal["untrained", "one_prototype"]
 Metrics = dict[str, dict[str, float]]
 """Name of a score -> name of a measure -> number."""
 
@@ -43,12 +49,12 @@ def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig, scored: 
         scorer: fitted to the task's training normals.
         task: on any device.
         augment: training augmentations, for the control's copies.
-        scored: what the scorer says about the test images, if that is known already.
+        scored: the test images' scores and maps, if they are known already.
 
     Returns:
         One entry per score; "plain" and "detector" have "pixel_auroc" and "aupro" too where the task has masks.
     """
-    task = task.to(scorer.model.mean.device)
+    task = task.to(scorer.model.device)
     scored = scored or score_images(scorer, task.test)
     scores = {**scored.scores, "detector/features": feature_scores(scorer, task, augment)}
     metrics = image_metrics({**scores, **plain_variants(scorer, task.test)}, task.test_is_anomaly)
@@ -83,13 +89,13 @@ def report(
     controls: Mapping[str, Scorer] | None = None,
     with_baselines: bool = True,
 ) -> dict[str, Any]:
-    """Everything `metrics.json` holds.
+    """The content of `metrics.json`.
 
     Args:
         scorer: fitted.
         task: on any device.
         augment: training augmentations.
-        scored: what the scorer says about the test images, if that is known already.
+        scored: the test images' scores and maps, if they are known already.
         seed: of the baselines.
         controls: name -> scorer of a control, fitted to the same task.
         with_baselines: also fit the shallow baselines (needs scikit-learn).
@@ -106,3 +112,74 @@ def report(
         "controls": {name: evaluate_scorer(control, task, augment) for name, control in (controls or {}).items()},
         "baselines": image_metrics(shallow, task.test_is_anomaly),
     }
+
+
+def control(name: Control, config: TrainConfig, task: Task, *, quiet: bool = True) -> Scorer:
+    """A control: a scorer fitted to the same training normals with the same seed.
+
+    "untrained": the same encoder without a gradient step, with calibrated batch-norm statistics and memories filled
+    with its eval-mode features. "one_prototype": the whole training with M = 1 at every scale.
+
+    Args:
+        name: "untrained" or "one_prototype".
+        config: of the run.
+        task: on the device of the run.
+        quiet: show no training.
+    """
+    require_choice(name, "controls", get_args(Control))
+    if name == "one_prototype":
+        single = replace(config, model=replace(config.model, prototypes=(1,)))
+        return train_task(single, task, model_for(single, task), quiet=quiet)
+    model = model_for(config, task)
+    calibrate_untrained(model, task.train, task.train_is_normal, config.score.batch_size, config.run.seed)
+    return fit_scorer(
+        model, task.train, task.train_is_normal, aligned=task.aligned, augment=config.augment, config=config.score
+    )
+
+
+@torch.no_grad()
+def calibrate_untrained(model: AnoMem, images: Images, is_normal: Tensor, batch_size: int = 256, seed: int = 0) -> None:
+    """Adapt a fresh model to the training images without a gradient step.
+
+    Averages the batch-norm statistics over the training normals, then fills each memory with eval-mode features.
+
+    Args:
+        model: fresh, on the device of the images; left in eval mode.
+        images: training images.
+        is_normal: [N] bool.
+        batch_size: images per forward pass.
+        seed: of the choice of features.
+    """
+    normals = is_normal.nonzero().flatten()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    model.train()
+    for batch, _ in images.batches(normals, batch_size):
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    fill_from_features(model, images, is_normal, batch_size, seed)
+
+
+@torch.no_grad()
+def fill_from_features(model: AnoMem, images: Images, is_normal: Tensor, batch_size: int = 256, seed: int = 0) -> None:
+    """Fill every memory with eval-mode features of training normals, drawn at random over images and positions.
+
+    Args:
+        model: on the device of the images; left in eval mode.
+        images: training images.
+        is_normal: [N] bool.
+        batch_size: images per forward pass.
+        seed: of the choice of features.
+    """
+    model.eval()
+    normals = is_normal.nonzero().flatten()
+    shuffled = normals[torch.randperm(len(normals), generator=torch.Generator().manual_seed(seed)).to(normals.device)]
+    # A few hundred images hold far more positions than a memory has prototypes.
+    batch, _ = next(iter(images.batches(shuffled[:batch_size], batch_size)))
+    generator = torch.Generator(batch.device).manual_seed(seed)
+    for query, memory in zip(model.queries(model(batch)), model.memories, strict=True):
+        memory.fill(query.flatten(0, 1), generator)

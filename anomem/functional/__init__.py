@@ -5,18 +5,17 @@ for float64); outputs shaped like features have the input's dtype, losses and lo
 `torch.autocast` inputs are first cast to its dtype, as for a matrix product.
 
 `impl` is "auto" (a table of measured choices, printed by `python -m anomem.env`), "reference", "triton" or "native";
-naming one that cannot run here raises `anomem.errors.ArgumentError` with the reason.
+naming one that cannot run here raises `anomem.errors.ArgumentError` with the reason. `part=True` makes the name a
+preference, for one call of a larger computation: an operator without such a kernel chooses by "auto".
 """
 
-from anomem.functional.contrast import info_nce, nt_xent
-from anomem.functional.deviations import deviation, deviation_map
-from anomem.functional.distributed import gather_rows, nt_xent_distributed
+from anomem.functional.contrast import gather_rows, info_nce, nt_xent, nt_xent_distributed
+from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.memory_loss import contrasted_memory_loss
-from anomem.functional.retrieval import hopfield_retrieve, memory_diagnostics
+from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import gather_positions, variance_hinge
-from anomem.reference.losses import margin_loss, scale_weights
-from anomem.reference.positions import sample_positions
-from anomem.reference.usage import MemoryDiagnostics
+from anomem.functional.usage import memory_diagnostics
+from anomem.reference import MemoryDiagnostics, margin_loss, sample_positions, scale_weights
 
 __all__ = [
     "MemoryDiagnostics",

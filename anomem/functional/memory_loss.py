@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import backends
 from anomem.backends import Impl
 from anomem.functional.contrast import nt_xent
-from anomem.functional.retrieval import hopfield_retrieve
+from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import variance_hinge
-from anomem.reference.losses import Negatives
-from anomem.reference.normalize import Normalize
+from anomem.ops.library import accumulator
+from anomem.reference import Negatives, Normalize
+from anomem.reference.contrast import NEGATIVES
 from anomem.validation import require, require_choice, require_tensor, shape_of
 
 
@@ -48,7 +48,8 @@ def contrasted_memory_loss(
             sum of "both".
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
         variance_gamma: target standard deviation of the variance term; 1 for raw, 1/sqrt(d) for unit vectors.
-        impl: which implementation; parts for which the named one has no kernel choose by "auto".
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`. Parts for which the named one
+            has no kernel choose by "auto".
 
     Returns:
         (L_COM, L_V), both 0-dim, float32 (float64 for float64).
@@ -59,7 +60,7 @@ def contrasted_memory_loss(
     require_tensor(z, "z", (3,), "[n, B, d]")
     require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
-    require_choice(negatives, "negatives", ("image", "position", "both"))
+    require_choice(negatives, "negatives", NEGATIVES)
     require(z.shape[0] > 0, "z", "at least one sampled position", z)
     require(
         z.shape[1] >= 2,
@@ -74,22 +75,23 @@ def contrasted_memory_loss(
 
     # View v is contrasted with the memory's answer to the other view.
     views = torch.cat([z, z_pair]) if symmetric else z  # [n or 2n, B, d]
-    asked = torch.cat([z_pair, z]) if symmetric else z_pair
-    read = hopfield_retrieve(asked, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, impl=impl)
+    queries = torch.cat([z_pair, z]) if symmetric else z_pair
+    retrieved = hopfield_retrieve(
+        queries, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, impl=impl
+    )
     if is_normal is not None:
-        read = torch.where(is_normal[:, None], read, asked.to(read.dtype))
+        retrieved = torch.where(is_normal[:, None], retrieved, queries.to(retrieved.dtype))
 
     def contrast(left: Tensor, right: Tensor) -> Tensor:
-        part = backends.for_part("nt_xent", left.device.type, impl)
-        return nt_xent(left, right, temperature=temperature, impl=part)
+        return nt_xent(left, right, temperature=temperature, impl=impl, part=True)
 
-    views = views.to(read.dtype)
-    loss = z.new_zeros((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    views = views.to(retrieved.dtype)
+    loss = z.new_zeros((), dtype=accumulator(z))
     if negatives != "position":
-        loss = loss + contrast(views, read)
+        loss = loss + contrast(views, retrieved)
     if negatives != "image":
-        loss = loss + contrast(_by_image(views, symmetric), _by_image(read, symmetric))
-    return loss, variance_hinge(read, gamma=variance_gamma, impl=backends.for_part("variance", read.device.type, impl))
+        loss = loss + contrast(_by_image(views, symmetric), _by_image(retrieved, symmetric))
+    return loss, variance_hinge(retrieved, gamma=variance_gamma, impl=impl, part=True)
 
 
 def _by_image(x: Tensor, symmetric: bool) -> Tensor:

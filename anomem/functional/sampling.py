@@ -6,11 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from anomem import backends
+from anomem import backends, reference
 from anomem.backends import Impl
-from anomem.functional.precision import accumulator
-from anomem.reference.positions import gather_positions as reference_gather
-from anomem.reference.variance import variance_hinge as reference_variance
+from anomem.ops.library import accumulator
 from anomem.validation import (
     require,
     require_choice,
@@ -20,7 +18,14 @@ from anomem.validation import (
 )
 
 
-def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool = False, impl: Impl = "auto") -> Tensor:
+def gather_positions(
+    feature_map: Tensor,
+    positions: Tensor,
+    *,
+    normalize: bool = False,
+    impl: Impl = "auto",
+    part: bool = False,
+) -> Tensor:
     """The vectors of a feature map at sampled positions, one group per position (Algorithm 1, line 3).
 
     Args:
@@ -28,7 +33,8 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
         positions: [n] int64 flat indices h·W + w for all images, or [B, n] for each image. Repeated positions are
             allowed; their gradients add up.
         normalize: L2-normalise each vector in the same pass.
-        impl: which implementation; see the package.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+        part: where the named implementation has no such kernel, choose by "auto".
 
     Returns:
         [n, B, C] in the map's dtype.
@@ -53,8 +59,8 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
         columns=height * width,
         groups=positions.shape[-1],
     )
-    if backends.choose(problem, impl) == "reference":
-        return reference_gather(feature_map, positions, normalize=normalize)
+    if backends.choose(problem, impl, part=part) == "reference":
+        return reference.gather_positions(feature_map, positions, normalize=normalize)
     from anomem.ops import sampling
 
     return sampling.gather_positions(feature_map, positions.contiguous(), normalize)
@@ -67,6 +73,7 @@ def variance_hinge(
     eps: float = 1e-4,
     reduction: Literal["mean", "none"] = "mean",
     impl: Impl = "auto",
+    part: bool = False,
 ) -> Tensor:
     """The variance term: (1/d) Σ_j max(0, gamma − sqrt(Var_k(x_kj) + eps)) (VICReg, Bardes et al. 2022, Eq. 1).
 
@@ -75,7 +82,8 @@ def variance_hinge(
         gamma: target standard deviation > 0, in the unit of x.
         eps: > 0, keeps the square root differentiable.
         reduction: "mean" over the groups, or "none".
-        impl: which implementation; see the package.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+        part: where the named implementation has no such kernel, choose by "auto".
 
     Returns:
         0-dim, or [G] for "none" (0-dim for a two-axis x); float32 (float64 for float64).
@@ -93,8 +101,8 @@ def variance_hinge(
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape
     problem = backends.Problem("variance", x.device.type, x.dtype, features, rows=batch, groups=groups)
-    if backends.choose(problem, impl) == "reference":
-        loss = reference_variance(grouped.to(accumulator(x)), gamma, eps)
+    if backends.choose(problem, impl, part=part) == "reference":
+        loss = reference.variance_hinge(grouped.to(accumulator(x)), gamma, eps)
     else:
         from anomem.ops import sampling
 

@@ -1,16 +1,33 @@
-"""What an AnoMem model is made of, as plain values."""
+"""ModelConfig: the encoder and the memories of a model as plain values, checked when it is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from anomem.backends import Impl
-from anomem.reference.losses import Weighting
-from anomem.reference.normalize import Normalize
+from anomem.reference.contrast import Weighting
+from anomem.reference.retrieve import Normalize
+from anomem.validation import require, require_choice, require_count, require_number
 
 Backbone = Literal["small", "resnet18", "resnet50", "efficientnet_b0"]
 Stem = Literal["auto", "small", "standard"]
+
+_RESNET = ("stem", "layer1", "layer2", "layer3", "layer4")
+STAGES: dict[Backbone, tuple[str, ...]] = {
+    "small": ("stem", "block1", "block2", "block3"),
+    "resnet18": _RESNET,
+    "resnet50": _RESNET,
+    "efficientnet_b0": ("stem", *(f"stage{i}" for i in range(1, 9))),
+}
+"""Stages of each backbone, fine to coarse."""
+DEFAULT_SCALES: dict[Backbone, tuple[str, ...]] = {
+    "small": ("block1", "block2", "block3"),
+    "resnet18": ("layer2", "layer3", "layer4"),
+    "resnet50": ("layer2", "layer3", "layer4"),
+    "efficientnet_b0": ("stage3", "stage5", "stage7"),
+}
+"""Scales of each backbone where a configuration names none."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +45,11 @@ class ModelConfig:
     projection: int | None = None
     """Width d of a 1x1 projection before each memory; None reads the features as they are."""
     normalize: Normalize = "layer"
-    """What is done to queries and prototypes before their inner products."""
+    """Normalisation of queries and prototypes before their inner products."""
     beta: float | None = None
     """Inverse temperature of the retrieval; 1/sqrt(d) when None."""
     learn_beta: bool = False
-    """Train beta along with the prototypes."""
+    """Train beta together with the prototypes."""
     steps: int = 1
     """Reads per retrieval; all but the last update the query."""
     separate_values: bool = False
@@ -40,4 +57,21 @@ class ModelConfig:
     scale_weights: Weighting = "exp"
     """lambda_s: "exp" is 2^(s-S), "linear" is s/S."""
     impl: Impl = "auto"
-    """Implementation behind every operator: auto, reference, triton or native."""
+    """Implementation of every operator: auto, reference, triton or native."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.backbone, "backbone", get_args(Backbone))
+        for name in self.scales:
+            require_choice(name, "scales", STAGES[self.backbone])
+        require_choice(self.stem, "stem", get_args(Stem))
+        require(len(self.prototypes) > 0, "prototypes", "one number, or one per scale", "none")
+        for count in self.prototypes:
+            require_count(count, "prototypes", 1)
+        if self.projection is not None:
+            require_count(self.projection, "projection", 1)
+        require_choice(self.normalize, "normalize", get_args(Normalize))
+        if self.beta is not None:
+            require_number(self.beta, "beta")
+        require_count(self.steps, "steps", 1)
+        require_choice(self.scale_weights, "scale_weights", get_args(Weighting))
+        require_choice(self.impl, "impl", get_args(Impl))

@@ -1,4 +1,4 @@
-"""Encoders as chains f(1) … f(S) of which chosen stages are scales (Algorithm 1, line 2)."""
+"""Encoders: chains of stages f(1) … f(S); the maps of chosen stages are the scales (Algorithm 1, line 2)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from anomem.errors import ArgumentError
-from anomem.models.config import ModelConfig
-from anomem.models.small import small_stages
+from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
 from anomem.validation import require, require_choice, require_count
 
 SMALL_IMAGE = 64
-"""Up to this side in pixels the stem keeps the resolution."""
-DEFAULT_SCALES: dict[str, tuple[str, ...]] = {
-    "small": ("block1", "block2", "block3"),
-    "resnet18": ("layer2", "layer3", "layer4"),
-    "resnet50": ("layer2", "layer3", "layer4"),
-    "efficientnet_b0": ("stage3", "stage5", "stage7"),
-}
+"""Up to this side in pixels `stem="auto"` keeps the resolution."""
 
 
 class Encoder(nn.Module):
-    """What AnoMem asks of an encoder: images -> the maps of S scales, and what is known about those maps.
+    """Base class of encoders: images -> maps of S scales, with the names and sizes of the maps.
 
     Attributes:
         image_size: (H, W).
@@ -39,11 +32,11 @@ class Encoder(nn.Module):
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
-        """The encoder's parts by name, for people."""
+        """Parts of the encoder by name, for `describe`."""
         return dict(self.named_children())
 
     def _probe(self, channels: int) -> list[Tensor]:
-        """The maps of one blank image; in eval mode, so that no statistics change."""
+        """Maps of one blank image, in eval mode so that batch-norm statistics stay as they are."""
         training = self.training
         self.eval()
         try:
@@ -60,10 +53,11 @@ class Encoder(nn.Module):
 
 
 class NetworkEncoder(Encoder):
-    """Any network that gives feature maps, such as torchvision's `create_feature_extractor` or timm's `features_only`.
+    """An encoder around any network that returns feature maps.
 
-    Its weights, pretrained or not, are trained in place; parameters that require no gradient stay as they are. Images
-    come normalised by the mean and deviation of the training images.
+    For example torchvision's `create_feature_extractor` or timm's `features_only`. The network is trained in place;
+    parameters with `requires_grad=False` stay as they are. It receives images normalised by the mean and standard
+    deviation of the training images.
 
     Args:
         network: images [B, C, H, W] -> a list, tuple or dictionary of S maps [B, C_s, H_s, W_s], fine to coarse.
@@ -74,36 +68,41 @@ class NetworkEncoder(Encoder):
         [B, C, H, W] -> S maps [B, C_s, H_s, W_s].
 
     Raises:
-        ArgumentError: the network gives anything else than maps.
+        ArgumentError: the network returns anything but maps.
+
+    Example:
+        >>> network = create_feature_extractor(resnet50(weights="DEFAULT"), ["layer2", "layer3"])
+        >>> encoder = NetworkEncoder(network, image_size=(224, 224))
+        >>> run = train(preset("folder"), task=task, encoder=encoder)
     """
 
     def __init__(self, network: nn.Module, image_size: tuple[int, int], channels: int = 3) -> None:
         super().__init__()
         self.network = network
         self.image_size = image_size
-        found = self._probe(channels)
-        wrong = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in found if not _is_map(m)]
+        maps = self._probe(channels)
+        wrong = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in maps if not _is_map(m)]
         expected = "a network that gives maps [B, C_s, H_s, W_s] in a list, a tuple or a dictionary"
-        require(not wrong and len(found) > 0, "network", expected, lambda: f"one that gives {wrong or 'none'}")
-        self.names = tuple(f"scale{s}" for s in range(1, len(found) + 1))
-        self._measure(found)
+        require(not wrong and len(maps) > 0, "network", expected, lambda: f"one that gives {wrong or 'none'}")
+        self.names = tuple(f"scale{s}" for s in range(1, len(maps) + 1))
+        self._measure(maps)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The network's maps."""
-        found = self.network(images)
-        return list(found.values()) if isinstance(found, Mapping) else list(found)
+        """Maps of the network."""
+        maps = self.network(images)
+        return list(maps.values()) if isinstance(maps, Mapping) else list(maps)
 
 
-def _is_map(found: object) -> bool:
-    return isinstance(found, Tensor) and found.dim() == 4
+def _is_map(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4
 
 
 class MultiScaleEncoder(Encoder):
-    """A chain of stages that returns the maps of the chosen ones; stages after the last chosen one are left out.
+    """A chain of stages that returns the maps of the chosen stages; later stages are dropped.
 
     Args:
         stages: name -> module, in order.
-        scales: names of the stages whose outputs are returned, in any order.
+        scales: names of the stages whose outputs are returned, in any order; at least one.
         image_size: (H, W) of the images, for `sizes`.
         channels: C of the images.
 
@@ -152,7 +151,7 @@ class MultiScaleEncoder(Encoder):
 
 
 def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: int) -> MultiScaleEncoder:
-    """The encoder a configuration names, with fresh weights from torch's global generator.
+    """The encoder of a configuration, with fresh weights from torch's global generator.
 
     Args:
         config: backbone, stem and scales.
@@ -160,22 +159,21 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
         channels: C of the images, 1 or more.
 
     Raises:
-        ArgumentError: an unknown backbone, stem or scale.
+        ArgumentError: no channel, or an image too small for the scales.
     """
-    require_choice(config.backbone, "backbone", tuple(DEFAULT_SCALES))
-    require_choice(config.stem, "stem", ("auto", "small", "standard"))
     require_count(channels, "channels", 1)
     small_stem = config.stem == "small" or (config.stem == "auto" and max(image_size) <= SMALL_IMAGE)
     if config.backbone == "small":
-        stages = small_stages(channels)
+        modules = _small_stages(channels)
     elif config.backbone == "efficientnet_b0":
-        stages = _efficientnet_stages(channels, small_stem)
+        modules = _efficientnet_stages(channels, small_stem)
     else:
-        stages = _resnet_stages(config.backbone, channels, small_stem)
+        modules = _resnet_stages(config.backbone, channels, small_stem)
+    stages = dict(zip(STAGES[config.backbone], modules, strict=True))
     return MultiScaleEncoder(stages, config.scales or DEFAULT_SCALES[config.backbone], image_size, channels)
 
 
-def _resnet_stages(name: str, channels: int, small_stem: bool) -> dict[str, nn.Module]:
+def _resnet_stages(name: str, channels: int, small_stem: bool) -> list[nn.Module]:
     from torchvision.models import get_model
 
     net = get_model(name, weights=None)
@@ -186,15 +184,55 @@ def _resnet_stages(name: str, channels: int, small_stem: bool) -> dict[str, nn.M
         convolution = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         stem = nn.Sequential(convolution, net.bn1, net.relu, net.maxpool)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own stem
-    return {"stem": stem, "layer1": net.layer1, "layer2": net.layer2, "layer3": net.layer3, "layer4": net.layer4}
+    return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
 
 
-def _efficientnet_stages(channels: int, small_stem: bool) -> dict[str, nn.Module]:
+def _efficientnet_stages(channels: int, small_stem: bool) -> list[nn.Module]:
     from torchvision.models import get_model
 
     features = get_model("efficientnet_b0", weights=None).features
     convolution = nn.Conv2d(channels, 32, 3, stride=1 if small_stem else 2, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out")  # as torchvision's own stem
     features[0][0] = convolution
-    names = ["stem", *(f"stage{i}" for i in range(1, 9))]
-    return dict(zip(names, features, strict=True))
+    return list(features)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions and a 1×1 shortcut; halves the resolution.
+
+    The activation comes first, so the map of a scale keeps both signs. LayerNorm and the cosine need both: with a
+    ReLU at the end, the plain deviation lost ten points of AUROC on digits.
+
+    Args:
+        channels_in: C.
+        channels_out: C'.
+
+    Shape:
+        [B, C, H, W] -> [B, C', ⌈H/2⌉, ⌈W/2⌉].
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """branch(relu(x)) + shortcut(relu(x))."""
+        activated = x.relu()
+        total: Tensor = self.branch(activated) + self.shortcut(activated)
+        return total
+
+
+def _small_stages(channels: int) -> list[nn.Module]:
+    """Stem of 16 channels at full resolution, then blocks of 16, 32 and 64: 77 392 parameters for one channel."""
+    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+    return [stem, ResidualBlock(16, 16), ResidualBlock(16, 32), ResidualBlock(32, 64)]

@@ -1,4 +1,4 @@
-"""Stage 2: small convolutional heads that embed the deviation maps."""
+"""DeviationHead: the small convolutional heads of stage 2, which embed the deviation maps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-
-from anomem.validation import require_count
 
 POOLED_SIDE = 8
 """Larger maps are averaged down to this side before they are flattened."""
@@ -30,8 +28,6 @@ class ScaleHead(nn.Module):
 
     def __init__(self, features: int, size: tuple[int, int], hidden: int, embedding: int) -> None:
         super().__init__()
-        require_count(hidden, "hidden", 1)
-        require_count(embedding, "embedding", 1)
         self.size = size
         side = (min(size[0], POOLED_SIDE), min(size[1], POOLED_SIDE))
         self.convolutions = nn.Sequential(

@@ -1,23 +1,33 @@
-"""AnoMem itself: an encoder with a memory of prototypes at every scale."""
+"""AnoMem: an encoder with a memory of prototypes at every scale; and its description as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from anomem import backends
-from anomem import functional as F
+from anomem import functional as AF
 from anomem.models.config import ModelConfig
 from anomem.models.encoders import Encoder, build_encoder
 from anomem.nn import HopfieldMemory
-from anomem.reference.deviation import Distance
-from anomem.validation import require, require_count
+from anomem.reference.deviation_map import Distance
+from anomem.validation import require
+
+
+class Memories(nn.ModuleList):
+    """The memories of all scales, fine to coarse: a module list that type checkers know to hold `HopfieldMemory`."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[HopfieldMemory]: ...
+
+        def __getitem__(self, index: int) -> HopfieldMemory: ...  # type: ignore[override]
 
 
 class AnoMem(nn.Module):
-    """Encoder, memories and what stands between them.
+    """Encoder, memories, and the projections between them.
 
     Args:
         encoder: images -> S maps.
@@ -30,6 +40,11 @@ class AnoMem(nn.Module):
 
     Shape:
         images [B, C, H, W], uint8 or float in [0, 1] -> S maps [B, C_s, H_s, W_s].
+
+    Example:
+        >>> model = build_model(ModelConfig(), (16, 16), 1, mean=[0.5], std=[0.2]).eval()
+        >>> maps = model(torch.rand(8, 1, 16, 16))  # [8, 16, 8, 8], [8, 32, 4, 4], [8, 64, 2, 2]
+        >>> deviations = model.deviations(maps)  # [8, 64, 16], [8, 16, 32], [8, 4, 64]
     """
 
     mean: Tensor
@@ -51,14 +66,24 @@ class AnoMem(nn.Module):
             require(len(parts) == scales, name, lambda: f"{scales}, one per scale", len(parts))
         require(all(s > 0 for s in std), "std", "positive numbers", std, "an image set of one colour has no spread")
         self.encoder = encoder
-        self.memories = nn.ModuleList(memories)
+        self.memories = Memories(memories)
         self.projections = nn.ModuleList(projections)
         self.scale_weights = tuple(scale_weights)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.mean.device
+
+    @property
+    def features(self) -> list[int]:
+        """d_s of each scale."""
+        return [memory.prototypes.shape[1] for memory in self.memories]
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The encoder's maps of normalised images."""
+        """Maps of the images, which are normalised first."""
         if images.dtype == torch.uint8:
             images = images / 255
         maps: list[Tensor] = self.encoder((images - self.mean) / self.std)
@@ -75,8 +100,8 @@ class AnoMem(nn.Module):
             S tensors [n_s, B, d_s].
         """
         return [
-            projection(F.gather_positions(m, p, impl=backends.for_part("gather", m.device.type, memory.impl)))
-            for m, p, projection, memory in zip(maps, positions, self.projections, self.hopfield, strict=True)
+            projection(AF.gather_positions(m, p, impl=memory.impl, part=True))
+            for m, p, projection, memory in zip(maps, positions, self.projections, self.memories, strict=True)
         ]
 
     def queries(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -85,7 +110,7 @@ class AnoMem(nn.Module):
 
     def deviations(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """D(s) = norm(z) − HF(z) at all positions: S maps [B, C_s, H_s, W_s] -> S tensors [B, H_s·W_s, d_s]."""
-        return [memory.deviation(query) for query, memory in zip(self.queries(maps), self.hopfield, strict=True)]
+        return [memory.deviation(query) for query, memory in zip(self.queries(maps), self.memories, strict=True)]
 
     def distances(
         self, maps: Sequence[Tensor], distance: Distance, log_priors: Sequence[Tensor] | None = None
@@ -95,17 +120,17 @@ class AnoMem(nn.Module):
         Args:
             maps: S maps [B, C_s, H_s, W_s].
             distance: "cosine" or "l2".
-            log_priors: S tensors [H_s·W_s, M_s], the location prior; None for none.
+            log_priors: S tensors [H_s·W_s, M_s], the location prior; None is a uniform prior.
 
         Returns:
             S tensors [B, H_s, W_s].
         """
         priors = [None] * len(maps) if log_priors is None else log_priors
         result = []
-        for m, query, memory, prior in zip(maps, self.queries(maps), self.hopfield, priors, strict=True):
+        for m, query, memory, prior in zip(maps, self.queries(maps), self.memories, priors, strict=True):
             projected = query.mT.unflatten(2, m.shape[2:])  # [B, d, H, W]
             result.append(
-                F.deviation_map(
+                AF.deviation_map(
                     projected,
                     memory.prototypes,
                     values=memory.values,
@@ -114,15 +139,11 @@ class AnoMem(nn.Module):
                     normalize=memory.normalize,
                     distance=distance,
                     log_prior=prior,
-                    impl=backends.for_part("deviation_map", m.device.type, memory.impl),
+                    impl=memory.impl,
+                    part=True,
                 )
             )
         return result
-
-    @property
-    def hopfield(self) -> list[HopfieldMemory]:
-        """The S memories."""
-        return [memory for memory in self.memories if isinstance(memory, HopfieldMemory)]
 
 
 def build_model(
@@ -143,11 +164,10 @@ def build_model(
         mean: per channel, of the training images in [0, 1].
         std: per channel.
         seed: of the initial weights and prototypes.
-        encoder: one of your own instead of the configuration's, taken with its weights.
+        encoder: your own, used with its weights in place of the configuration's backbone.
 
     Raises:
-        ArgumentError: an encoder for images of another size, an unknown name, or a number of prototypes that fits
-            neither one scale nor all.
+        ArgumentError: an encoder for images of another size, or numbers of prototypes for another number of scales.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,8 +177,6 @@ def build_model(
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
         require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)
-        if config.projection is not None:
-            require_count(config.projection, "projection", 1)
         widths = [config.projection or c for c in encoder.channels]
         memories = [
             HopfieldMemory(
@@ -177,5 +195,29 @@ def build_model(
             nn.Identity() if config.projection is None else nn.Linear(c, width, bias=False)
             for c, width in zip(encoder.channels, widths, strict=True)
         ]
-    weights = F.scale_weights(scales, config.scale_weights)
+    weights = AF.scale_weights(scales, config.scale_weights)
     return AnoMem(encoder, memories, projections, mean=mean, std=std, scale_weights=weights)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(model: AnoMem) -> str:
+    """Stages, scales and memories with shapes and parameter counts, one line each."""
+    encoder = model.encoder
+    lines = [f"{'encoder':<12} {parameter_count(encoder):>12,} parameters"]
+    lines += [f"  {name:<10} {parameter_count(stage):>12,}" for name, stage in encoder.parts.items()]
+    scales = zip(encoder.names, encoder.channels, encoder.sizes, model.memories, model.scale_weights, strict=True)
+    for name, channels, (height, width), memory, weight in scales:
+        prototypes, features = memory.prototypes.shape
+        lines.append(
+            f"scale {name:<10} map [B, {channels}, {height}, {width}], memory [{prototypes}, {features}] "
+            f"{parameter_count(memory):>9,} parameters, lambda {weight:g}"
+        )
+    projections = parameter_count(model.projections)
+    if projections:
+        lines.append(f"{'projections':<12} {projections:>12,} parameters")
+    lines.append(f"{'total':<12} {parameter_count(model):>12,} parameters")
+    return "\n".join(lines)

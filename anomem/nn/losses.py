@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from anomem import functional as F
+from anomem import functional as AF
 from anomem.backends import Impl
 from anomem.nn.memory import HopfieldMemory
-from anomem.reference.losses import Negatives
+from anomem.reference.contrast import NEGATIVES, Negatives
 from anomem.validation import (
     require,
     require_choice,
@@ -44,7 +44,14 @@ class _Temperature(nn.Module):
 
 
 class NTXentLoss(nn.Module):
-    """NT-Xent (SimCLR): `criterion(z0, z1)` equals `lightly.loss.NTXentLoss(temperature)` without a memory bank.
+    """NT-Xent of SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709).
+
+    Equals `lightly.loss.NTXentLoss(temperature)` without a memory bank
+    (https://docs.lightly.ai/self-supervised-learning/lightly.loss.html).
+
+        criterion = NTXentLoss(temperature=0.2)
+        z0, z1 = projector(view0), projector(view1)  # [B, d] each, of the same images
+        criterion(z0, z1).backward()
 
     Args:
         temperature: tau > 0; lightly's default of 0.5.
@@ -52,7 +59,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: contrast with the rows of all processes of `torch.distributed`'s default group, each of
             which passes the same B; the mean of their losses, which DDP's gradients are those of, is the loss of the
             joint batch. Without effect in a single process. See `anomem.functional.nt_xent_distributed`.
-        impl: which implementation; see `anomem.functional`.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         z0, z1 [B, d] or [G, B, d] -> 0-dim.
@@ -74,17 +81,23 @@ class NTXentLoss(nn.Module):
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         """Mean loss over all rows of both views."""
         require_views(z0, "z0", z1, "z1")
-        loss = F.nt_xent_distributed if self.gather_distributed else F.nt_xent
+        loss = AF.nt_xent_distributed if self.gather_distributed else AF.nt_xent
         return loss(z0, z1, temperature=self.temperature(), impl=self.impl)
 
 
 class InfoNCELoss(nn.Module):
     """The rectangular contrast: row i's column is i unless `positive` says otherwise (CLIP-, MoCo-type use).
 
+    InfoNCE (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748), as in CLIP (https://arxiv.org/abs/2103.00020).
+
+        criterion = InfoNCELoss(temperature=0.07)
+        images, texts = image_encoder(x), text_encoder(t)  # [B, d] each
+        loss = (criterion(images, texts) + criterion(texts, images)) / 2
+
     Args:
         temperature: tau > 0.
         learn_temperature: make log tau a parameter.
-        impl: which implementation; see `anomem.functional`.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         rows [(G,) R, d], columns [(G,) C, d], positive [R] -> 0-dim.
@@ -105,16 +118,20 @@ class InfoNCELoss(nn.Module):
             count = rows.shape[-2]
             require(columns.shape[-2] >= count, "columns", lambda: f"at least {count}, one for each row", columns)
             positive = torch.arange(count, device=rows.device)
-        return F.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
+        return AF.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
 
 
 class VarianceHinge(nn.Module):
-    """The hinge on the standard deviation over the batch (VICReg).
+    """The hinge on the standard deviation over the batch of VICReg (Bardes et al. 2022, https://arxiv.org/abs/2105.04906).
+
+        criterion = VarianceHinge(gamma=1.0)
+        z = projector(images)  # [B, d]
+        loss = invariance + 25 * criterion(z)
 
     Args:
         gamma: target standard deviation > 0.
         eps: > 0, inside the square root.
-        impl: which implementation; see `anomem.functional`.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         x [B, d] or [G, B, d] -> 0-dim.
@@ -130,18 +147,22 @@ class VarianceHinge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean hinge over groups and features."""
-        return F.variance_hinge(x, gamma=self.gamma, eps=self.eps, impl=self.impl)
+        return AF.variance_hinge(x, gamma=self.gamma, eps=self.eps, impl=self.impl)
 
 
 class ContrastedMemoryLoss(nn.Module):
     """L_COM + lambda_V · L_V of one scale (the bracket of AnoMem Eq. 4), given that scale's memory.
+
+        memory, criterion = HopfieldMemory(128, 64), ContrastedMemoryLoss(variance_weight=0.05)
+        z, z_pair = (AF.gather_positions(m, positions) for m in (map0, map1))  # [n, B, 128] each
+        total, contrast, variance = criterion(z, z_pair, memory)
 
     Args:
         temperature: tau of the contrast.
         variance_weight: lambda_V ≥ 0; the paper finds no sensitivity from 0.01 to 0.1.
         negatives: "image", "position" or "both".
         symmetric: contrast both ways and take the mean.
-        impl: which implementation; see `anomem.functional`.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         z, z_pair [n, B, d] -> 0-dim.
@@ -160,7 +181,7 @@ class ContrastedMemoryLoss(nn.Module):
         require_positive_number(temperature, "temperature")
         require_number(variance_weight, "variance_weight")
         require(variance_weight >= 0, "variance_weight", "a number ≥ 0", variance_weight)
-        require_choice(negatives, "negatives", ("image", "position", "both"))
+        require_choice(negatives, "negatives", NEGATIVES)
         self.temperature = temperature
         self.variance_weight = variance_weight
         self.negatives: Negatives = negatives
@@ -171,7 +192,7 @@ class ContrastedMemoryLoss(nn.Module):
         self, z: Tensor, z_pair: Tensor, memory: HopfieldMemory, is_normal: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, L_COM, L_V), the last two for the log; `is_normal` [B] bool, None when all are."""
-        contrast, variance = F.contrasted_memory_loss(
+        contrast, variance = AF.contrasted_memory_loss(
             z,
             z_pair,
             memory.prototypes,

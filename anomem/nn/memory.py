@@ -7,19 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anomem import backends
-from anomem import functional as F
+from anomem import functional as AF
 from anomem.backends import Impl
-from anomem.reference.normalize import Normalize, normalize_rows
-from anomem.validation import NORMALIZE, require, require_choice, require_count, require_number, require_tensor
+from anomem.reference.retrieve import NORMALIZE, Normalize, normalize_rows
+from anomem.validation import require, require_choice, require_count, require_number, require_tensor
 
 
 class HopfieldMemory(nn.Module):
     """Learned prototypes read by modern-Hopfield retrieval (AnoMem Eq. 1; Ramsauer et al. 2021).
 
-    Stands where hflayers' `HopfieldLayer` runs in static single-head mode (no projections, no affine): patterns are
-    LayerNormed, association is scaled by beta, the answer is a mean of the normalised prototypes. There beta is 1
-    unless `scaling` is given; docs/MIGRATING.md has the other arguments, and how a layer with projections is converted.
+    Replaces `HopfieldLayer` of hflayers (https://github.com/ml-jku/hopfield-layers; https://arxiv.org/abs/2008.02217)
+    in static single-head mode (no projections, no affine): patterns are LayerNormed, association is scaled by beta,
+    the answer is a mean of the normalised prototypes. There beta is 1 unless `scaling` is given; docs/MIGRATING.md has
+    the other arguments and the conversion of a layer with projections.
+
+        memory = HopfieldMemory(features=128, prototypes=64)
+        retrieved = memory(query)  # [..., 128] -> [..., 128]
+        novelty = memory.deviation(query).norm(dim=-1)  # [...]
 
     Args:
         features: d, length of a query.
@@ -30,7 +34,7 @@ class HopfieldMemory(nn.Module):
         learn_beta: make beta a parameter.
         value_features: dv of a separate, learned value matrix; None reads the normalised prototypes.
         shrink: MemAE's hard-shrinkage threshold; 0 is off.
-        impl: which implementation; see `anomem.functional`.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         query [..., d] -> [..., d] (or [..., dv]).
@@ -97,40 +101,41 @@ class HopfieldMemory(nn.Module):
             ArgumentError: `features` is no floating tensor of the queries' width, or the memory has values of another
                 width, which features cannot fill.
         """
-        width = self.prototypes.shape[1]
+        prototypes, width = self.prototypes.shape
         require_tensor(features, "features", (2,), "[N, d]")
-        right = features.shape[1] == width and features.shape[0] > 0
+        rows = features.shape[0]
+        right = features.shape[1] == width and rows > 0
         require(right, "features", lambda: f"[N, {width}] with N ≥ 1", features)
         values = self.values
         fits = values is None or values.shape[1] == width
         require(fits, "values", lambda: f"of the queries' width {width}, to be filled with features", values)
-        count, have = self.prototypes.shape[0], features.shape[0]
-        order = torch.randperm(have, generator=generator, device=features.device)
-        self.prototypes.copy_(features[order[torch.arange(count, device=features.device) % have]])
+        order = torch.randperm(rows, generator=generator, device=features.device)
+        self.prototypes.copy_(features[order[torch.arange(prototypes, device=features.device) % rows]])
         if values is not None:
             values.copy_(normalize_rows(self.prototypes, self.normalize))
 
     def forward(self, query: Tensor) -> Tensor:
         """What the memory returns for each query: [..., d] -> [..., d] (or [..., dv])."""
-        read: Tensor = F.hopfield_retrieve(
+        retrieved: Tensor = AF.hopfield_retrieve(
             query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options()
         )
-        return read
+        return retrieved
 
     def energy(self, query: Tensor) -> Tensor:
         """−lse/beta, the Hopfield energy up to terms in |q|²: [..., d] -> [...]."""
-        _, lse = F.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **self._options())
+        _, lse = AF.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **self._options())
         energy: Tensor = -lse / self.beta
         return energy
 
     def deviation(self, query: Tensor) -> Tensor:
         """norm(q) − HF(q): [..., d] -> [..., d]."""
-        return F.deviation(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
+        return AF.deviation(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
 
-    def diagnostics(self, query: Tensor) -> F.MemoryDiagnostics:
+    def diagnostics(self, query: Tensor) -> AF.MemoryDiagnostics:
         """Usage of the prototypes over a set of queries [..., d]."""
-        impl = backends.for_part("usage", self.prototypes.device.type, self.impl)
-        return F.memory_diagnostics(query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=impl)
+        return AF.memory_diagnostics(
+            query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=self.impl, part=True
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options, for `print(module)`."""

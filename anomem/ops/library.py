@@ -1,42 +1,86 @@
-"""The `anomem::` operator library: schemas and fakes, which exist whether or not a kernel can run here."""
+"""The `anomem::` operator library: how an operator is declared, and what the operators share.
+
+Schemas and fakes exist whether or not a kernel can run here. `anomem.kernels` has the table of the operators that run
+Triton kernels; csrc/ registers the native ones.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from anomem.reference.retrieve import Normalize
 
 LIBRARY = torch.library.Library("anomem", "DEF")
+
+NORMALIZE_CODES: dict[Normalize, int] = {"none": 0, "layer": 1, "l2": 2}
+"""What kernels receive for `normalize`; the order is that of csrc/ and kernels/."""
 
 Fake = Callable[..., Any]
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
 
-def define(name: str, schema: str, fake: Fake) -> None:
-    """Declare `anomem::name` with its schema and its shape function.
+class Memory(NamedTuple):
+    """What `softmax(scale · beta · norm(q) norm(K)ᵀ) V` takes beside the queries."""
 
-    The op carries `pt2_compliant_tag`-free defaults: it mutates nothing and aliases nothing.
+    keys: Tensor
+    """K [M, d], not yet normalised."""
+    values: Tensor | None
+    """V [M, dv]; None for V = norm(K)."""
+    beta: Tensor | None
+    """0-dim, learned; None for a constant."""
+    scale: float
+    """Factor on beta, or the constant itself."""
+    normalize: Normalize
+    """"layer", "l2" or "none", of queries and keys."""
+
+    @property
+    def inverse_temperature(self) -> float | Tensor:
+        """scale · beta, as the reference takes it."""
+        if self.beta is None:
+            return self.scale
+        return self.beta if self.scale == 1 else self.scale * self.beta
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None, float, int]:
+        """(keys, values, beta, scale, normalize) as the operators take them."""
+        return self.keys, self.values, self.beta, self.scale, NORMALIZE_CODES[self.normalize]
+
+
+def define(name: str, schema: str, fake: Fake) -> None:
+    """Declare `anomem::name`, and let it run `anomem.kernels.implementation` if it is an operator of Triton's.
+
+    Args:
+        name: "<backend>_<operator>_<fwd|bwd>".
+        schema: arguments and results. It declares no mutation and no aliasing.
+        fake: gives results of the right shape and dtype without values, from arguments as in the schema.
     """
     LIBRARY.define(name + schema)
     torch.library.register_fake(f"anomem::{name}", fake, lib=LIBRARY)
+    if name.startswith("triton_"):
+
+        def run(*args: Any) -> Any:
+            return importlib.import_module("anomem.kernels").implementation(f"anomem::{name}")(*args)
+
+        # CPU tensors run in Triton's interpreter, which `anomem.backends` admits only when it is switched on.
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, run, key)
 
 
-def implement_with_triton(name: str, module: str, function: str) -> None:
-    """Let `anomem::name` run `anomem.kernels.<module>.<function>`, imported by the first call.
+def operator(name: str, backend: str) -> Any:
+    """`anomem::<backend>_<name>`.
 
-    On CPU tensors too: that is Triton's interpreter, which `anomem.backends` admits only when it is switched on.
+    Args:
+        name: "<operator>_<fwd|bwd>".
+        backend: "native" or "triton".
     """
-
-    def run(*args: Any) -> Any:
-        kernel = getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
-        return kernel(*args)
-
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+    return getattr(torch.ops.anomem, f"{backend}_{name}")
 
 
 def with_known_signature(function: Function) -> Function:
@@ -56,3 +100,80 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 def empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous uninitialised tensor on the device of `like`, for fakes."""
     return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def empty_scalar(value: Tensor | None, like: Tensor) -> Tensor:
+    """What a fake gives for the gradient of an optional 0-dim input: empty where there is no such input."""
+    return empty(like, dtype=accumulator(like)) if value is not None else empty(like, 0, dtype=accumulator(like))
+
+
+def vmap(
+    apply: Callable[..., tuple[Tensor, ...]], folded: int, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of `torch.func.vmap` for an operator that has a batch axis of its own.
+
+    Args:
+        apply: the autograd function's, giving a tuple whose tensors begin with the batch axis.
+        folded: of how many leading arguments the mapped axis is folded into the first one. Where another argument is
+            mapped too (a memory for each element), the operator is called once for each element.
+        info, in_dims, args: what `torch.autograd.Function.vmap` receives.
+    """
+    size = info.batch_size
+    if any(dim is not None for dim in in_dims[folded:]):
+        pairs = list(zip(args, in_dims, strict=True))
+        results = [apply(*(a if dim is None else a.select(dim, i) for a, dim in pairs)) for i in range(size)]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+    batched = [
+        x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+        for x, dim in zip(args[:folded], in_dims[:folded], strict=True)
+    ]  # [V, batch, ...] each
+    outs = apply(*(x.flatten(0, 1).contiguous() for x in batched), *args[folded:])
+    return tuple(out.unflatten(0, batched[0].shape[:2]) for out in outs), (0,) * len(outs)
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation (jvp, jacfwd, `forward_ad.dual_level`) is open."""
+    return forward_ad._current_level >= 0  # −1 when none is
+
+
+def wants_graph() -> bool:
+    """Whether the running backward pass must itself be differentiable: `create_graph=True`, or forward mode over it.
+
+    A compiled backward never is, so there the kernels always run.
+    """
+    return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that carry a graph of their own, for a double backward: those of the reference.
+
+    Args:
+        reference: gives one tensor or a tuple matching `grad_outputs`; called with inputs in the accumulation dtype.
+        inputs: its inputs, None where optional ones are absent.
+        needed: which inputs want a gradient.
+        grad_outputs: upstream gradients, None for outputs that were not used.
+
+    Returns:
+        One entry per input, None where not needed.
+    """
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+    used = [(i, grad) for i, grad in enumerate(grad_outputs) if grad is not None]
+
+    def of_wanted(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = iter(leaves)
+        tensors = [next(given) if n and x is not None else x for x, n in zip(inputs, needed, strict=True)]
+        outputs = reference(*(None if x is None else x.to(accumulator(x)) for x in tensors))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return tuple(outputs[i].to(grad.dtype) for i, grad in used)
+
+    # Not torch.autograd.grad: under torch.func the saved inputs may have left the level at which they required one.
+    with torch.autocast(wanted[0].device.type, enabled=False):
+        pullback = torch.func.vjp(of_wanted, *wanted)[1]
+        grads = iter(pullback(tuple(grad for _, grad in used)))
+    return [next(grads) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

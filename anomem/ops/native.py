@@ -1,6 +1,6 @@
-"""Loading of the C++ library, once, when the first native operator is wanted.
+"""Loads the C++ library, once, when the first native operator is called.
 
-`ANOMEM_LIBRARY` names another folder than the package's to take it from: a sanitized build, for example.
+`ANOMEM_LIBRARY` names a folder to load it from instead of the package's, for example a sanitized build.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def _load(file: str, how: str) -> str | None:
     expected = sources.digest(file, _PACKAGE.parent)
     if expected is not None and sources.built_from(path) != expected:
         reason = f"{path.parent.name}/{file} was built from other sources than those in csrc: {how}"
-        # Under impl="auto" nothing else would say why everything has become slow.
+        # Under impl="auto" nothing else would report why calls are slow.
         warnings.warn(f"anomem: {reason}", RuntimeWarning, stacklevel=2)
         return reason
     try:
-        # A second copy of the same registrations aborts the process: the cache makes this the only load.
+        # Registering the same operators twice aborts the process. The cache prevents a second load.
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path.parent.name}/{file} does not load with torch {torch.__version__}: {error}"

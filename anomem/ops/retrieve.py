@@ -1,88 +1,142 @@
-"""Retrieval: `out, lse = softmax(beta norm(q) norm(K)ᵀ) V` with gradients to q, K, V and beta (METHOD, gradients)."""
+"""Retrieval, `out, lse = softmax(beta norm(q) norm(K)ᵀ) V`, and the same with MemAE's shrinkage and the entropy.
+
+Gradients go to q, K, V and beta; `anomem.reference.retrieve` derives them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anomem.ops import batching, composite
-from anomem.ops.library import accumulator, define, empty, implement_with_triton, with_known_signature
+from anomem import reference
+from anomem.ops import library
+from anomem.ops.library import NORMALIZE_CODES, Memory, accumulator, define, empty, operator, with_known_signature
 
-# The order is the encoding that kernels receive.
-NORMALIZE_CODES = {"none": 0, "layer": 1, "l2": 2}
-NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
-
-_FORWARD_SCHEMA = (
-    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> (Tensor out, Tensor lse)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor dout, Tensor? dlse, Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, "
-    "Tensor out, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)"
-)
+_NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
 
-# The fakes name the arguments on which shapes depend.
-def forward_fake(query: Tensor, keys: Tensor, values: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes of (out, lse)."""
+def _retrieve_fake(
+    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
+) -> tuple[Tensor, Tensor]:
     width = (keys if values is None else values).shape[1]
     return empty(query, query.shape[0], width), empty(query, query.shape[0], dtype=accumulator(query))
 
 
-def backward_fake(
+def _retrieve_backward_fake(
     dout: Tensor,
     dlse: Tensor | None,
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
     beta: Tensor | None,
-    *_: Any,
+    scale: float,
+    normalize: int,
+    out: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of (dquery, dkeys, dvalues, dbeta), the last two empty where there is no such input."""
     dvalues = empty(keys, 0) if values is None else empty(values, *values.shape)
-    dbeta = empty(query, *([0] if beta is None else []), dtype=accumulator(query))
-    return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, dbeta
+    return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, library.empty_scalar(beta, query)
 
 
-for _backend in ("native", "triton"):
-    define(f"{_backend}_retrieve_fwd", _FORWARD_SCHEMA, forward_fake)
-    define(f"{_backend}_retrieve_bwd", _BACKWARD_SCHEMA, backward_fake)
-implement_with_triton("triton_retrieve_fwd", "retrieve", "forward")
-implement_with_triton("triton_retrieve_bwd", "retrieve", "backward")
+def _shrink_fake(
+    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int, shrink: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _retrieve_fake(query, keys, values, beta, scale, normalize)
+    return out, lse, torch.empty_like(lse)
 
 
-def retrieve(
+def _shrink_backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
     beta: Tensor | None,
     scale: float,
-    normalize: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    normalize: int,
+    shrink: float,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _retrieve_backward_fake(dout, dlse, query, keys, values, beta, scale, normalize, out, lse)
+
+
+define(
+    "native_retrieve_fwd",
+    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> (Tensor out, Tensor lse)",
+    _retrieve_fake,
+)
+define(
+    "triton_retrieve_fwd",
+    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> (Tensor out, Tensor lse)",
+    _retrieve_fake,
+)
+define(
+    "native_retrieve_bwd",
+    "(Tensor dout, Tensor? dlse, Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, "
+    "Tensor out, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
+    _retrieve_backward_fake,
+)
+define(
+    "triton_retrieve_bwd",
+    "(Tensor dout, Tensor? dlse, Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, "
+    "Tensor out, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
+    _retrieve_backward_fake,
+)
+define(
+    "native_shrink_fwd",
+    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, float shrink) -> "
+    "(Tensor out, Tensor lse, Tensor entropy)",
+    _shrink_fake,
+)
+define(
+    "native_shrink_bwd",
+    "(Tensor dout, Tensor? dlse, Tensor? dentropy, Tensor query, Tensor keys, Tensor? values, Tensor? beta, "
+    "float scale, int normalize, float shrink, Tensor out, Tensor lse, Tensor entropy) -> "
+    "(Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
+    _shrink_backward_fake,
+)
+
+
+def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tensor]:
     """Differentiable retrieval by one backend.
 
     Args:
         query: [N, d], unit inner stride.
-        keys: [M, d], contiguous.
-        values: [M, dv], contiguous, or None for V = norm(K).
-        beta: 0-dim, learned, in the accumulation dtype; or None.
-        scale: factor on beta, or beta itself when that is None.
-        normalize: "none", "layer" or "l2".
+        memory: keys [M, d] and values [M, dv] contiguous, beta in the accumulation dtype.
         backend: "native" or "triton".
 
     Returns:
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
-    result: tuple[Tensor, Tensor] = _Retrieve.apply(
-        query, keys, values, beta, scale, NORMALIZE_CODES[normalize], backend
-    )
+    result: tuple[Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, None, backend)
+    return result
+
+
+def shrink(query: Tensor, memory: Memory, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable retrieval with hard shrinkage (MemAE, Gong et al. 2019, Eqs. 6–9), by the native library.
+
+    Args:
+        query: as in `retrieve`.
+        memory: as in `retrieve`.
+        threshold: of the weights; 0 keeps the softmax and only adds the entropy.
+
+    Returns:
+        out [N, dv], lse [N] and entropy [N] of the weights in nats.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, threshold, "native")
     return result
 
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
+    """(out, lse), and with a threshold (out, lse, entropy)."""
+
     @staticmethod
     def forward(
         query: Tensor,
@@ -91,64 +145,51 @@ class _Retrieve(torch.autograd.Function):
         beta: Tensor | None,
         scale: float,
         normalize: int,
+        threshold: float | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        operators = torch.ops.anomem
-        run = operators.native_retrieve_fwd if backend == "native" else operators.triton_retrieve_fwd
-        out, lse = run(query, keys, values, beta, scale, normalize)
-        return out, lse
+    ) -> tuple[Tensor, ...]:
+        if threshold is None:
+            return tuple(operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize))
+        return tuple(operator("shrink_fwd", backend)(query, keys, values, beta, scale, normalize, threshold))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, keys, values, beta, ctx.scale, ctx.normalize, ctx.backend = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, keys, values, beta, *output)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, keys, values, beta, out, lse = ctx.saved_tensors
-        none = (None, None, None)
-        if dout is None and dlse is None:
-            return (None, None, None, None, *none)
-        if composite.wants_graph():
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, keys, values, beta, out, *extras = ctx.saved_tensors
+        if all(grad is None for grad in upstream):
+            return None, None, None, None, None, None, None, None
+        if library.wants_graph():
             inputs = (query, keys, values, beta)
-            composed = _composite(ctx.scale, ctx.normalize)
-            grads = composite.differentiable_gradients(composed, inputs, ctx.needs_input_grad[:4], (dout, dlse))
-            return (*grads, *none)
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        operators = torch.ops.anomem
-        run = operators.native_retrieve_bwd if ctx.backend == "native" else operators.triton_retrieve_bwd
-        dquery, dkeys, dvalues, dbeta = run(dout, dlse, query, keys, values, beta, ctx.scale, ctx.normalize, out, lse)
-        return (
-            dquery,
-            dkeys,
-            None if values is None else dvalues,
-            None if beta is None else dbeta,
-            *none,
+            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
+            grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:4], upstream)
+            return (*grads, None, None, None, None)
+        dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
+        dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
+        name, threshold = ("retrieve_bwd", ()) if ctx.threshold is None else ("shrink_bwd", (ctx.threshold,))
+        dquery, dkeys, dvalues, dbeta = operator(name, ctx.backend)(
+            dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
         )
+        dvalues, dbeta = None if values is None else dvalues, None if beta is None else dbeta
+        return dquery, dkeys, dvalues, dbeta, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if any(dim is not None for dim in in_dims[1:4]):
-            return batching.one_by_one(_Retrieve.apply, info.batch_size, in_dims, args)
-        query = args[0].movedim(in_dims[0], 0)  # [V, N, d]
-        out, lse = _Retrieve.apply(query.reshape(-1, query.shape[-1]).contiguous(), *args[1:])
-        return (out.unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])), (0, 0)
+        return library.vmap(_Retrieve.apply, 1, info, in_dims, args)
 
 
-def _composite(scale: float, normalize: int) -> Any:
-    def run(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-        from anomem.reference import hopfield_retrieve
+def _composite(scale: float, normalize: int, threshold: float | None) -> Callable[..., tuple[Tensor, ...]]:
+    name = _NORMALIZE_NAMES[normalize]
 
-        dtype = accumulator(query)
-        read = hopfield_retrieve(
-            query.to(dtype),
-            keys.to(dtype),
-            values=None if values is None else values.to(dtype),
-            beta=scale if beta is None else scale * beta,
-            normalize=NORMALIZE_NAMES[normalize],  # type: ignore[arg-type]
+    def composite(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, ...]:
+        factor = Memory(keys, values, beta, scale, name).inverse_temperature
+        out, lse, weights = reference.hopfield_retrieve(
+            query, keys, values=values, beta=factor, normalize=name, shrink=threshold or 0.0
         )
-        return read.out.to(query.dtype), read.lse
+        return (out, lse) if threshold is None else (out, lse, reference.weights_entropy(weights))
 
-    return run
+    return composite

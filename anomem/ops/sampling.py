@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomem.ops import batching, composite
+from anomem import reference
+from anomem.ops import library
 from anomem.ops.library import accumulator, define, empty, with_known_signature
 
 
-def _gather_forward_fake(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    batch, channels = feature_map.shape[:2]
-    count = positions.shape[-1]
-    dtype = accumulator(feature_map)
-    inv_norm = empty(feature_map, count, batch, dtype=dtype) if normalize else empty(feature_map, 0, dtype=dtype)
-    return empty(feature_map, count, batch, channels), inv_norm
+def _gather_fake(map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    batch, channels = map.shape[:2]
+    count, dtype = positions.shape[-1], accumulator(map)
+    inv_norm = empty(map, count, batch, dtype=dtype) if normalize else empty(map, 0, dtype=dtype)
+    return empty(map, count, batch, channels), inv_norm
 
 
 def _gather_backward_fake(
@@ -32,7 +32,7 @@ def _gather_backward_fake(
     return torch.empty(map_shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format)
 
 
-def _variance_forward_fake(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _variance_fake(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     groups, _, features = x.shape
     dtype = accumulator(x)
     return (
@@ -49,7 +49,7 @@ def _variance_backward_fake(dloss: Tensor, x: Tensor, mean: Tensor, std: Tensor,
 define(
     "native_gather_fwd",
     "(Tensor map, Tensor positions, bool normalize) -> (Tensor out, Tensor inv_norm)",
-    _gather_forward_fake,
+    _gather_fake,
 )
 define(
     "native_gather_bwd",
@@ -60,7 +60,7 @@ define(
 define(
     "native_variance_fwd",
     "(Tensor x, float gamma, float eps) -> (Tensor loss, Tensor mean, Tensor std)",
-    _variance_forward_fake,
+    _variance_fake,
 )
 define(
     "native_variance_bwd",
@@ -108,11 +108,15 @@ class _Gather(torch.autograd.Function):
         if dout is None:
             return None, None, None
         feature_map, out, positions, inv_norm = ctx.saved_tensors
-        if composite.wants_graph():
+        if library.wants_graph():
+
+            def composite(feature_map: Tensor) -> Tensor:
+                return reference.gather_positions(feature_map, positions, normalize=ctx.normalize)
+
             # Without normalisation the gather is linear, so any map will do.
             inputs = (dout.new_zeros(ctx.map_shape) if feature_map is None else feature_map,)
-            composed = _gather_composite(positions, ctx.normalize)
-            return (*composite.differentiable_gradients(composed, inputs, (True,), (dout,)), None, None)
+            (gradient,) = library.differentiable_gradients(composite, inputs, (True,), (dout,))
+            return gradient, None, None
         dout = dout.contiguous()
         dmap = torch.ops.anomem.native_gather_bwd(
             dout, dout if out is None else out, inv_norm, positions, ctx.map_shape, ctx.channels_last, ctx.normalize
@@ -121,16 +125,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return batching.one_by_one(_Gather.apply, info.batch_size, in_dims, args)
-
-
-def _gather_composite(positions: Tensor, normalize: bool) -> Any:
-    def run(feature_map: Tensor) -> Tensor:
-        from anomem.reference import gather_positions as reference
-
-        return reference(feature_map, positions, normalize=normalize)
-
-    return run
+        return library.vmap(_Gather.apply, 0, info, in_dims, args)
 
 
 @with_known_signature
@@ -153,19 +148,16 @@ class _Variance(torch.autograd.Function):
         if dloss is None:
             return None, None, None
         x, mean, std = ctx.saved_tensors
-        if composite.wants_graph():
-            from anomem.reference import variance_hinge as reference
+        if library.wants_graph():
 
-            gamma, eps, dtype = ctx.gamma, ctx.eps, accumulator(x)
-            grads = composite.differentiable_gradients(
-                lambda x: reference(x.to(dtype), gamma, eps), (x,), (True,), (dloss,)
-            )
-            return grads[0], None, None
+            def composite(x: Tensor) -> Tensor:
+                return reference.variance_hinge(x, ctx.gamma, ctx.eps)
+
+            (gradient,) = library.differentiable_gradients(composite, (x,), (True,), (dloss,))
+            return gradient, None, None
         dx = torch.ops.anomem.native_variance_bwd(dloss.contiguous(), x, mean, std, ctx.gamma)
         return dx, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        x = args[0].movedim(in_dims[0], 0)  # [V, G, B, d]
-        outs = _Variance.apply(x.flatten(0, 1).contiguous(), *args[1:])
-        return tuple(out.unflatten(0, x.shape[:2]) for out in outs), (0,) * len(outs)
+        return library.vmap(_Variance.apply, 1, info, in_dims, args)

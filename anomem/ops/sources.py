@@ -1,7 +1,7 @@
-"""Which C++ sources a native library was built from: written into it by `setup.py`, compared before it is loaded.
+"""Digest of the C++ sources: `setup.py` writes it into a native library, the loader compares it.
 
-An older library beside newer Python loads, and then misreads its arguments. The standard library only: `setup.py` runs
-this file by its path.
+Without it an older library would load beside newer Python and misread its arguments. This file imports the standard
+library only, because `setup.py` runs it by its path.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import mmap
 from pathlib import Path
 
 MARK = b"anomem sources "
-"""What stands before the digest in a library."""
+"""Marks the digest inside a library file."""
 _LENGTH = 16
-_FOLDERS = {"_C.so": ("", "cpu"), "_C_cuda.so": ("cuda",)}
+_FOLDERS = {"_C.so": ("", "cpu"), "_C_cuda.so": ("", "cuda")}
 """Folders of csrc/ that each library is built from."""
 _SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
 
 def digest(library: str, root: Path) -> str | None:
-    """Digest of a library's sources as they lie in a checkout.
+    """Digest of a library's sources in a checkout.
 
     Args:
         library: "_C.so" or "_C_cuda.so".
         root: of the checkout.
 
     Returns:
-        16 hexadecimal digits, or None where there are no sources: an installed package comes with its own library.
+        16 hexadecimal digits, or None without sources: an installed package comes with its own library.
     """
     folders = [root / "csrc" / folder for folder in _FOLDERS[library]]
     files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES]
@@ -37,7 +37,7 @@ def digest(library: str, root: Path) -> str | None:
 
 
 def built_from(library: Path) -> str | None:
-    """The digest that a library carries, or None: built before there was one, or no library of ours."""
+    """The digest in a library file. None if it has none (too old, or not ours)."""
     if library.stat().st_size == 0:
         return None
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

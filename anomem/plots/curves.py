@@ -1,4 +1,4 @@
-"""Figures with axes: training curves, histograms of scores, ROC curves."""
+"""Figures of numbers: training curves, histograms of scores, ROC curves, and t-SNE (figure 5 of the paper)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from anomem.errors import optional
 from anomem.evaluate.metrics import auroc, roc_curve
 from anomem.plots.style import AMBER, ANOMALOUS, FAINT, GREEN, INK, MUTED, NORMAL, PURPLE, SKY, figure, shades
 from anomem.validation import require
 
-# What the logged quantities are called under a figure.
+# Titles of the logged quantities.
 TERMS = {
     "loss": "loss",
     "contrast": "contrast (nats)",
@@ -45,8 +46,8 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     colours = dict(zip(scales, shades(len(scales)), strict=True)) | {"": INK}
     several = len({stage for stage, _ in panels}) > 1
     columns = min(3, len(panels))
-    with figure(path, columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1] + 0.4, gap=0.08) as drawn:
-        grid = drawn.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
+    with figure(path, columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1] + 0.4, gap=0.08) as fig:
+        grid = fig.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
         handles = {}
         for axes, ((stage, term), lines) in zip(grid.flat, panels.items(), strict=False):
             for scale, points in lines.items():
@@ -62,19 +63,19 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_axis_off()
         if scales:
-            drawn.legend(handles=[handles[s] for s in scales], loc="outside lower center", ncols=min(6, len(scales)))
+            fig.legend(handles=[handles[s] for s in scales], loc="outside lower center", ncols=min(6, len(scales)))
 
 
 def score_histograms(
     scores: Tensor | Mapping[str, Tensor], is_anomaly: Tensor, path: str | os.PathLike[str], bins: int = 30
 ) -> None:
-    """How the scores of normal and anomalous images are distributed; each class adds up to 100 %.
+    """Distribution of the scores of normal and anomalous images; each class adds up to 100 %.
 
     Args:
         scores: [T], or several by name, one panel each.
         is_anomaly: [T] bool.
         path: where to write.
-        bins: of equal width over all but the highest percent of the scores, which share the last bin.
+        bins: of equal width up to the 99th percentile; the last bin takes every higher score.
 
     Raises:
         ArgumentError: as `auroc`.
@@ -83,13 +84,13 @@ def score_histograms(
     require(len(named) > 0, "scores", "at least one score", "none")
     columns = 2 if len(named) == 4 else min(3, len(named))
     lines = math.ceil(len(named) / columns)
-    with figure(path, max(4.6, columns * 3.6), lines * 2.6 + 0.4, gap=0.08) as drawn:
-        grid = drawn.subplots(lines, columns, squeeze=False)
+    with figure(path, max(4.6, columns * 3.6), lines * 2.6 + 0.4, gap=0.08) as fig:
+        grid = fig.subplots(lines, columns, squeeze=False)
         for axes, (name, values) in zip(grid.flat, named.items(), strict=False):
             _histogram(axes, name, values.detach().cpu().double(), is_anomaly.cpu(), bins)
         for axes in list(grid.flat)[len(named) :]:
             axes.set_axis_off()
-        drawn.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        fig.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def _histogram(axes: Axes, name: str, scores: Tensor, is_anomaly: Tensor, bins: int) -> None:
@@ -99,7 +100,7 @@ def _histogram(axes: Axes, name: str, scores: Tensor, is_anomaly: Tensor, bins: 
     clipped = scores.clamp_max(edges[-1])
     for label, colour, chosen in (("normal", NORMAL, ~is_anomaly), ("anomalous", ANOMALOUS, is_anomaly)):
         weights = [100 / int(chosen.sum())] * int(chosen.sum())
-        # A pale area and a firm outline, so that both classes show where they overlap.
+        # A pale area and a solid outline, so that both classes are visible where they overlap.
         values = clipped[chosen].tolist()
         name_of_class = f"{label} images"
         axes.hist(values, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.3, label=name_of_class)
@@ -122,7 +123,7 @@ def roc_curves(
         scores: name -> [T], higher is more anomalous.
         is_anomaly: [T] bool.
         path: where to write.
-        highlight: names drawn bold and full, the rest dashed; by default all are full.
+        highlight: names with a thick full line, the rest dashed; by default all lines are full.
 
     Raises:
         ArgumentError: as `auroc`, or no scores.
@@ -132,18 +133,18 @@ def roc_curves(
     ranked = sorted(areas, key=lambda name: -areas[name])
     corner = areas[ranked[0]] > 0.9
     palette = [NORMAL, ANOMALOUS, GREEN, PURPLE, AMBER, SKY, INK, MUTED]
-    # By place in the given order, so that a method has one colour in every figure of a set.
+    # By position in the mapping, so that a method has one colour in every figure of a set.
     colours = {name: palette[i % len(palette)] for i, name in enumerate(scores)}
-    with figure(path, 10.4 if corner else 6.6, 3.9, gap=0.08) as drawn:
-        panels = drawn.subplots(1, 2 if corner else 1, squeeze=False)[0]
+    with figure(path, 10.4 if corner else 6.6, 3.9, gap=0.08) as fig:
+        panels = fig.subplots(1, 2 if corner else 1, squeeze=False)[0]
         for axes in panels:
             axes.plot([0, 100], [0, 100], color=FAINT, lw=1.0, zorder=0)
             for name in ranked:
                 false_positive, true_positive = roc_curve(scores[name].cpu(), is_anomaly.cpu())
-                first = not highlight or name in highlight
+                bold = not highlight or name in highlight
                 axes.plot(
                     (100 * false_positive).tolist(), (100 * true_positive).tolist(), color=colours[name],
-                    lw=2.0 if first and highlight else 1.6, ls="-" if first else (0, (4, 2)),
+                    lw=2.0 if bold and highlight else 1.6, ls="-" if bold else (0, (4, 2)),
                     label=f"{areas[name]:.3f}  {name}", clip_on=True,
                 )  # fmt: skip
             axes.set_xlabel("normal images called anomalous (%)")
@@ -153,9 +154,66 @@ def roc_curves(
         panels[0].set_title("ROC")
         if corner:
             panels[1].set(xlim=(-0.25, 25), ylim=(75, 100.25), title="its upper left corner")
-        drawn.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside right center", title="AUROC", alignment="left"
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="AUROC", alignment="left")
+
+
+def tsne(
+    prototypes: Tensor,
+    normal: Tensor,
+    anomalous: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    at_most: int = 800,
+) -> None:
+    """t-SNE of prototypes with normal and anomalous samples, by the cosine distance of their vectors.
+
+    Args:
+        prototypes: [M, d], normalised as the memory normalises them.
+        normal: [N, d] vectors of normal test samples, in the same space.
+        anomalous: [A, d] vectors of anomalous ones.
+        path: where to write.
+        seed: of the t-SNE and of the choice from a set larger than `at_most`.
+        at_most: largest number of samples of each kind.
+    """
+    with optional("t-SNE"):
+        from sklearn.manifold import TSNE
+
+    generator = torch.Generator().manual_seed(seed)
+    groups = [_some(x, at_most, generator) for x in (prototypes, normal, anomalous)]
+    same = len({x.shape[-1] for x in groups}) == 1 and all(x.dim() == 2 for x in groups)
+    require(same, "prototypes", "[M, d] like [N, d] and [A, d] of the samples", lambda: [list(x.shape) for x in groups])
+    rows = torch.cat(groups)
+    require(len(rows) >= 4, "normal", "at least four vectors in all", len(rows))
+    require(bool(rows.isfinite().all()), "normal", "finite vectors", "NaN or infinity")
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    # Start from the first two principal components of the unit vectors, scaled down. The decomposition is exact: a
+    # randomised one would make the figure depend on earlier random numbers.
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    components = torch.linalg.svd(unit - unit.mean(0), full_matrices=False)
+    start = (components.U[:, :2] * 1e-2).float()
+    embedding = TSNE(metric="cosine", init=start.numpy(), perplexity=perplexity, random_state=seed).fit_transform(
+        rows.numpy()
+    )
+    points_of = torch.from_numpy(embedding).split([len(x) for x in groups])
+    with figure(path, 6.4, 5.2) as fig:
+        axes = fig.subplots()
+        looks = (
+            # name, points, fill, outline, marker, area in square points; hollow prototypes hide no sample
+            ("normal samples", points_of[1], NORMAL, "white", "o", 18),
+            ("anomalous samples", points_of[2], ANOMALOUS, "white", "^", 18),
+            ("prototypes", points_of[0], "none", INK, "D", 34),
         )
+        for name, points, fill, outline, marker, area in looks:
+            axes.scatter(
+                points[:, 0].numpy(), points[:, 1].numpy(), s=area, c=fill, edgecolors=outline, marker=marker,
+                linewidths=1.1 if fill == "none" else 0.4, label=f"{name} ({len(points)})",
+            )  # fmt: skip
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title("t-SNE by cosine distance (axes have no unit)")
+        axes.set_aspect("equal", adjustable="datalim")
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
@@ -168,3 +226,8 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str
                 lines = panels.setdefault((str(row.get("stage", "")), term), {})
                 lines.setdefault(scale, []).append((int(row["step"]), float(value)))
     return panels
+
+
+def _some(vectors: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
+    vectors = vectors.detach().cpu().float()
+    return vectors[torch.randperm(len(vectors), generator=generator)[:at_most]]

@@ -1,4 +1,4 @@
-"""Figures made of images: what is found most and least anomalous, and what the prototypes stand for."""
+"""Figures of images: the most and least anomalous ones with deviation maps, and the images of each prototype."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def extremes(
         images: [T, C, H, W] uint8 or float in [0, 1].
         scores: [T], higher is more anomalous.
         maps: [T, H, W], on one scale for all images.
-        is_anomaly: [T] bool, the truth; it colours the frames.
+        is_anomaly: [T] bool, the ground truth; it colours the frames.
         path: where to write.
         kinds: names to write over the images; "normal" and "anomaly" by default.
-        masks: [T, H, W] bool; the true outline is drawn over the map.
-        count: images of either sort.
+        masks: [T, H, W] bool, the ground truth; its outline is drawn over the map.
+        count: images of each kind.
     """
     require(maps.shape == (len(images), *images.shape[2:]), "maps", "[T, H, W] like the images", maps)
     count = min(count, len(images) // 2)
@@ -49,29 +49,28 @@ def extremes(
     limits = [float(q) for q in torch.quantile(shown.flatten(), torch.tensor([0.02, 0.995]))]
     if limits[1] <= limits[0]:
         limits[1] = limits[0] + 1
-    names = kinds or ["anomaly" if odd else "normal" for odd in is_anomaly.tolist()]
+    names = kinds or ["anomaly" if anomalous else "normal" for anomalous in is_anomaly.tolist()]
     width = max(3.2, count * TILE + 1.5)  # inches; a narrow figure has its caption in two lines
     space = " " if width > 6 else "\n"
-    with figure(path, width, 4 * TILE + 1.3) as drawn:
-        grid = drawn.subplots(4, count, squeeze=False)
+    with figure(path, width, 4 * TILE + 1.3) as fig:
+        grid = fig.subplots(4, count, squeeze=False)
         for half, title in enumerate(("most anomalous", "least anomalous")):
             for column, index in enumerate(chosen[half].tolist()):
                 picture, heat = grid[2 * half, column], grid[2 * half + 1, column]
-                odd = bool(is_anomaly[index])
-                _show(picture, images[index], ANOMALOUS if odd else NORMAL)
+                _show(picture, images[index], ANOMALOUS if bool(is_anomaly[index]) else NORMAL)
                 picture.set_title(f"{names[index]}\n{float(scores[index]):.3g}", loc="center", fontsize=9)
                 _overlay(heat, images[index], maps[index], limits)
                 if masks is not None and bool(masks[index].any()):
-                    # Two pixels outside of it, so that a thin defect is not hidden by its own outline.
+                    # Two pixels outside of the mask, so that a thin defect is not hidden by its own outline.
                     around = F.max_pool2d(masks[index].cpu().float()[None], 5, 1, 2)[0]
                     heat.contour(around.numpy(), [0.5], colors=["white"], linewidths=0.8)
             grid[2 * half, 0].set_ylabel(title)
             grid[2 * half + 1, 0].set_ylabel("deviation")
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(limits[0], limits[1]), HEAT)
-        bar = drawn.colorbar(scale, ax=grid, shrink=0.5, aspect=30, pad=0.02, extend="both")
+        bar = fig.colorbar(scale, ax=grid, shrink=0.5, aspect=30, pad=0.02, extend="both")
         bar.set_label("deviation from the memory")
         bar.outline.set_visible(False)
-        drawn.suptitle(
+        fig.suptitle(
             f"Name and score stand above each image;{space}frames: blue normal, orange anomalous.",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
@@ -84,7 +83,7 @@ def prototypes(
 
     Args:
         images: [N, C, H, W] uint8 or float in [0, 1].
-        weights: [N, M] ≥ 0, how much each image retrieves each prototype (the mean of its queries' weights).
+        weights: [N, M] ≥ 0, retrieval weight of each prototype, averaged over the image's queries.
         path: where to write.
         count: prototypes to show.
         per_prototype: images of each.
@@ -97,9 +96,9 @@ def prototypes(
     per_prototype = min(per_prototype, len(images))
     # Two prototypes to a line, with an empty column between them.
     lines, columns = -(-len(most) // 2), 2 * per_prototype + 1
-    with figure(path, columns * 0.72 + 1.0, lines * 0.95 + 0.5) as drawn:
+    with figure(path, columns * 0.72 + 1.0, lines * 0.95 + 0.5) as fig:
         ratios = [1.0] * per_prototype + [0.35] + [1.0] * per_prototype
-        grid = drawn.subplots(lines, columns, squeeze=False, width_ratios=ratios)
+        grid = fig.subplots(lines, columns, squeeze=False, width_ratios=ratios)
         for axes in grid.flat:
             axes.set_axis_off()
         for place, prototype in enumerate(most):
@@ -109,7 +108,7 @@ def prototypes(
                 axes.set_axis_on()
                 _show(axes, images[index], None)
             grid[line, start].set_title(f"prototype {prototype}, {percent(float(usage[prototype]))}", fontsize=9)
-        drawn.suptitle(
+        fig.suptitle(
             f"The {len(most)} most used of {weights.shape[1]} prototypes (share of all retrieval): "
             f"the images that retrieve each most",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",

@@ -1,4 +1,4 @@
-"""One look for every figure, and how a figure is written."""
+"""The common style of the figures, and the context that writes one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anomem.data.optional import optional
-from anomem.files import writing
+from anomem.errors import optional
+from anomem.files import make_folder, replacing
 
 with optional("drawing figures"):
     import matplotlib
@@ -18,11 +18,11 @@ with optional("drawing figures"):
 
 from anomem.validation import require
 
-# Okabe and Ito's palette, told apart with any common colour vision.
+# Okabe and Ito's palette, distinguishable with any common colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 NORMAL, ANOMALOUS = BLUE, ORANGE
-# Evenly bright from dark to light, and told apart with any colour vision.
+# Perceptually uniform from dark to light, and distinguishable with any colour vision.
 MAP = "cividis"
 HEAT = "inferno"
 
@@ -55,12 +55,10 @@ FORMATS = (".png", ".pdf", ".svg")
 
 @contextmanager
 def figure(path: str | os.PathLike[str], width: float, height: float, gap: float = 0.04) -> Iterator[Figure]:
-    """A figure in the common style, written when the block ends without an error.
-
-    The file appears whole or not at all: it is written beside its place and then moved there.
+    """A figure in the common style, written atomically when the block ends without an error.
 
     Args:
-        path: .png, .pdf or .svg; its folder is made if need be.
+        path: .png, .pdf or .svg; its folder is made if missing.
         width: in inches.
         height: in inches.
         gap: to the left and right of each panel, in inches.
@@ -72,18 +70,13 @@ def figure(path: str | os.PathLike[str], width: float, height: float, gap: float
     target = Path(path)
     require(target.suffix in FORMATS, "path", f"a file named {', '.join('*' + f for f in FORMATS)}", target.name)
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap))
-        yield drawn
-        beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+        fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap))
+        yield fig
         # No date inside, so that equal figures are equal files.
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(target.suffix)
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                drawn.savefig(beside, metadata=metadata)
-                beside.replace(target)
-            finally:
-                beside.unlink(missing_ok=True)
+        make_folder(target.parent)
+        with replacing(target) as temporary:
+            fig.savefig(temporary, format=target.suffix[1:], metadata=metadata)
 
 
 def shades(count: int) -> list[Any]:

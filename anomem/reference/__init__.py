@@ -8,18 +8,37 @@ Symbols follow the papers. `N` queries, `M` prototypes, `d` features, `G` groups
 each), `B` images, `S` scales.
 """
 
-from anomem.reference.contrast import contrast_rows, info_nce_rows, nt_xent_rows
-from anomem.reference.deviation import deviation, deviation_map, distance
-from anomem.reference.losses import contrasted_memory_loss, margin_loss, scale_weights
-from anomem.reference.normalize import l2_normalize, layer_normalize, normalize_rows
-from anomem.reference.positions import gather_positions, sample_positions
-from anomem.reference.retrieval import Retrieval, hopfield_retrieve, shrink_weights, weights_entropy
+from anomem.reference.contrast import (
+    Negatives,
+    Weighting,
+    contrast_rows,
+    contrasted_memory_loss,
+    info_nce_rows,
+    margin_loss,
+    nt_xent_rows,
+    scale_weights,
+)
+from anomem.reference.deviation_map import Distance, deviation, deviation_map, distance
+from anomem.reference.retrieve import (
+    Normalize,
+    Retrieval,
+    hopfield_retrieve,
+    l2_normalize,
+    layer_normalize,
+    normalize_rows,
+    shrink_weights,
+    weights_entropy,
+)
+from anomem.reference.sampling import gather_positions, sample_positions, variance_hinge
 from anomem.reference.usage import MemoryDiagnostics, memory_diagnostics
-from anomem.reference.variance import variance_hinge
 
 __all__ = [
+    "Distance",
     "MemoryDiagnostics",
+    "Negatives",
+    "Normalize",
     "Retrieval",
+    "Weighting",
     "contrast_rows",
     "contrasted_memory_loss",
     "deviation",

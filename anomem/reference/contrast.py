@@ -1,11 +1,37 @@
-"""The contrastive losses: NT-Xent (Chen et al. 2020, Eq. 1), its rectangular form, and L_COM of AnoMem."""
+"""The contrastive losses: NT-Xent (Chen et al. 2020, Eq. 1), its rectangular form, and the objectives of AnoMem.
+
+The gradients that the fused kernels compute. Of NT-Xent, with u the unit rows, s_ij = u_i·u_j / tau, g_i the upstream
+gradient of l_i, P_ij = exp(s_ij − lse_i) and P_ii = 0:
+
+    ds_ij = g_i (P_ij − [j = i ± B])
+    du_i  = (1/tau) Σ_j (ds_ij + ds_ji) u_j
+          = (1/tau) [Σ_j (g_i P_ij + g_j P_ji) u_j − (g_i + g_{i±B}) u_{i±B}]
+    dtau  = −(1/tau) Σ_ij ds_ij s_ij
+
+s is symmetric: one tile of it gives both sums. Of the rectangular form, with rows u, columns v and P_ij = 0 where j is
+excluded from row i:
+
+    ds_ij = g_i (P_ij − [j = positive_i]),   du_i = (1/tau) Σ_j ds_ij v_j,   dv_j = (1/tau) Σ_i ds_ij u_i
+
+The backward recomputes P from the saved lse: no [N, N] matrix is kept. Unit rows bound s by 1/tau, so a constant shift
+replaces the running maximum wherever exp(−2/tau) does not underflow. The gradient goes through u = z/|z| as in
+`anomem.reference.retrieve`.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from anomem.reference.normalize import l2_normalize
+from anomem.reference.retrieve import Normalize, hopfield_retrieve, l2_normalize
+from anomem.reference.sampling import variance_hinge
+
+Negatives = Literal["image", "position", "both"]
+NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
+Weighting = Literal["linear", "exp"]
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 def nt_xent_rows(z: Tensor, z_pair: Tensor, temperature: float | Tensor) -> Tensor:
@@ -63,3 +89,84 @@ def contrast_rows(
 def _opposite(batch: int, device: torch.device) -> Tensor:
     """[2B] int64: i + B for the first view, i − B for the second."""
     return torch.arange(2 * batch, device=device).roll(batch)
+
+
+def contrasted_memory_loss(
+    z: Tensor,
+    z_pair: Tensor,
+    prototypes: Tensor,
+    *,
+    is_normal: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    normalize: Normalize = "layer",
+    temperature: float | Tensor = 0.2,
+    negatives: Negatives = "image",
+    symmetric: bool = True,
+    variance_gamma: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """L_COM and L_V of one scale, means over the n sampled positions (the bracket of Eq. 4 before lambda_V).
+
+    With p' = HF(z') for normal images and p' = z' for labelled anomalies, L_COM is NT-Xent between z and p'.
+    The symmetric form is the mean of that and of the same with the views exchanged. The variance term acts on p
+    (the mean over both views when symmetric).
+
+    Args:
+        z: [n, B, d], the sampled vectors of one view.
+        z_pair: [n, B, d], the same positions of the other view.
+        prototypes: [M, d].
+        is_normal: [B] bool, y_k = 1; None when every image is normal.
+        temperature: tau of the contrast.
+        negatives: other images at the same position, other positions of the same image, or the sum of both.
+        variance_gamma: target standard deviation of the variance term.
+
+    Returns:
+        (L_COM, L_V), both 0-dim.
+    """
+
+    def remembered(view: Tensor) -> Tensor:  # [n, B, d] -> [n, B, d]
+        retrieved = hopfield_retrieve(view, prototypes, beta=beta, normalize=normalize).out
+        return retrieved if is_normal is None else torch.where(is_normal[:, None], retrieved, view)
+
+    def contrast(view: Tensor, retrieved: Tensor) -> Tensor:
+        terms = []
+        if negatives != "position":
+            terms.append(nt_xent_rows(view, retrieved, temperature).mean())
+        if negatives != "image":
+            terms.append(nt_xent_rows(view.transpose(0, 1), retrieved.transpose(0, 1), temperature).mean())
+        return torch.stack(terms).sum()
+
+    retrieved_pair = remembered(z_pair)
+    loss, variance = contrast(z, retrieved_pair), variance_hinge(retrieved_pair, variance_gamma).mean()
+    if symmetric:
+        retrieved = remembered(z)
+        loss = (loss + contrast(z_pair, retrieved)) / 2
+        variance = (variance + variance_hinge(retrieved, variance_gamma).mean()) / 2
+    return loss, variance
+
+
+def scale_weights(count: int, weighting: Weighting = "exp") -> tuple[float, ...]:
+    """lambda_s for s = 1 … S, increasing: s/S ("linear") or 2^(s−S) ("exp", the paper's table 7 default).
+
+    Args:
+        count: S ≥ 1, number of scales.
+        weighting: "linear" or "exp".
+    """
+    if weighting == "linear":
+        return tuple(s / count for s in range(1, count + 1))
+    return tuple(2.0 ** (s - count) for s in range(1, count + 1))
+
+
+def margin_loss(length: Tensor, is_normal: Tensor, margin: float = 2.0) -> Tensor:
+    """The margin loss of stage 2 at one scale: y max(0, |g| − 1/M) + (1 − y) max(0, M − |g|), mean over the batch.
+
+    Args:
+        length: [B], |g_k|, length of each image's embedding.
+        is_normal: [B] bool.
+        margin: M > 1; normals end inside radius 1/M, anomalies outside M.
+
+    Returns:
+        0-dim.
+    """
+    inside = torch.relu(length - 1 / margin)
+    outside = torch.relu(margin - length)
+    return torch.where(is_normal, inside, outside).mean()

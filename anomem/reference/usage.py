@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anomem.reference.normalize import Normalize, l2_normalize
-from anomem.reference.retrieval import hopfield_retrieve, weights_entropy
+from anomem.reference.retrieve import Normalize, hopfield_retrieve, l2_normalize, weights_entropy
 
 
 class MemoryDiagnostics(NamedTuple):
@@ -43,11 +42,11 @@ def memory_diagnostics(
         beta: as in `hopfield_retrieve`.
         normalize: as in `hopfield_retrieve`.
     """
-    read = hopfield_retrieve(query, prototypes, beta=beta, normalize=normalize)
-    nearest = read.weights.argmax(dim=-1)  # [N]
+    retrieval = hopfield_retrieve(query, prototypes, beta=beta, normalize=normalize)
+    nearest = retrieval.weights.argmax(dim=-1)  # [N]
     # Not bincount, which waits for a GPU to learn how many bins there are.
     usage = nearest.new_zeros(prototypes.shape[0]).scatter_add_(0, nearest, torch.ones_like(nearest))
-    mass = read.weights.mean(dim=0)
-    entropy = weights_entropy(read.weights).mean()
-    mean_length = torch.linalg.vector_norm(l2_normalize(read.out).mean(dim=0))
+    mass = retrieval.weights.mean(dim=0)
+    entropy = weights_entropy(retrieval.weights).mean()
+    mean_length = torch.linalg.vector_norm(l2_normalize(retrieval.out).mean(dim=0))
     return MemoryDiagnostics(usage, mass, entropy, entropy.exp(), weights_entropy(mass).exp(), mean_length)

@@ -1,1 +1,29 @@
-"""Filled memories: prototypes chosen among the features of normals, their scores, and the decision."""
+"""From a model to scores, maps and decisions: scorers of trained and of filled memories, and what is fitted to them."""
+
+from anomem.scoring.config import ScoreConfig
+from anomem.scoring.decision import Calibration, benjamini_hochberg, hold_out
+from anomem.scoring.detector import DeviationDetector, Gaussians, MomentSums
+from anomem.scoring.filled import FilledScorer, FilledScores, NormalQueries, fill_memories
+from anomem.scoring.labelled import FewLabels
+from anomem.scoring.prior import LocationPrior
+from anomem.scoring.scorer import Scored, Scorer, fit_scorer, score_images
+
+__all__ = [
+    "Calibration",
+    "DeviationDetector",
+    "FewLabels",
+    "FilledScorer",
+    "FilledScores",
+    "Gaussians",
+    "LocationPrior",
+    "MomentSums",
+    "NormalQueries",
+    "ScoreConfig",
+    "Scored",
+    "Scorer",
+    "benjamini_hochberg",
+    "fill_memories",
+    "fit_scorer",
+    "hold_out",
+    "score_images",
+]

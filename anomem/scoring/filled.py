@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anomem.models.gaussian import Gaussians, MomentSums
 from anomem.models.model import AnoMem
-from anomem.reference.normalize import normalize_rows
+from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.detector import Gaussians, MomentSums
 from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
 from anomem.validation import require, require_choice
 
@@ -99,17 +99,17 @@ def fill_memories(
     Raises:
         ArgumentError: no image, a wrong number, or memories with separate values, which could not be filled.
     """
-    scales = len(model.hopfield)
+    scales = len(model.memories)
     wanted = list(prototypes) * scales if len(prototypes) == 1 else list(prototypes)
     require(len(wanted) == scales, "prototypes", f"one number, or {scales}, one per scale", list(prototypes))
-    separate = any(memory.values is not None for memory in model.hopfield)
+    separate = any(memory.values is not None for memory in model.memories)
     require(not separate, "separate_values", "False: a filled memory returns its prototypes", True)
     collected = [FeatureRows(at_most, seed) for _ in range(scales)]
     for of_batch in queries:
-        for rows, query, memory in zip(collected, of_batch, model.hopfield, strict=True):
+        for rows, query, memory in zip(collected, of_batch, model.memories, strict=True):
             rows.add(normalize_rows(query.flatten(0, 1).float(), memory.normalize))
     filled = []
-    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.hopfield, strict=True):
+    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.memories, strict=True):
         begin = time.perf_counter()
         features = held.rows()
         chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
@@ -167,7 +167,7 @@ class FilledScorer(nn.Module):
         require(0 < top_part <= 1, "top_part", "a part in (0, 1]", top_part)
         self.model, self.alignment, self.top_part = model, alignment, top_part
         positions = [h * w for h, w in model.encoder.sizes]
-        widths = [memory.prototypes.shape[1] for memory in model.hopfield]
+        widths = [memory.prototypes.shape[1] for memory in model.memories]
         pooled = alignment == "pooled"
         self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in zip(positions, widths, strict=True)])
         self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
@@ -175,7 +175,7 @@ class FilledScorer(nn.Module):
             self.register_buffer(name, torch.ones(len(widths)))
         self.register_buffer("centre", torch.zeros(3))  # of "plain", "local" and "whole"
         self.register_buffer("spread", torch.ones(3))
-        self.to(model.mean.device)
+        self.to(model.device)
         self.eval()
 
     @property
@@ -275,7 +275,7 @@ class FilledScorer(nn.Module):
     def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
         cosines, deviations = [], []
-        for query, memory in zip(queries, self.model.hopfield, strict=True):
+        for query, memory in zip(queries, self.model.memories, strict=True):
             z = normalize_rows(query.float(), memory.normalize)
             d = memory.deviation(query).float()
             cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))

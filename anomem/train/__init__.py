@@ -1,7 +1,14 @@
-"""Training: configuration, both stages, checkpoints and run directories."""
+"""Training: configuration, stage 1, stage 2, checkpoints and run directories."""
 
-from anomem.train.config import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig
-from anomem.train.presets import preset
+from anomem.train.config import (
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    Stage2Config,
+    Stage2OptimizerConfig,
+    TrainConfig,
+    preset,
+)
 from anomem.train.run import load_run, load_scorer, model_for, resume, train, train_task
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage1 import train_stage1
@@ -13,6 +20,7 @@ __all__ = [
     "RunConfig",
     "RunDirectory",
     "Stage2Config",
+    "Stage2OptimizerConfig",
     "TrainConfig",
     "load_run",
     "load_scorer",

@@ -1,7 +1,6 @@
-"""Checkpoints: tensors in a safetensors file, everything else in the JSON file that names it.
+"""Checkpoints: tensors in a safetensors file, plain values in the JSON file that names it.
 
-The JSON file is replaced last and in one step, so whatever it names is complete: a run killed at any moment leaves
-either the old checkpoint or the new one.
+The JSON file is replaced last and atomically. A run killed at any moment leaves the old checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -18,36 +17,37 @@ from torch import Tensor, nn
 
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
+from anomem.train.rundir import RunDirectory
 from anomem.validation import shape_of
 
 FORMAT = 1
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     """Gradient steps done."""
     tensors: dict[str, Tensor]
     """On the CPU."""
     about: dict[str, Any]
-    """Plain values kept beside them."""
+    """Plain values."""
 
 
 def save_checkpoint(
     directory: Path, name: str, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a checkpoint, then drop the one it replaces.
+    """Write a checkpoint, then delete the one it replaces.
 
     Args:
         directory: made if missing.
         name: of the checkpoint, "stage1".
         step: gradient steps done.
-        tensors: what to keep.
-        about: plain values to keep beside them.
+        tensors: to save.
+        about: plain values to save.
 
     Raises:
-        UserError: it cannot be written; the one before it is still there.
+        UserError: it cannot be written; the previous one is kept.
     """
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def save_checkpoint(
     write_atomically(directory / file, content)
     note = {"format": FORMAT, "step": step, "tensors": file, "about": dict(about or {})}
     write_atomically(directory / f"{name}.json", json.dumps(note, indent=2).encode())
-    # Also what a process that was killed while it wrote has left beside them.
+    # The second pattern: temporary files of a process that was killed while it wrote.
     for old in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}-*.safetensors.*")):
         if old.name != file:
             old.unlink()
@@ -66,7 +66,7 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
     """A checkpoint, or None where there is none.
 
     Args:
-        directory: where checkpoints lie.
+        directory: of the checkpoints.
         name: of the checkpoint.
 
     Raises:
@@ -96,67 +96,98 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, s
     """Copy a checkpoint's tensors into a module of the same shape.
 
     Args:
-        module: what to fill.
-        tensors: a checkpoint's.
-        prefix: of this module's names among them, "model.".
+        module: to fill.
+        tensors: of a checkpoint.
+        prefix: of this module's names, "model.".
         source: the checkpoint, for messages.
 
     Raises:
         UserError: a tensor is missing, superfluous or of another shape.
     """
-    mine = module.state_dict()
-    theirs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    for key in sorted(mine.keys() ^ theirs.keys()):
-        has = "has no" if key in mine else "has an unexpected"
+    current = module.state_dict()
+    saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    for key in sorted(current.keys() ^ saved.keys()):
+        has = "has no" if key in current else "has an unexpected"
         raise UserError(f"the checkpoint {source} {has} tensor `{prefix}{key}`: it belongs to another model")
-    for key, value in mine.items():
-        if value.shape != theirs[key].shape:
+    for key, value in current.items():
+        if value.shape != saved[key].shape:
             raise UserError(
                 f"the checkpoint {source} is of another shape: `{prefix}{key}` expected {shape_of(value)}, "
-                f"received {shape_of(theirs[key])}; use the configuration it was trained with"
+                f"received {shape_of(saved[key])}; use the configuration it was trained with"
             )
-    module.load_state_dict(theirs)
+    module.load_state_dict(saved)
 
 
-def training_tensors(
-    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Everything a stage needs to go on as if it had never stopped.
+class StageState:
+    """Modules, optimiser and generator of a stage, saved to and restored from its checkpoint.
 
     Args:
-        modules: name -> module; their tensors are kept as "name.tensor".
-        optimizer: its momentum is kept as "momentum.name.parameter".
-        generator: its state is kept as "generator".
+        name: of the stage.
+        modules: the trained ones, by name.
+        optimizer: of their parameters.
+        generator: the stage's only source of randomness besides the order of the images.
+        run: its checkpoints are used; None writes no checkpoint.
     """
-    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for name, parameter in _named_parameters(modules):
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    return {**tensors, "generator": generator.get_state()}
 
+    def __init__(
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        run: RunDirectory | None,
+    ) -> None:
+        self.name, self.modules, self.optimizer, self.generator = name, modules, optimizer, generator
+        self.directory = None if run is None else run.checkpoints
 
-def load_training(
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    source: Path,
-) -> None:
-    """Undo `training_tensors`; arguments as there.
+    def restore(self) -> int:
+        """Load the checkpoint if there is one; returns the number of steps done.
 
-    Raises:
-        UserError: the tensors are those of another model.
-    """
-    for name, module in modules.items():
-        load_module(module, tensors, f"{name}.", source)
-    for name, parameter in _named_parameters(modules):
-        momentum = tensors.get(f"momentum.{name}")
-        if momentum is not None:
-            # The layout is the parameter's own (channels-last), as it was before the checkpoint was written.
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(momentum)
-    generator.set_state(tensors["generator"])
+        Raises:
+            UserError: the checkpoint is damaged, or of another model.
+        """
+        checkpoint = None if self.directory is None else load_checkpoint(self.directory, self.name)
+        if checkpoint is None or self.directory is None:
+            return 0
+        source = self.directory / f"{self.name}.json"
+        for name, module in self.modules.items():
+            load_module(module, checkpoint.tensors, f"{name}.", source)
+        for name, parameter in self._parameters():
+            momentum = checkpoint.tensors.get(f"momentum.{name}")
+            if momentum is not None:
+                # In the layout of the parameter (channels-last), as before the checkpoint was written.
+                buffer = torch.empty_like(parameter.detach()).copy_(momentum)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.generator.set_state(checkpoint.tensors["generator"])
+        return checkpoint.step
 
+    def due(self, done: int, steps: int, every: int) -> bool:
+        """Whether the checkpoint is due: every `every` steps (0: never) and after the last one.
 
-def _named_parameters(modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    return [(f"{name}.{key}", p) for name, module in modules.items() for key, p in module.named_parameters()]
+        Args:
+            done: steps done.
+            steps: steps of the stage.
+            every: steps between checkpoints.
+        """
+        return self.directory is not None and (done == steps or (every > 0 and done % every == 0))
+
+    def save(self, done: int) -> None:
+        """Write everything that the stage needs to resume with identical bits.
+
+        Args:
+            done: steps done.
+        """
+        if self.directory is None:
+            return
+        tensors = {
+            f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()
+        }
+        for name, parameter in self._parameters():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        save_checkpoint(self.directory, self.name, done, {**tensors, "generator": self.generator.get_state()})
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names in the checkpoint, and parameters."""
+        return [(f"{name}.{key}", p) for name, module in self.modules.items() for key, p in module.named_parameters()]

@@ -1,15 +1,29 @@
-"""A run as plain values: everything `config.json` holds."""
+"""TrainConfig: everything a run depends on as plain values; its presets; to JSON and back.
+
+Each configuration checks itself when it is made and raises `ArgumentError`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import types
+import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from anomem.augment import AugmentConfig
 from anomem.data import DataConfig
-from anomem.evaluate.config import ScoreConfig
+from anomem.errors import UserError
 from anomem.models import ModelConfig
-from anomem.reference.losses import Negatives
+from anomem.reference.contrast import Negatives
+from anomem.scoring import ScoreConfig
+from anomem.validation import require, require_choice, require_count, require_number, require_positive_number
+
+T = TypeVar("T")
+Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder"]
+FirstPrototypes = Literal["normal", "features"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,20 @@ class LossConfig:
     positions_per_image: bool = False
     """Draw positions for each image instead of once for the batch."""
 
+    def __post_init__(self) -> None:
+        require_positive_number(self.temperature, "loss.temperature")
+        require_number(self.variance_weight, "loss.variance_weight")
+        require(self.variance_weight >= 0, "loss.variance_weight", "a number ≥ 0", self.variance_weight)
+        require_choice(self.negatives, "loss.negatives", get_args(Negatives))
+        require(0 < self.ratio <= 1, "loss.ratio", "a part of the positions in (0, 1]", self.ratio)
+        require_count(self.max_positions, "loss.max_positions", 1)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """SGD with Nesterov momentum; linear warm-up, then cosine annealing to zero."""
+
+    section: ClassVar[str] = "optimizer"  # in the configuration, for messages
 
     steps: int = 150
     """Gradient steps."""
@@ -51,21 +75,51 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest gradient norm; None clips nothing."""
 
+    def __post_init__(self) -> None:
+        require_count(self.steps, f"{self.section}.steps", 1)
+        enough = isinstance(self.batch_size, int) and self.batch_size >= 2
+        hint = "the contrast needs another image"
+        require(enough, f"{self.section}.batch_size", "an integer ≥ 2", self.batch_size, hint)
+        require_positive_number(self.learning_rate, f"{self.section}.learning_rate")
+        require(0 < self.momentum < 1, f"{self.section}.momentum", "a number in (0, 1)", self.momentum)
+        require_number(self.weight_decay, f"{self.section}.weight_decay")
+        require(self.weight_decay >= 0, f"{self.section}.weight_decay", "a number ≥ 0", self.weight_decay)
+        require_count(self.warmup, f"{self.section}.warmup", 0)
+        if self.clip is not None:
+            require_positive_number(self.clip, f"{self.section}.clip")
+
+
+@dataclass(frozen=True)
+class Stage2OptimizerConfig(OptimizerConfig):
+    """The optimisation of stage 2: smaller steps, clipped."""
+
+    section: ClassVar[str] = "stage2.optimizer"
+    learning_rate: float = 0.005
+    """Peak."""
+    clip: float | None = 5.0
+    """Largest gradient norm; None clips nothing."""
+
 
 @dataclass(frozen=True)
 class Stage2Config:
-    """Margin stage on the deviation maps; runs where there are anomalies to learn from, real or synthetic."""
+    """Margin stage on the deviation maps; runs where there are labelled or synthetic anomalies."""
 
     enabled: bool = True
-    """Whether to run it at all."""
+    """Run it where there are anomalies."""
     margin: float = 2.0
     """M > 1: normals end inside radius 1/M, anomalies outside M."""
     hidden: int = 32
     """Channels of the head's convolutions."""
     embedding: int = 32
     """Length of g(s)."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=0.005, clip=5.0))
-    """Its own optimisation."""
+    optimizer: Stage2OptimizerConfig = field(default_factory=Stage2OptimizerConfig)
+    """Optimisation of stage 2."""
+
+    def __post_init__(self) -> None:
+        require_number(self.margin, "stage2.margin")
+        require(self.margin > 1, "stage2.margin", "a number > 1", self.margin)
+        require_count(self.hidden, "stage2.hidden", 1)
+        require_count(self.embedding, "stage2.embedding", 1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +129,7 @@ class RunConfig:
     directory: str | None = None
     """Run directory; runs/<dataset>-<normal>-<seed> when None."""
     seed: int = 0
-    """Of weights, batches, positions and augmentations."""
+    """Seed of weights, batches, positions and augmentations."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; "auto" takes a GPU where there is one."""
     threads: int | None = None
@@ -93,10 +147,22 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard logs."""
 
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            require_count(self.threads, "run.threads", 1)
+        require_count(self.log_every, "run.log_every", 1)
+        require_count(self.checkpoint_every, "run.checkpoint_every", 0)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on."""
+    """Everything a run depends on; each part checks itself when it is made.
+
+    Example:
+        >>> config = preset("folder")
+        >>> config = replace(config, data=replace(config.data, root="my/images", normal="good"))
+        >>> train(config)
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     """Images and their split."""
@@ -114,7 +180,141 @@ class TrainConfig:
     """Scoring."""
     run: RunConfig = field(default_factory=RunConfig)
     """Execution."""
-    prototypes_from: Literal["normal", "features"] = "features"
+    prototypes_from: FirstPrototypes = "features"
     """First prototypes: drawn from N(0, 1), or features of the first batch."""
     synthetic_outliers: float = 0.0
     """Synthetic anomalies per normal image of a batch, in both stages; the paper uses none."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.prototypes_from, "prototypes_from", get_args(FirstPrototypes))
+        require_number(self.synthetic_outliers, "synthetic_outliers")
+        require(self.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", self.synthetic_outliers)
+
+    @property
+    def has_stage2(self) -> bool:
+        """Whether stage 2 runs: it is enabled and there are anomalies, labelled or synthetic."""
+        return self.stage2.enabled and (self.data.outlier_ratio > 0 or self.synthetic_outliers > 0)
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of a data set.
+
+    digits and textures: the small encoder and a hundred-odd steps, seconds to minutes on a CPU. cifar10, cifar100:
+    the paper's setting (ResNet-18 and batches of 1024; 200 epochs of a class). folder: ResNet-18 on 128 pixels.
+
+    Args:
+        name: as in `DataConfig.dataset`.
+
+    Raises:
+        ArgumentError: an unknown name.
+    """
+    require_choice(name, "preset", get_args(Preset))
+    augment = AugmentConfig.for_dataset(name)
+    if name == "digits":
+        return TrainConfig(data=DataConfig(dataset="digits", normal="3"), augment=augment, prototypes_from="normal")
+    if name == "textures":
+        return TrainConfig(
+            data=DataConfig(dataset="textures", normal="brick"),
+            augment=augment,
+            optimizer=OptimizerConfig(steps=40, batch_size=64),
+        )
+    folder = name == "folder"
+    return TrainConfig(
+        data=DataConfig(dataset=name, normal="0"),
+        augment=augment,
+        model=ModelConfig(backbone="resnet18", prototypes=(256,)),
+        optimizer=OptimizerConfig(
+            steps=1000, batch_size=128 if folder else 1024, learning_rate=0.05 if folder else 0.1, warmup=50
+        ),
+        stage2=Stage2Config(optimizer=Stage2OptimizerConfig(steps=300)),
+        run=RunConfig(channels_last=True, checkpoint_every=100),
+    )
+
+
+# JSON. Written here because the messages need dotted names; a library for it would be one more dependency.
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of plain values as nested dictionaries and lists."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def from_dict(kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from nested dictionaries; keys left out keep their defaults.
+
+    Args:
+        kind: the dataclass.
+        values: as parsed from JSON.
+        where: dotted path so far, for messages.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or one the dataclass refuses; the message names it.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"`{where or 'config'}`: expected an object of settings, received {json.dumps(values)}")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(typing.cast("Any", kind))]
+    for key in values:
+        if key not in known:
+            raise UserError(f"`{where}{key}`: no such setting; expected one of {', '.join(known)}")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def load_config(kind: type[T], path: Path) -> T:
+    """A dataclass from a JSON file.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+
+    Raises:
+        UserError: no such file, no JSON, an unknown key or a wrong value.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the configuration {path} is not JSON: {error}") from error
+    try:
+        return from_dict(kind, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the annotated type."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast("type[Any]", hint), value, f"{where}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for option in arguments:
+            if option is not type(None):
+                try:
+                    return _convert(option, value, where)
+                except UserError:
+                    continue
+        raise _wrong(hint, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"`{where}`: expected one of {', '.join(map(repr, arguments))}, received {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong(hint, value, where)
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise _wrong(hint, value, where)
+        return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is not bool and value is True)):
+        raise _wrong(hint, value, where)
+    return value
+
+
+def _wrong(hint: Any, value: Any, where: str) -> UserError:
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return UserError(f"`{where}`: expected {name}, received {json.dumps(value)}")

@@ -1,4 +1,4 @@
-"""What a person sees of a running stage: progress, log rows, TensorBoard."""
+"""Progress of a running stage: log rows, TensorBoard, and the live display on a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,17 @@ from torch import Tensor
 from anomem.errors import UserError
 from anomem.files import writing
 from anomem.train.config import RunConfig
-from anomem.train.display import Display, by_name
 from anomem.train.rundir import RunDirectory
-from anomem.validation import require_count
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 Values = Mapping[str, Tensor]
 """Name -> 0-dim tensor. Names are "loss" or "term/scale", as TensorBoard groups them."""
 
 
 class _Late:
-    """Numbers on their way from the device: the copy is queued now and waited for when it is read.
+    """Numbers on their way from the device: the copy is queued now and awaited when they are read.
 
     Args:
         values: [n] on any device.
@@ -48,10 +49,10 @@ class _Late:
 
 
 class Monitor:
-    """Logs one stage. Values stay on the device until the next row is due, so that logging never waits for it.
+    """Logs one stage. The host reads the values of a row when the next one is due, so that logging never waits.
 
     Args:
-        run: where rows go; None keeps no log.
+        run: its log gets the rows; None writes no log.
         stage: "stage1" or "stage2".
         start: step the stage begins at.
         steps: step it ends at.
@@ -59,7 +60,7 @@ class Monitor:
         quiet: show nothing.
 
     Raises:
-        UserError: a loss is not finite (seen one row late), or TensorBoard is asked for and not installed.
+        UserError: a loss is not finite (noticed one row late), or TensorBoard is configured and not installed.
     """
 
     def __init__(
@@ -72,23 +73,19 @@ class Monitor:
         *,
         quiet: bool = False,
     ) -> None:
-        require_count(config.log_every, "run.log_every", 1)
         self.run, self.stage, self.start, self.steps, self.every = run, stage, start, steps, config.log_every
         self.quiet = quiet
         self.pending: tuple[dict[str, Any], tuple[str, ...], _Late] | None = None
         self.images = 0
         self.began = self.last = time.perf_counter()
         self.writer = _tensorboard(run) if config.tensorboard and run is not None else None
-        if run is not None and start < steps:  # a stage that is complete has rows of later ones after its own
+        if run is not None and start < steps:  # after a complete stage come the rows of the next one: keep those
             run.keep_rows(stage, start)
-        self.progress: Display | None = None
-        if not quiet and sys.stdout.isatty():
-            self.progress = Display()
-            self.task = self.progress.add_task(stage, total=steps, completed=start, loss="", speed="")
+        self.display = None if quiet or not sys.stdout.isatty() else Display(stage, start, steps)
 
     def __enter__(self) -> Monitor:
-        if self.progress is not None:
-            self.progress.start()
+        if self.display is not None:
+            self.display.live.start()
         return self
 
     def __exit__(
@@ -98,30 +95,30 @@ class Monitor:
             if kind is None:
                 self.flush()
         finally:
-            if self.progress is not None:
-                self.progress.stop()
+            if self.display is not None:
+                self.display.live.stop()
             if self.writer is not None:
                 self.writer.close()
 
     def due(self, step: int, images: int) -> bool:
-        """Note that a step is done; tell whether a row is due.
+        """Count a step as done; True when a row is due.
 
         Args:
             step: 0 … steps − 1.
             images: training images in its batch.
         """
         self.images += images
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step + 1)
+        if self.display is not None:
+            self.display.update(step + 1)
         return (step + 1) % self.every == 0 or step + 1 == self.steps
 
     def log(self, step: int, rate: float, values: Values) -> None:
-        """Take the values of a row; they are read when the next one is due.
+        """Queue the copy of a row's values to the host; they are read when the next row is due.
 
         Args:
             step: 0 … steps − 1.
             rate: its learning rate.
-            values: what to log.
+            values: to log.
         """
         self.flush()
         now = time.perf_counter()
@@ -136,7 +133,7 @@ class Monitor:
         self.images, self.last = 0, now
 
     def flush(self) -> None:
-        """Read and write the row whose values were left on the device when it was due."""
+        """Read the values of the pending row and write it."""
         if self.pending is None:
             return
         row, names, late = self.pending
@@ -157,9 +154,9 @@ class Monitor:
     def _show(self, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
         terms = by_name(values)
         speed = f"{row['images_per_second']:.0f} images/s"
-        if self.progress is not None:
-            self.progress.terms = {name: numbers for name, numbers in terms.items() if name != "loss"}
-            self.progress.update(self.task, loss=f"loss {values['loss']:.3g}", speed=speed)
+        if self.display is not None:
+            self.display.terms = {name: numbers for name, numbers in terms.items() if name != "loss"}
+            self.display.update(loss=f"loss {values['loss']:.3g}", speed=speed)
         elif not self.quiet:
             done, left = row["step"] - self.start, self.steps - row["step"]
             remaining = row["seconds"] / max(done, 1) * left
@@ -167,6 +164,64 @@ class Monitor:
                 f"{name} {' '.join(f'{v:.3g}' for v in numbers.values())}" for name, numbers in terms.items()
             )
             print(f"{self.stage} {row['step']}/{self.steps}  {line}  {speed}  {remaining:.0f} s left", flush=True)
+
+
+class Display:
+    """A bar with loss, speed and time left; below it a table of the loss terms, one column per scale.
+
+    Args:
+        stage: its name.
+        start: steps done.
+        steps: of the stage.
+        console: to draw on; standard output when None.
+    """
+
+    def __init__(self, stage: str, start: int, steps: int, console: Console | None = None) -> None:
+        # Here only: a training loop without a terminal does not need rich.
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.terms: dict[str, dict[str, float]] = {}  # name -> scale -> value
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.task = self.bar.add_task(stage, total=steps, completed=start, loss="", speed="")
+        self.live = Live(
+            console=console or Console(soft_wrap=True), refresh_per_second=10, get_renderable=self._renderable
+        )
+
+    def update(self, completed: int | None = None, **fields: Any) -> None:
+        """Set the number of steps done, or the fields `loss` and `speed`."""
+        self.bar.update(self.task, completed=completed, **fields)
+
+    def _renderable(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        if not self.terms:
+            return Group(self.bar)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("", *next(iter(self.terms.values()))):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, numbers in self.terms.items():
+            table.add_row(name, *(f"{number:.3g}" for number in numbers.values()))
+        return Group(self.bar, table)
+
+
+def by_name(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Values grouped by name, then scale: {"loss": {"": 9.1}, "contrast": {"block1": 2.1, "block2": 1.9}}."""
+    grouped: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        name, _, scale = key.partition("/")
+        grouped.setdefault(name, {})[scale] = value
+    return grouped
 
 
 def _tensorboard(run: RunDirectory) -> Any:

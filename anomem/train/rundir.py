@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, logs, checkpoints, metrics and figures."""
+"""RunDirectory: the folder of a run with its configuration, log, checkpoints, metrics and figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
-from anomem.train.config import TrainConfig
-from anomem.train.serialize import load_config, to_dict
+from anomem.train.config import TrainConfig, load_config, to_dict
 
 
 class RunDirectory:
-    """Paths of a run, and the files people read.
+    """Paths of a run; reads and writes its configuration, log and metrics.
 
     Args:
         path: the folder.
@@ -33,11 +32,11 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: TrainConfig, given: Sequence[str] = ()) -> RunDirectory:
-        """A new folder with its configuration in it.
+        """Make a new folder and write the configuration into it.
 
         Args:
             config: of the run.
-            given: what came from Python instead of the configuration: "task", "encoder".
+            given: names of the objects passed from Python instead of configured: "task", "encoder".
 
         Raises:
             UserError: the folder already holds a run, or cannot be made.
@@ -68,25 +67,25 @@ class RunDirectory:
         return run, load_config(TrainConfig, run.config_file)
 
     def require_given(self, function: str, **parts: object) -> None:
-        """Check that what was given from Python when the run began is given again.
+        """Check that a resumed run gets the Python objects (task, encoder) it was started with.
 
         Args:
-            function: where it can be given.
-            parts: by name, "task" and "encoder"; None is what is not given now.
+            function: that takes them, for the message.
+            parts: the objects by name, "task" and "encoder"; None where one is not given.
 
         Raises:
-            UserError: something is missing.
+            UserError: an object is missing.
         """
         given = json.loads(self.given_file.read_text(encoding="utf-8")) if self.given_file.exists() else []
         for name, value in parts.items():
             if name in given and value is None:
                 raise UserError(
-                    f"the run {self.path} was given its {name} from Python, which no configuration holds; "
+                    f"the run {self.path} was given its {name} from Python, not by its configuration; "
                     f"go on in Python and give the same {name} to `{function}`"
                 )
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the log; a row cut off by a crash is left out."""
+        """The rows of the log, without a last row that a crash cut off."""
         if not self.log_file.exists():
             return []
         rows = []
@@ -118,6 +117,6 @@ class RunDirectory:
 
 
 def default_directory(config: TrainConfig) -> str:
-    """runs/<dataset>-<normal>-<seed>, with what a path cannot hold replaced."""
+    """runs/<dataset>-<normal>-<seed>; other characters than letters and digits become underscores."""
     normal = "".join(c if c.isalnum() else "_" for c in config.data.normal)
     return f"runs/{config.data.dataset}-{normal}-{config.run.seed}"

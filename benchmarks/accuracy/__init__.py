@@ -1,8 +1,7 @@
 """Accuracy: detection on real images by every score, control and baseline, kept as rows.
 
-    python -m benchmarks.accuracy                what benchmarks/results/accuracy.jsonl does not hold yet, then tables
-    python -m benchmarks.accuracy --table-only   the tables of what is there
+    python -m benchmarks.accuracy                run the jobs missing in benchmarks/results/accuracy.jsonl, print tables
+    python -m benchmarks.accuracy --table-only   print the tables
 
-`settings.py` says what is trained or fitted, `tasks.py` on which images, `rows.py` how results are kept, `tables.py`
-what people read, the goals among them.
+`settings.py` says what is trained or fitted on which images; the tables are those of `benchmarks/report/accuracy.py`.
 """

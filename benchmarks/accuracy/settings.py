@@ -1,18 +1,16 @@
-"""What is trained or fitted to a task, and which measures it gives."""
+"""What is trained or fitted, and on which images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from anomem.data import Task
 from anomem.evaluate.baselines import baselines, patch_pca_maps
-from anomem.evaluate.controls import fill_from_features
 from anomem.evaluate.metrics import pixel_auroc
-from anomem.evaluate.report import Metrics, evaluate_scorer, image_metrics
-from anomem.evaluate.scoring import fit_scorer
-from anomem.train import TrainConfig
-from anomem.train.controls import control
+from anomem.evaluate.report import Metrics, control, evaluate_scorer, fill_from_features, image_metrics
+from anomem.scoring import fit_scorer
+from anomem.train import TrainConfig, preset
 from anomem.train.run import model_for, train_task
 
 SYNTHETIC = 1.0
@@ -20,12 +18,16 @@ SYNTHETIC = 1.0
 EXPOSED = 0.1
 """Real labelled anomalies per normal training image."""
 
+DIGITS = ("3", "8", "9")
+OTHER_DIGITS = ("0", "1", "2", "4", "5", "6", "7")
+TEXTURES = ("brick", "grass", "gravel")
+
 Configured = Callable[[TrainConfig], TrainConfig]
 Measured = Callable[[TrainConfig, Task], Metrics]
 
 
 def trained(config: TrainConfig, task: Task) -> Metrics:
-    """Everything the configuration asks for, every score; "detector/features" is the detector without the memory."""
+    """The whole configuration, every score; "detector/features" is the detector without the memory."""
     scorer = train_task(config, task, model_for(config, task), quiet=True)
     return evaluate_scorer(scorer, task, config.augment)
 
@@ -42,7 +44,7 @@ def refilled(config: TrainConfig, task: Task) -> Metrics:
 
 
 def untrained(config: TrainConfig, task: Task) -> Metrics:
-    """The same encoder without a gradient step; see `anomem.train.controls`."""
+    """The same encoder without a gradient step; see `anomem.evaluate.report`."""
     return evaluate_scorer(control("untrained", config, task), task, config.augment)
 
 
@@ -52,7 +54,7 @@ def one_prototype(config: TrainConfig, task: Task) -> Metrics:
 
 
 def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
-    """Shallow baselines on raw pixels, and the residual of a patch PCA where there are masks."""
+    """Shallow baselines on raw pixels, and the residual of a patch PCA if there are masks."""
     metrics = image_metrics(baselines(task, config.run.seed), task.test_is_anomaly)
     if task.test_masks is not None:
         metrics["patch PCA"] = {"pixel_auroc": pixel_auroc(patch_pca_maps(task, config.run.seed), task.test_masks)}
@@ -60,7 +62,7 @@ def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
 
 
 def as_it_is(config: TrainConfig) -> TrainConfig:
-    """The preset: no outliers of any kind."""
+    """The preset, without outliers."""
     return config
 
 
@@ -83,4 +85,42 @@ SETTINGS: dict[str, tuple[Configured, Measured]] = {
     "synthetic outliers": (with_synthetic, trained),
     "outlier exposure": (with_exposure, trained),
 }
-"""Name -> how it changes the preset, and how it is measured."""
+"""Name -> change of the preset, and measurement."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting on one task."""
+
+    dataset: str
+    normal: str
+    anomalies: str
+    """"classes", or for textures as in `DataConfig.anomalies`."""
+    seed: int
+    """Of the split, the weights and all other random numbers."""
+    setting: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The complete configuration."""
+        config = preset(self.dataset)
+        data = replace(config.data, normal=self.normal, seed=self.seed)
+        if self.anomalies != "classes":
+            data = replace(data, anomalies=self.anomalies)
+        change, _ = SETTINGS[self.setting]
+        return change(replace(config, data=data, run=replace(config.run, seed=self.seed, device="cpu")))
+
+
+def jobs() -> Iterator[Job]:
+    """Everything in the tables, most wanted first."""
+    for seed in (0, 1):
+        for setting in SETTINGS:
+            for normal in DIGITS:
+                yield Job("digits", normal, "classes", seed, setting)
+        for setting in ("one-class", "untrained", "raw pixels"):
+            for normal in OTHER_DIGITS:
+                yield Job("digits", normal, "classes", seed, setting)
+        for anomalies in ("photographs", "scratch"):
+            for setting in ("one-class", "one-class, refilled", "untrained", "one prototype", "raw pixels"):
+                for normal in TEXTURES:
+                    yield Job("textures", normal, anomalies, seed, setting)

@@ -1,34 +1,24 @@
-"""`python -m benchmarks.report`: rewrite the tables in README.md and docs/PERFORMANCE.md, and the pictures."""
+"""`python -m benchmarks.report`: rewrite the tables in README.md and docs/, and the pictures; needs `anomem[lab]`."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from benchmarks.harness.console import say
+from benchmarks.harness.rows import RESULTS, ROOT
+from benchmarks.report import accuracy, counts, pages, pictures
 
-from benchmarks.console import has, say
-from benchmarks.machine import ROOT
-from benchmarks.report import accuracy_picture, counts, pages, pictures
-
-RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 
 
-def main() -> int:
-    """Write what the rows say; print what was written."""
-    written: list[Path] = []
-    for page in pages.PAGES:
-        pages.rewrite(ROOT / page, RESULTS)
-        written.append(ROOT / page)
-    if has("matplotlib"):
-        written += pictures.draw_all(RESULTS, PICTURES)
-        others = [draw(RESULTS, PICTURES) for draw in (accuracy_picture.draw, counts.draw)]
-        written += [path for path in others if path]
-    else:
-        say("matplotlib is not installed (pip install 'anomem[lab]'): the pictures stay as they are")
+def main() -> None:
+    """Write the pages and the pictures; print what was written."""
+    written = [ROOT / page for page in pages.PAGES]
+    for page in written:
+        pages.rewrite(page, RESULTS)
+    written += pictures.draw_all(RESULTS, PICTURES)
+    written += [path for draw in (accuracy.draw, counts.draw) if (path := draw(RESULTS, PICTURES))]
     for path in written:
         say(str(path.relative_to(ROOT)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""What is counted on GPUs that are not there: a table of launches and memory, a picture of memory against size."""
+"""Launches and memory counted without a GPU: a table, and a picture of memory against size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows
+from anomem.plots.style import ORANGE
 from benchmarks.counts import GPU_BYTES, SUITE
-from benchmarks.report.data import OURS, cases_of, load
-from benchmarks.report.pictures import BLACK, GREY, RED, STYLES, SWEPT, count_label, figure_of, plain_numbers, save
-from benchmarks.report.tables import commits, label, picture, size
-from benchmarks.rows import Row
+from benchmarks.harness import rows
+from benchmarks.harness.rows import Row
+from benchmarks.report.pictures import (
+    BLACK,
+    GREY,
+    STYLES,
+    SWEPT,
+    count_label,
+    figure_of,
+    legend_below,
+    plain_numbers,
+    save,
+)  # fmt: skip
+from benchmarks.report.tables import OURS, cases_of, commits, label, load, picture, size
 
 SHOWN = ("eager", "torch.compile")
 
@@ -22,9 +32,9 @@ def section(results: Path) -> str:
     if not counted:
         return "Not counted yet."
     about = counted[0].about
-    told = picture("Memory of NT-Xent and of retrieval on a GPU against size", "cuda-memory")
+    memory = picture("Memory of NT-Xent and of retrieval on a GPU against size", "cuda-memory")
     lines = [
-        *([told, ""] if any(row.group.startswith("over ") for row in counted) else []),
+        *([memory, ""] if any(row.group.startswith("over ") for row in counted) else []),
         f"torch {about['torch']}, Triton {about['triton']}. {commits(row.about for row in counted)}",
         "",
         "| operator and size | eager | torch.compile | leanest other | anomem (triton) | anomem (native) |",
@@ -45,7 +55,7 @@ def line_of(case: list[Row]) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Kernels and memory, or why there are none."""
+    """Kernels and memory, or the status of a row without them."""
     if row is None or row.status in (rows.UNAVAILABLE, rows.FAILED):
         return "–"
     if row.status != rows.COUNTED:
@@ -54,7 +64,7 @@ def cell(row: Row | None) -> str:
 
 
 def draw(results: Path, folder: Path) -> Path | None:
-    """Memory of the sweeps against size, a panel each; None where there are no rows."""
+    """Memory of the sweeps against size, a panel each; None if there are no rows."""
     sweeps = [row for row in load(results, "cuda", SUITE) if row.group.startswith("over ")]
     if not sweeps:
         return None
@@ -63,10 +73,7 @@ def draw(results: Path, folder: Path) -> Path | None:
     for plot, name in zip(axes[0], names, strict=True):
         panel(plot, [row for row in sweeps if (row.operator, row.group) == name])
     axes[0][0].set_ylabel("peak memory of forward + backward, GiB")
-    handles = {
-        label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    legend_below(figure, axes[0], 5, fontsize=8)
     figure.suptitle("Memory on a GPU, counted without one: a red cross where the next size does not fit", fontsize=11)
     path = folder / "cuda-memory.png"
     save(figure, path)
@@ -87,7 +94,7 @@ def panel(plot: Any, sweep: list[Row]) -> None:
         plot.plot(sizes, memory, color=colour, marker=marker, markersize=5, linewidth=width, label=label)
         beyond = [row for row in line if row.shape[axis] > sizes[-1]]
         if beyond and beyond[0].status == rows.OUT_OF_MEMORY:
-            plot.plot(sizes[-1:], memory[-1:], "x", color=RED, markersize=11, markeredgewidth=2, zorder=3)
+            plot.plot(sizes[-1:], memory[-1:], "x", color=ORANGE, markersize=11, markeredgewidth=2, zorder=3)
     plot.axhline(GPU_BYTES / 2**30, color=BLACK, linestyle=":", linewidth=1)
     plot.set_xscale("log", base=2)
     plot.set_yscale("log")

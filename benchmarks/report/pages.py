@@ -1,4 +1,4 @@
-"""Text between markers `<!-- rows: NAME -->` and `<!-- end -->` of a page is made from rows by the section NAME."""
+"""Pages: text between `<!-- rows: NAME -->` and `<!-- end -->` is generated from rows by the section NAME."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", r
 
 
 def render(text: str, results: Path) -> str:
-    """A page with every marked section made anew.
+    """A page with every marked section generated again.
 
     Args:
         text: of the page.

@@ -1,6 +1,6 @@
 """Pictures from rows: time and memory against size, distance to the ceilings, bars of a training step.
 
-Colours are Okabe and Ito's, which hold for the common kinds of colour blindness; every line also has its own marker.
+Colours are those of `anomem.plots`, safe for colour blindness; every line also has its own marker.
 """
 
 from __future__ import annotations
@@ -8,36 +8,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.data import OURS, load, load_training
-from benchmarks.rows import MEASURED, OUT_OF_MEMORY, Row
+from anomem.plots.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY
+from benchmarks.harness import rows
+from benchmarks.harness.rows import MEASURED, OUT_OF_MEMORY, Row, Step
+from benchmarks.report.tables import OURS, load
 
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
-)  # fmt: skip
-BLACK, GREY = "#000000", "#7F7F7F"
+YELLOW, BLACK, GREY = "#F0E442", "#000000", "#7F7F7F"
 # A name keeps its colour and marker in every picture.
 STYLES: dict[str, tuple[str, str]] = {
     "native": (BLUE, "o"),
     "triton": (BLUE, "D"),
     "eager": (BLACK, "s"),
-    "torch.compile": (ORANGE, "^"),
+    "torch.compile": (AMBER, "^"),
     "SDPA flash folded": (GREEN, "v"),
     "SDPA flash expanded": (GREEN, "<"),
     "SDPA math folded": (SKY, ">"),
     "SDPA math expanded": (SKY, "P"),
     "SDPA efficient folded": (YELLOW, "v"),
     "SDPA cudnn folded": (YELLOW, "^"),
-    "FlexAttention": (RED, "X"),
-    "hopfield-layers (formula)": (PINK, "p"),
+    "FlexAttention": (ORANGE, "X"),
+    "hopfield-layers (formula)": (PURPLE, "p"),
     "Python chunks": (GREY, "h"),
     "eager baddbmm": (SKY, "<"),
-    "pytorch-metric-learning": (RED, "v"),
-    "lightly": (PINK, "d"),
-    "lightly (formula)": (PINK, "d"),
+    "pytorch-metric-learning": (ORANGE, "v"),
+    "lightly": (PURPLE, "d"),
+    "lightly (formula)": (PURPLE, "d"),
 }
 SWEPT = {"N": "queries N", "M": "prototypes M", "d": "features d", "G": "groups G", "B": "images B"}
 NO_MEMORY = "the next size: OOM"
-PHASE_COLOURS = (GREY, YELLOW, SKY, GREEN, BLUE, ORANGE, PINK, RED)
+PHASE_COLOURS = (GREY, YELLOW, SKY, GREEN, BLUE, AMBER, PURPLE, ORANGE)
 
 
 def draw_all(results: Path, folder: Path) -> list[Path]:
@@ -45,7 +44,7 @@ def draw_all(results: Path, folder: Path) -> list[Path]:
 
     Args:
         results: folder of rows.
-        folder: where the pictures go.
+        folder: of the pictures.
 
     Returns:
         The files that were written.
@@ -62,7 +61,7 @@ def draw_all(results: Path, folder: Path) -> list[Path]:
         if any(row.implementation in OURS and row.status == MEASURED for row in kernels):
             roofline(kernels, folder / f"{device}-roofline.png")
             written.append(folder / f"{device}-roofline.png")
-        steps = load_training(results, device)
+        steps = rows.read(results / f"{device}-steps.jsonl", Step)
         if steps:
             bars(steps, folder / f"{device}-training.png")
             written.append(folder / f"{device}-training.png")
@@ -80,20 +79,20 @@ def sweeps(measured: list[Row], path: Path) -> None:
     figure, axes = figure_of(2, len(groups), 4.6 * len(groups), 7.2, sharex="col")
     for column, group in enumerate(groups):
         axis_name = group.removeprefix("over ")
-        rows = [row for row in measured if row.group == group]
+        swept = [row for row in measured if row.group == group]
         time, memory = axes[0][column], axes[1][column]
-        for name in dict.fromkeys(row.implementation for row in rows):
-            line = sorted((r for r in rows if r.implementation == name), key=lambda r: r.shape[axis_name])
+        for name in dict.fromkeys(row.implementation for row in swept):
+            line = sorted((r for r in swept if r.implementation == name), key=lambda r: r.shape[axis_name])
             done = [row for row in line if row.milliseconds]
             if done:
                 _sweep_line(time, memory, axis_name, name, line, done)
-        reached = max((row.shape[axis_name] for row in rows if row.milliseconds), default=0)
-        floor = {row.shape[axis_name]: row.floor_milliseconds for row in rows if row.shape[axis_name] <= reached}
+        reached = max((row.shape[axis_name] for row in swept if row.milliseconds), default=0)
+        floor = {row.shape[axis_name]: row.floor_milliseconds for row in swept if row.shape[axis_name] <= reached}
         time.plot(sorted(floor), [floor[x] for x in sorted(floor)], ":", color=GREY, label="floor")
         fixed = {
             k: v
-            for k, v in rows[0].shape.items()
-            if k != axis_name and not (k == "B" and axis_name != "B" and "N" in rows[0].shape)
+            for k, v in swept[0].shape.items()
+            if k != axis_name and not (k == "B" and axis_name != "B" and "N" in swept[0].shape)
         }
         time.set_title(", ".join(f"{k} = {v}" for k, v in fixed.items()), fontsize=10)
         for plot, label in ((time, "forward + backward, ms"), (memory, "peak memory, MiB")):
@@ -105,10 +104,7 @@ def sweeps(measured: list[Row], path: Path) -> None:
             plain_numbers(plot.yaxis)
             plot.tick_params(labelbottom=True)
         memory.set_xlabel(SWEPT[axis_name])
-    handles = {
-        label: handle for plot in axes[0] for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    legend_below(figure, axes[0], 5, fontsize=9)
     about = measured[0].about
     figure.suptitle(
         f"{measured[0].operator}, {measured[0].dtype} — {about['device_name']}, {about['threads']} threads\n"
@@ -127,11 +123,13 @@ def _sweep_line(time: Any, memory: Any, axis: str, name: str, line: list[Row], d
     memory.plot(sizes, [max(row.peak_bytes or 0, 1) / 2**20 for row in done], **style)
     beyond = [row for row in line if row.shape[axis] > sizes[-1]]
     if beyond and beyond[0].status == OUT_OF_MEMORY:
-        time.plot(sizes[-1:], medians[-1:], "x", color=RED, markersize=11, markeredgewidth=2, zorder=3, label=NO_MEMORY)
+        time.plot(
+            sizes[-1:], medians[-1:], "x", color=ORANGE, markersize=11, markeredgewidth=2, zorder=3, label=NO_MEMORY
+        )
 
 
 def roofline(measured: list[Row], path: Path) -> None:
-    """What the library reaches against intensity, under the two measured ceilings.
+    """Rate of the library and of eager against intensity, under the two measured ceilings.
 
     Args:
         measured: rows of the kernel suite.
@@ -152,7 +150,7 @@ def roofline(measured: list[Row], path: Path) -> None:
     )
     plot.annotate(f"copy {copy:.1f} GB/s", (low, copy * low), xytext=(8, -2), textcoords="offset points", va="top")
     operators = dict.fromkeys(row.operator for row in shown)
-    for operator, colour in zip(operators, (BLUE, ORANGE, GREEN, PINK, RED, SKY), strict=False):
+    for operator, colour in zip(operators, (BLUE, AMBER, GREEN, PURPLE, ORANGE, SKY), strict=False):
         for name, marker, filled in (*((name, "o", True) for name in OURS), ("eager", "s", False)):
             points = [row for row in shown if row.operator == operator and row.implementation == name]
             if points:
@@ -179,7 +177,7 @@ def roofline(measured: list[Row], path: Path) -> None:
     save(figure, path)
 
 
-def bars(steps: list[dict[str, Any]], path: Path) -> None:
+def bars(steps: list[Step], path: Path) -> None:
     """A stacked bar for each pipeline.
 
     Args:
@@ -188,24 +186,24 @@ def bars(steps: list[dict[str, Any]], path: Path) -> None:
     """
     figure, axes = figure_of(1, 1, 9.0, 1.6 + 0.8 * len(steps))
     plot = axes[0][0]
-    phases = list(dict.fromkeys(phase for row in steps for phase in row["milliseconds"]))
-    names = [row["pipeline"] for row in steps]
+    phases = list(dict.fromkeys(phase for row in steps for phase in row.milliseconds))
+    names = [row.pipeline for row in steps]
     left = [0.0] * len(steps)
     for phase, colour in zip(phases, PHASE_COLOURS, strict=False):
-        widths = [row["milliseconds"].get(phase, 0.0) for row in steps]
+        widths = [row.milliseconds.get(phase, 0.0) for row in steps]
         plot.barh(names, widths, left=left, color=colour, edgecolor="white", linewidth=0.5, label=phase)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    whole = [1e3 * row["seconds_per_step"] for row in steps]
+    whole = [1e3 * row.seconds_per_step for row in steps]
     plot.scatter(whole, names, marker="|", s=900, color=BLACK, linewidth=2, zorder=3, label="step, phases not timed")
     for i, row in enumerate(steps):
         end = max(left[i], whole[i])
-        plot.annotate(f"  {row['images_per_second']:.0f} images/s", (end, i), va="center", fontsize=9)
+        plot.annotate(f"  {row.images_per_second:.0f} images/s", (end, i), va="center", fontsize=9)
     plot.set_xlim(0, max(*left, *whole) * 1.2)
     plot.invert_yaxis()
     plot.set_xlabel("ms per step")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9, markerscale=0.4)
-    about = steps[0]["about"]
-    figure.suptitle(f"{steps[0]['title']} — {about['device_name']}, {about['threads']} threads", fontsize=11)
+    about = steps[0].about
+    figure.suptitle(f"{steps[0].title} — {about['device_name']}, {about['threads']} threads", fontsize=11)
     save(figure, path)
 
 
@@ -220,6 +218,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def count_label(value: float) -> str:
+    """2048 -> "2k"."""
     for unit, scale in (("M", 2**20), ("k", 2**10)):
         if value >= scale:
             return f"{value / scale:g}{unit}"
@@ -244,8 +243,22 @@ def figure_of(lines: int, columns: int, width: float, height: float, sharex: Any
     return plt.subplots(lines, columns, figsize=(width, height), squeeze=False, sharex=sharex, layout="constrained")
 
 
+def legend_below(figure: Any, plots: Any, columns: int, **style: Any) -> None:
+    """One legend below the figure for several plots.
+
+    Args:
+        figure: from `figure_of`.
+        plots: whose lines it names; of equal labels the last counts.
+        columns: of the legend.
+        style: as in `matplotlib.figure.Figure.legend`.
+    """
+    handles = {label: handle for plot in plots for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)}
+    labels = handles.keys()
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, frameon=False, **style)
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write a figure and forget it.
+    """Write a figure and close it.
 
     Args:
         figure: from `figure_of`.

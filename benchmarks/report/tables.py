@@ -1,33 +1,90 @@
-"""Markdown made from rows. Every figure is a row's, or a quotient of two rows of the same run.
+"""Tables in Markdown. Every figure is a row's, or a quotient of two rows of the same run.
 
-Pictures are linked as from a page in `docs/`.
+Links to pictures are relative to `docs/`.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import rows
-from benchmarks.report.data import OURS, best_of_others, cases_of, load, load_training
-from benchmarks.rows import Row
+from benchmarks.harness import rows
+from benchmarks.harness.case import Case
+from benchmarks.harness.rows import Row, Step
 
+OURS = ("native", "triton")
 NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
-"""What was tried and has no time."""
-NOT_ON_GPU = "Not measured on a GPU yet."
-README_GROUPS = ("resnet18 scale 1", "large")
-"""Cases of the README's table; `docs/PERFORMANCE.md` has all."""
+"""Statuses of what was tried and has no time."""
+NOT_MEASURED = {"cpu": "Not measured yet.", "cuda": "Not measured on a GPU yet."}
 
 
-def summary(device: str, groups: tuple[str, ...] | None = None) -> Callable[[Path], str]:
-    """One line a case, of these groups or of all: eager, the best rival, the library, and where that is."""
+def load(results: Path, device: str, suite: str) -> list[Row]:
+    """Rows of the working tree's revision; for a case and an implementation the last row counts."""
+    found = [row for row in rows.read(results / f"{device}-{suite}.jsonl") if row.revision == rows.WORK]
+    return list({(row.case, row.implementation): row for row in found}.values())
+
+
+def cases_of(measured: Iterable[Row]) -> list[list[Row]]:
+    """Rows grouped by case, in the order in which they were measured."""
+    groups: dict[Case, list[Row]] = {}
+    for row in measured:
+        groups.setdefault(row.case, []).append(row)
+    return list(groups.values())
+
+
+def fastest(group: Iterable[Row], names: tuple[str, ...] = OURS) -> Row | None:
+    """The fastest of these implementations of a case, by default of the library's own."""
+    return min((row for row in group if row.milliseconds and row.implementation in names), key=median, default=None)
+
+
+def fastest_other(group: Iterable[Row], *but: str) -> Row | None:
+    """The fastest implementation of a case that is neither the library's nor one of these."""
+    others = (row for row in group if row.milliseconds and row.implementation not in (*OURS, *but))
+    return min(others, key=median, default=None)
+
+
+def headline(device: str) -> Callable[[Path], str]:
+    """One sentence with its machine: over all cases, how many times as fast as eager and as the fastest other."""
 
     def section(results: Path) -> str:
         measured = [*load(results, device, "kernels"), *load(results, device, "training")]
-        measured = [row for row in measured if groups is None or row.group in groups]
+        eager: list[float] = []
+        others: list[float] = []
+        for group in cases_of(measured):
+            own, plain = fastest(group), fastest(group, ("eager",))
+            if own is None or plain is None:
+                continue
+            eager.append(median(plain) / median(own))
+            if fastest_other(group, "eager") is not None:
+                best = fastest_other(group)
+                assert best is not None
+                others.append(median(best) / median(own))
+        if not eager:
+            return NOT_MEASURED[device]
+        text = f"In the {len(eager)} cases of the suites `kernels` and `training` the library's kernels were "
+        text += f"{span(eager)} as fast as eager PyTorch"
+        if others:
+            text += f"; in the {len(others)} of them that have a rival, {span(others)} as fast as the fastest other "
+            text += "implementation"
+        return f"{text}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+
+    return section
+
+
+def span(quotients: list[float]) -> str:
+    """Smallest, largest and median of quotients of times."""
+    return f"{times(min(quotients))} to {times(max(quotients))} (median {times(statistics.median(quotients))})"
+
+
+def summary(device: str) -> Callable[[Path], str]:
+    """One line a case: eager, the best rival, the library."""
+
+    def section(results: Path) -> str:
+        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
         if not measured:
-            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+            return NOT_MEASURED[device]
         lines = [
             "| operator and size | eager ms | best other ms | anomem ms | against eager | against best other | "
             "peak memory, eager → anomem | of the floor |",
@@ -40,33 +97,33 @@ def summary(device: str, groups: tuple[str, ...] | None = None) -> Callable[[Pat
 
 
 def summary_line(group: list[Row]) -> str | None:
-    """The summary's line of one case; None where the library was not measured."""
+    """The summary's line of one case; None if the library was not measured."""
     by_name = {row.implementation: row for row in group if row.status == rows.MEASURED}
     eager = by_name.get("eager")
-    mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
-    if eager is None or mine is None:
+    own = fastest(by_name.values())
+    if eager is None or own is None:
         return None
-    other = best_of_others(group)
+    other = fastest_other(group, "eager")
     cells = [
-        f"{label(mine)}",
+        f"{label(own)}",
         number(median(eager)),
         f"{number(median(other))} ({other.implementation})" if other else "–",
-        f"{number(median(mine))} ({mine.implementation})",
-        times(median(eager) / median(mine)),
-        times(median(other) / median(mine)) if other else "–",
-        f"{size(eager.peak_bytes)} → {size(mine.peak_bytes)}",
-        f"{mine.fraction_of_floor:.0%}",
+        f"{number(median(own))} ({own.implementation})",
+        times(median(eager) / median(own)),
+        times(median(other) / median(own)) if other else "–",
+        f"{size(eager.peak_bytes)} → {size(own.peak_bytes)}",
+        f"{own.fraction_of_floor:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def details(device: str, suite: str) -> Callable[[Path], str]:
-    """Every implementation of every case, what was not measured with its reason."""
+    """Every implementation of every case; those without a time with the reason."""
 
     def section(results: Path) -> str:
         measured = load(results, device, suite)
         if not measured:
-            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+            return NOT_MEASURED[device]
         lines = [
             "| case | implementation | p50 ms | p20 – p80 | peak memory | of the floor |",
             "|---|---|--:|--:|--:|--:|",
@@ -87,8 +144,8 @@ def details(device: str, suite: str) -> Callable[[Path], str]:
             ]
         text = [provenance(measured), "", *lines, "", *absent(measured)]
         if suite == "kernels":
-            told = "What the library and eager PyTorch reach under the two measured ceilings"
-            text = [picture(told, f"{device}-roofline"), "", *text]
+            title = "What the library and eager PyTorch reach under the two measured ceilings"
+            text = [picture(title, f"{device}-roofline"), "", *text]
         return "\n".join(text)
 
     return section
@@ -104,12 +161,12 @@ def absent(measured: list[Row]) -> list[str]:
 
 
 def limits(device: str) -> Callable[[Path], str]:
-    """Where each implementation of the sweeps stops, and why."""
+    """The size at which each implementation of the sweeps stops, and why."""
 
     def section(results: Path) -> str:
         measured = load(results, device, "scaling")
         if not measured:
-            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+            return NOT_MEASURED[device]
         lines = ["| operator and sweep | implementation | largest size measured | first size not measured |"]
         lines.append("|---|---|---|---|")
         sweeps = dict.fromkeys((row.operator, row.group, row.implementation) for row in measured)
@@ -139,7 +196,7 @@ def grid(device: str) -> Callable[[Path], str]:
     def section(results: Path) -> str:
         measured = load(results, device, "grid")
         if not measured:
-            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
+            return NOT_MEASURED[device]
         reasons = [
             f"- {label(row)}, {row.implementation}: {row.status}, {row.reason}."
             for row in measured
@@ -152,24 +209,28 @@ def grid(device: str) -> Callable[[Path], str]:
         ]
         for group in cases_of(measured):
             by_name = {row.implementation: row for row in group if row.status == rows.MEASURED}
-            mine = min((by_name[name] for name in OURS if name in by_name), key=median, default=None)
-            rivals = [by_name.get("eager"), by_name.get("torch.compile"), best_of_others(group, but="torch.compile")]
+            own = fastest(by_name.values())
+            rivals = [
+                by_name.get("eager"),
+                by_name.get("torch.compile"),
+                fastest_other(group, "eager", "torch.compile"),
+            ]
             times_of = [number(median(rival)) if rival else "–" for rival in rivals]
             if compiled := rivals[1]:
                 times_of[1] += f" (compiled in {number(compiled.compile_seconds or 0)} s)"
             if other := rivals[2]:
                 times_of[2] += f" ({other.implementation})"
-            against = [times(median(rival) / median(mine)) if rival and mine else "–" for rival in rivals]
-            memory = f"{size(rivals[0].peak_bytes if rivals[0] else None)} → {size(mine.peak_bytes if mine else None)}"
-            own = f"{number(median(mine))} ({mine.implementation})" if mine else "–"
-            lines.append(f"| {' | '.join([label(group[0]), *times_of, own, *against, memory])} |")
+            against = [times(median(rival) / median(own)) if rival and own else "–" for rival in rivals]
+            memory = f"{size(rivals[0].peak_bytes if rivals[0] else None)} → {size(own.peak_bytes if own else None)}"
+            best = f"{number(median(own))} ({own.implementation})" if own else "–"
+            lines.append(f"| {' | '.join([label(group[0]), *times_of, best, *against, memory])} |")
         return "\n".join([provenance(measured), "", *lines, *(["", *reasons] if reasons else [])])
 
     return section
 
 
 def losses(device: str) -> Callable[[Path], str]:
-    """The cases in which the library is not the fastest, with the one that is."""
+    """The cases in which a rival is fastest."""
 
     def section(results: Path) -> str:
         suites = ("kernels", "grid", "training")
@@ -178,11 +239,11 @@ def losses(device: str) -> Callable[[Path], str]:
         head = len(lines)
         for group in cases_of(measured):
             timed = [row for row in group if row.milliseconds]
-            mine = min((row for row in timed if row.implementation in OURS), key=median, default=None)
+            own = fastest(timed)
             best = min(timed, key=median, default=None)
-            if mine is not None and best is not None and best is not mine:
-                cells = [label(best), best.implementation, number(median(best)), number(median(mine))]
-                lines.append(f"| {' | '.join(cells)} | {times(median(mine) / median(best))} |")
+            if own is not None and best is not None and best is not own:
+                cells = [label(best), best.implementation, number(median(best)), number(median(own))]
+                lines.append(f"| {' | '.join(cells)} | {times(median(own) / median(best))} |")
         if not any(row.milliseconds and row.implementation in OURS for row in measured):
             return "No implementation of this library was measured yet."
         return "\n".join(lines) if len(lines) > head else "None."
@@ -191,7 +252,7 @@ def losses(device: str) -> Callable[[Path], str]:
 
 
 def crossovers(device: str) -> Callable[[Path], str]:
-    """Between which two sizes of a sweep the library and the fastest other implementation change places."""
+    """The two sizes of a sweep between which the library and the fastest other implementation change places."""
 
     def section(results: Path) -> str:
         measured = load(results, device, "scaling")
@@ -200,16 +261,9 @@ def crossovers(device: str) -> Callable[[Path], str]:
             axis = group.removeprefix("over ")
             series = []
             for case in cases_of(row for row in measured if (row.operator, row.group) == (operator, group)):
-                mine = min(
-                    (row for row in case if row.milliseconds and row.implementation in OURS), key=median, default=None
-                )
-                other = min(
-                    (row for row in case if row.milliseconds and row.implementation not in OURS),
-                    key=median,
-                    default=None,
-                )
-                if mine is not None and other is not None:
-                    series.append((mine.shape[axis], median(other) / median(mine), other.implementation))
+                own, other = fastest(case), fastest_other(case)
+                if own is not None and other is not None:
+                    series.append((own.shape[axis], median(other) / median(own), other.implementation))
             if not series:
                 continue
             series.sort()
@@ -219,44 +273,44 @@ def crossovers(device: str) -> Callable[[Path], str]:
                 for before, after in itertools.pairwise(series)
                 if (before[1] > 1) != (after[1] > 1)
             ]
-            told = f"changes between {axis} = {'; '.join(changes)}" if changes else "does not change"
-            lines.append(f"- `{operator}` {group}: {told}. Best other / anomem: {', '.join(steps)}.")
-        return "\n".join(lines) or ("Not measured yet." if device == "cpu" else NOT_ON_GPU)
+            order = f"changes between {axis} = {'; '.join(changes)}" if changes else "does not change"
+            lines.append(f"- `{operator}` {group}: {order}. Best other / anomem: {', '.join(steps)}.")
+        return "\n".join(lines) or NOT_MEASURED[device]
 
     return section
 
 
 def training_steps(device: str) -> Callable[[Path], str]:
-    """Phases of a training step."""
+    """Phases of a step of the training loop."""
 
     def section(results: Path) -> str:
-        measured = load_training(results, device)
+        measured = rows.read(results / f"{device}-steps.jsonl", Step)
         if not measured:
-            return NOT_ON_GPU if device == "cuda" else "Not measured yet."
-        phases = list(dict.fromkeys(phase for row in measured for phase in row["milliseconds"]))
+            return NOT_MEASURED[device]
+        phases = list(dict.fromkeys(phase for row in measured for phase in row.milliseconds))
         lines = [
             f"| ms of a step | {' | '.join(phases)} | sum | without phases | images/s | peak memory |",
             f"|---|{'--:|' * (len(phases) + 4)}",
         ]
         for row in measured:
-            cells = [number(row["milliseconds"][phase]) if phase in row["milliseconds"] else "–" for phase in phases]
-            cells += [number(sum(row["milliseconds"].values())), number(1e3 * row["seconds_per_step"])]
-            cells += [f"{row['images_per_second']:.0f}", size(row["peak_bytes"])]
-            lines.append(f"| {row['pipeline']} | {' | '.join(cells)} |")
-        about = measured[0]["about"]
-        head = f"{measured[0]['title']}. {machine_line(about)} {commits(row['about'] for row in measured)}"
+            cells = [number(row.milliseconds[phase]) if phase in row.milliseconds else "–" for phase in phases]
+            cells += [number(sum(row.milliseconds.values())), number(1e3 * row.seconds_per_step)]
+            cells += [f"{row.images_per_second:.0f}", size(row.peak_bytes)]
+            lines.append(f"| {row.pipeline} | {' | '.join(cells)} |")
+        about = measured[0].about
+        head = f"{measured[0].title}. {machine_line(about)} {commits(row.about for row in measured)}"
         return "\n".join([head, "", *lines, "", picture("A training step by phase", f"{device}-training")])
 
     return section
 
 
-def picture(told: str, name: str) -> str:
-    """A picture of `benchmarks.report.pictures`."""
-    return f"![{told}](pictures/{name}.png)"
+def picture(title: str, name: str) -> str:
+    """A link to a picture of `benchmarks.report.pictures`."""
+    return f"![{title}](pictures/{name}.png)"
 
 
 def provenance(measured: list[Row]) -> str:
-    """Where and of what code the rows are."""
+    """Machine, ceilings and commits of the rows."""
     about, ceilings = measured[0].about, measured[0].ceilings
     others = max((row.others for row in measured if row.others is not None), default=None)
     alone = "" if others is None else f" Other processes used at most {others:g} of the cores."
@@ -268,7 +322,7 @@ def provenance(measured: list[Row]) -> str:
 
 
 def commits(abouts: Iterable[dict[str, object]]) -> str:
-    """Of what code rows are."""
+    """Commits of the rows."""
     states = {f"{about['commit']}{' with changes' if about['dirty'] else ''}" for about in abouts}
     return f"Commit {', '.join(sorted(states))}."
 
@@ -280,7 +334,7 @@ def machine_line(about: dict[str, object]) -> str:
 
 
 def label(row: Row) -> str:
-    """Operator, sizes and what the case belongs to."""
+    """Operator, sizes and group of the case."""
     sizes = ", ".join(f"{name} {value}" for name, value in row.shape.items())
     passes = "" if row.training else ", forward"
     dtype = "" if row.dtype == "float32" else f", {row.dtype}"
@@ -322,7 +376,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
     for device in ("cpu", "cuda")
     for name, section in (
-        ("readme", summary(device, README_GROUPS)),
+        ("readme", headline(device)),
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),

@@ -1,35 +1,19 @@
-"""Who computes an operator, one idea a file. All take the same inputs and include the normalisation of rows.
+"""Who computes an operator. All take the same inputs and include the normalisation of rows.
 
-An optional dependency that is missing, or a device without a kernel, is an `Unavailable` with the reason.
+A missing package, or a device without a kernel, raises `Unavailable` with the reason.
 """
 
 from __future__ import annotations
 
-from benchmarks.case import Implementation
-from benchmarks.rivals import (
-    attention,
-    baddbmm,
-    chunked,
-    compiled,
-    flex,
-    hopfield_layers,
-    lightly,
-    linear_cross_entropy,
-    metric_learning,
-    ours,
-)
+from benchmarks.harness.case import Implementation
+from benchmarks.rivals import attention, contrast, ours, plain
 
 _ALL: tuple[Implementation, ...] = (
     *ours.IMPLEMENTATIONS,
-    *compiled.IMPLEMENTATIONS,
+    *plain.COMPILED,
     *attention.IMPLEMENTATIONS,
-    *flex.IMPLEMENTATIONS,
-    *hopfield_layers.IMPLEMENTATIONS,
-    *chunked.IMPLEMENTATIONS,
-    *baddbmm.IMPLEMENTATIONS,
-    *metric_learning.IMPLEMENTATIONS,
-    *lightly.IMPLEMENTATIONS,
-    *linear_cross_entropy.IMPLEMENTATIONS,
+    *plain.IMPLEMENTATIONS,
+    *contrast.IMPLEMENTATIONS,
 )
 
 

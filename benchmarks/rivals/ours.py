@@ -1,10 +1,10 @@
-"""The library's own implementations of every operator; "reference" is eager PyTorch."""
+"""The library's own implementations of every operator; eager is its reference in plain PyTorch."""
 
 from __future__ import annotations
 
-import importlib
-
-from benchmarks.case import Case, Function, Implementation, Unavailable
+from anomem import backends
+from benchmarks.harness.case import Case, Function, Implementation
+from benchmarks.harness.rows import Unavailable
 from benchmarks.operators import OPERATORS
 
 
@@ -12,11 +12,9 @@ def build(impl: str, case: Case, device: str) -> Function:
     """The library's function with `impl`.
 
     Raises:
-        Unavailable: what `anomem.backends` answers.
+        Unavailable: the obstacle that `anomem.backends` names.
     """
     operator = OPERATORS[case.operator]
-    # Not imported by name: at a base revision the package comes from another folder.
-    backends = importlib.import_module("anomem.backends")
     for part in operator.parts or (case.operator,):
         reason = backends.obstacle(part, impl, device, case.torch_dtype, case.dims[operator.width])
         if reason is not None:

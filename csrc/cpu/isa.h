@@ -1,8 +1,8 @@
-// Which instruction set the kernels run with, chosen once per process.
+// The instruction set that the kernels run with, chosen once per process.
 //
-// Every kernel is compiled once per instruction set, in its own namespace (isa_baseline.cpp, isa_avx2.cpp,
-// isa_avx512.cpp), so that one library runs on every processor of an architecture and is fast on the recent ones.
-// avx512_bf16 has products of bfloat16 (pairs.h) and is for tensors of that type only.
+// kernels.h is compiled once per instruction set, in a namespace of its own (isa_baseline.cpp, isa_avx2.cpp,
+// isa_avx512.cpp, isa_avx512_bf16.cpp). One library therefore runs on every processor of an architecture and is fast on
+// recent ones. avx512_bf16 multiplies pairs of bfloat16 (factors.h) and serves tensors of that type only.
 #pragma once
 
 #include "cpu/types.h"
@@ -15,34 +15,44 @@
 
 namespace anomem::cpu {
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best that the processor has, or what ANOMEM_CPU=baseline|avx2|avx512|avx512_bf16 asks for; throws when that cannot
-// run here.
+// The best that the processor has, or the one that ANOMEM_CPU=baseline|avx2|avx512|avx512_bf16 names. Throws if the
+// processor lacks it.
 Isa isa();
 
-}  // namespace anomem::cpu
+// The kernel of these arguments in each instruction set; kernels.h has the instances.
+namespace baseline {
+template <class Arguments>
+void run(const Arguments& arguments);
+}
+namespace avx2 {
+template <class Arguments>
+void run(const Arguments& arguments);
+}
+namespace avx512 {
+template <class Arguments>
+void run(const Arguments& arguments);
+}
+namespace avx512_bf16 {
+template <class Arguments>
+void run(const Arguments& arguments);
+}
 
-// Declares a kernel `void name(const Arguments&)`, whose element type is `arguments.type`, in every namespace and, in
-// anomem::cpu, the function that picks one.
+// Runs the kernel of these arguments, for the element type `arguments.type`, with the chosen instruction set.
+template <class Arguments>
+void run(const Arguments& arguments) {
 #if ANOMEM_X86_VARIANTS
-#define ANOMEM_KERNEL(name, Arguments, type)                        \
-  namespace baseline { void name(const Arguments& arguments); }     \
-  namespace avx2 { void name(const Arguments& arguments); }         \
-  namespace avx512 { void name(const Arguments& arguments); }       \
-  namespace avx512_bf16 { void name(const Arguments& arguments); }  \
-  inline void name(const Arguments& arguments) {                    \
-    switch (isa()) {                                                \
-      case Isa::avx512_bf16:                                        \
-        if (arguments.type == Type::bf16) return avx512_bf16::name(arguments); \
-        [[fallthrough]];                                            \
-      case Isa::avx512: return avx512::name(arguments);             \
-      case Isa::avx2: return avx2::name(arguments);                 \
-      default: return baseline::name(arguments);                    \
-    }                                                               \
+  switch (isa()) {
+    case Isa::kAvx512Bf16:
+      if (arguments.type == Type::kBfloat16) return avx512_bf16::run(arguments);
+      [[fallthrough]];
+    case Isa::kAvx512: return avx512::run(arguments);
+    case Isa::kAvx2: return avx2::run(arguments);
+    case Isa::kBaseline: break;
   }
-#else
-#define ANOMEM_KERNEL(name, Arguments, type)                     \
-  namespace baseline { void name(const Arguments& arguments); }  \
-  inline void name(const Arguments& arguments) { baseline::name(arguments); }
 #endif
+  baseline::run(arguments);
+}
+
+}  // namespace anomem::cpu

@@ -1,8 +1,54 @@
-// All kernel bodies, compiled by each isa_*.cpp in its own namespace. One line per operator.
-#include "cpu/deviation_kernel.h"
-#include "cpu/gather_kernel.h"
-#include "cpu/info_nce_kernel.h"
-#include "cpu/nt_xent_kernel.h"
+// All kernels; each isa_*.cpp compiles this file in its own namespace. Start here.
+//
+// A retrieval call passes, from top to bottom:
+//
+//   retrieve.cpp         the operator: checks (checks.h), tensors to pointers (operands.h), outputs, cpu::run
+//   isa.h, isa.cpp       the instruction set, chosen once
+//   run (below)          the element type S; sums are kept in T = accumulator_t<S> (types.h)
+//   retrieve_kernel.h    chunks of queries, shared out to threads (parallel.h); memory.h sets their length
+//     panels.h           keys and values, normalised (rows.h) and packed once for all chunks
+//     factors.h          what products multiply: T, or pairs of bfloat16; packing as left and right factor
+//     product.h          scores = Q Kᵀ
+//     softmax.h          scores become exponentials, their sum and lse; shrinkage and entropy
+//     product.h          out = P V, divided by the sum
+//   simd.h               the vectors and 2^x under all of these
+//
+// The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
+// usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
+// (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only.
+#include "cpu/contrast_kernel.h"
+#include "cpu/deviation_map_kernel.h"
 #include "cpu/retrieve_kernel.h"
+#include "cpu/sampling_kernel.h"
 #include "cpu/usage_kernel.h"
-#include "cpu/variance_kernel.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// Runs `compute<S>` for the element type S of the arguments.
+template <class Arguments>
+void run(const Arguments& arguments) {
+#if ANOMEM_BFLOAT16_PAIRS  // an instruction set for that type alone
+  compute<Bfloat16>(arguments);
+#else
+  switch (arguments.type) {
+    case Type::kFloat32: return compute<float>(arguments);
+    case Type::kBfloat16: return compute<Bfloat16>(arguments);
+    case Type::kFloat64: return compute<double>(arguments);
+  }
+#endif
+}
+
+template void run(const RetrieveForward& arguments);
+template void run(const RetrieveBackward& arguments);
+template void run(const NtXentForward& arguments);
+template void run(const NtXentBackward& arguments);
+template void run(const InfoNceForward& arguments);
+template void run(const InfoNceBackward& arguments);
+template void run(const Gather& arguments);
+template void run(const Scatter& arguments);
+template void run(const VarianceForward& arguments);
+template void run(const VarianceBackward& arguments);
+template void run(const DeviationMap& arguments);
+template void run(const Usage& arguments);
+
+}  // namespace anomem::cpu::ANOMEM_ISA

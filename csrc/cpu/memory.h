@@ -1,4 +1,4 @@
-// A memory as the kernels see it.
+// The memory of a call, and how its queries are cut into chunks.
 #pragma once
 
 #include "cpu/types.h"
@@ -6,21 +6,29 @@
 namespace anomem::cpu {
 
 // The order is the encoding of anomem/ops/retrieve.py.
-enum class Normalize { none, layer, l2 };
+enum class Normalize { kNone, kLayer, kL2 };
 
 struct Memory {
-  Type type;
-  const void* keys;      // [M, d]
-  const void* values;    // [M, dv], or null: V = norm(K)
-  int64_t prototypes;    // M
-  int64_t features;      // d
-  int64_t value_features;  // dv; d without values
+  const void* keys;             // [M, d]
+  Optional<const void> values;  // [M, dv]; without: V = norm(K)
+  int64_t prototypes;           // M
+  int64_t features;             // d
+  int64_t value_features;       // dv; d without values
   Normalize normalize;
   double beta;
+
+  bool tied() const { return !values.given; }
 };
 
-// Rows of queries that one work item takes at a time: multiples of every block's height, as many as leave the tile of
-// scores in the second-level cache, and fewer where there would be too few items to share out. Depends on sizes alone.
+// Rows [N, d] of queries.
+struct Queries {
+  const void* data;
+  int64_t count;   // N
+  int64_t stride;  // between rows
+};
+
+// Rows of a chunk of queries: multiples of every register block's height, as many as leave the chunk's scores in the
+// second-level cache. Short inputs get shorter chunks, so that all threads have work. Depends on sizes alone.
 inline int64_t chunk_rows(int64_t queries, int64_t prototypes) {
   if (prototypes > 1024 || queries < 16 * 126) return 42;
   return 126;

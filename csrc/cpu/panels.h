@@ -1,11 +1,10 @@
 // A memory's keys and values, normalised and packed once per call and then shared by all chunks of queries.
 #pragma once
 
-#include "cpu/buffer.h"
-#include "cpu/factor_rows.h"
+#include "cpu/factors.h"
 #include "cpu/memory.h"
-#include "cpu/product.h"
 #include "cpu/rows.h"
+#include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -17,8 +16,8 @@ void normalized_keys(const Memory& memory, accumulator_t<S>* to) {
     normalize_row(keys + m * memory.features, memory.features, memory.normalize, to + m * memory.features);
 }
 
-// What a read multiplies with. R: what its values are rounded to. Keys are not: a softmax shows every rounding of its
-// scores.
+// The right factors of a retrieval. Values are rounded to factors of R. Keys are not rounded: a softmax amplifies the
+// rounding of its scores.
 template <class S, class R = accumulator_t<S>>
 class ReadPanels {
  public:
@@ -32,10 +31,10 @@ class ReadPanels {
     normalized_keys<S>(memory, keys.data());
     pack_transposed(keys.data(), d, m, d, keys_transposed_.data());
     FactorRows<R> rows(m, dv);
-    const S* values = static_cast<const S*>(memory.values);
+    const S* values = static_cast<const S*>(memory.values.data);
     for (int64_t j = 0; j < m; ++j)
-      if (values == nullptr) rows.set(j, keys.data() + j * d, T(1));
-      else rows.set(j, values + j * dv, T(1));
+      if (memory.tied()) rows.set(j, keys.data() + j * d, T{1});
+      else rows.set(j, values + j * dv, T{1});
     rows.pack_rows(m, values_.data());
   }
 
@@ -47,8 +46,9 @@ class ReadPanels {
   Buffer<factor_t<R>> values_;
 };
 
-// What the gradient of a read multiplies with. Of rows that are rounded the mean is taken off first: the softmax's
-// gradient does not see it, and prototypes that have nearly become one differ in the digits behind it.
+// The right factors of a retrieval's gradient. The mean of rows is subtracted before they are rounded to bfloat16. The
+// softmax's gradient does not depend on it, and nearly identical prototypes differ only in low digits, which rounding
+// would lose.
 template <class S>
 class GradientPanels {
  public:
@@ -56,7 +56,7 @@ class GradientPanels {
   using F = factor_t<S>;
 
   explicit GradientPanels(const Memory& memory)
-      : shared_(memory.values == nullptr && !in_pairs<S>),
+      : shared_(memory.tied() && !kInPairs<S>),
         keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
         values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
@@ -69,12 +69,12 @@ class GradientPanels {
     set_centred(keys.data(), m, d, mean_.data(), rows);
     rows.pack_rows(m, keys_.data());
     if (shared_) return;
-    if (memory.values == nullptr) {
+    if (memory.tied()) {
       rows.pack_columns(m, values_transposed_.data());
       return;
     }
     Buffer<T> values(m * dv), mean(dv);
-    scaled_copy(static_cast<const S*>(memory.values), m * dv, T(1), values.data());
+    scaled_copy(static_cast<const S*>(memory.values.data), m * dv, T{1}, values.data());
     FactorRows<S> value_rows(m, dv);
     set_centred(values.data(), m, dv, mean.data(), value_rows);
     value_rows.pack_columns(m, values_transposed_.data());
@@ -82,21 +82,21 @@ class GradientPanels {
 
   const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
   const F* keys() const { return keys_.data(); }                        // M × d: dQ = dS K
-  const T* keys_mean() const { return mean_.data(); }                   // [d], what was taken off them, in pairs
+  const T* keys_mean() const { return mean_.data(); }                   // [d], subtracted from the keys in pairs
   const F* values_transposed() const {                                  // dv × M: dP = dO Vᵀ
-    if constexpr (!in_pairs<S>)
+    if constexpr (!kInPairs<S>)
       if (shared_) return keys_transposed();
     return values_transposed_.data();
   }
 
  private:
   static void set_centred(T* source, int64_t m, int64_t n, T* mean, FactorRows<S>& rows) {
-    if constexpr (in_pairs<S>) {
+    if constexpr (kInPairs<S>) {
       std::memset(mean, 0, n * sizeof(T));
-      for (int64_t j = 0; j < m; ++j) add_scaled(source + j * n, n, T(1) / T(m), mean);
-      for (int64_t j = 0; j < m; ++j) add_scaled(mean, n, T(-1), source + j * n);
+      for (int64_t j = 0; j < m; ++j) add_scaled(source + j * n, n, T{1} / static_cast<T>(m), mean);
+      for (int64_t j = 0; j < m; ++j) add_scaled(mean, n, T{-1}, source + j * n);
     }
-    for (int64_t j = 0; j < m; ++j) rows.set(j, source + j * n, T(1));
+    for (int64_t j = 0; j < m; ++j) rows.set(j, source + j * n, T{1});
   }
 
   bool shared_;
@@ -105,32 +105,33 @@ class GradientPanels {
   Buffer<T> mean_;
 };
 
-// Normalised and widened query rows, in place where nothing is to be done, and the factors their gradient needs.
+// Normalised and widened query rows, and the factors their gradient needs. Rows that need neither are not copied.
 template <class S>
 class QueryRows {
  public:
   using T = accumulator_t<S>;
 
   QueryRows(int64_t rows, int64_t d, Normalize how)
-      : d_(d), how_(how), copy_(rows * d), factors_(rows), in_place_(std::is_same_v<S, T> && how == Normalize::none) {}
+      : d_(d), how_(how), copy_(rows * d), factors_(rows), in_place_(std::is_same_v<S, T> && how == Normalize::kNone) {}
 
-  void load(const S* query, int64_t row, int64_t count) {
+  void load(const S* query, int64_t stride, int64_t count) {
     if constexpr (std::is_same_v<S, T>) {
       if (in_place_) {
         data_ = query;
-        row_ = row;
+        stride_ = stride;
         return;
       }
     }
-    for (int64_t r = 0; r < count; ++r) factors_[r] = normalize_row(query + r * row, d_, how_, copy_.data() + r * d_);
+    for (int64_t r = 0; r < count; ++r)
+      factors_[r] = normalize_row(query + r * stride, d_, how_, copy_.data() + r * d_);
     data_ = copy_.data();
-    row_ = d_;
+    stride_ = d_;
   }
 
   const T* data() const { return data_; }
-  int64_t row() const { return row_; }
-  const T* operator[](int64_t r) const { return data_ + r * row_; }
-  T factor(int64_t r) const { return in_place_ ? T(1) : factors_[r]; }
+  int64_t stride() const { return stride_; }
+  const T* operator[](int64_t r) const { return data_ + r * stride_; }
+  T factor(int64_t r) const { return in_place_ ? T{1} : factors_[r]; }
 
  private:
   int64_t d_;
@@ -138,7 +139,7 @@ class QueryRows {
   Buffer<T> copy_, factors_;
   bool in_place_;
   const T* data_ = nullptr;
-  int64_t row_ = 0;
+  int64_t stride_ = 0;
 };
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,3 +1,4 @@
+// Torch's threads.
 #include "cpu/parallel.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -1,19 +1,37 @@
-// Matrix products whose right factor is packed once and used by many tiles of rows.
+// Matrix products of packed factors (factors.h). What follows a product, such as an exponential or a row sum, works on
+// the sums while they are in registers.
 //
-// C [m, n] = A [m, k] B [k, n]: A is read by two strides (so that Aᵀ costs nothing), B lies in the panels of gemm.h,
-// and the rows of C are padded to whole panels, so that no column is special. One panel of B stays in the first-level
-// cache while all rows of A pass by.
+// Rows of C are padded to whole panels, so no column is special. One panel of B stays in the first-level cache while
+// all rows of A pass by.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/factors.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// Rows of A at a time: with two vectors per row, the sums fill the registers but for the panel's two and one factor.
-constexpr int tall = ANOMEM_VECTOR_BYTES == 64 ? 14 : 6;
+// sums[i][j] += Σ_p A[i, p] B[p, j] over k factors F: A[i, p] = a[i * row_stride + p * term_stride] and, in one panel,
+// B[p, j] = b[p * width + j].
+template <class F, int kRows>
+ANOMEM_INLINE void multiply(int64_t k, const F* a, int64_t row_stride, int64_t term_stride, const F* b,
+                            vec<sum_t<F>> (&sums)[kRows][2]) {
+  using T = sum_t<F>;
+  constexpr int width = Block<T>::kWidth;
+  for (int64_t p = 0; p < k; ++p, a += term_stride, b += width) {
+    const auto left = load(b), right = load(b + kLanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const auto factor = broadcast(a[i * row_stride]);
+      sums[i][0] = multiply_add(factor, left, sums[i][0]);
+      sums[i][1] = multiply_add(factor, right, sums[i][1]);
+    }
+  }
+}
 
-// How a product's sums reach C: as they are, added to what is there, or through a function of their row.
+// Rows of A at a time. Two vectors of sums per row fill the registers, except two for the panel and one for a factor.
+constexpr int kTall = ANOMEM_VECTOR_BYTES == 64 ? 14 : 6;
+
+// How sums reach C: stored, added to C, or through another function of their row.
 struct Overwrite {
   template <class T>
   ANOMEM_INLINE void operator()(int64_t, T* to, vec<T> sum) const {
@@ -28,26 +46,27 @@ struct Accumulate {
   }
 };
 
-// Factors that are summed in one chain: rounding errors grow with the root of its length. Longer sums are sums of chains.
-constexpr int64_t chain = 256;
+// Factors summed in one chain. Rounding errors grow with the root of its length; longer sums are sums of chains.
+constexpr int64_t kChain = 256;
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // `total` is read from the second chain on
-template <int rows, class F, class T, class Finish>
-inline void product_rows(int64_t first, int64_t k, const F* a, int64_t row, int64_t step, const F* panel, T* c,
-                         int64_t c_row, const Finish& finish) {
-  vec<T> total[rows][2];  // of the chains before the last; the registers are full of one chain's sums
-  for (int64_t start = 0;; start += chain) {
-    const bool last = k - start <= chain;
-    vec<T> sums[rows][2] = {};
-    multiply<F, rows>(last ? k - start : chain, a + first * row + start * step, row, step,
-                      panel + start * Block<T>::width, sums);
+template <int kRows, class F, class T, class Finish>
+inline void product_rows(int64_t first, int64_t k, const F* a, int64_t row_stride, int64_t term_stride, const F* panel,
+                         T* c, int64_t c_stride, const Finish& finish) {
+  vec<T> total[kRows][2];  // of the chains before the last; the registers are full of one chain's sums
+  for (int64_t start = 0;; start += kChain) {
+    const bool last = k - start <= kChain;
+    vec<T> sums[kRows][2] = {};
+    multiply<F, kRows>(last ? k - start : kChain, a + first * row_stride + start * term_stride, row_stride, term_stride,
+                      panel + start * Block<T>::kWidth, sums);
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         if (start > 0) sums[i][half] += total[i][half];
-        if (last) finish.template operator()<T>(first + i, c + (first + i) * c_row + half * lanes<T>, sums[i][half]);
+        T* to = c + (first + i) * c_stride + half * kLanes<T>;
+        if (last) finish.template operator()<T>(first + i, to, sums[i][half]);
         else total[i][half] = sums[i][half];
       }
     if (last) return;
@@ -55,34 +74,35 @@ inline void product_rows(int64_t first, int64_t k, const F* a, int64_t row, int6
 }
 #pragma GCC diagnostic pop
 
-// The last rows, fewer than `tall`, in one piece.
-template <int rows, class F, class T, class Finish>
-inline void product_last(int64_t left, int64_t first, int64_t k, const F* a, int64_t row, int64_t step, const F* panel,
-                         T* c, int64_t c_row, const Finish& finish) {
-  if constexpr (rows > 0) {
-    if (left == rows) return product_rows<rows>(first, k, a, row, step, panel, c, c_row, finish);
-    product_last<rows - 1>(left, first, k, a, row, step, panel, c, c_row, finish);
+// The last rows, fewer than `kTall`, in one piece.
+template <int kRows, class F, class T, class Finish>
+inline void product_last(int64_t left, int64_t first, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
+                         const F* panel, T* c, int64_t c_stride, const Finish& finish) {
+  if constexpr (kRows > 0) {
+    if (left == kRows) return product_rows<kRows>(first, k, a, row_stride, term_stride, panel, c, c_stride, finish);
+    product_last<kRows - 1>(left, first, k, a, row_stride, term_stride, panel, c, c_stride, finish);
   }
 }
 
 // C = A B on the calling thread, k factors long; `finish(i, to, sums)` stores one vector of row i.
 template <class F, class T, class Finish>
-inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row, int64_t step, const F* packed, T* c,
-                         int64_t c_row, const Finish& finish) {
-  constexpr int width = Block<T>::width;
+inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
+                         const F* packed, T* c, int64_t c_stride, const Finish& finish) {
+  constexpr int width = Block<T>::kWidth;
   for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
     int64_t i = 0;
-    for (; i + tall <= m; i += tall) product_rows<tall>(i, k, a, row, step, packed, c, c_row, finish);
-    product_last<tall - 1>(m - i, i, k, a, row, step, packed, c, c_row, finish);
+    for (; i + kTall <= m; i += kTall)
+      product_rows<kTall>(i, k, a, row_stride, term_stride, packed, c, c_stride, finish);
+    product_last<kTall - 1>(m - i, i, k, a, row_stride, term_stride, packed, c, c_stride, finish);
   }
 }
 
 // C = A B, or C += A B.
 template <class F, class T>
-inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row, int64_t step, const F* packed, T* c,
-                    int64_t c_row, bool accumulate) {
-  if (accumulate) return product_with(m, n, k, a, row, step, packed, c, c_row, Accumulate());
-  product_with(m, n, k, a, row, step, packed, c, c_row, Overwrite());
+inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
+                    const F* packed, T* c, int64_t c_stride, bool accumulate) {
+  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Accumulate());
+  product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Overwrite());
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,97 +1,89 @@
-// Torch's side of retrieval and shrunk retrieval: checks, outputs, scalars.
+// native_retrieve_fwd, native_retrieve_bwd, native_shrink_fwd, native_shrink_bwd.
 #include "cpu/retrieve.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "checks.h"
-#include "cpu/operators.h"
-#include "memory_checks.h"
+#include "cpu/isa.h"
+#include "cpu/operands.h"
 
-namespace anomem {
+namespace anomem::cpu {
 namespace {
-
-using std::optional;
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
 
-Forward forward(const Tensor& query, const Tensor& keys, const optional<Tensor>& values, const optional<Tensor>& beta,
-                double scale, int64_t normalize, const cpu::Shrinkage& shrinkage) {
-  check_queries(query);
-  const cpu::Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
+Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
+                double scale, int64_t normalize, const Shrinkage& shrinkage) {
+  check_query(query);
+  const Type type = type_of(query, "query");
+  const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
-  const ScalarType sums = accumulator(memory.type);
+  const ScalarType sums = accumulator(type);
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
-  cpu::retrieve_forward({memory, shrinkage, query.const_data_ptr(), queries, query.stride(0), out.mutable_data_ptr(),
-                         lse.mutable_data_ptr(), entropy.mutable_data_ptr()});
+  run(RetrieveForward{type, memory, shrinkage, queries_of(query), out.mutable_data_ptr(), lse.mutable_data_ptr(),
+                      entropy.mutable_data_ptr()});
   return {out, lse, entropy};
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Backward backward(const Tensor& dout, const optional<Tensor>& dlse, const optional<Tensor>& dentropy,
-                  const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                  const optional<Tensor>& beta, double scale, int64_t normalize, const cpu::Shrinkage& shrinkage,
-                  const Tensor& lse) {
-  check_queries(query);
-  const cpu::Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
+Backward backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy, const Tensor& query,
+                  const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta, double scale,
+                  int64_t normalize, const Shrinkage& shrinkage, const Tensor& lse) {
+  check_query(query);
+  const Type type = type_of(query, "query");
+  const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
-  const ScalarType sums = accumulator(memory.type);
-  check_shape(dout, "dout", {queries, memory.value_features});
-  check_type(dout, "dout", query.scalar_type());
-  check_contiguous(dout, "dout");
-  for (const optional<Tensor>& per_query : {optional<Tensor>(lse), dlse, dentropy}) {
-    if (!per_query) continue;
-    check_shape(*per_query, "lse, dlse and dentropy", {queries});
-    check_type(*per_query, "lse, dlse and dentropy", sums);
-    check_contiguous(*per_query, "lse, dlse and dentropy");
-  }
-  Tensor dquery = empty({queries, memory.features}, query.scalar_type());
-  Tensor dkeys = empty({memory.prototypes, memory.features}, query.scalar_type());
-  Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, query.scalar_type())
-                          : empty({0}, query.scalar_type());
-  Tensor workspace = empty({cpu::BackwardPlan(memory, queries).workspace}, sums);
+  const ScalarType elements = query.scalar_type(), sums = accumulator(type);
+  check_operand(dout, "dout", query, elements, {queries, memory.value_features});
+  check_operand(lse, "lse", query, sums, {queries});
+  check_operand(dlse, "dlse", query, sums, {queries});
+  check_operand(dentropy, "dentropy", query, sums, {queries});
+  Tensor dquery = empty({queries, memory.features}, elements);
+  Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
+  Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
+  Tensor workspace = empty({BackwardPlan(type, memory, queries).workspace}, sums);
   double slope = 0;
-  cpu::retrieve_backward({memory, shrinkage, query.const_data_ptr(), queries, query.stride(0), lse.const_data_ptr(),
-                          dout.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr,
-                          dentropy ? dentropy->const_data_ptr() : nullptr, dquery.mutable_data_ptr(),
-                          dkeys.mutable_data_ptr(), values ? dvalues.mutable_data_ptr() : nullptr,
-                          beta ? &slope : nullptr, workspace.mutable_data_ptr()});
+  run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),
+                       optional_data(dlse), optional_data(dentropy), dquery.mutable_data_ptr(),
+                       dkeys.mutable_data_ptr(), dvalues.mutable_data_ptr(), beta ? &slope : nullptr,
+                       workspace.mutable_data_ptr()});
   Tensor dbeta = beta ? scalar(scale * slope, sums) : empty({0}, sums);
   return {dquery, dkeys, dvalues, dbeta};
 }
 
-std::tuple<Tensor, Tensor> retrieve_fwd(const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                                        const optional<Tensor>& beta, double scale, int64_t normalize) {
+std::tuple<Tensor, Tensor> retrieve_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
+                                            const OptionalTensor& beta, double scale, int64_t normalize) {
   Forward result = forward(query, keys, values, beta, scale, normalize, {});
   return {std::get<0>(result), std::get<1>(result)};
 }
 
-Backward retrieve_bwd(const Tensor& dout, const optional<Tensor>& dlse, const Tensor& query, const Tensor& keys,
-                      const optional<Tensor>& values, const optional<Tensor>& beta, double scale, int64_t normalize,
-                      const Tensor&, const Tensor& lse) {
+Backward retrieve_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& keys,
+                           const OptionalTensor& values, const OptionalTensor& beta, double scale, int64_t normalize,
+                           const Tensor& /* out */, const Tensor& lse) {
   return backward(dout, dlse, std::nullopt, query, keys, values, beta, scale, normalize, {}, lse);
 }
 
-Forward shrink_fwd(const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                   const optional<Tensor>& beta, double scale, int64_t normalize, double shrink) {
+Forward shrink_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
+                       const OptionalTensor& beta, double scale, int64_t normalize, double shrink) {
   return forward(query, keys, values, beta, scale, normalize, {true, shrink});
 }
 
-Backward shrink_bwd(const Tensor& dout, const optional<Tensor>& dlse, const optional<Tensor>& dentropy,
-                    const Tensor& query, const Tensor& keys, const optional<Tensor>& values,
-                    const optional<Tensor>& beta, double scale, int64_t normalize, double shrink, const Tensor&,
-                    const Tensor& lse, const Tensor&) {
+Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy,
+                         const Tensor& query, const Tensor& keys, const OptionalTensor& values,
+                         const OptionalTensor& beta, double scale, int64_t normalize, double shrink,
+                         const Tensor& /* out */, const Tensor& lse, const Tensor& /* entropy */) {
   return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink}, lse);
 }
 
 }  // namespace
+}  // namespace anomem::cpu
 
-void register_retrieve(torch::stable::detail::StableLibrary& library) {
-  library.impl("native_retrieve_fwd", TORCH_BOX(&retrieve_fwd));
-  library.impl("native_retrieve_bwd", TORCH_BOX(&retrieve_bwd));
-  library.impl("native_shrink_fwd", TORCH_BOX(&shrink_fwd));
-  library.impl("native_shrink_bwd", TORCH_BOX(&shrink_bwd));
+STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) {
+  m.impl("native_retrieve_fwd", TORCH_BOX(&anomem::cpu::retrieve_forward));
+  m.impl("native_retrieve_bwd", TORCH_BOX(&anomem::cpu::retrieve_backward));
+  m.impl("native_shrink_fwd", TORCH_BOX(&anomem::cpu::shrink_forward));
+  m.impl("native_shrink_bwd", TORCH_BOX(&anomem::cpu::shrink_backward));
 }
-
-}  // namespace anomem

@@ -1,64 +1,62 @@
-// Retrieval and shrunk retrieval, forward and backward.
+// Arguments of retrieval and shrunk retrieval (anomem/reference/retrieve.py). S = element type, T = type of sums.
 #pragma once
 
-#include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/types.h"
 
 namespace anomem::cpu {
 
-// How the softmax's weights are changed before they read the values.
+// What happens to the softmax's weights before they read the values.
 struct Shrinkage {
-  bool entropy = false;  // whether the entropy of the weights is wanted (or has a gradient)
+  bool entropy = false;  // whether the entropy of the weights is an output
   double threshold = 0;  // of MemAE's hard shrinkage; 0: none
 };
 
 struct RetrieveForward {
+  Type type;
   Memory memory;
   Shrinkage shrinkage;
-  const void* query;   // [N, d], rows `query_row` apart
-  int64_t queries;     // N
-  int64_t query_row;
-  void* out;           // [N, dv]
-  void* lse;           // [N]
-  void* entropy;       // [N], or null
+  Queries query;  // S [N, d]
+  void* out;      // S [N, dv]
+  void* lse;      // T [N]
+  void* entropy;  // T [N], with shrinkage.entropy only
 };
 
 struct RetrieveBackward {
+  Type type;
   Memory memory;
   Shrinkage shrinkage;
-  const void* query;     // [N, d], rows `query_row` apart
-  int64_t queries;       // N
-  int64_t query_row;
-  const void* lse;       // [N], from the forward pass
-  const void* dout;      // [N, dv]
-  const void* dlse;      // [N], or null
-  const void* dentropy;  // [N], or null
-  void* dquery;          // [N, d]
-  void* dkeys;           // [M, d], with the values' gradient in it when there are no values
-  void* dvalues;         // [M, dv], or null
-  double* dbeta;         // one number, or null
-  void* workspace;       // [BackwardPlan::workspace]
+  Queries query;                  // S [N, d]
+  const void* lse;                // T [N], from the forward pass
+  const void* dout;               // S [N, dv]
+  Optional<const void> dlse;      // T [N]
+  Optional<const void> dentropy;  // T [N]
+  void* dquery;                   // S [N, d]
+  void* dkeys;                    // S [M, d]; for a tied memory the sum of both gradients
+  void* dvalues;                  // S [M, dv]; not written for a tied memory
+  double* dbeta;                  // one number, or null
+  void* workspace;                // T [BackwardPlan::workspace]
 };
 
-// How the backward pass is divided. The gradient of the memory is summed over all queries: chunks of them are shared out
-// to `slots` partial sums, which are then added in order, so that the result does not depend on the number of threads.
+// How the backward pass is divided. The memory's gradient is a sum over all queries. Chunks of queries are shared out
+// to `slots` partial sums, which are added in order: the result does not depend on the number of threads.
 struct BackwardPlan {
-  int64_t rows, chunks, slots;  // rows of a chunk
-  int64_t key_row, value_row;   // row lengths of a slot's sums, [M, key_row] and [M, value_row]; 0 without values
-  int64_t workspace;            // elements of all sums
+  int64_t rows, chunks, slots;       // rows of a chunk
+  int64_t key_stride, value_stride;  // row strides of a slot's sums, [M, d] and [M, dv]; no values if tied: 0
+  int64_t workspace;                 // elements of all sums
 
-  BackwardPlan(const Memory& memory, int64_t queries) {
-    const bool wide = memory.type == Type::f64;
-    const auto padded = [&](int64_t n) { return wide ? padded_row<double>(n) : padded_row<float>(n); };
-    key_row = padded(memory.features);
-    value_row = memory.values == nullptr ? 0 : padded(memory.value_features);
+  BackwardPlan(Type type, const Memory& memory, int64_t queries) {
+    const bool is_float64 = type == Type::kFloat64;
+    const auto padded = [&](int64_t n) { return is_float64 ? padded_stride<double>(n) : padded_stride<float>(n); };
+    key_stride = padded(memory.features);
+    value_stride = memory.tied() ? 0 : padded(memory.value_features);
     rows = chunk_rows(queries, memory.prototypes);
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache.
-    const int64_t bytes = (wide ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
-    if (rows > 84 && bytes * rows > (int64_t(896) << 10)) rows = 84;
+    const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
+    if (rows > 84 && bytes * rows > (int64_t{896} << 10)) rows = 84;
     chunks = (queries + rows - 1) / rows;
-    const int64_t sums = memory.prototypes * (key_row + value_row);
-    const int64_t affordable = (int64_t(1) << 22) / sums;  // 16 MiB of floats
+    const int64_t sums = memory.prototypes * (key_stride + value_stride);
+    const int64_t affordable = (int64_t{1} << 22) / sums;  // 16 MiB of floats
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
     slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
@@ -66,8 +64,5 @@ struct BackwardPlan {
     workspace = slots * sums;
   }
 };
-
-ANOMEM_KERNEL(retrieve_forward, RetrieveForward, memory.type)
-ANOMEM_KERNEL(retrieve_backward, RetrieveBackward, memory.type)
 
 }  // namespace anomem::cpu

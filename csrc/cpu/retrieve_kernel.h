@@ -1,33 +1,36 @@
-// Retrieval in chunks of query rows (METHOD, gradients): a chunk's scores stay in the second-level cache between the
-// two products that make and read them; the backward pass makes them again.
+// Retrieval in chunks of query rows. A chunk's scores stay in the second-level cache between the product that makes
+// them and the product that reads them; the backward pass makes them again. The gradients are derived in
+// anomem/reference/retrieve.py.
 #pragma once
 
+#include "cpu/factors.h"
 #include "cpu/panels.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
 #include "cpu/retrieve.h"
-#include "cpu/score_factors.h"
 #include "cpu/softmax.h"
-#include "cpu/weights.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
 template <class S>
-void retrieve_rows_forward(const RetrieveForward& a) {
+void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
-  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
+  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const ReadPanels<S, S> panels(a.memory);
-  const int64_t rows = chunk_rows(n, m), score_row = padded_row<T>(m), out_row = padded_row<T>(dv);
-  const T threshold = T(a.shrinkage.threshold);
+  const int64_t rows = chunk_rows(n, m), score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
+  const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     QueryRows<S> query(rows, d, a.memory.normalize);
-    Buffer<T> scores(rows * score_row), read(rows * out_row), scale(rows);
+    Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
-      query.load(static_cast<const S*>(a.query) + first * a.query_row, a.query_row, count);
-      product(count, m, d, query.data(), query.row(), 1, panels.keys_transposed(), scores.data(), score_row, false);
+      query.load(static_cast<const S*>(a.query.data) + first * a.query.stride, a.query.stride, count);
+      product(count, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
+              false);
       for (int64_t r = 0; r < count; ++r) {
-        T* p = scores.data() + r * score_row;
-        const RowSum<T> row = a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, T(a.memory.beta))
-                                                                    : exponentials(p, m, T(a.memory.beta));
+        T* p = scores.data() + r * score_stride;
+        const RowSum<T> row =
+            a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, beta) : exponentials(p, m, beta);
         static_cast<T*>(a.lse)[first + r] = row.lse;
         scale[r] = 1 / row.sum;
         if (threshold > 0) {
@@ -39,40 +42,42 @@ void retrieve_rows_forward(const RetrieveForward& a) {
           static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
         }
       }
-      const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_row);
-      product(count, dv, factors<S>(m), weights.data, weights.row, weights.step, panels.values(), read.data(), out_row,
-              false);
+      const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_stride);
+      product(count, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
+              retrieved.data(), out_stride, false);
       for (int64_t r = 0; r < count; ++r)
-        scaled_copy(read.data() + r * out_row, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
+        scaled_copy(retrieved.data() + r * out_stride, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
     }
   });
 }
 
-// Turns a product's scores into exp(beta s − lse) on their way out of the registers. They are the softmax's weights up
-// to the rounding of lse, which grows with it: each row is divided by its sum afterwards. A row with a large lse is left
-// as it is: it may have one weight of exactly 1, whose gradient must be exactly 0. So is one that is not finite.
+// Turns a product's scores into exp(beta s − lse) while they are in registers.
+// - These are the softmax's weights up to the rounding of lse, which grows with lse. Each row is divided by its sum
+//   later.
+// - Rows with |lse| ≥ kLargest keep their scores. Such a row may have one weight of exactly 1, whose gradient must be
+//   exactly 0. Rows with a NaN or infinite lse keep their scores too.
 template <class T>
 struct Exponentials {
-  static constexpr T largest = 32;
-  static bool leaves(T lse) { return !(lse < largest && lse > -largest); }
+  static constexpr T kLargest = 32;
+  static bool keeps_scores(T lse) { return !(lse < kLargest && lse > -kLargest); }
 
   T beta;
   const T* lse;
 
   template <class>
   ANOMEM_INLINE void operator()(int64_t i, T* to, vec<T> score) const {
-    store(to, leaves(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
+    store(to, keeps_scores(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
   }
 };
 
-// One row's gradient to its scores: `p` holds the softmax up to its sum and becomes the weights that read the values,
+// The gradient of one row of scores. `p` holds the softmax up to its sum and becomes the weights that read the values.
 // `g` holds dP = dO Vᵀ and becomes dS (without beta).
 template <class T>
 inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
-  const T threshold = T(shrinkage.threshold);
+  const T threshold = static_cast<T>(shrinkage.threshold);
   vec<T> sums{}, products{};
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    const vec<T> weight = count < lanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
+    const vec<T> weight = count < kLanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
     sums += weight;
     products = multiply_add(weight, load(g + j), products);
   });
@@ -80,18 +85,20 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
   if (shrinkage.entropy) {
     scale_row(p, m, scale);
     std::memcpy(softmax, p, m * sizeof(T));
-    const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T(1);
+    const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T{1};
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    const vec<T> along = broadcast(dot_product(softmax, g, m));
-    for_vectors<T>(m, [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - along + dlse)); });
+    const vec<T> mean_gradient = broadcast(dot_product(softmax, g, m));
+    for_vectors<T>(m, [&](int64_t j, int64_t) {
+      store(g + j, load(softmax + j) * (load(g + j) - mean_gradient + dlse));
+    });
     return;
   }
-  const vec<T> along = broadcast(sum_lanes<T>(products) * scale);
+  const vec<T> mean_gradient = broadcast(sum_lanes<T>(products) * scale);
   for_vectors<T>(m, [&](int64_t j, int64_t) {
     const vec<T> weight = load(p + j) * scale;
     store(p + j, weight);
-    store(g + j, weight * (load(g + j) - along + dlse));
+    store(g + j, weight * (load(g + j) - mean_gradient + dlse));
   });
 }
 
@@ -117,65 +124,67 @@ class BackwardSlot {
         m_(a.memory.prototypes),
         d_(a.memory.features),
         dv_(a.memory.value_features),
-        score_row_(padded_row<T>(m_)),
-        query_row_(padded_row<T>(d_)),
+        score_stride_(padded_stride<T>(m_)),
+        key_stride_(padded_stride<T>(d_)),
         query_(rows, d_, a.memory.normalize),
         scaled_query_(rows, d_),
         dout_(rows, dv_),
-        weights_(rows * score_row_),
-        gradient_(rows * score_row_),
-        dquery_(rows * query_row_),
-        scores_(a.dbeta != nullptr ? rows * score_row_ : 0),
+        weights_(rows * score_stride_),
+        gradient_(rows * score_stride_),
+        dquery_(rows * key_stride_),
+        scores_(a.dbeta != nullptr ? rows * score_stride_ : 0),
         packed_(packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
-        neighbours_(in_pairs<S> ? rows * score_row_ / 2 : 0),
-        softmax_(a.shrinkage.entropy ? score_row_ : 0) {}
+        neighbours_(kInPairs<S> ? rows * score_stride_ / 2 : 0),
+        softmax_(a.shrinkage.entropy ? score_stride_ : 0) {}
 
-  // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv] (the same without separate values).
+  // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv]; for a tied memory both are the same sums.
   void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
-    const T beta = T(a_.memory.beta);
+    const T beta = static_cast<T>(a_.memory.beta);
     const T* lse = static_cast<const T*>(a_.lse) + first;
-    const T* dlse = static_cast<const T*>(a_.dlse);
-    const T* dentropy = static_cast<const T*>(a_.dentropy);
-    query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
+    const T* dlse = static_cast<const T*>(a_.dlse.data);
+    const T* dentropy = static_cast<const T*>(a_.dentropy.data);
+    query_.load(static_cast<const S*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
     for (int64_t r = 0; r < count; ++r) {
-      dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T(1));
+      dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T{1});
       scaled_query_.set(r, query_[r], beta);
     }
     const Exponentials<T> exponential{beta, lse};
     const auto score = [&](T* to, const auto& finish) {
-      product_with(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), to, score_row_, finish);
+      product_with(count, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
+                   finish);
     };
     if (dbeta == nullptr) score(weights_.data(), exponential);
     else score(scores_.data(), Overwrite());
-    product(count, m_, factors<S>(dv_), dout_.data(), dout_.row(), 1, panels_.values_transposed(), gradient_.data(),
-            score_row_, false);
+    product(count, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), gradient_.data(),
+            score_stride_, false);
     for (int64_t r = 0; r < count; ++r) {
-      T* p = weights_.data() + r * score_row_;
+      T* p = weights_.data() + r * score_stride_;
       if (dbeta != nullptr)
         for_vectors<T>(m_, [&](int64_t j, int64_t) {
-          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_row_ + j));
+          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_stride_ + j));
         });
-      if (Exponentials<T>::leaves(lse[r])) exponentials(p, m_, beta);
-      score_gradient(p, gradient_.data() + r * score_row_, m_, a_.shrinkage, dlse ? dlse[first + r] : T(0),
-                     dentropy ? dentropy[first + r] : T(0), softmax_.data());
-      if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_row_, gradient_.data() + r * score_row_, m_);
+      if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
+      score_gradient(p, gradient_.data() + r * score_stride_, m_, a_.shrinkage, a_.dlse.given ? dlse[first + r] : T{0},
+                     a_.dentropy.given ? dentropy[first + r] : T{0}, softmax_.data());
+      if (dbeta != nullptr)
+        *dbeta += dot_product(scores_.data() + r * score_stride_, gradient_.data() + r * score_stride_, m_);
     }
-    const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, m_, score_row_, neighbours_.data());
-    product(count, d_, factors<S>(m_), across.data, across.row, across.step, panels_.keys(), dquery_.data(), query_row_,
-            false);
+    const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, m_, score_stride_, neighbours_.data());
+    product(count, d_, factors<S>(m_), across.data, across.row_stride, across.term_stride, panels_.keys(),
+            dquery_.data(), key_stride_, false);
     const int64_t terms = factors<S>(count);
-    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_row_);
+    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_stride_);
     dout_.pack_rows(count, packed_.data());
-    product(m_, dv_, terms, weights.data, weights.row, weights.step, packed_.data(), dvalues, padded_row<T>(dv_),
-            !fresh);
-    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_row_);
+    product(m_, dv_, terms, weights.data, weights.row_stride, weights.term_stride, packed_.data(), dvalues,
+            padded_stride<T>(dv_), !fresh);
+    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_stride_);
     scaled_query_.pack_rows(count, packed_.data());
-    product(m_, d_, terms, down.data, down.row, down.step, packed_.data(), dkeys, query_row_,
-            !fresh || dkeys == dvalues);
+    product(m_, d_, terms, down.data, down.row_stride, down.term_stride, packed_.data(), dkeys, key_stride_,
+            !fresh || a_.memory.tied());
     for (int64_t r = 0; r < count; ++r) {
-      T* row = dquery_.data() + r * query_row_;
-      // A row of dS adds up to dlse, which is what the keys' mean is read with.
-      if (in_pairs<S> && dlse != nullptr) add_scaled(panels_.keys_mean(), d_, dlse[first + r], row);
+      T* row = dquery_.data() + r * key_stride_;
+      // The packed keys lack their mean. A row of dS sums to dlse, so the mean's part of dQ is dlse · mean.
+      if (kInPairs<S> && a_.dlse.given) add_scaled(panels_.keys_mean(), d_, dlse[first + r], row);
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
@@ -184,7 +193,7 @@ class BackwardSlot {
  private:
   const RetrieveBackward& a_;
   const GradientPanels<S>& panels_;
-  int64_t m_, d_, dv_, score_row_, query_row_;
+  int64_t m_, d_, dv_, score_stride_, key_stride_;
   QueryRows<S> query_;
   FactorRows<S> scaled_query_, dout_;
   Buffer<T> weights_, gradient_, dquery_, scores_;
@@ -193,21 +202,21 @@ class BackwardSlot {
 };
 
 template <class S>
-void retrieve_rows_backward(const RetrieveBackward& a) {
+void compute(const RetrieveBackward& a) {
   using T = accumulator_t<S>;
-  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.queries;
-  const bool tied = a.memory.values == nullptr;
-  const BackwardPlan plan(a.memory, n);
+  const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
+  const bool tied = a.memory.tied();
+  const BackwardPlan plan(a.type, a.memory, n);
   const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
-  const int64_t key_row = plan.key_row, value_row = plan.value_row;
-  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * m * key_row;
+  const int64_t key_stride = plan.key_stride, value_stride = plan.value_stride;
+  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * m * key_stride;
   Buffer<double> dbeta(slots);
   {
     const GradientPanels<S> panels(a.memory);
     parallel(slots, [&](int64_t slot) {
       BackwardSlot<S> work(a, panels, rows);
-      T* keys = dkeys + slot * m * key_row;
-      T* values = tied ? keys : dvalues + slot * m * value_row;
+      T* keys = dkeys + slot * m * key_stride;
+      T* values = tied ? keys : dvalues + slot * m * value_stride;
       dbeta[slot] = 0;
       const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -224,23 +233,15 @@ void retrieve_rows_backward(const RetrieveBackward& a) {
   parallel((m + block - 1) / block, [&](int64_t item) {
     Buffer<T> sum(d > dv ? d : dv), key(d);
     for (int64_t row = item * block; row < m && row < (item + 1) * block; ++row) {
-      add_partial_sums(dkeys + row * key_row, slots, m * key_row, d, sum.data());
+      add_partial_sums(dkeys + row * key_stride, slots, m * key_stride, d, sum.data());
       const T factor = normalize_row(static_cast<const S*>(a.memory.keys) + row * d, d, a.memory.normalize, key.data());
-      normalize_row_backward(sum.data(), key.data(), factor, T(1), d, a.memory.normalize,
+      normalize_row_backward(sum.data(), key.data(), factor, T{1}, d, a.memory.normalize,
                              static_cast<S*>(a.dkeys) + row * d);
       if (tied) continue;
-      add_partial_sums(dvalues + row * value_row, slots, m * value_row, dv, sum.data());
-      scaled_copy(sum.data(), dv, T(1), static_cast<S*>(a.dvalues) + row * dv);
+      add_partial_sums(dvalues + row * value_stride, slots, m * value_stride, dv, sum.data());
+      scaled_copy(sum.data(), dv, T{1}, static_cast<S*>(a.dvalues) + row * dv);
     }
   });
-}
-
-void retrieve_forward(const RetrieveForward& arguments) {
-  ANOMEM_FOR_TYPE(arguments.memory.type, retrieve_rows_forward, arguments)
-}
-
-void retrieve_backward(const RetrieveBackward& arguments) {
-  ANOMEM_FOR_TYPE(arguments.memory.type, retrieve_rows_backward, arguments)
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

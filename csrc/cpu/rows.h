@@ -1,4 +1,4 @@
-// Passes over one row: normalisation (anomem/reference/normalize.py) and its gradient, scaling.
+// Passes over one row: scaling, normalisation (anomem/reference/retrieve.py) and its gradient.
 #pragma once
 
 #include "cpu/memory.h"
@@ -6,22 +6,22 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// f(offset, count) for every vector of a row of n elements; count is less than a vector's lanes at most once, last.
+// Calls f(offset, count) for every vector of a row of n elements. Only the last count may be less than kLanes.
 template <class T, class F>
 ANOMEM_INLINE void for_vectors(int64_t n, F f) {
   int64_t i = 0;
-  for (; i + lanes<T> <= n; i += lanes<T>) f(i, int64_t(lanes<T>));
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(i, static_cast<int64_t>(kLanes<T>));
   if (i < n) f(i, n - i);
 }
 
 template <class S>
 ANOMEM_INLINE vec<accumulator_t<S>> load_some(const S* p, int64_t count) {
-  return count == lanes<accumulator_t<S>> ? load(p) : load_first(p, count);
+  return count == kLanes<accumulator_t<S>> ? load(p) : load_first(p, count);
 }
 
 template <class S>
 ANOMEM_INLINE void store_some(S* p, vec<accumulator_t<S>> x, int64_t count) {
-  if (count == lanes<accumulator_t<S>>) return store(p, x);
+  if (count == kLanes<accumulator_t<S>>) return store(p, x);
   store_first(p, x, count);
 }
 
@@ -29,7 +29,7 @@ ANOMEM_INLINE void store_some(S* p, vec<accumulator_t<S>> x, int64_t count) {
 template <class T>
 ANOMEM_INLINE vec<T> keep_first(vec<T> x, int64_t count, T rest = 0) {
   using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  return lane_index<T>() < typename Simd<T>::bits{} + Word(count) ? x : broadcast(rest);
+  return lane_index<T>() < typename Simd<T>::bits{} + static_cast<Word>(count) ? x : broadcast(rest);
 }
 
 // x ← scale · x.
@@ -53,34 +53,34 @@ inline void scaled_copy(const From* x, int64_t n, accumulator_t<To> scale, To* t
       n, [&](int64_t i, int64_t count) { store_some(to + i, load_some(x + i, count) * scale, count); });
 }
 
-// 1/|x|, or 0 where |x| ≤ 1e-12: such a row becomes zero and passes no gradient. NaN stays NaN.
+// 1/|x|, or 0 if |x| ≤ 1e-12: such a row becomes zero and passes no gradient. NaN stays NaN.
 template <class T>
 ANOMEM_INLINE T inverse_length(T squares) {
   const T length = std::sqrt(squares);
-  return length <= T(1e-12) ? T(0) : T(1) / length;
+  return length <= T{1e-12} ? T{0} : T{1} / length;
 }
 
-// y = norm(x), widened. Returns the factor on x (on x − mean for "layer"), which the gradient needs.
+// y = norm(x), widened. Returns the factor on x (on x − mean for "layer"); the gradient needs it.
 template <class S>
 inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accumulator_t<S>* y) {
   using T = accumulator_t<S>;
   T factor = 1;
-  if (how == Normalize::layer) {
+  if (how == Normalize::kLayer) {
     vec<T> sum{}, squares{};
     for_vectors<T>(d, [&](int64_t i, int64_t count) { sum += load_some(x + i, count); });
-    const vec<T> mean = broadcast(sum_lanes<T>(sum) / T(d));
+    const vec<T> mean = broadcast(sum_lanes<T>(sum) / static_cast<T>(d));
     for_vectors<T>(d, [&](int64_t i, int64_t count) {
       const vec<T> centred = keep_first<T>(load_some(x + i, count) - mean, count);
       squares = multiply_add(centred, centred, squares);
     });
-    factor = 1 / std::sqrt(sum_lanes<T>(squares) / T(d) + T(1e-5));
+    factor = 1 / std::sqrt(sum_lanes<T>(squares) / static_cast<T>(d) + T{1e-5});
     const vec<T> scale = broadcast(factor);
     for_vectors<T>(d, [&](int64_t i, int64_t count) {
       store_some(y + i, (load_some(x + i, count) - mean) * scale, count);
     });
     return factor;
   }
-  if (how == Normalize::l2) {
+  if (how == Normalize::kL2) {
     vec<T> squares{};
     for_vectors<T>(d, [&](int64_t i, int64_t count) {
       const vec<T> v = load_some(x + i, count);
@@ -92,25 +92,25 @@ inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accu
   return factor;
 }
 
-// dx = scale · (gradient of norm at x) · dy, from y = norm(x) and the factor that normalize_row gave.
+// dx = scale · (gradient of norm at x) · dy, from y = norm(x) and the factor that normalize_row returned.
 template <class S>
 inline void normalize_row_backward(const accumulator_t<S>* dy, const accumulator_t<S>* y, accumulator_t<S> factor,
                                    accumulator_t<S> scale, int64_t d, Normalize how, S* dx) {
   using T = accumulator_t<S>;
-  T mean = 0, along = 0;
-  if (how == Normalize::layer) {
+  T mean = 0, projection = 0;
+  if (how == Normalize::kLayer) {
     vec<T> sum{};
     for_vectors<T>(d, [&](int64_t i, int64_t count) { sum += load_some(dy + i, count); });
-    mean = sum_lanes<T>(sum) / T(d);
-    along = dot_product(dy, y, d) / T(d);
-  } else if (how == Normalize::l2) {
-    along = dot_product(dy, y, d);
+    mean = sum_lanes<T>(sum) / static_cast<T>(d);
+    projection = dot_product(dy, y, d) / static_cast<T>(d);
+  } else if (how == Normalize::kL2) {
+    projection = dot_product(dy, y, d);
   }
-  const vec<T> outer = broadcast(how == Normalize::none ? scale : scale * factor);
+  const vec<T> outer = broadcast(how == Normalize::kNone ? scale : scale * factor);
   for_vectors<T>(d, [&](int64_t i, int64_t count) {
-    const vec<T> inner = how == Normalize::none
+    const vec<T> inner = how == Normalize::kNone
                              ? load_some(dy + i, count)
-                             : load_some(dy + i, count) - mean - load_some(y + i, count) * along;
+                             : load_some(dy + i, count) - mean - load_some(y + i, count) * projection;
     store_some(dx + i, inner * outer, count);
   });
 }

@@ -1,9 +1,12 @@
-// Vectors of the instruction set this file is compiled for (no include guard against the other sets: each has its own
-// translation unit and namespace). GCC's vector extensions, so the same code runs with SSE2, AVX2, AVX-512 and NEON.
+// Vectors of one instruction set, by the compiler's vector extensions: the same code runs with SSE2, AVX2, AVX-512 and
+// NEON. Highway, xsimd and oneDNN's kernels were not taken: the library depends on torch's stable ABI alone, and an
+// exponential or a row sum works on a product's sums in registers (product.h), which a library's GEMM does not offer.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #include "cpu/types.h"
@@ -21,7 +24,7 @@ struct Simd<float> {
   typedef float loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
-  static constexpr int lanes = ANOMEM_VECTOR_BYTES / 4;
+  static constexpr int kLanes = ANOMEM_VECTOR_BYTES / 4;
 };
 
 template <>
@@ -30,25 +33,25 @@ struct Simd<double> {
   typedef double loose __attribute__((vector_size(ANOMEM_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
   typedef uint64_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES)));
-  static constexpr int lanes = ANOMEM_VECTOR_BYTES / 8;
+  static constexpr int kLanes = ANOMEM_VECTOR_BYTES / 8;
 };
 
 // A vector of the accumulation type T (float or double), and its number of lanes.
 template <class T>
 using vec = typename Simd<T>::vector;
 template <class T>
-constexpr int lanes = Simd<T>::lanes;
+constexpr int kLanes = Simd<T>::kLanes;
 
 template <class T>
 ANOMEM_INLINE vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::loose*>(p);
 }
 
-// Widened on the way: bfloat16 is the upper half of a float.
+// Widened: bfloat16 is the upper half of a float.
 ANOMEM_INLINE vec<float> load(const Bfloat16* p) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
   typedef Simd<float>::words words;
-  return (vec<float>)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+  return reinterpret_cast<vec<float>>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 
 template <class T>
@@ -59,23 +62,23 @@ ANOMEM_INLINE void store(T* p, vec<T> x) {
 ANOMEM_INLINE void store(Bfloat16* p, vec<float> x) {
   typedef uint16_t halves __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(2), may_alias));
   typedef Simd<float>::words words;
-  const words bits = (words)x;
+  const words bits = reinterpret_cast<words>(x);
   const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const words nan = words{} + 0x7fc0;
-  *reinterpret_cast<halves*>(p) = __builtin_convertvector((words)(x == x) ? rounded : nan, halves);
+  *reinterpret_cast<halves*>(p) = __builtin_convertvector(reinterpret_cast<words>(x == x) ? rounded : nan, halves);
 }
 
 // The first n < lanes elements; the rest of the vector is zero.
 template <class S>
 ANOMEM_INLINE vec<accumulator_t<S>> load_first(const S* p, int64_t n) {
-  S padded[lanes<accumulator_t<S>>] = {};
+  S padded[kLanes<accumulator_t<S>>] = {};
   std::memcpy(padded, p, n * sizeof(S));
   return load(padded);
 }
 
 template <class S>
 ANOMEM_INLINE void store_first(S* p, vec<accumulator_t<S>> x, int64_t n) {
-  S padded[lanes<accumulator_t<S>>];
+  S padded[kLanes<accumulator_t<S>>];
   store(padded, x);
   std::memcpy(p, padded, n * sizeof(S));
 }
@@ -101,37 +104,37 @@ ANOMEM_INLINE V larger(V a, V b) {
 template <class T>
 ANOMEM_INLINE typename Simd<T>::bits lane_index() {
   typename Simd<T>::bits index;
-  for (int i = 0; i < lanes<T>; ++i) index[i] = i;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
   return index;
 }
 
-// Lane i of the result is lane (i + by) mod lanes of x.
-template <class T, int by>
+// Lane i of the result is lane (i + kBy) mod kLanes of x.
+template <class T, int kBy>
 ANOMEM_INLINE vec<T> rotate(vec<T> x) {
 #if defined(__clang__)
-  T lane[lanes<T>], rotated[lanes<T>];
+  T lane[kLanes<T>], rotated[kLanes<T>];
   store(lane, x);
-  for (int i = 0; i < lanes<T>; ++i) rotated[i] = lane[(i + by) % lanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) rotated[i] = lane[(i + kBy) % kLanes<T>];
   return load(rotated);
 #else
-  return __builtin_shuffle(x, (lane_index<T>() + by) & (lanes<T> - 1));
+  return __builtin_shuffle(x, (lane_index<T>() + kBy) & (kLanes<T> - 1));
 #endif
 }
 
 // Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. Both keep a NaN.
-template <class T, int half = lanes<T> / 2>
+template <class T, int kHalf = kLanes<T> / 2>
 ANOMEM_INLINE T sum_lanes(vec<T> x) {
-  if constexpr (half == 0) return x[0];
-  else return sum_lanes<T, half / 2>(x + rotate<T, half>(x));
+  if constexpr (kHalf == 0) return x[0];
+  else return sum_lanes<T, kHalf / 2>(x + rotate<T, kHalf>(x));
 }
 
-template <class T, int half = lanes<T> / 2>
+template <class T, int kHalf = kLanes<T> / 2>
 ANOMEM_INLINE T max_lanes(vec<T> x) {
-  if constexpr (half == 0) {
+  if constexpr (kHalf == 0) {
     return x[0];
   } else {
-    const vec<T> other = rotate<T, half>(x);
-    return max_lanes<T, half / 2>((x > other) | (x != x) ? x : other);
+    const vec<T> other = rotate<T, kHalf>(x);
+    return max_lanes<T, kHalf / 2>((x > other) | (x != x) ? x : other);
   }
 }
 
@@ -140,29 +143,30 @@ template <class S>
 ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count) {
   using T = accumulator_t<S>;
   vec<T> sum[2] = {};
-  const int64_t whole = count / lanes<T> * lanes<T>;
-  for (int64_t p = 0; p < whole; p += lanes<T>)
-    sum[p / lanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / lanes<T> % 2]);
+  const int64_t whole = count / kLanes<T> * kLanes<T>;
+  for (int64_t p = 0; p < whole; p += kLanes<T>)
+    sum[p / kLanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / kLanes<T> % 2]);
   if (whole < count) sum[0] += load_first(a + whole, count - whole) * load_first(b + whole, count - whole);
   return sum_lanes<T>(sum[0] + sum[1]);
 }
 
 template <class T>
-constexpr T log2e = T(1.4426950408889634074);
+constexpr T kLog2e = T{1.4426950408889634074};
 
-// How 2^x is made, with x = n + f, n the nearest integer: adding 1.5·2^(mantissa bits) leaves n in the low bits of the
-// sum, from where it is shifted into the exponent; 2^f is a Chebyshev fit on [-1/2, 1/2].
+// 2^x for x = n + f, n the nearest integer. Adding 1.5·2^(mantissa bits) leaves n in the low bits of the sum; a shift
+// moves it into the exponent. 2^f is a Chebyshev fit on [-1/2, 1/2].
 template <class T>
-constexpr T rounding = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);
+constexpr T kRounding = sizeof(T) == 4 ? T{12582912} : T{6755399441055744};
 
-// 2^f · 2^(n + bias), n in the low bits of `shifted`. Where n + bias is no exponent, some number that the caller drops:
-// hence words, whose sums wrap around.
+// 2^f · 2^(n + bias), n in the low bits of `shifted`. If n + bias is out of range the result is arbitrary, and the
+// caller drops it; unsigned words wrap around without undefined behaviour.
 ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bias) {
   constexpr float coefficients[] = {1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f,
                                     2.402265092e-1f, 6.931472067e-1f, 1.0f};
   vec<float> power = broadcast(coefficients[0]);
   for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<float>)(((Simd<float>::words)shifted << 23) + (uint32_t(127 + bias) << 23));
+  const auto n = reinterpret_cast<Simd<float>::words>(shifted);
+  return power * reinterpret_cast<vec<float>>((n << 23) + (static_cast<uint32_t>(127 + bias) << 23));
 }
 
 ANOMEM_INLINE vec<double> exp2_of_parts(vec<double> f, vec<double> shifted, int bias) {
@@ -172,42 +176,64 @@ ANOMEM_INLINE vec<double> exp2_of_parts(vec<double> f, vec<double> shifted, int 
       5.5504108664821627039e-2,  2.4022650695910159567e-1, 6.9314718055994530925e-1, 1.0};
   vec<double> power = broadcast(coefficients[0]);
   for (int i = 1; i < 12; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
-  return power * (vec<double>)(((Simd<double>::words)shifted << 52) + (uint64_t(1023 + bias) << 52));
+  const auto n = reinterpret_cast<Simd<double>::words>(shifted);
+  return power * reinterpret_cast<vec<double>>((n << 52) + (static_cast<uint64_t>(1023 + bias) << 52));
 }
 
 // 2^x for x in [-126, 127] (float) or [-1022, 1023] (double), to about one unit in the last place; NaN stays NaN.
 template <class V>
 ANOMEM_INLINE V exp2_in_range(V x) {
   using T = std::remove_reference_t<decltype(x[0])>;
-  const V shifted = x + rounding<T>;
-  return exp2_of_parts(x - (shifted - rounding<T>), shifted, 0);
+  const V shifted = x + kRounding<T>;
+  return exp2_of_parts(x - (shifted - kRounding<T>), shifted, 0);
 }
 
-// 2^(x · (factor + rest) − shift), in the same range. The shift goes into the exponent alone: subtracted from the product
-// it would take the product's last digits with it.
+// 2^(x · (factor + rest) − shift), in the same range. The shift goes into the exponent alone: subtracting it from the
+// product would round away the product's last digits.
 template <class V>
 ANOMEM_INLINE V exp2_of_product(V x, V factor, V rest, int shift) {
   using T = std::remove_reference_t<decltype(x[0])>;
-  const V shifted = multiply_add(x, factor, V{} + rounding<T>);
-  const V f = multiply_add(x, rest, multiply_add(x, factor, rounding<T> - shifted));
+  const V shifted = multiply_add(x, factor, V{} + kRounding<T>);
+  const V f = multiply_add(x, rest, multiply_add(x, factor, kRounding<T> - shifted));
   return exp2_of_parts(f, shifted, -shift);
 }
 
 template <class T>
-constexpr T exp2_lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
+constexpr T kExp2Lowest = sizeof(T) == 4 ? T{-126} : T{-1022};
 
 // 2^x for x ≤ 127 (1023): 0 below the smallest normal number, -inf included; NaN stays NaN.
 template <class V>
 ANOMEM_INLINE V exp2_or_zero(V x) {
   using T = std::remove_reference_t<decltype(x[0])>;
-  const V lowest = V{} + exp2_lowest<T>;
+  const V lowest = V{} + kExp2Lowest<T>;
   const auto below = x < lowest;
   return below ? V{} : exp2_in_range(below ? lowest : x);
 }
 
 template <class V>
 ANOMEM_INLINE V exp_or_zero(V x) {
-  return exp2_or_zero(x * log2e<std::remove_reference_t<decltype(x[0])>>);
+  return exp2_or_zero(x * kLog2e<std::remove_reference_t<decltype(x[0])>>);
 }
+
+// Scratch memory: aligned to a cache line, uninitialised, freed at the end of its scope.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(T)) + 64, 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
 
 }  // namespace anomem::cpu::ANOMEM_ISA

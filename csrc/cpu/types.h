@@ -1,4 +1,4 @@
-// Element types as the kernels see them; no torch here.
+// Element types, sizes and feature maps of the kernels, without torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace anomem::cpu {
 
-enum class Type { f32, bf16, f64 };
+enum class Type { kFloat32, kBfloat16, kFloat64 };
 
 // bfloat16: the upper half of a float.
 struct Bfloat16 {
@@ -15,7 +15,7 @@ struct Bfloat16 {
 };
 
 inline float to_float(Bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -26,10 +26,10 @@ inline Bfloat16 to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   if (x != x) return {0x7fc0};
-  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// The type sums are kept in, and losses returned in: float for bfloat16.
+// The type of sums and losses: float for bfloat16.
 template <class T>
 struct Accumulator {
   using type = T;
@@ -53,24 +53,33 @@ inline S narrow(accumulator_t<S> x) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Row length, in elements of the accumulation type T, of a tile with n columns: whole panels of the widest instruction
-// set, and not a multiple of 1 KiB, which would put every row of a tile into the same few sets of the cache.
+// Row stride, in elements of the accumulation type T, of a tile with n columns. It is whole panels of the widest
+// instruction set, and no multiple of 1 KiB: such rows would all fall into the same few sets of the cache.
 template <class T>
-inline int64_t padded_row(int64_t n) {
-  const int64_t padded = round_up(n, 128 / int64_t(sizeof(T)));
-  return padded * int64_t(sizeof(T)) % 1024 == 0 ? padded + 64 / int64_t(sizeof(T)) : padded;
+inline int64_t padded_stride(int64_t n) {
+  const int64_t padded = round_up(n, 128 / static_cast<int64_t>(sizeof(T)));
+  return padded * static_cast<int64_t>(sizeof(T)) % 1024 == 0 ? padded + 64 / static_cast<int64_t>(sizeof(T)) : padded;
 }
 
-}  // namespace anomem::cpu
+// A pointer argument that may be absent. Presence is a flag of its own, because an empty tensor's pointer may be null.
+template <class T>
+struct Optional {
+  bool given;
+  T* data;
+};
 
-// Calls `function<T>(...)` for the element type named by a `Type`.
-#if ANOMEM_BFLOAT16_PAIRS  // an instruction set for that type alone
-#define ANOMEM_FOR_TYPE(type, function, ...) return function<::anomem::cpu::Bfloat16>(__VA_ARGS__);
-#else
-#define ANOMEM_FOR_TYPE(type, function, ...)                                           \
-  switch (type) {                                                                      \
-    case ::anomem::cpu::Type::f32: return function<float>(__VA_ARGS__);                \
-    case ::anomem::cpu::Type::bf16: return function<::anomem::cpu::Bfloat16>(__VA_ARGS__); \
-    case ::anomem::cpu::Type::f64: return function<double>(__VA_ARGS__);               \
+// A feature map [B, C, H, W] with any strides, counted in elements.
+struct FeatureMap {
+  const void* data;
+  int64_t batch, channels, height, width;
+  int64_t batch_stride, channel_stride, height_stride, width_stride;
+
+  int64_t area() const { return height * width; }
+
+  // Offset of the vector at flat position h·W + w of an image.
+  int64_t offset(int64_t image, int64_t position) const {
+    return image * batch_stride + position / width * height_stride + position % width * width_stride;
   }
-#endif
+};
+
+}  // namespace anomem::cpu

@@ -1,7 +1,9 @@
-// Counts, weights, entropies and mean direction of a retrieval, without its result.
+// Usage of a memory: counts, mean weights, entropies and mean direction of a retrieval whose result is not kept.
 #pragma once
 
 #include "cpu/panels.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
 #include "cpu/softmax.h"
 #include "cpu/usage.h"
 
@@ -22,7 +24,7 @@ struct UsageSums {
   double* direction;  // [d]
 };
 
-// Adds one chunk of queries at a time: in the working precision within a chunk, in float64 from chunk to chunk.
+// Adds one chunk of queries at a time: in T within a chunk, in float64 across chunks.
 template <class S>
 class UsageChunk {
  public:
@@ -33,33 +35,35 @@ class UsageChunk {
         panels_(panels),
         m_(a.memory.prototypes),
         d_(a.memory.features),
-        score_row_(padded_row<T>(m_)),
-        read_row_(padded_row<T>(d_)),
+        score_stride_(padded_stride<T>(m_)),
+        retrieved_stride_(padded_stride<T>(d_)),
         query_(rows, d_, a.memory.normalize),
-        scores_(rows * score_row_),
-        read_(rows * read_row_),
+        scores_(rows * score_stride_),
+        retrieved_(rows * retrieved_stride_),
         scale_(rows),
         mass_(m_),
         direction_(d_) {}
 
   void add(int64_t first, int64_t count, const UsageSums& sums) {
-    query_.load(static_cast<const S*>(a_.query) + first * a_.query_row, a_.query_row, count);
-    product(count, m_, d_, query_.data(), query_.row(), 1, panels_.keys_transposed(), scores_.data(), score_row_, false);
+    query_.load(static_cast<const S*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
+    product(count, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), scores_.data(), score_stride_,
+            false);
     std::memset(mass_.data(), 0, m_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
-      T* e = scores_.data() + r * score_row_;
-      const RowSum<T> row = exponentials<true>(e, m_, T(a_.memory.beta));
+      T* e = scores_.data() + r * score_stride_;
+      const RowSum<T> row = exponentials<true>(e, m_, static_cast<T>(a_.memory.beta));
       scale_[r] = 1 / row.sum;
       static_cast<T*>(a_.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
       sums.count[strongest(e, m_)] += 1;
       add_scaled(e, m_, scale_[r], mass_.data());
     }
-    product(count, d_, m_, scores_.data(), score_row_, 1, panels_.values(), read_.data(), read_row_, false);
+    product(count, d_, m_, scores_.data(), score_stride_, 1, panels_.values(), retrieved_.data(), retrieved_stride_,
+            false);
     std::memset(direction_.data(), 0, d_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
-      const T* read = read_.data() + r * read_row_;
-      const T inverse = inverse_length(dot_product(read, read, d_) * scale_[r] * scale_[r]);
-      add_scaled(read, d_, scale_[r] * inverse, direction_.data());
+      const T* retrieved = retrieved_.data() + r * retrieved_stride_;
+      const T inverse = inverse_length(dot_product(retrieved, retrieved, d_) * scale_[r] * scale_[r]);
+      add_scaled(retrieved, d_, scale_[r] * inverse, direction_.data());
     }
     for (int64_t j = 0; j < m_; ++j) sums.mass[j] += mass_[j];
     for (int64_t j = 0; j < d_; ++j) sums.direction[j] += direction_[j];
@@ -68,9 +72,9 @@ class UsageChunk {
  private:
   const Usage& a_;
   const ReadPanels<S>& panels_;
-  int64_t m_, d_, score_row_, read_row_;
+  int64_t m_, d_, score_stride_, retrieved_stride_;
   QueryRows<S> query_;
-  Buffer<T> scores_, read_, scale_, mass_, direction_;
+  Buffer<T> scores_, retrieved_, scale_, mass_, direction_;
 };
 
 // means[j] ← Σ_slot sums[slot, j] / n.
@@ -79,15 +83,15 @@ inline void mean_over_slots(Buffer<double>& sums, int64_t slots, int64_t width, 
   for (int64_t j = 0; j < width; ++j) {
     double sum = 0;
     for (int64_t slot = 0; slot < slots; ++slot) sum += sums[slot * width + j];
-    means[j] = T(sum / double(n));
+    means[j] = static_cast<T>(sum / static_cast<double>(n));
   }
 }
 
-// Chunks are shared out to a number of slots that depends on sizes alone; the slots are added in order.
+// Chunks are shared out to slots, whose number depends on sizes alone. The slots are added in order.
 template <class S>
-void usage_rows(const Usage& a) {
+void compute(const Usage& a) {
   using T = accumulator_t<S>;
-  const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.queries;
+  const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.query.count;
   const ReadPanels<S> panels(a.memory);
   const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
@@ -109,7 +113,5 @@ void usage_rows(const Usage& a) {
   mean_over_slots(masses, slots, m, n, static_cast<T*>(a.mass));
   mean_over_slots(directions, slots, d, n, static_cast<T*>(a.direction));
 }
-
-void usage(const Usage& arguments) { ANOMEM_FOR_TYPE(arguments.memory.type, usage_rows, arguments) }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,4 +1,4 @@
-// native_deviation_map: take and normalise a chunk of positions, read the memory, keep only the distance. Features,
+// native_deviation_map: takes and normalises a chunk of positions, retrieves, keeps only the distance. Features,
 // scores, weights and retrieved vectors of a chunk live in scratches that together fit into L2.
 #include <torch/csrc/stable/library.h>
 
@@ -24,18 +24,13 @@ void take_positions(const DeviceScope& scope, const Tensor& map, int64_t image, 
   take(scope, a);
 }
 
-Tensor deviation_map(const Tensor& map, const Tensor& keys, const std::optional<Tensor>& values,
-                     const std::optional<Tensor>& beta, double scale, int64_t normalize, int64_t distance,
-                     const std::optional<Tensor>& log_prior) {
-  STD_TORCH_CHECK(map.dim() == 4, "map: expected [B, d, H, W]");
+Tensor deviation_map(const Tensor& map, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
+                     double scale, int64_t normalize, int64_t distance, const OptionalTensor& log_prior) {
+  check_map(map);
+  check_element_type(map, "map");
   const int64_t batch = map.size(0), features = map.size(1), positions = map.size(2) * map.size(3);
-  check_memory(map, features, keys, values, beta);
-  if (values) check_shape(*values, "values", {keys.size(0), features});
-  if (log_prior) {
-    check_like(*log_prior, "log_prior", map, ScalarType::Float);
-    check_shape(*log_prior, "log_prior", {positions, keys.size(0)});
-    check_contiguous(*log_prior, "log_prior");
-  }
+  check_memory(map, features, keys, values, beta, ScalarType::Float, normalize);
+  check_deviation_map(map, keys, values, distance, log_prior, ScalarType::Float);
   const DeviceScope scope(map);
   const Memory memory = make_memory(scope, keys, values, beta, scale, normalize);
   const Tensor out = empty(map, {batch, map.size(2), map.size(3)}, ScalarType::Float);

@@ -1,4 +1,4 @@
-// The kernel around a body.
+// The CUDA kernel of a body; see primitives.cuh.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Runs a kernel body on a tensor's device, on its current stream. The emulation in tests/cuda has its own version of
-// this file; it is the only one with launch syntax.
+// Launches kernel bodies on a tensor's device, on its current stream. This is the only file with launch syntax; the
+// emulation in tests/cuda has its own version of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,11 +19,11 @@
 
 namespace anomem::cuda {
 
-// What a chunk of rows may leave between passes: well inside the L2 cache of sm_80 (40 MB) and sm_90 (50 MB).
+// Scratch of a chunk of rows: well within the L2 cache of sm_80 (40 MB) and sm_90 (50 MB).
 constexpr int64_t kScratchBytes = 24 << 20;
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's first axis
 
-// Makes a tensor's device current and switches autograd off, until the end of the scope.
+// Makes a tensor's device current and disables autograd until the end of the scope.
 class DeviceScope {
  public:
   explicit DeviceScope(const torch::stable::Tensor& tensor)

@@ -1,11 +1,11 @@
-// Mean and second moment, merged without cancellation, and the row normalisation they give.
+// Mean and second moment, merged without cancellation, and the normalisation of rows by them.
 #pragma once
 
 #include "primitives.cuh"
 
 namespace anomem::cuda {
 
-// count, mean and Σ(x − mean)² of some numbers (Chan, Golub and LeVeque 1979, for the merge).
+// Count, mean and Σ(x − mean)² of numbers. Merged as in Chan, Golub and LeVeque 1979.
 struct Moments {
   float count = 0;
   float mean = 0;
@@ -28,15 +28,15 @@ struct Affine {
   float scale;
 };
 
-// For kL2 the moments are about the origin (mean 0). A row shorter than kL2Eps becomes zero, one with a NaN stays NaN.
-// rsqrtf and __fdividef are within two units in the last place, without the calls of the exact ones that cost registers.
+// For kL2 the moments are about the origin (mean 0). A row shorter than kL2Eps becomes zero; NaN stays NaN. rsqrtf and
+// __fdividef are within two units in the last place; the exact functions are calls, which cost registers.
 __device__ inline Affine affine_of(const Moments& m, int normalize) {
   if (normalize == kLayer) return {m.mean, rsqrtf(__fdividef(m.square, m.count) + kLayerEps)};
   if (normalize == kNone) return {0.0f, 1.0f};
   return {0.0f, m.square <= kL2Eps * kL2Eps ? 0.0f : rsqrtf(m.square)};
 }
 
-// Of one row [d] by one warp; the second reading comes from the cache.
+// The normalisation of one row [d], by one warp. The second pass reads from the cache.
 template <class T>
 __device__ inline Affine row_affine(const T* x, int64_t features, int normalize, int lane) {
   if (normalize == kNone) return {0.0f, 1.0f};

@@ -1,22 +1,27 @@
-// What the CUDA operators check, allocate and dispatch on. The Python layer has validated what a user passed; these
-// checks keep a direct call through torch.ops from reading outside of a tensor.
+// From torch's tensors to what the CUDA kernels take: element types, pointers, views, allocation, and the arguments of
+// a take (take.cuh).
 #pragma once
 
+#include <cuda/launch.cuh>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
 
+#include "checks.h"
+#include "take.cuh"
+
 namespace anomem::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+inline void check_element_type(const Tensor& tensor, const char* argument) {
+  const ScalarType type = tensor.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+    refuse(argument, "float32, bfloat16 or float16", dtype_name(type));
+}
 
 // Calls f with a value of the tensor's element type.
 template <class F>
@@ -25,27 +30,11 @@ void with_type_of(const Tensor& tensor, F f) {
     case ScalarType::Float: return f(float{});
     case ScalarType::BFloat16: return f(__nv_bfloat16{});
     case ScalarType::Half: return f(__half{});
-    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16 on CUDA");
+    default: return check_element_type(tensor, "tensor");
   }
 }
 
-inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
-  bool right = tensor.dim() == static_cast<int64_t>(expected.size());
-  int64_t axis = 0;
-  for (const int64_t size : expected) right = right && tensor.size(axis++) == size;
-  STD_TORCH_CHECK(right, name, ": wrong shape");
-}
-
-inline void check_like(const Tensor& tensor, const char* name, const Tensor& like, ScalarType type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": wrong dtype");
-  STD_TORCH_CHECK(tensor.device() == like.device(), name, ": on another device");
-}
-
-inline void check_contiguous(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
-// A contiguous tensor on the device of `like`: of its dtype, or of another.
+// A contiguous tensor on the device of `like`, of its dtype unless another is given.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
 }
@@ -56,7 +45,7 @@ const T* data(const Tensor& tensor) {
 }
 
 template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
+const T* data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
@@ -71,5 +60,44 @@ inline Tensor rows(Tensor tensor, int64_t start, int64_t count) {
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// TakeRows for adjacent channels, else TakePlanes.
+template <class T>
+void take(const DeviceScope& scope, const TakeArguments<T>& arguments) {
+  if (arguments.stride_channel == 1) return launch<TakeRows<T>>(scope, arguments);
+  launch<TakePlanes<T>>(scope, arguments);
+}
+
+// Arguments of a take from a map [B, C, H, W]. The caller fills in positions and output.
+template <class T>
+TakeArguments<T> take_from(const Tensor& map) {
+  TakeArguments<T> a{};
+  a.map = data<T>(map);
+  a.batch = map.size(0);
+  a.channels = map.size(1);
+  a.width = map.size(3);
+  a.size = map.size(2) * map.size(3);
+  a.stride_batch = map.stride(0);
+  a.stride_channel = map.stride(1);
+  a.stride_height = map.stride(2);
+  a.stride_width = map.stride(3);
+  return a;
+}
+
+// norm(x) of rows [N, d] with unit inner stride, into y [N, d].
+template <class T>
+void normalize_rows(const DeviceScope& scope, const Tensor& x, const Tensor& y, int normalize) {
+  TakeArguments<T> a{};
+  a.map = data<T>(x);
+  a.batch = 1;
+  a.channels = x.size(1);
+  a.width = a.size = a.count = x.size(0);
+  a.stride_channel = 1;
+  a.stride_width = x.stride(0);
+  a.out = writable<T>(y);
+  a.out_stride_position = a.channels;
+  a.normalize = normalize;
+  launch<TakeRows<T>>(scope, a);
+}
 
 }  // namespace anomem::cuda

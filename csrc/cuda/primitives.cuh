@@ -1,7 +1,7 @@
-// What every kernel body is made of: conversions, 16-byte accesses, reductions in a fixed order.
+// Parts of every kernel body: conversions, 16-byte accesses, reductions in a fixed order.
 //
 // A kernel is a struct with `Arguments`, `Shared`, `kThreads`, `blocks(arguments)` on the host and a device function
-// `run(arguments, shared)`. Bodies use neither torch nor launch syntax, so that g++ compiles them too, against
+// `run(arguments, shared)`. Bodies use neither torch nor launch syntax: g++ compiles them too, against
 // tests/cuda/emulation. Blocks stride over their work items: a smaller grid than `blocks` computes the same result.
 #pragma once
 
@@ -21,10 +21,10 @@ constexpr int kWarp = 32;
 constexpr int kBlock = 256;  // threads of every kernel
 constexpr int kWarps = kBlock / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kLayerEps = 1e-5f;  // as anomem/reference/normalize.py
+constexpr float kLayerEps = 1e-5f;  // as in anomem/reference/retrieve.py
 constexpr float kL2Eps = 1e-12f;
 
-// Codes of anomem/ops/retrieve.py and inference.py.
+// Codes of anomem/ops/retrieve.py and deviation_map.py.
 enum Normalize : int { kNone = 0, kLayer = 1, kL2 = 2 };
 enum Distance : int { kCosine = 0, kEuclidean = 1 };
 
@@ -72,8 +72,8 @@ __device__ inline unsigned packed(const float* x) {
   }
 }
 
-// N consecutive elements of global memory as floats: in 16-byte accesses where N and the address allow it, one by one
-// elsewhere. The accesses are intrinsics, because nvcc would merge the two ways into the one that always works.
+// Loads N consecutive elements of global memory as floats, in 16-byte accesses if N and the address allow it, else one
+// by one. The accesses are intrinsics: nvcc would merge both branches into the one-by-one branch.
 template <class T, int N>
 __device__ inline void load(float (&x)[N], const T* p) {
   if constexpr (N * sizeof(T) % 16 == 0) {
@@ -129,7 +129,7 @@ __device__ inline void store_some(T* p, const float (&x)[N], int64_t count) {
   }
 }
 
-// A number of elements known when compiling, as an argument. (std::integral_constant converts on the host only.)
+// A compile-time number of elements as an argument. (std::integral_constant converts on the host only.)
 template <int kWidth>
 struct Width {
   __host__ __device__ constexpr operator int() const { return kWidth; }
@@ -161,8 +161,8 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-// A kernel with one warp per row: `Kernel` says how many `rows(arguments)` there are and does one in `row(arguments, r,
-// lane)`.
+// A kernel with one warp per row. `Kernel` has the number of rows, `rows(arguments)`, and the work on one of them,
+// `row(arguments, r, lane)`.
 template <class Kernel, class KernelArguments>
 struct WarpPerRow {
   using Arguments = KernelArguments;

@@ -1,5 +1,5 @@
-// Matrix products by the library that torch has. The emulation in tests/cuda has its own version of this file: torch has
-// no product with a wider result on the CPU.
+// Matrix products by torch's GEMM library. The emulation in tests/cuda has its own version of this file: on the CPU
+// torch has no product with a wider result.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 namespace anomem::cuda {
 
 // out [m, n] = a [m, k] b [k, n]. `out` may be float32 where the factors are bfloat16 or float16; it then keeps the
-// product's own precision. Float32 factors follow torch.backends.cuda.matmul: TF32 only where the user allows it.
+// precision of the sums. Float32 factors follow torch.backends.cuda.matmul: TF32 only where the user allows it.
 inline void product(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   using torch::stable::detail::from;
   const auto call = [](const char* overload, StableIValue* stack) {

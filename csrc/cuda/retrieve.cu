@@ -1,4 +1,4 @@
-// native_retrieve_fwd, native_retrieve_bwd: chunks of queries through the library's GEMM with one fused row pass between
+// native_retrieve_fwd, native_retrieve_bwd: chunks of queries through the GEMM library, with one fused row pass between
 // its products. Nothing of size [N, M] is kept: a chunk's scores live in a scratch that fits into L2.
 #include <torch/csrc/stable/library.h>
 
@@ -10,12 +10,7 @@
 namespace anomem::cuda {
 namespace {
 
-void check_query(const Tensor& query) {
-  STD_TORCH_CHECK(query.dim() == 2, "query: expected [N, d]");
-  STD_TORCH_CHECK(query.stride(1) == 1 || query.size(1) <= 1, "query: expected unit inner stride");
-}
-
-// norm(q) of some rows: the rows themselves, or a copy in the scratch.
+// norm(q) of some rows: a copy in the scratch; without normalisation the rows themselves.
 Tensor unit_rows(const DeviceScope& scope, const Tensor& query, const Tensor& scratch, int64_t normalize) {
   if (normalize == kNone) return query;
   const Tensor unit = rows(scratch, 0, query.size(0));
@@ -26,10 +21,11 @@ Tensor unit_rows(const DeviceScope& scope, const Tensor& query, const Tensor& sc
 }
 
 std::tuple<Tensor, Tensor> retrieve_forward(const Tensor& query, const Tensor& keys,
-                                            const std::optional<Tensor>& values, const std::optional<Tensor>& beta,
-                                            double scale, int64_t normalize) {
+                                            const OptionalTensor& values, const OptionalTensor& beta, double scale,
+                                            int64_t normalize) {
   check_query(query);
-  check_memory(query, query.size(1), keys, values, beta);
+  check_element_type(query, "query");
+  check_memory(query, query.size(1), keys, values, beta, ScalarType::Float, normalize);
   const DeviceScope scope(query);
   const Memory memory = make_memory(scope, keys, values, beta, scale, normalize);
   const int64_t count = query.size(0), size = memory.size(), features = query.size(1);
@@ -96,21 +92,17 @@ void softmax_backward(const DeviceScope& scope, const Memory& memory, const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> retrieve_backward(
-    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& query, const Tensor& keys,
-    const std::optional<Tensor>& values, const std::optional<Tensor>& beta, double scale, int64_t normalize,
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& keys,
+    const OptionalTensor& values, const OptionalTensor& beta, double scale, int64_t normalize,
     const Tensor& /* out */, const Tensor& lse) {
   check_query(query);
-  check_memory(query, query.size(1), keys, values, beta);
+  check_element_type(query, "query");
+  check_memory(query, query.size(1), keys, values, beta, ScalarType::Float, normalize);
   const int64_t count = query.size(0), size = keys.size(0), features = query.size(1);
   const int64_t width = values ? values->size(1) : features;
-  check_like(dout, "dout", query, query.scalar_type());
-  check_shape(dout, "dout", {count, width});
-  check_contiguous(dout, "dout");
-  for (const Tensor* sums : {&lse, dlse ? &*dlse : &lse}) {
-    check_like(*sums, "lse, dlse", query, ScalarType::Float);
-    check_shape(*sums, "lse, dlse", {count});
-    check_contiguous(*sums, "lse, dlse");
-  }
+  check_operand(dout, "dout", query, query.scalar_type(), {count, width});
+  check_operand(lse, "lse", query, ScalarType::Float, {count});
+  check_operand(dlse, "dlse", query, ScalarType::Float, {count});
   const DeviceScope scope(query);
   const Memory memory = make_memory(scope, keys, values, beta, scale, normalize);
   const Tensor dquery = empty(query, {count, features});
@@ -129,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrieve_backward(
   ChunkedSum key_sum(query, size, features);
   std::optional<ChunkedSum> value_sum;
   if (!memory.tied) value_sum.emplace(query, size, width);
-  ChunkedSum& read = memory.tied ? key_sum : *value_sum;
+  ChunkedSum& value_or_key_sum = memory.tied ? key_sum : *value_sum;
 
   for (int64_t start = 0; start < count; start += chunk) {
     const int64_t n = std::min(chunk, count - start);
@@ -143,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrieve_backward(
     product(dy, ds, memory.keys);
     normalize_backward(scope, raw, dy, normalize, rows(dquery, start, n));
     key_sum.add_product(scope, transposed(ds), q);
-    read.add_product(scope, transposed(w), up);
+    value_or_key_sum.add_product(scope, transposed(w), up);
   }
   normalize_backward(scope, keys, key_sum.sum(), normalize, dkeys);
   if (!memory.tied) normalize_backward(scope, *values, value_sum->sum(), kNone, dvalues);

@@ -1,5 +1,5 @@
-// Row passes around the products of retrieval: the normalisation's backward, the distance of a deviation map, and the
-// sum of a chunk's gradient into that of all chunks.
+// Row passes around the products of retrieval: the backward pass of the normalisation, the distance of a deviation map,
+// and the sum of the chunks' gradients.
 #pragma once
 
 #include "moments.cuh"
@@ -17,7 +17,7 @@ struct NormalizeBackwardArguments {
   T* dx;  // [N, d]
 };
 
-// One warp per row; mean and length are taken again from x.
+// One warp per row; mean and length are computed again from x.
 //   layer: dx = (dy − mean(dy) − y mean(y dy)) / sigma        l2: dx = (dy − y (y·dy)) / |x|, 0 for a zero row
 template <class T>
 struct NormalizeBackward : WarpPerRow<NormalizeBackward<T>, NormalizeBackwardArguments<T>> {
@@ -29,7 +29,7 @@ struct NormalizeBackward : WarpPerRow<NormalizeBackward<T>, NormalizeBackwardArg
     const T* x = a.x + r * a.stride;
     const float* dy = a.dy + r * a.features;
     const Affine affine = row_affine(x, a.features, a.normalize, lane);
-    float shift = 0, along = 0;
+    float shift = 0, projection = 0;
     if (a.normalize != kNone) {
       walk(x, a.features, lane, kWarp, [&](auto width, int64_t c) {
         float v[width], dv[width];
@@ -38,13 +38,13 @@ struct NormalizeBackward : WarpPerRow<NormalizeBackward<T>, NormalizeBackwardArg
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           shift += dv[k];
-          along += dv[k] * (v[k] - affine.shift) * affine.scale;
+          projection += dv[k] * (v[k] - affine.shift) * affine.scale;
         }
       });
-      along = warp_sum(along);
+      projection = warp_sum(projection);
       shift = warp_sum(shift);
       if (a.normalize == kLayer) {
-        along /= a.features;
+        projection /= a.features;
         shift /= a.features;
       } else {
         shift = 0;
@@ -58,7 +58,7 @@ struct NormalizeBackward : WarpPerRow<NormalizeBackward<T>, NormalizeBackwardArg
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const float y = (v[k] - affine.shift) * affine.scale;
-        dv[k] = a.normalize == kNone ? dv[k] : (dv[k] - shift - y * along) * affine.scale;
+        dv[k] = a.normalize == kNone ? dv[k] : (dv[k] - shift - y * projection) * affine.scale;
       }
       store(dx + c, dv);
     });

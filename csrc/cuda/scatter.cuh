@@ -1,8 +1,8 @@
-// The gather's backward: gradients of the taken vectors go back to their positions, everything else becomes zero.
+// The backward pass of the gather: gradients of the taken vectors return to their positions, all others become zero.
 //
-// Every element of the map has one writer, which adds the vectors taken at its position in the order they were taken,
-// so repeated positions give the same bits every time. The order comes from a list per position: `first` is the
-// earliest vector taken there (−1: none), `next` the one after it.
+// Every element of the map has one writer. It adds the vectors taken at its position in the order they were taken, so
+// repeated positions give the same bits every time. The order is a list per position: `first` is the earliest vector
+// taken there (−1: none), `next` the one after it.
 #pragma once
 
 #include "primitives.cuh"
@@ -10,7 +10,7 @@
 namespace anomem::cuda {
 
 struct ListPositionsArguments {
-  const int64_t* positions;  // [S, n], S = 1 or B; those outside of the map are left out
+  const int64_t* positions;  // [S, n], S = 1 or B; those outside the map are ignored
   int64_t sets;
   int64_t count;    // n
   int64_t size;     // H·W
@@ -19,7 +19,7 @@ struct ListPositionsArguments {
   int32_t* next;    // [S, n]
 };
 
-// One block per set goes through its positions in order, kBlock at a time.
+// One block per set, through its positions in order, kBlock at a time.
 struct ListPositions {
   using Arguments = ListPositionsArguments;
   static constexpr int kThreads = kBlock;
@@ -53,7 +53,7 @@ struct ListPositions {
           (previous < 0 ? first[position] : next[previous]) = static_cast<int32_t>(i);
         }
         __syncthreads();
-        // Only the last of a chunk touches `latest` and ends the list so far.
+        // Only the last vector of a chunk at its position writes `latest` and ends the list.
         if (inside && last) {
           latest[position] = static_cast<int32_t>(i);
           next[i] = -1;
@@ -73,7 +73,7 @@ struct RowDotsArguments {
   float* dots;  // [N]
 };
 
-// a_n · b_n, one warp per row: y · dy of the L2 norm's backward.
+// a_n · b_n, one warp per row: y · dy in the backward pass of the L2 normalisation.
 template <class T>
 struct RowDots : WarpPerRow<RowDots<T>, RowDotsArguments<T>> {
   using Arguments = RowDotsArguments<T>;

@@ -1,5 +1,5 @@
-// The row passes of chunked retrieval: scores of a chunk of queries, which a library GEMM left in a scratch that stays
-// in L2, become weights (forward) or weights and the gradient of the scores (backward).
+// The row passes of chunked retrieval. A GEMM leaves the scores of a chunk of queries in a scratch that stays in L2.
+// They become weights (forward), or weights and the gradient of the scores (backward).
 //
 // logits = scale · beta · scores + log_prior, with the scores q·k in float32 whatever the inputs' dtype.
 #pragma once
@@ -100,8 +100,8 @@ struct SoftmaxBackwardArguments {
   float* dbeta;  // [R], each row's part of the gradient of beta, or null
 };
 
-// dlogits = P ∘ (dP − Σ P dP + dlse). The sum over a row is taken here, in float32, and not from the rounded output;
-// so is the sum of exp(logits − lse), which divides the rounding of lse out of P.
+// dlogits = P ∘ (dP − Σ P dP + dlse). Two sums over a row are computed here in float32: Σ P dP, because the output is
+// rounded, and Σ exp(logits − lse), which divides the rounding of lse out of P.
 template <class T, int kSize>
 struct SoftmaxBackward {
   using Arguments = SoftmaxBackwardArguments<T>;

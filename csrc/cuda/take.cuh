@@ -1,4 +1,4 @@
-// Rows taken out of a feature map, at sampled positions or all of them, and normalised on the way.
+// Rows taken from a feature map, at sampled positions or at all of them, and normalised.
 #pragma once
 
 #include "moments.cuh"
@@ -22,7 +22,7 @@ struct TakeArguments {
   float* inv_norm;  // [n, B], 1/|x| and 0 for a zero row, or null
   int normalize;
 
-  // Where the vector of image b at its i-th position starts, or null when the position lies outside of the map.
+  // Start of the vector of image b at its i-th position. Null if the position lies outside the map.
   __device__ const T* vector(int64_t b, int64_t i) const {
     const int64_t position = positions == nullptr ? first + i : positions[b * positions_stride + i];
     if (position < 0 || position >= size) return nullptr;
@@ -58,8 +58,8 @@ struct TakeRows : WarpPerRow<TakeRows<T>, TakeArguments<T>> {
   }
 };
 
-// Maps of planes (NCHW): a block takes 32 positions of one image through shared memory, so that it reads along the
-// planes and writes along the channels. Up to kChunk channels are read once, more of them twice when normalised.
+// Maps of planes (NCHW): a block moves 32 positions of one image through shared memory, to read along the planes and
+// write along the channels. Up to kChunk channels are read once; more channels are read twice when normalised.
 template <class T>
 struct TakePlanes {
   using Arguments = TakeArguments<T>;
@@ -86,7 +86,7 @@ struct TakePlanes {
         for (int64_t c = 0; c < a.channels; c += kChunk) {
           const int64_t left = a.channels - c;
           const int width = static_cast<int>(left < kChunk ? left : kChunk);
-          __syncthreads();  // nobody reads the tile's last content any more
+          __syncthreads();  // the last content of the tile is no longer read
           fill(a, shared, b, start, c, width);
           __syncthreads();
           if (a.normalize != kNone && (pass == 0 || !read_twice)) measure(a, shared, width, moments);
@@ -127,7 +127,7 @@ struct TakePlanes {
     }
   }
 
-  // Leaves the normalisation of the warp's positions where its lanes find it.
+  // Writes the normalisation of the warp's positions to shared memory, for all of its lanes.
   __device__ static void settle(const Arguments& a, Shared& shared, const Moments (&moments)[kPerWarp]) {
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll

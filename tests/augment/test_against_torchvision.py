@@ -11,8 +11,7 @@ import torchvision.transforms.v2.functional as TV
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from anomem.augment.geometry import Geometry, warp
-from anomem.augment.photometry import add_noise, adjust, blur_radius, gaussian_blur
+from anomem.augment.augmentation import Geometry, add_noise, adjust, blur_radius, gaussian_blur, warp
 from anomem.testing import assert_within_budget
 
 BATCH = 6

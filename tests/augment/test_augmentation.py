@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from anomem.augment import Augmentation, AugmentConfig
-from anomem.augment.geometry import Geometry
+from anomem.augment.augmentation import Geometry
 from anomem.errors import ArgumentError
 
 CONFIGS = {"digits": AugmentConfig.for_dataset("digits"), "natural": AugmentConfig.for_dataset("cifar10")}
@@ -87,32 +88,46 @@ def test_jitter_and_blur_leave_the_images_that_were_not_drawn() -> None:
 
 def test_parameters_stay_in_their_ranges_and_crops_in_the_image() -> None:
     config = AugmentConfig(crop_area=(0.2, 0.6), zoom=(0.9, 1.2), rotation=15.0, shift=0.1, flip=0.3)
-    drawn = Geometry.drawn(torch.rand(Geometry.NUMBERS, 20_000, generator=seeded()), config)
-    assert float((drawn.crop_x.abs() + drawn.crop_width).max()) <= 1 + 1e-6
-    assert float((drawn.crop_y.abs() + drawn.crop_height).max()) <= 1 + 1e-6
-    area = drawn.crop_width * drawn.crop_height
+    geometry = Geometry.from_uniform(torch.rand(Geometry.NUMBERS, 20_000, generator=seeded()), config)
+    assert float((geometry.crop_x.abs() + geometry.crop_width).max()) <= 1 + 1e-6
+    assert float((geometry.crop_y.abs() + geometry.crop_height).max()) <= 1 + 1e-6
+    area = geometry.crop_width * geometry.crop_height
     assert 0.2 - 1e-6 <= float(area.min()) < float(area.max()) <= 0.6 + 1e-6
-    ratio = drawn.crop_width / drawn.crop_height
+    ratio = geometry.crop_width / geometry.crop_height
     assert 3 / 4 - 1e-6 <= float(ratio.min()) < float(ratio.max()) <= 4 / 3 + 1e-6
-    assert abs(float((drawn.flip < 0).float().mean()) - 0.3) < 0.02
-    assert 0.9 <= float(drawn.zoom.min()) < float(drawn.zoom.max()) <= 1.2
-    assert float(drawn.angle.abs().max()) <= torch.pi / 12
-    assert float(drawn.shift_x.abs().max()) <= 0.1
+    assert abs(float((geometry.flip < 0).float().mean()) - 0.3) < 0.02
+    assert 0.9 <= float(geometry.zoom.min()) < float(geometry.zoom.max()) <= 1.2
+    assert float(geometry.angle.abs().max()) <= torch.pi / 12
+    assert float(geometry.shift_x.abs().max()) <= 0.1
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"flip": 1.5}, "`flip`: expected a probability from 0 to 1, received 1.5"),
-        ({"crop_area": (0.5, 1.2)}, "`crop_area`: expected shares of at most 1"),
-        ({"zoom": (1.2, 0.8)}, "`zoom`: expected two numbers"),
-        ({"noise": -0.1}, "`noise`: expected a number ≥ 0, received -0.1"),
-        ({"padding": "mirror"}, "`padding`: expected one of 'zeros', 'border', 'reflection', received 'mirror'"),
+        ({"flip": 1.5}, "`augment.flip`: expected a probability from 0 to 1, received 1.5"),
+        ({"crop_area": (0.5, 1.2)}, "`augment.crop_area`: expected shares of at most 1"),
+        ({"zoom": (1.2, 0.8)}, "`augment.zoom`: expected two numbers"),
+        ({"blur_sigma": (0.1, float("inf"))}, "`augment.blur_sigma`: expected two numbers"),
+        ({"crop_ratio": (1.0,)}, "`augment.crop_ratio`: expected two numbers"),
+        ({"brightness": 1.5}, "`augment.brightness`: expected a number from 0 to 1, received 1.5"),
+        ({"rotation": float("nan")}, "`augment.rotation`: expected a number ≥ 0, received nan"),
+        ({"noise": -0.1}, "`augment.noise`: expected a number ≥ 0, received -0.1"),
+        (
+            {"padding": "mirror"},
+            "`augment.padding`: expected one of 'zeros', 'border', 'reflection', received 'mirror'",
+        ),
     ],
 )
-def test_bad_ranges(changed: dict[str, object], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
-        Augmentation(replace(AugmentConfig(), **changed))
+def test_bad_ranges(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        AugmentConfig(**changed)
+    with pytest.raises(ArgumentError, match=message):
+        replace(AugmentConfig(), **changed)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        AugmentConfig().flip = 1.0  # type: ignore[misc]
 
 
 def test_bad_images() -> None:

@@ -1,4 +1,4 @@
-"""The table of what is counted without a GPU."""
+"""The table of launches and memory counted without a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rows
-from benchmarks.case import case
 from benchmarks.counts import RESULT, SUITE
+from benchmarks.harness import rows
+from benchmarks.harness.case import case
+from benchmarks.harness.rows import Row, row_for
 from benchmarks.report import counts
-from benchmarks.rows import Row, row_for
 
 ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}
 

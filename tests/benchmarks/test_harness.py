@@ -1,21 +1,26 @@
-"""The harness: it refuses wrong numbers, survives what cannot run, and keeps rows that can be taken up again."""
+"""The harness: it rejects wrong numbers, goes on after failures, and keeps rows from which a run is resumed."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
+import tyro
 
-from benchmarks import rows
-from benchmarks.case import Implementation, Unavailable, case
-from benchmarks.compiling import TookTooLong, time_limit
-from benchmarks.machine import Others
-from benchmarks.memory import is_out_of_memory, peak_bytes
+from benchmarks.harness import rows
+from benchmarks.harness.base import Base
+from benchmarks.harness.case import Implementation, case
+from benchmarks.harness.console import Bar, table
+from benchmarks.harness.measure import Timed, TookTooLong, is_out_of_memory, peak_bytes, take_turns, time_limit
+from benchmarks.harness.prepare import Bench, Bounds
+from benchmarks.harness.rows import NoTime, Others, Unavailable
+from benchmarks.harness.runner import Runner
 from benchmarks.operators import OPERATORS
-from benchmarks.prepare import Bench, Bounds, NoTime
-from benchmarks.runner import Runner
+from benchmarks.rivals import implementations
+from benchmarks.run import Options
 from benchmarks.suites import SUITES, Suite, suite
 
 SMALL = case("retrieve", N=128, M=16, d=16, B=8)
@@ -53,7 +58,7 @@ def test_wrong_numbers_get_no_time(build, ours) -> None:
 
 def test_right_numbers_get_a_time() -> None:
     ready = Bench(SMALL, "cpu", BOUNDS).ready(made(lambda case, device: OPERATORS["retrieve"].ours("reference")))
-    assert ready.subject.once() > 0
+    assert ready.once() > 0
     assert ready.peak_bytes > 128 * 16 * 4  # at least the weights
     assert ready.checked == SMALL.dims
 
@@ -119,7 +124,7 @@ def test_compiler_that_does_not_end_makes_a_row(monkeypatch) -> None:
 
         return retrieve
 
-    monkeypatch.setattr("benchmarks.prepare.warm_up", lambda device: None)
+    monkeypatch.setattr("benchmarks.harness.prepare.warm_up_compiler", lambda device: None)
     found = no_time(made(never_ends, compiles=True), bounds=Bounds(seconds=60.0, bytes=2**30, preparation=0.2))
     assert (found.status, found.reason) == (rows.OVER_TIME, "compiling took longer than 0.2 s")
 
@@ -136,7 +141,7 @@ def test_time_to_compile_is_apart_from_the_time_of_a_call(monkeypatch) -> None:
 
         return retrieve
 
-    monkeypatch.setattr("benchmarks.prepare.warm_up", lambda device: None)
+    monkeypatch.setattr("benchmarks.harness.prepare.warm_up_compiler", lambda device: None)
     ready = Bench(SMALL, "cpu", BOUNDS).ready(made(compiles_for_a_while, compiles=True))
     assert ready.compile_seconds is not None
     assert ready.compile_seconds > 0.25 > ready.warm_seconds
@@ -172,8 +177,8 @@ def test_time_is_foreseen_from_what_an_implementation_stores(monkeypatch) -> Non
         return OPERATORS["retrieve"].ours("reference")
 
     slow = made(build, stored=1, elements=lambda dims: dims["N"])
-    monkeypatch.setattr("benchmarks.runner.implementations", lambda operator: [slow])
-    monkeypatch.setattr("benchmarks.timing.Subject.once", lambda self: 0.025)
+    monkeypatch.setattr("benchmarks.harness.runner.implementations", lambda operator: [slow])
+    monkeypatch.setattr("benchmarks.harness.prepare.Subject.once", lambda self: 0.025)
     cases = tuple(case("retrieve", N=N, M=16, d=d, B=8) for N, d in ((128, 16), (128, 32), (512, 16)))
     runner = Runner(Suite("test", cases, seconds=0.001), "cpu", Bounds(seconds=0.02, bytes=2**30), None, set())
     monkeypatch.setattr(runner.ceilings, "product", lambda dtype: 1e11)
@@ -182,6 +187,19 @@ def test_time_is_foreseen_from_what_an_implementation_stores(monkeypatch) -> Non
     assert [row.status for row in found] == [rows.OVER_TIME] * 3
     assert started == list(cases[:2])  # the third stores four times as much
     assert "an earlier case's rate makes it 0.1 s" in found[2].reason
+
+
+def test_calls_take_turns_until_each_has_enough() -> None:
+    order = []
+
+    def call(name: str, seconds: float) -> Timed:
+        return Timed(once=lambda: order.append(name) or seconds)
+
+    quick, slow = call("quick", 0.1), call("slow", 0.5)
+    take_turns([quick, slow], lambda one: sum(one.seconds) > 0.4, most=3)
+    assert order == ["quick", "slow", "quick", "quick"]
+    assert quick.seconds == [0.1] * 3  # most
+    assert slow.milliseconds() == {"p20": 500.0, "p50": 500.0, "p80": 500.0}
 
 
 def test_cores_of_others_are_what_this_process_did_not_use(monkeypatch) -> None:
@@ -201,3 +219,58 @@ def test_cases_of_a_suite_differ_and_can_be_filtered_by_title(name, device) -> N
 
 def test_every_operator_is_in_the_smoke_suite() -> None:
     assert {one.operator for one in suite("smoke", "cpu").cases} == set(OPERATORS)
+
+
+LINES = [
+    ([], Options()),
+    (
+        ["--suite", "smoke", "--device", "cpu", "--filter", "nt_xent G=4", "--json", "rows.jsonl"],
+        Options(suite="smoke", device="cpu", filter="nt_xent G=4", json="rows.jsonl"),
+    ),
+    (
+        ["--no-resume", "--base", "HEAD~1", "--seconds", "2.5", "--memory", "3"],
+        Options(resume=False, base="HEAD~1", seconds=2.5, memory=3.0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "options"), LINES, ids=lambda value: str(len(value)) if type(value) is list else "")
+def test_options_are_read(line, options, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *line])
+    assert tyro.cli(Options) == options
+
+
+@pytest.mark.parametrize("line", [["--suit", "kernels"], ["--suite", "unknown"], ["--seconds", "soon"]])
+def test_wrong_options_end_the_program(line, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *line])
+    with pytest.raises(SystemExit) as ended:
+        tyro.cli(Options)
+    assert ended.value.code == 2
+    capsys.readouterr()
+
+
+def test_tables_and_progress_are_plain_in_a_file(capsys) -> None:
+    table("title", ("name", "ms"), [("eager", "1.5"), ("native", "10")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["", "title"]
+    assert [line.strip("│ ").split() for line in lines[5:7]] == [["eager", "│", "1.5"], ["native", "│", "10"]]
+    with Bar(1) as bar:
+        bar.note("eager")
+        bar.step()
+    assert "1/1" in capsys.readouterr().out
+
+
+def test_a_base_revision_is_measured_in_its_own_process(monkeypatch) -> None:
+    if not rows.git("rev-parse", "HEAD"):
+        pytest.skip("no git repository: there is no other revision")
+    monkeypatch.setattr(Base, "_native_library", lambda self: None)  # eager needs none
+    eager, *_ = implementations("retrieve")
+    with Base("HEAD", "cpu") as base:
+        ready = base.ready(SMALL, eager, BOUNDS)
+        assert ready.once() > 0
+        assert ready.checked == SMALL.dims
+        with pytest.raises(NoTime) as caught:
+            base.ready(case("retrieve", N=2**24, M=8192, d=16, B=8), eager, BOUNDS)
+    assert caught.value.status == rows.OUT_OF_MEMORY
+    with pytest.raises(ValueError, match="no-such-revision"):
+        Base("no-such-revision", "cpu")

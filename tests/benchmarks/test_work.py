@@ -1,4 +1,4 @@
-"""The flop accounting against torch's own count of what the reference does."""
+"""The flop accounting against torch's own count of the reference's flops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomem.testing import gradients
-from benchmarks.case import case
+from benchmarks.harness.case import case
 from benchmarks.operators import OPERATORS
 
 

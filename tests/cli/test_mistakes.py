@@ -39,8 +39,8 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--data.dataset=mnist",), ("`dataset`", "'digits'", "'mnist'")),
-        (("--data.normal=x",), ("`normal`", "one of 0, 1", "'x'")),
+        (("--data.dataset=mnist",), ("`data.dataset`", "'digits'", "'mnist'")),
+        (("--data.normal=x",), ("`data.normal`", "one of 0, 1", "'x'")),
         (("--optimizer.batch-size=1",), ("`optimizer.batch_size`", "≥ 2", "1")),
         (("--stage2.optimizer.steps=0",), ("`stage2.optimizer.steps`", "0")),
         (("--stage2.margin=1",), ("`stage2.margin`", "> 1", "1")),
@@ -49,7 +49,10 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         (("--optimizer.clip=0",), ("`optimizer.clip`", "> 0", "0")),
         (("--run.threads=0",), ("`run.threads`", "≥ 1", "0")),
         (("--run.checkpoint-every=-1",), ("`run.checkpoint_every`", "≥ 0", "-1")),
-        (("--data.image-size=0",), ("`image_size`", "≥ 1", "0")),
+        (("--data.image-size=0",), ("`data.image_size`", "≥ 1", "0")),
+        (("--data.outlier-ratio=-1",), ("`data.outlier_ratio`", "≥ 0", "-1")),
+        (("--augment.flip=2",), ("`augment.flip`", "from 0 to 1", "2")),
+        (("--augment.zoom", "2", "1"), ("`augment.zoom`", "low ≤ high", "(2.0, 1.0)")),
         (("--loss.ratio=0",), ("`loss.ratio`", "(0, 1]", "0")),
         (("--score.top-fraction=0",), ("`score.top_fraction`", "(0, 1]", "0")),
         (("--synthetic-outliers=-1",), ("`synthetic_outliers`", "-1")),
@@ -96,6 +99,9 @@ def test_a_directory_that_holds_a_run_is_left_alone(anomem: Command, copy: Path)
     [
         ('{"optimizer": {"lr": 1}}', ("`optimizer.lr`", "no such setting", "learning_rate")),
         ('{"model": {"backbone": "vgg"}}', ("`model.backbone`", "'vgg'", "'resnet18'")),
+        ('{"data": {"image_size": 0}}', ("`data.image_size`", "≥ 1", "0")),
+        ('{"data": {"anomalies": "dust"}}', ("`data.anomalies`", "'photographs'", "'dust'")),
+        ('{"augment": {"flip": 2}}', ("`augment.flip`", "from 0 to 1", "2.0")),
         ("{", ("not JSON",)),
         (None, ("cannot read",)),
     ],

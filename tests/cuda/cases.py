@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from anomem import reference
-from anomem.ops import inference, retrieve, sampling
+from anomem.ops import deviation_map, retrieve, sampling
+from anomem.ops.library import Memory
 from anomem.testing import assert_within_budget, compare, draw
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -130,17 +131,18 @@ def test_variance_of_nan_is_nan(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", ["none", "layer", "l2"])
-@pytest.mark.parametrize("options", ["tied", "values", "learned_beta"])
+@pytest.mark.parametrize("options", ["tied", "values", "values_of_width_0", "learned_beta"])
 def test_retrieve(device: str, dtype: torch.dtype, normalize: str, options: str) -> None:
     """Three chunks of queries in the emulation, rows whose length is no multiple of 16 bytes."""
     query, keys = draw(300, 21, dtype=dtype), draw(37, 21, dtype=dtype, seed=1)
-    values = draw(37, 10, dtype=dtype, seed=2) if options == "values" else None
+    widths = {"values": 10, "values_of_width_0": 0}
+    values = draw(37, widths[options], dtype=dtype, seed=2) if options in widths else None
     beta = torch.tensor(0.7) if options == "learned_beta" else None
     inputs = [None if x is None else x.to(device) for x in (query, keys, values, beta)]
     scale = 0.3 if beta is None else 1.0
 
     def kernel(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-        return retrieve.retrieve(query, keys, values, beta, scale, normalize, "native")
+        return retrieve.retrieve(query, Memory(keys, values, beta, scale, normalize), "native")
 
     def exact(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
         read = reference.hopfield_retrieve(
@@ -156,7 +158,7 @@ def test_retrieve_from_a_large_memory_with_strided_and_misaligned_queries(device
     """Rows of scores that a whole block shares."""
 
     def kernel(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        return retrieve.retrieve(query[:, 1:], misaligned(keys), None, None, 0.5, "l2", "native")
+        return retrieve.retrieve(query[:, 1:], Memory(misaligned(keys), None, None, 0.5, "l2"), "native")
 
     def exact(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         read = reference.hopfield_retrieve(query[:, 1:], keys, beta=0.5, normalize="l2")
@@ -178,8 +180,8 @@ def test_deviation_map(device: str, dtype: torch.dtype, layout: str, normalize: 
         keys = draw(65, 19, dtype=dtype, seed=2).to(device)
         values = draw(65, 19, dtype=dtype, seed=3).to(device) if normalize == "none" else None
         prior = draw(shape[2] * shape[3], 65, seed=4).to(device) if normalize == "l2" else None
-        actual = inference.deviation_map(
-            in_layout(feature_map, layout), keys, values, None, 0.4, normalize, distance, prior
+        actual = deviation_map.deviation_map(
+            in_layout(feature_map, layout), Memory(keys, values, None, 0.4, normalize), distance, prior
         )
 
         def exact(*inputs: Tensor | None, distance: str = distance) -> Tensor:
@@ -198,8 +200,8 @@ def test_a_prior_of_zero_excludes_a_prototype(device: str) -> None:
     feature_map, keys = draw(1, 4, 1, 2).to(device), draw(6, 4, seed=1).to(device)
     prior = torch.zeros(2, 6, device=device)
     prior[:, :3] = -torch.inf
-    with_prior = inference.deviation_map(feature_map, keys, None, None, 1.0, "layer", "l2", prior)
-    without = inference.deviation_map(feature_map, keys[3:], None, None, 1.0, "layer", "l2", None)
+    with_prior = deviation_map.deviation_map(feature_map, Memory(keys, None, None, 1.0, "layer"), "l2", prior)
+    without = deviation_map.deviation_map(feature_map, Memory(keys[3:], None, None, 1.0, "layer"), "l2", None)
     assert_within_budget(with_prior, without, without.double())
 
 
@@ -212,10 +214,10 @@ def test_nothing_in_nothing_out(device: str) -> None:
     assert sampling.gather_positions(feature_map[:0], nothing, False).shape == (0, 0, 3)
     assert sampling.variance_hinge(draw(0, 4, 5).to(device), 1.0, 1e-4).shape == (0,)
     query, keys = draw(0, 3).to(device).requires_grad_(), draw(4, 3).to(device).requires_grad_()
-    out, lse = retrieve.retrieve(query, keys, None, None, 1.0, "layer", "native")
+    out, lse = retrieve.retrieve(query, Memory(keys, None, None, 1.0, "layer"), "native")
     assert (out.shape, lse.shape) == ((0, 3), (0,))
     assert (torch.autograd.grad(out.sum(), keys)[0] == 0).all()
-    empty_map = inference.deviation_map(feature_map[:0], keys.detach(), None, None, 1.0, "l2", "l2", None)
+    empty_map = deviation_map.deviation_map(feature_map[:0], Memory(keys.detach(), None, None, 1.0, "l2"), "l2", None)
     assert empty_map.shape == (0, 2, 2)
 
 
@@ -269,9 +271,9 @@ def test_operators_refuse_what_they_cannot_read(device: str) -> None:
     x, feature_map, positions = draw(2, 3, 4).to(device), draw(1, 2, 2, 2).to(device), torch.zeros(3, device=device)
     with pytest.raises(RuntimeError, match="contiguous"):
         native.native_variance_fwd(x.transpose(1, 2), 1.0, 1e-4)
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(RuntimeError, match=r"`positions`: expected torch\.int64, received torch\.float32"):
         native.native_gather_fwd(feature_map, positions, False)
-    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match=r"`map`: expected float32, bfloat16 or float16, received torch\.float64"):
         native.native_gather_fwd(feature_map.double(), positions.long(), False)
-    with pytest.raises(RuntimeError, match="keys"):
+    with pytest.raises(RuntimeError, match=r"`keys`: expected \[M, 4\], received shape \[3, 2\]"):
         native.native_retrieve_fwd(x[0], x[0, :, :2], None, None, 1.0, 1)

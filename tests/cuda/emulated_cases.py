@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from anomem.ops import inference, retrieve, sampling  # noqa: F401  their schemas must exist before the library
+from anomem.ops import deviation_map, retrieve, sampling  # noqa: F401  their schemas must exist before the library
 from tests.cuda.cases import *  # noqa: F403
 from tests.cuda.cases import DTYPES, OPERATORS, operator_calls
 

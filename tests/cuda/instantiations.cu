@@ -4,7 +4,7 @@
 #include "cuda/scatter.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/take.cuh"
-#include "cuda/variance.cuh"
+#include "cuda/sampling_variance.cuh"
 
 namespace anomem::cuda {
 

@@ -12,7 +12,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from anomem.data import DataConfig, load_task
-from anomem.data.cifar import SUPERCLASSES
+from anomem.data.bundled import SUPERCLASSES
 from anomem.errors import UserError
 
 

@@ -122,7 +122,7 @@ def test_items_without_a_label_are_named() -> None:
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_side_no_image_has(size: int) -> None:
-    with pytest.raises(ArgumentError, match=f"`image_size`: expected an integer ≥ 1, received {size}"):
+    with pytest.raises(ArgumentError, match=f"`data.image_size`: expected an integer ≥ 1, received {size}"):
         task_from_dataset(pairs(), config=DataConfig("mine", normal="1", image_size=size))
-    with pytest.raises(ArgumentError, match=f"`image_size`: expected an integer ≥ 1, received {size}"):
+    with pytest.raises(ArgumentError, match=f"`data.image_size`: expected an integer ≥ 1, received {size}"):
         load_task(DataConfig("digits", image_size=size))

@@ -107,7 +107,8 @@ def test_several_normal_classes(root: Path) -> None:
     save(root / "train" / "nuts" / "0.png", 1)
     save(root / "train" / "nuts" / "1.png", 2)
     assert load_task(config(root, normal="nuts")).normal == "nuts"
-    with pytest.raises(UserError, match="`normal`: expected one of good, nuts or an index below 2, received 'bolts'"):
+    message = r"`data\.normal`: expected one of good, nuts or an index below 2, received 'bolts'"
+    with pytest.raises(UserError, match=message):
         load_task(config(root, normal="bolts"))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from anomem.data import DataConfig, Images, Task, load_task
-from anomem.data.defects import DEFECTS, add_defect
-from anomem.data.digits import load_digits
+from anomem.data import DATASETS, DataConfig, Dataset, Images, Task, load_task
+from anomem.data.bundled import load_digits
+from anomem.data.config import Anomalies
 from anomem.data.task import stratified_split
-from anomem.data.textures import PATCH, photograph, split_picture
+from anomem.data.textures import DEFECTS, PATCH, add_defect, photograph, split_picture
 from anomem.errors import ArgumentError, UserError
 
 TEXTURES = DataConfig("textures", normal="gravel", train_patches=20, test_patches=13)
@@ -108,22 +109,52 @@ def test_defects_in_turn_and_labelled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("changed", "message"),
     [
-        (DataConfig("mnist"), "`dataset`: expected one of 'digits', 'textures', 'cifar10', 'cifar100', 'folder', "),
-        (DataConfig(normal="10"), "`normal`: expected one of 0, 1, .* or an index below 10, received '10'"),
-        (DataConfig(outlier_ratio=-1), "`outlier_ratio`: expected a ratio ≥ 0"),
-        (DataConfig(outlier_ratio=50), r"`outlier_ratio`: expected at most .*, received 50 \("),
-        (DataConfig(test_fraction=0), "`test_fraction`: expected a fraction between 0 and 1, received 0"),
-        (DataConfig(test_fraction=0.995), "expected at least two normal training images, found 1"),
-        (DataConfig(test_fraction=0.001), "expected normal and anomalous test images, found 0"),
-        (replace(TEXTURES, anomalies="dust"), "`anomalies`: expected one of 'photographs', .*received 'dust'"),
-        (replace(TEXTURES, test_fraction=0.05), "`test_fraction`: expected from 0.125 to 0.875"),
+        ({"outlier_ratio": -1}, "`data.outlier_ratio`: expected a ratio ≥ 0 .*, received -1"),
+        ({"outlier_ratio": float("nan")}, "`data.outlier_ratio`: expected a ratio ≥ 0 .*, received nan"),
+        ({"test_fraction": 0}, "`data.test_fraction`: expected a fraction between 0 and 1, received 0"),
+        ({"anomalies": "dust"}, "`data.anomalies`: expected one of 'photographs', .*received 'dust'"),
+        ({"train_patches": 1}, "`data.train_patches`: expected an integer ≥ 2, received 1"),
+        ({"test_patches": 0}, "`data.test_patches`: expected an integer ≥ 1, received 0"),
+        ({"resident_megabytes": -1}, "`data.resident_megabytes`: expected an integer ≥ 0, received -1"),
+        ({"workers": -1}, "`data.workers`: expected an integer ≥ 0, received -1"),
     ],
 )
-def test_bad_configurations(config: DataConfig, message: str) -> None:
+def test_settings_no_task_can_have(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        DataConfig(**changed)
+    with pytest.raises(ArgumentError, match=message):
+        replace(DataConfig(), **changed)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            DataConfig("mnist"),
+            "`data.dataset`: expected one of 'digits', 'textures', 'cifar10', 'cifar100', 'folder', received 'mnist'",
+        ),
+        (DataConfig(normal="10"), "`data.normal`: expected one of 0, 1, .* or an index below 10, received '10'"),
+        (DataConfig(outlier_ratio=50), r"`data.outlier_ratio`: expected at most .*, received 50 \("),
+        (DataConfig(test_fraction=0.995), "expected at least two normal training images, found 1"),
+        (DataConfig(test_fraction=0.001), "expected normal and anomalous test images, found 0"),
+        (replace(TEXTURES, test_fraction=0.05), "`data.test_fraction`: expected from 0.125 to 0.875"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data(config: DataConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_task(config)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        DataConfig().seed = 1  # type: ignore[misc]
+
+
+def test_names_are_those_of_the_types() -> None:
+    assert tuple(DATASETS) == get_args(Dataset)
+    assert set(DEFECTS) < set(get_args(Anomalies))
 
 
 def test_the_error_is_an_argument_error() -> None:

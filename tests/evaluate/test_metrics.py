@@ -35,16 +35,16 @@ def cases() -> dict[str, tuple[Tensor, Tensor]]:
 def test_equal_to_scikit_learn(name: str) -> None:
     scores, labels = cases()[name]
     plain, truth = scores.double().numpy(), labels.numpy()
-    theirs = [sk.roc_auc_score(truth, plain), sk.average_precision_score(truth, plain)]
+    expected = [sk.roc_auc_score(truth, plain), sk.average_precision_score(truth, plain)]
     false_positive, true_positive, _ = sk.roc_curve(truth, plain, drop_intermediate=False)
-    theirs.append(false_positive[true_positive >= 0.95][0])
+    expected.append(false_positive[true_positive >= 0.95][0])
     ours = [auroc(scores, labels), average_precision(scores, labels), fpr_at_tpr(scores, labels)]
-    exact = torch.tensor(theirs, dtype=torch.float64)
+    exact = torch.tensor(expected, dtype=torch.float64)
     # The average precision is a sum of N terms, rounded as often.
     assert_within_budget(torch.tensor(ours, dtype=torch.float64), exact, exact, name, ulps=len(scores))
-    for mine, other in zip(roc_curve(scores, labels), (false_positive, true_positive), strict=True):
+    for points, other in zip(roc_curve(scores, labels), (false_positive, true_positive), strict=True):
         curve = torch.from_numpy(other)
-        assert_within_budget(mine, curve, curve, name)
+        assert_within_budget(points, curve, curve, name)
 
 
 def test_by_hand() -> None:

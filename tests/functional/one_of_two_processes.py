@@ -18,7 +18,7 @@ RANK, STORE = int(sys.argv[1]), sys.argv[2]
 BATCH, FEATURES, PROCESSES = 6, 16, 2
 
 
-def mine(everyone: Tensor) -> Tensor:
+def own_rows(everyone: Tensor) -> Tensor:
     """This process's share of a batch [..., W·B, d]."""
     return everyone.chunk(PROCESSES, dim=-2)[RANK].clone()
 
@@ -37,9 +37,9 @@ def rows_are_those_of_one_process() -> None:
             for dtype in (torch.float32, torch.float64)
         )
         for impl in ("reference", "native", "auto"):
-            rows = AF.nt_xent_distributed(mine(z), mine(z_pair), temperature=0.1, reduction="none", impl=impl)
+            rows = AF.nt_xent_distributed(own_rows(z), own_rows(z_pair), temperature=0.1, reduction="none", impl=impl)
             expected = [
-                torch.cat([mine(half[..., None])[..., 0] for half in x.chunk(2, -1)], -1) for x in (plain, exact)
+                torch.cat([own_rows(half[..., None])[..., 0] for half in x.chunk(2, -1)], -1) for x in (plain, exact)
             ]
             assert_within_budget(rows, *expected)
 
@@ -54,7 +54,7 @@ def gradients_under_ddp_are_those_of_one_process() -> None:
         return nn.Linear(8, FEATURES).double(), criterion.double()
 
     encoder, criterion = (DistributedDataParallel(part) for part in parts())
-    loss = criterion(encoder(mine(z)), encoder(mine(z_pair)))
+    loss = criterion(encoder(own_rows(z)), encoder(own_rows(z_pair)))
     loss.backward()
     dist.all_reduce(loss.data)
 
@@ -71,10 +71,10 @@ def gradients_under_ddp_are_those_of_one_process() -> None:
 
 def gathering_is_twice_differentiable() -> None:
     """Σ of cubes over all processes: the second derivative of one's rows is 6 W x."""
-    x = mine(draw(PROCESSES * 3, 4).double()).requires_grad_()
+    x = own_rows(draw(PROCESSES * 3, 4).double()).requires_grad_()
     gathered = AF.gather_rows(x)
     assert gathered.shape == (PROCESSES * 3, 4)
-    torch.testing.assert_close(mine(gathered.detach()), x.detach())
+    torch.testing.assert_close(own_rows(gathered.detach()), x.detach())
     (first,) = torch.autograd.grad(gathered.pow(3).sum(), x, create_graph=True)
     torch.testing.assert_close(first, 3 * PROCESSES * x**2)
     (second,) = torch.autograd.grad(first.sum(), x)
@@ -85,14 +85,14 @@ def rows_agree_with_lightly() -> None:
     """Loss and what reaches the views."""
     from lightly.loss import NTXentLoss
 
-    views = [mine(draw(PROCESSES * BATCH, FEATURES, seed=seed).double()) for seed in (5, 6)]
+    views = [own_rows(draw(PROCESSES * BATCH, FEATURES, seed=seed).double()) for seed in (5, 6)]
     results = []
     for criterion in (NTXentLoss(0.5, gather_distributed=True), ann.NTXentLoss(0.5, gather_distributed=True)):
         leaves = [view.clone().requires_grad_() for view in views]
         loss = criterion(*leaves)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    for theirs, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 dist.init_process_group("gloo", init_method=f"file://{STORE}", rank=RANK, world_size=PROCESSES)

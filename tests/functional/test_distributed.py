@@ -29,12 +29,12 @@ def in_two_processes(tmp_path: Path, *checks: str) -> None:
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=120)[0] for process in processes]
+        printed = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
-    assert all("all right" in text for text in told)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    assert all("all right" in text for text in printed)
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from anomem import functional as F
+from anomem import functional as AF
 from anomem import nn as ann
 from anomem.errors import ArgumentError, UserError
 
@@ -19,45 +19,45 @@ MAP = torch.randn(2, 4, 3, 3)
 
 # (argument that must be named, part of the message, call)
 CASES: list[tuple[str, str, Callable[[], Any]]] = [
-    ("query", "received list", lambda: F.hopfield_retrieve([1.0], K)),  # type: ignore[call-overload]
-    ("query", "received torch.int64", lambda: F.hopfield_retrieve(torch.ones(3, 4, dtype=torch.int64), K)),
-    ("query", "d ≥ 1", lambda: F.hopfield_retrieve(torch.ones(3, 0), torch.ones(5, 0))),
-    ("prototypes", "expected [M, 4]", lambda: F.hopfield_retrieve(Q, torch.randn(5, 3))),
-    ("prototypes", "at least one row", lambda: F.hopfield_retrieve(Q, torch.randn(0, 4))),
-    ("prototypes", "torch.float64", lambda: F.hopfield_retrieve(Q, K.double())),
-    ("values", "[5, dv]", lambda: F.hopfield_retrieve(Q, K, values=torch.randn(4, 2))),
-    ("beta", "received inf", lambda: F.hopfield_retrieve(Q, K, beta=float("inf"))),
-    ("beta", "received nan", lambda: F.hopfield_retrieve(Q, K, beta=float("nan"))),
-    ("beta", "0-dim", lambda: F.hopfield_retrieve(Q, K, beta=torch.ones(2))),
-    ("steps", "integer ≥ 1", lambda: F.hopfield_retrieve(Q, K, steps=0)),
-    ("steps", "received True", lambda: F.hopfield_retrieve(Q, K, steps=True)),
-    ("shrink", "[0, 1)", lambda: F.hopfield_retrieve(Q, K, shrink=1.0)),
-    ("normalize", "'layer', 'l2', 'none'", lambda: F.hopfield_retrieve(Q, K, normalize="L2")),  # type: ignore[call-overload]
-    ("impl", "'auto', 'reference', 'triton', 'native'", lambda: F.hopfield_retrieve(Q, K, impl="cuda")),  # type: ignore[call-overload]
-    ("query", "at least one row", lambda: F.memory_diagnostics(torch.randn(0, 4), K)),
-    ("z_pair", "expected the shape of `z`, [2, 3, 4]", lambda: F.nt_xent(Z, Z[:1])),
-    ("z", "[B, d] or [G, B, d]", lambda: F.nt_xent(Z[0, 0], Z[0, 0])),
-    ("temperature", "a number > 0", lambda: F.nt_xent(Z, Z, temperature=0.0)),
-    ("temperature", "a number > 0", lambda: F.nt_xent(Z, Z, temperature=-1)),
-    ("temperature", "floating", lambda: F.nt_xent(Z, Z, temperature=torch.tensor(1))),
-    ("reduction", "'mean', 'sum', 'none'", lambda: F.nt_xent(Z, Z, reduction="max")),  # type: ignore[arg-type]
-    ("columns", "as `rows`", lambda: F.info_nce(Z, Z[0], POSITIVE)),
-    ("positive", "indices from 0 to 2", lambda: F.info_nce(Z, Z, torch.tensor([0, 1, 3]))),
-    ("positive", "received -1 to 2", lambda: F.info_nce(Z, Z, torch.tensor([0, -1, 2]))),
-    ("positive", "one index per row", lambda: F.info_nce(Z, Z, POSITIVE[:2])),
-    ("positive", "int64", lambda: F.info_nce(Z, Z, POSITIVE.int())),
-    ("exclude", "indices from 0 to 2", lambda: F.info_nce(Z, Z, POSITIVE, POSITIVE + 1)),
-    ("positions", "indices from 0 to 8", lambda: F.gather_positions(MAP, torch.tensor([9]))),
-    ("positions", "a row per image", lambda: F.gather_positions(MAP, torch.zeros(3, 1, dtype=torch.int64))),
-    ("feature_map", "[B, C, H, W]", lambda: F.gather_positions(Z, torch.tensor([0]))),
-    ("x", "at least two rows", lambda: F.variance_hinge(torch.randn(1, 4))),
-    ("gamma", "a number > 0", lambda: F.variance_hinge(Q, gamma=0)),
-    ("log_prior", "[9, 5]", lambda: F.deviation_map(MAP, K, log_prior=torch.zeros(5, 9))),
-    ("distance", "'cosine', 'l2'", lambda: F.deviation_map(MAP, K, distance="l1")),  # type: ignore[arg-type]
-    ("values", "[M, 4]", lambda: F.deviation(Q, K, values=torch.randn(5, 2))),
-    ("z", "at least two images", lambda: F.contrasted_memory_loss(Z[:, :1], Z[:, :1], K)),
-    ("z", "at least one sampled position", lambda: F.contrasted_memory_loss(Z[:0], Z[:0], K)),
-    ("is_normal", "bool [3]", lambda: F.contrasted_memory_loss(Z, Z, K, is_normal=torch.ones(3))),
+    ("query", "received list", lambda: AF.hopfield_retrieve([1.0], K)),  # type: ignore[call-overload]
+    ("query", "received torch.int64", lambda: AF.hopfield_retrieve(torch.ones(3, 4, dtype=torch.int64), K)),
+    ("query", "d ≥ 1", lambda: AF.hopfield_retrieve(torch.ones(3, 0), torch.ones(5, 0))),
+    ("prototypes", "expected [M, 4]", lambda: AF.hopfield_retrieve(Q, torch.randn(5, 3))),
+    ("prototypes", "at least one row", lambda: AF.hopfield_retrieve(Q, torch.randn(0, 4))),
+    ("prototypes", "torch.float64", lambda: AF.hopfield_retrieve(Q, K.double())),
+    ("values", "[5, dv]", lambda: AF.hopfield_retrieve(Q, K, values=torch.randn(4, 2))),
+    ("beta", "received inf", lambda: AF.hopfield_retrieve(Q, K, beta=float("inf"))),
+    ("beta", "received nan", lambda: AF.hopfield_retrieve(Q, K, beta=float("nan"))),
+    ("beta", "0-dim", lambda: AF.hopfield_retrieve(Q, K, beta=torch.ones(2))),
+    ("steps", "integer ≥ 1", lambda: AF.hopfield_retrieve(Q, K, steps=0)),
+    ("steps", "received True", lambda: AF.hopfield_retrieve(Q, K, steps=True)),
+    ("shrink", "[0, 1)", lambda: AF.hopfield_retrieve(Q, K, shrink=1.0)),
+    ("normalize", "'layer', 'l2', 'none'", lambda: AF.hopfield_retrieve(Q, K, normalize="L2")),  # type: ignore[call-overload]
+    ("impl", "'auto', 'reference', 'triton', 'native'", lambda: AF.hopfield_retrieve(Q, K, impl="cuda")),  # type: ignore[call-overload]
+    ("query", "at least one row", lambda: AF.memory_diagnostics(torch.randn(0, 4), K)),
+    ("z_pair", "expected the shape of `z`, [2, 3, 4]", lambda: AF.nt_xent(Z, Z[:1])),
+    ("z", "[B, d] or [G, B, d]", lambda: AF.nt_xent(Z[0, 0], Z[0, 0])),
+    ("temperature", "a number > 0", lambda: AF.nt_xent(Z, Z, temperature=0.0)),
+    ("temperature", "a number > 0", lambda: AF.nt_xent(Z, Z, temperature=-1)),
+    ("temperature", "floating", lambda: AF.nt_xent(Z, Z, temperature=torch.tensor(1))),
+    ("reduction", "'mean', 'sum', 'none'", lambda: AF.nt_xent(Z, Z, reduction="max")),  # type: ignore[arg-type]
+    ("columns", "as `rows`", lambda: AF.info_nce(Z, Z[0], POSITIVE)),
+    ("positive", "indices from 0 to 2", lambda: AF.info_nce(Z, Z, torch.tensor([0, 1, 3]))),
+    ("positive", "received -1 to 2", lambda: AF.info_nce(Z, Z, torch.tensor([0, -1, 2]))),
+    ("positive", "one index per row", lambda: AF.info_nce(Z, Z, POSITIVE[:2])),
+    ("positive", "int64", lambda: AF.info_nce(Z, Z, POSITIVE.int())),
+    ("exclude", "indices from 0 to 2", lambda: AF.info_nce(Z, Z, POSITIVE, POSITIVE + 1)),
+    ("positions", "indices from 0 to 8", lambda: AF.gather_positions(MAP, torch.tensor([9]))),
+    ("positions", "a row per image", lambda: AF.gather_positions(MAP, torch.zeros(3, 1, dtype=torch.int64))),
+    ("feature_map", "[B, C, H, W]", lambda: AF.gather_positions(Z, torch.tensor([0]))),
+    ("x", "at least two rows", lambda: AF.variance_hinge(torch.randn(1, 4))),
+    ("gamma", "a number > 0", lambda: AF.variance_hinge(Q, gamma=0)),
+    ("log_prior", "[9, 5]", lambda: AF.deviation_map(MAP, K, log_prior=torch.zeros(5, 9))),
+    ("distance", "'cosine', 'l2'", lambda: AF.deviation_map(MAP, K, distance="l1")),  # type: ignore[arg-type]
+    ("values", "[M, 4]", lambda: AF.deviation(Q, K, values=torch.randn(5, 2))),
+    ("z", "at least two images", lambda: AF.contrasted_memory_loss(Z[:, :1], Z[:, :1], K)),
+    ("z", "at least one sampled position", lambda: AF.contrasted_memory_loss(Z[:0], Z[:0], K)),
+    ("is_normal", "bool [3]", lambda: AF.contrasted_memory_loss(Z, Z, K, is_normal=torch.ones(3))),
     ("features", "integer ≥ 1", lambda: ann.HopfieldMemory(0, 4)),
     ("temperature", "a number > 0", lambda: ann.NTXentLoss(0.0)),
     ("variance_weight", "a number ≥ 0", lambda: ann.ContrastedMemoryLoss(variance_weight=-0.1)),
@@ -67,7 +67,7 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("query", "received NoneType", lambda: ann.HopfieldMemory(4, 2).diagnostics(None)),  # type: ignore[arg-type]
     ("rows", "received NoneType", lambda: ann.InfoNCELoss()(None, Q)),
     ("columns", "at least 5, one for each row", lambda: ann.InfoNCELoss()(K, Q)),
-    ("z", "a dense tensor", lambda: F.nt_xent(Q.to_sparse(), Q)),
+    ("z", "a dense tensor", lambda: AF.nt_xent(Q.to_sparse(), Q)),
     ("values", "width 4", lambda: ann.HopfieldMemory(4, 2, value_features=3).fill(torch.randn(9, 4))),
 ]  # fmt: skip
 
@@ -89,5 +89,5 @@ def test_the_error_is_what_python_and_the_command_line_expect() -> None:
 
 def test_an_implementation_that_cannot_run_says_why_and_names_those_that_can() -> None:
     with pytest.raises(ArgumentError, match="reference") as raised:
-        F.hopfield_retrieve(Q.double(), K.double(), impl="triton")
+        AF.hopfield_retrieve(Q.double(), K.double(), impl="triton")
     assert raised.value.hint

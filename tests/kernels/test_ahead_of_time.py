@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The inspection in a process that compiles kernels instead of interpreting them."""
+    """The command in a process that compiles kernels instead of interpreting them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "anomem.kernels.inspect", *arguments]
+    command = [sys.executable, "-m", "anomem.kernels.ahead_of_time", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -26,41 +26,42 @@ def test_every_tile_compiles_as_committed() -> None:
 
 
 def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
-    from anomem.kernels.inspect import committed_rows, shipped
+    from anomem.kernels.ahead_of_time import committed_rows, shipped
 
     rows = committed_rows()
-    keys = {key for key, _, _ in shipped()}
+    keys = set(shipped())
     assert set(rows) == {"3.6", "3.8"}
     for release, table in rows.items():
         assert set(table) == keys, release
 
 
 def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
-    from anomem.kernels.inspect import shipped
-    from anomem.kernels.tiles import TABLE
+    from anomem.kernels.ahead_of_time import shipped
+    from anomem.kernels.tile_table import TABLE
 
     roles = {
-        "retrieve_forward": {"tied", "separate"},
-        "retrieve_query_gradient": {"tied", "separate"},
-        "retrieve_prototype_sums": {"tied", "keys", "values"},
+        "retrieve_flash_forward": {"tied", "separate"},
+        "retrieve_flash_query_gradient": {"tied", "separate"},
+        "retrieve_flash_prototype_sums": {"tied", "keys", "values"},
         "retrieve_resident": {""},
         "contrast_forward": {"joined", "rectangle"},
         "contrast_backward": {"joined", "rows", "columns"},
     }
     fixed = {"contrast_forward": {"joined fixed", "rectangle fixed"}, "contrast_backward": {"joined fixed"}}
-    compiled = {(spec.name, architecture, spec.tile) for _, architecture, spec in shipped()}
     for (kernel, kind, block), tiles in TABLE.items():
         wanted = roles[kernel] | (fixed.get(kernel, set()) if kind != "ieee" else set())
         width = 512 if kernel == "retrieve_resident" else block
         for architecture, candidates in tiles.items():
             for tile in candidates:
                 for role in wanted:
-                    name = f"{kernel} {role} {kind} d{width} {tile.rows}x{tile.columns}".replace("  ", " ")
-                    assert (name, architecture, tile) in compiled, (name, architecture)
+                    key = f"{kernel} {role} {kind} d{width} {tile.rows}x{tile.columns} sm_{architecture}"
+                    spec = shipped()[key.replace("  ", " ")]
+                    assert (spec.architecture, spec.tile) == (architecture, tile)
+                    assert spec.options == tile.options
 
 
 def test_faults_are_found() -> None:
-    from anomem.kernels.inspect import Row, faults, shipped
+    from anomem.kernels.ahead_of_time import Row, faults, shipped
 
     sound, bad = {}, {}
     broken = (
@@ -68,11 +69,11 @@ def test_faults_are_found() -> None:
         {"scratch": 8},
     )  # fmt: skip
     instruction = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
-    for key, architecture, spec in shipped():
-        matrix = instruction[architecture] if spec.matrix else "none"
+    for key, spec in shipped().items():
+        matrix = instruction[spec.architecture] if spec.matrix else "none"
         sound[key] = Row(128, 0, 0, 4, matrix, 0, False, 0)
     assert list(faults(sound, sound)) == []
-    key = next(key for key, _, spec in shipped() if spec.matrix)
+    key = next(key for key, spec in shipped().items() if spec.matrix)
     for change in broken:
         bad = sound | {key: sound[key]._replace(**change)}
         found = list(faults(bad, None))

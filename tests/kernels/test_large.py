@@ -41,14 +41,14 @@ def promised(*shape: int) -> Tensor:
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
-    from anomem.kernels import tiles
+    from anomem.kernels import tile_table
 
-    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Tile(rows, columns, warps=4, stages=1, shared=0))
+    monkeypatch.setattr(tile_table, "INTERPRETED", tile_table.Tile(rows, columns, warps=4, stages=1, shared=0))
 
 
 def memory_of(prototypes: Tensor, normalize: int) -> Any:
     from anomem.kernels import rows
-    from anomem.kernels.memory import Memory
+    from anomem.kernels.primitives import Memory
 
     return Memory(rows.normalized(prototypes, normalize), None, None, 0.5, normalize)
 
@@ -65,8 +65,10 @@ def test_retrieval_of_2_31_numbers(d: int, kernel: str, normalize: int, ends_of_
     query[:TAIL], query[-TAIL:] = ends.split(TAIL)
     with ends_of_grids(PROGRAMS) as cut:
         out, lse = retrieve.forward(query, prototypes, None, None, 0.5, normalize)
-    assert "_forward" in cut
-    assert retrieve.flash_tiles(("retrieve_forward",), query, None) is None or kernel == "retrieve_flash"
+    assert {"retrieve_flash": "retrieve_flash_forward_kernel", "retrieve_resident": "retrieve_resident_kernel"}[
+        kernel
+    ] in cut
+    assert retrieve.flash_entries(("retrieve_flash_forward",), query, None) is None or kernel == "retrieve_flash"
     expected, expected_lse = retrieve.forward(ends, prototypes, None, None, 0.5, normalize)
     assert torch.equal(torch.cat([out[:TAIL], out[-TAIL:]]), expected)
     assert torch.equal(torch.cat([lse[:TAIL], lse[-TAIL:]]), expected_lse)
@@ -102,7 +104,9 @@ def test_gradients_of_2_31_numbers(normalize: int, ends_of_grids: Ends, monkeypa
     dout[:TAIL], dout[-TAIL:] = slopes.split(TAIL)
 
     def gradients(query: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        entries = retrieve.flash_tiles(("retrieve_query_gradient", "retrieve_prototype_sums"), query, None)
+        entries = retrieve.flash_entries(
+            ("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, None
+        )
         assert entries is not None
         out, lse = retrieve_flash.forward(query, memory, entries[0], "ieee")
         dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, entries, "ieee")
@@ -110,7 +114,8 @@ def test_gradients_of_2_31_numbers(normalize: int, ends_of_grids: Ends, monkeypa
 
     with ends_of_grids(PROGRAMS) as cut:
         dquery, key_sums = gradients(query, dout)
-    assert {"_forward", "_query_gradient", "_prototype_sums", "_row_constant"} <= set(cut)
+    flash = {f"retrieve_flash_{name}_kernel" for name in ("forward", "query_gradient", "prototype_sums")}
+    assert flash | {"row_constant_kernel"} <= set(cut)
     expected, _ = gradients(queries, slopes)
     assert torch.equal(torch.cat([dquery[:TAIL], dquery[-TAIL:]]), expected)
     last = count % 32
@@ -148,7 +153,7 @@ def test_nt_xent_of_65536_pairs(
     tau: float, dtype: torch.dtype, ends_of_grids: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and gradients of the first and last rows of 131072, each against all others."""
-    from anomem.kernels import nt_xent
+    from anomem.kernels import contrast
 
     batch, features = 65536, 16
     rows = Copies(batch, features, 256, dtype)
@@ -156,9 +161,9 @@ def test_nt_xent_of_65536_pairs(
     lse = rows.lse(tau)
     ends = torch.cat([torch.arange(32), torch.arange(2 * batch - 32, 2 * batch)])
     upstream = draw(1, 2 * batch, seed=3)
-    with ends_of_grids(1, whole=("scaled_rows_kernel",)) as cut:
-        loss, mine, scaled, inverse = nt_xent.forward(*rows.views, None, tau)
-        dz, dz_pair, _ = nt_xent.backward(upstream, scaled, inverse, lse.float()[None], None, tau)
+    with ends_of_grids(1, whole=("contrast_scaled_rows_kernel",)) as cut:
+        loss, mine, scaled, inverse = contrast.nt_xent_forward(*rows.views, None, tau)
+        dz, dz_pair, _ = contrast.nt_xent_backward(upstream, scaled, inverse, lse.float()[None], None, tau)
     assert cut == ["contrast_forward_kernel", "contrast_backward_kernel"]
 
     def losses_and_slopes(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +213,7 @@ def test_nt_xent_of_2_31_numbers(ends_of_grids: Ends, monkeypatch: pytest.Monkey
             all_lse[-1, -TAIL:], upstream[-1, -TAIL:] = lse[-1, -TAIL:], 1.0
             matrices = (scaled, scaled, inverse, inverse)
             gradient(JOINED, *matrices, all_lse, upstream, None, None, None, 0.2, dz, dz_pair, False)
-        assert cut == ["scaled_rows_kernel", "contrast_forward_kernel", "contrast_backward_kernel"]
+        assert cut == ["contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_backward_kernel"]
         return [x[-1, -TAIL:] for x in (loss, lse, scaled, inverse, dz_pair)]
 
     assert (groups - 1) * 2 * batch * features > 2**31

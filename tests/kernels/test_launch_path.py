@@ -1,7 +1,7 @@
 """Between a function's call and its kernels nothing waits for the GPU, so that a CUDA graph can capture it.
 
 Here an operator that needs a value on the host is looked for. Graphs are captured on a GPU and, without values, on the
-stand-ins of stand_in/.
+stand-ins of tests/stand_in/.
 """
 
 from __future__ import annotations
@@ -74,24 +74,24 @@ WAITS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_launching_reads_no_value(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels' own Python calls, seen from inside their operators."""
-    from anomem.kernels import info_nce, nt_xent, retrieve
+    from anomem import kernels
 
     recorded: dict[str, Operators] = {}
 
-    def watched(module: Any, direction: str) -> None:
-        run = getattr(module, direction)
+    def watched(operator: str) -> None:
+        run, (module, function, _) = kernels.implementation(operator), kernels.OPERATORS[operator]
 
         def watch(*args: Any) -> Any:
-            with recorded.setdefault(direction, Operators()):
+            with recorded.setdefault(operator, Operators()):
                 return run(*args)
 
-        monkeypatch.setattr(module, direction, watch)
+        monkeypatch.setattr(f"anomem.kernels.{module}.{function}", watch)
 
-    for module in (info_nce, nt_xent, retrieve):
-        watched(module, "forward")
-        watched(module, "backward")
+    for operator in kernels.OPERATORS:
+        watched(operator)
     gradients(*cases(dtype)[name])
-    assert set(recorded) == {"forward", "backward"}
+    word = name.partition(" ")[0]
+    assert set(recorded) == {f"anomem::triton_{word}_fwd", f"anomem::triton_{word}_bwd"}
     for operators in recorded.values():
         assert operators.names
         assert not operators.names & WAITS

@@ -157,33 +157,33 @@ def test_compiled_whole_for_any_number_of_rows(device: str) -> None:
 
 
 def test_tiles_are_measured_once_and_read_again(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem.kernels import tuning
+    from anomem.kernels import tile_search
 
     def retrieve(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
         return hopfield_retrieve(query, prototypes, return_lse=True, impl="triton")
 
     inputs, path = memory(device, torch.bfloat16, 5000, 512, 64, 0), tmp_path / "tiles.json"
-    with tuning.using(tuning.Choice(path, search=True)) as choice:
+    with tile_search.using(tile_search.Choice(path, search=True)) as choice:
         compare(retrieve, retrieval, inputs)
-    kernels = ["retrieve_forward", "retrieve_prototype_sums", "retrieve_query_gradient"]
+    kernels = ["retrieve_flash_forward", "retrieve_flash_prototype_sums", "retrieve_flash_query_gradient"]
     assert [search.site.entry[0] for search in choice.searches] == kernels
     for search in choice.searches:
         assert search.best is not None
         assert search.best.registers > 0
         assert search.best.tile.shared > 0
-    monkeypatch.setattr(tuning, "measure", None)
-    with tuning.using(tuning.Choice(path, search=True)) as again:
+    monkeypatch.setattr(tile_search, "measure", None)
+    with tile_search.using(tile_search.Choice(path, search=True)) as again:
         gradients(retrieve, inputs)
     assert again.searches == []
 
 
 def test_a_captured_launch_searches_nothing(device: str) -> None:
-    from anomem.kernels import tuning
+    from anomem.kernels import tile_search
 
     query, prototypes = memory(device, torch.bfloat16, 4096, 512, 64, 0)
     plain = hopfield_retrieve(query, prototypes, impl="triton")  # compiles the table's tile, which a capture cannot
     graph = torch.cuda.CUDAGraph()
-    with tuning.using(tuning.Choice(None, search=True)) as choice, torch.cuda.graph(graph):
+    with tile_search.using(tile_search.Choice(None, search=True)) as choice, torch.cuda.graph(graph):
         captured = hopfield_retrieve(query, prototypes, impl="triton")
     graph.replay()
     assert choice.searches == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,9 +37,9 @@ def test_standard_stem_is_torchvisions_network() -> None:
     torch.manual_seed(0)
     encoder = build_encoder(ModelConfig(backbone="resnet18", stem="standard", scales=("layer4",)), (64, 64), 3).eval()
     network = get_model("resnet18", weights=None).eval()
-    mine, theirs = list(encoder.state_dict().values()), list(network.state_dict().values())
-    assert [v.shape for v in mine] == [v.shape for v in theirs[: len(mine)]]
-    network.load_state_dict(dict(zip(network.state_dict(), [*mine, *theirs[len(mine) :]], strict=True)))
+    actual, expected = list(encoder.state_dict().values()), list(network.state_dict().values())
+    assert [v.shape for v in actual] == [v.shape for v in expected[: len(actual)]]
+    network.load_state_dict(dict(zip(network.state_dict(), [*actual, *expected[len(actual) :]], strict=True)))
     images = torch.rand(2, 3, 64, 64)
     pooled = encoder(images)[0].mean(dim=(2, 3))
     torch.testing.assert_close(network.fc(pooled), network(images))
@@ -50,19 +52,25 @@ def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "argument", "text"),
+    ("values", "argument", "text"),
     [
-        (ModelConfig(backbone="resnet19"), "backbone", "resnet18"),  # type: ignore[arg-type]
-        (ModelConfig(scales=("layer9",)), "scales", "block1"),
-        (ModelConfig(stem="tiny"), "stem", "standard"),  # type: ignore[arg-type]
-        (ModelConfig(prototypes=(8, 8)), "prototypes", "3, one per scale"),
-        (ModelConfig(projection=0), "projection", "≥ 1"),
-        (ModelConfig(normalize="rms"), "normalize", "layer"),  # type: ignore[arg-type]
+        ({"backbone": "resnet19"}, "backbone", "resnet18"),
+        ({"scales": ("layer9",)}, "scales", "block1"),
+        ({"stem": "tiny"}, "stem", "standard"),
+        ({"prototypes": (8, 8)}, "prototypes", "3, one per scale"),
+        ({"prototypes": ()}, "prototypes", "one number"),
+        ({"prototypes": (8, 0)}, "prototypes", "≥ 1"),
+        ({"projection": 0}, "projection", "≥ 1"),
+        ({"normalize": "rms"}, "normalize", "layer"),
+        ({"beta": float("nan")}, "beta", "finite"),
+        ({"steps": 0}, "steps", "≥ 1"),
+        ({"scale_weights": "log"}, "scale_weights", "linear"),
+        ({"impl": "cuda"}, "impl", "triton"),
     ],
 )
-def test_wrong_settings_are_named(config: ModelConfig, argument: str, text: str) -> None:
+def test_wrong_settings_are_named(values: dict[str, Any], argument: str, text: str) -> None:
     with pytest.raises(ArgumentError, match=text) as caught:
-        build_model(config, (16, 16), 1, [0.5], [0.5])
+        build_model(ModelConfig(**values), (16, 16), 1, [0.5], [0.5])
     assert caught.value.argument == argument
 
 

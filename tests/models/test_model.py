@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from anomem import reference as R
-from anomem.models import DeviationHead, LocationPrior, ModelConfig, build_model
-from anomem.reference.normalize import layer_normalize
+from anomem.models import DeviationHead, ModelConfig, build_model
+from anomem.reference.retrieve import layer_normalize
+from anomem.scoring import LocationPrior
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def maps() -> list[torch.Tensor]:
 def test_bytes_and_unit_floats_give_the_same_maps() -> None:
     model = build_model(ModelConfig(), (16, 16), 1, [0.3], [0.2]).eval()
     images = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
-    for mine, theirs in zip(model(images), model(images / 255), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(model(images), model(images / 255), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("projection", [None, 8])
@@ -41,7 +42,7 @@ def test_location_prior_is_the_mean_weight_of_each_position(maps: list[torch.Ten
     prior = LocationPrior([64, 16, 4], [7, 7, 7])
     assert all(not p.any() for p in prior.log_priors)
     prior.fit(model, [model.queries(maps)])
-    weights = R.hopfield_retrieve(model.queries(maps)[2], model.hopfield[2].prototypes).weights  # [3, 4, 7]
+    weights = R.hopfield_retrieve(model.queries(maps)[2], model.memories[2].prototypes).weights  # [3, 4, 7]
     expected = (weights.sum(dim=0) + 1 / 7) / 4
     torch.testing.assert_close(prior.log_priors[2].exp(), expected)
 
@@ -58,8 +59,8 @@ def test_a_uniform_prior_changes_nothing(maps: list[torch.Tensor]) -> None:
 def test_deviation_is_norm_of_z_minus_retrieval(maps: list[torch.Tensor]) -> None:
     model = build_model(ModelConfig(prototypes=(7,)), (16, 16), 1, [0.5], [0.5])
     query = maps[1].flatten(2).mT
-    read = R.hopfield_retrieve(query, model.hopfield[1].prototypes).out
-    torch.testing.assert_close(model.deviations(maps)[1], layer_normalize(query) - read)
+    retrieved = R.hopfield_retrieve(query, model.memories[1].prototypes).out
+    torch.testing.assert_close(model.deviations(maps)[1], layer_normalize(query) - retrieved)
 
 
 def test_head_scores_are_weighted_lengths() -> None:

@@ -31,17 +31,17 @@ def metric_learning_formula(z0: Tensor, z1: Tensor, temperature: float) -> Tenso
     return loss
 
 
-@pytest.mark.parametrize("theirs", [lightly_formula, metric_learning_formula])
+@pytest.mark.parametrize("peer", [lightly_formula, metric_learning_formula])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_nt_xent_loss_equals_its_peers(theirs: Callable[[Tensor, Tensor, float], Tensor], temperature: float) -> None:
+def test_nt_xent_loss_equals_its_peers(peer: Callable[[Tensor, Tensor, float], Tensor], temperature: float) -> None:
     views = [draw(6, 16, seed=s).double() for s in (0, 1)]
     ours = [v.clone().requires_grad_() for v in views]
     peers = [v.clone().requires_grad_() for v in views]
     loss = ann.NTXentLoss(temperature)(*ours)
-    expected = theirs(*peers, temperature)
+    expected = peer(*peers, temperature)
     torch.testing.assert_close(loss, expected)
-    for mine, other in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, peers), strict=True):
-        torch.testing.assert_close(mine, other)
+    for actual, wanted in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, peers), strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_info_nce_loss_equals_cross_entropy() -> None:

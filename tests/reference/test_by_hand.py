@@ -16,10 +16,10 @@ def test_retrieval_of_two_prototypes() -> None:
     # Logits beta·q·k = (ln 3, 0): weights 3/4 and 1/4.
     query = torch.tensor([[math.log(3.0), 0.0]], dtype=DOUBLE)
     prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=DOUBLE)
-    read = R.hopfield_retrieve(query, prototypes, beta=1.0, normalize="none")
-    torch.testing.assert_close(read.weights, torch.tensor([[0.75, 0.25]], dtype=DOUBLE))
-    torch.testing.assert_close(read.out, torch.tensor([[0.75, 0.25]], dtype=DOUBLE))
-    torch.testing.assert_close(read.lse, torch.tensor([math.log(4.0)], dtype=DOUBLE))
+    retrieval = R.hopfield_retrieve(query, prototypes, beta=1.0, normalize="none")
+    torch.testing.assert_close(retrieval.weights, torch.tensor([[0.75, 0.25]], dtype=DOUBLE))
+    torch.testing.assert_close(retrieval.out, torch.tensor([[0.75, 0.25]], dtype=DOUBLE))
+    torch.testing.assert_close(retrieval.lse, torch.tensor([math.log(4.0)], dtype=DOUBLE))
 
 
 def test_default_beta_is_one_over_root_d() -> None:
@@ -31,10 +31,10 @@ def test_default_beta_is_one_over_root_d() -> None:
 def test_layer_normalisation_of_tied_prototypes() -> None:
     # LayerNorm of (1, 3) and of (3, 1) is (−1, 1) and (1, −1) up to eps; a query equal to the first gives logits ±2.
     prototypes = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=DOUBLE)
-    read = R.hopfield_retrieve(prototypes[:1], prototypes, beta=1.0)
+    retrieval = R.hopfield_retrieve(prototypes[:1], prototypes, beta=1.0)
     weight = 1 / (1 + math.exp(-4.0))
     expected = torch.tensor([[1 - 2 * weight, 2 * weight - 1]], dtype=DOUBLE)
-    torch.testing.assert_close(read.out, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(retrieval.out, expected, atol=1e-4, rtol=0)
 
 
 def test_two_steps_read_at_the_updated_state() -> None:
@@ -48,15 +48,15 @@ def test_two_steps_read_at_the_updated_state() -> None:
 def test_separate_values_are_read_as_they_are() -> None:
     query, prototypes = torch.zeros(1, 2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE)
     values = torch.tensor([[2.0, 0.0, 4.0], [0.0, 6.0, 0.0]], dtype=DOUBLE)
-    read = R.hopfield_retrieve(query, prototypes, values=values, normalize="none")
-    torch.testing.assert_close(read.out, torch.tensor([[1.0, 3.0, 2.0]], dtype=DOUBLE))
+    retrieval = R.hopfield_retrieve(query, prototypes, values=values, normalize="none")
+    torch.testing.assert_close(retrieval.out, torch.tensor([[1.0, 3.0, 2.0]], dtype=DOUBLE))
 
 
 def test_location_prior_shifts_the_logits() -> None:
     query, prototypes = torch.zeros(1, 2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE)
     log_prior = torch.tensor([0.9, 0.1], dtype=DOUBLE).log()
-    read = R.hopfield_retrieve(query, prototypes, normalize="none", log_prior=log_prior)
-    torch.testing.assert_close(read.out, torch.tensor([[0.9, 0.1]], dtype=DOUBLE))
+    retrieval = R.hopfield_retrieve(query, prototypes, normalize="none", log_prior=log_prior)
+    torch.testing.assert_close(retrieval.out, torch.tensor([[0.9, 0.1]], dtype=DOUBLE))
 
 
 def test_shrinkage_drops_small_weights_and_renormalises() -> None:

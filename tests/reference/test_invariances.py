@@ -45,8 +45,8 @@ def test_retrieval_stays_in_the_hull_of_its_values() -> None:
 
 def test_a_stored_pattern_is_a_fixed_point_when_beta_is_large() -> None:
     prototypes = random(6, 32, seed=1)
-    read = R.hopfield_retrieve(prototypes, prototypes, beta=10.0, steps=3, normalize="none").out
-    torch.testing.assert_close(read, prototypes)
+    retrieved = R.hopfield_retrieve(prototypes, prototypes, beta=10.0, steps=3, normalize="none").out
+    torch.testing.assert_close(retrieved, prototypes)
 
 
 def test_nt_xent_ignores_length_rotation_and_order() -> None:

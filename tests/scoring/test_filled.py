@@ -11,9 +11,9 @@ from torch import Tensor
 
 from anomem.errors import ArgumentError
 from anomem.models import AnoMem, ModelConfig, build_model
-from anomem.models.gaussian import MomentSums
 from anomem.models.pretrained import PretrainedEncoder, pretrained_encoder
-from anomem.reference.normalize import normalize_rows
+from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.detector import MomentSums
 from anomem.scoring.filled import FilledScorer, NormalQueries, fill_memories, join_moments
 from anomem.scoring.labelled import FewLabels
 
@@ -66,7 +66,7 @@ def test_memories_hold_features_of_normals() -> None:
     assert [r.name for r in report] == list(model.encoder.names)
     with torch.no_grad():
         queries = model.queries(model(pattern(6)))
-    for memory, query in zip(model.hopfield, queries, strict=True):
+    for memory, query in zip(model.memories, queries, strict=True):
         rows = normalize_rows(query.flatten(0, 1), "layer")
         nearest = torch.cdist(memory.prototypes.detach(), rows).amin(dim=1)
         assert float(nearest.max()) < 1e-2, "every prototype is a feature"
@@ -77,7 +77,7 @@ def test_same_images_in_other_batches_fill_alike() -> None:
     models = [build_model(ModelConfig(backbone="small", prototypes=(4,)), SIZE, 1, [0.5], [0.2]) for _ in range(2)]
     for model, batch in zip(models, (3, 24), strict=True):
         fill_memories(model, NormalQueries(model, lambda batch=batch: pattern(24).split(batch)), (16,))
-    for one, other in zip(models[0].hopfield, models[1].hopfield, strict=True):
+    for one, other in zip(models[0].memories, models[1].memories, strict=True):
         torch.testing.assert_close(one.prototypes, other.prototypes, rtol=1e-3, atol=1e-3)
 
 
@@ -198,7 +198,7 @@ def test_few_labels_take_its_pooled_deviations() -> None:
     pytest.importorskip("sklearn")
     found, images = scorer("per_position"), torch.cat([pattern(12, 4), spotted(3)])
     pooled, plain = found.pooled_deviations(images), found(images).scores["plain"]
-    assert pooled.shape == (15, 2 * sum(memory.prototypes.shape[1] for memory in found.model.hopfield))
+    assert pooled.shape == (15, 2 * sum(memory.prototypes.shape[1] for memory in found.model.memories))
     labels = FewLabels(pooled.shape[1])
     labels.fit(pooled, plain, torch.arange(15) < 12)
     scores = labels(pooled, plain)

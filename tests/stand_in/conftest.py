@@ -1,4 +1,4 @@
-"""What the tests on stand-in GPUs share."""
+"""Fixtures of the tests on stand-in GPUs."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def as_users_run(poisoned_memory: None) -> None:
-    """Without the suite's filling of new memory, which would be launches of its own."""
+    """Turns off the suite's filling of new memory: each fill would be a launch."""
     torch.use_deterministic_algorithms(False)

@@ -1,13 +1,13 @@
-"""`benchmarks.counts` on the GPUs it counts on: see test_stand_in.py, which runs these."""
+"""`benchmarks.counts` on stand-in GPUs. test_stand_in.py runs these cases."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks import rows
-from benchmarks.case import Function, Implementation, case
 from benchmarks.counts import count
+from benchmarks.harness import rows
+from benchmarks.harness.case import Function, Implementation, case
 from benchmarks.rivals import implementations
 
 SMALL = case("nt_xent", G=4, B=64, d=32, dtype="bfloat16")

@@ -1,7 +1,4 @@
-"""Kernels as a GPU is given them: in a CUDA graph, on the right GPU and stream, with nobody waiting.
-
-See test_stand_in.py, which runs these.
-"""
+"""Launches of kernels: in a CUDA graph, on the right GPU and stream, without waiting. test_stand_in.py runs these."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ import torch
 
 from anomem import functional as AF
 from anomem import nn as ann
-from stand_in.recording import Entry, of, recorded
 from tests.stand_in.calls import CALLS, Call
+from tests.stand_in.recording import Entry, of, recorded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # which have schemes of their own
 HOST = ("wait", "upload", "download")
 
 
 def work_of(entries: list[Entry], when: str = "now") -> list[tuple[Any, ...]]:
-    """What a GPU is given, on whichever stream: kernels with their launch sizes, copies and fills."""
+    """The work of all streams: kernels with their launch sizes, copies and fills."""
     work = of(entries, "launch", "copy", "fill")
     return [(e.kind, e.what, e.grid, e.block, e.bytes) for e in work if e.when == when]
 
@@ -51,9 +48,11 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         assert work_of(replayed, "replayed") == work
 
 
-@pytest.mark.parametrize(("allowed", "kernel"), [(True, "_forward"), (False, "_softmax")])
+@pytest.mark.parametrize(
+    ("allowed", "kernel"), [(True, "retrieve_flash_forward_kernel"), (False, "retrieve_chunked_softmax_kernel")]
+)
 def test_float32_takes_the_flash_kernels_where_torch_allows_tf32(allowed: bool, kernel: str) -> None:
-    """Without TF32 there is no matrix instruction for them, and the library multiplies."""
+    """Without TF32 no matrix instruction takes float32, so cuBLAS multiplies."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -73,7 +72,11 @@ def test_modules_become_graphed_callables() -> None:
     with recorded() as entries:
         graphed(query).sum().backward()
     replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
-    assert {"_softmax", "_softmax_backward", "_normalize_backward"} <= replayed
+    assert {
+        "retrieve_chunked_softmax_kernel",
+        "retrieve_chunked_softmax_backward_kernel",
+        "row_normalize_backward_kernel",
+    } <= replayed
     assert not of(entries, "fault", *HOST)
 
 
@@ -91,7 +94,12 @@ def test_a_compiled_step_replays_a_graph() -> None:
         with recorded() as entries:
             step(*views).backward()
     replayed = {e.what for e in of(entries, "launch") if e.when == "replayed"}
-    assert {"_softmax", "_softmax_backward", "contrast_forward_kernel", "contrast_backward_kernel"} <= replayed
+    assert {
+        "retrieve_chunked_softmax_kernel",
+        "retrieve_chunked_softmax_backward_kernel",
+        "contrast_forward_kernel",
+        "contrast_backward_kernel",
+    } <= replayed
     assert not of(entries, "fault", *HOST)
 
 

@@ -1,4 +1,4 @@
-"""pytest plugin: without the stand-in GPUs nothing below it may run, or be skipped, and pass."""
+"""pytest plugin: fail at once, instead of skipping, when the stand-in GPUs are missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from anomem.ops import native
-from stand_in import recording
+from tests.stand_in import recording
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not (recording.present() and torch.cuda.is_available()):
-        raise pytest.UsageError("the stand-in GPUs are not there")
+        raise pytest.UsageError("the stand-in GPUs are missing")
     if Path(os.environ.get("ANOMEM_LIBRARY", ""), "_C_cuda.so").exists() and native.obstacle("cuda"):
         raise pytest.UsageError(f"the native library cannot run on them: {native.obstacle('cuda')}")

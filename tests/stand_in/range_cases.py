@@ -1,6 +1,6 @@
-"""The ends of the kernels' range on a GPU of 80 GB: launches within CUDA's limits, memory without N·M or (2B)².
+"""The smallest and largest sizes on a GPU of 80 GB: launches within CUDA's limits, no memory of size N·M or (2B)².
 
-See test_stand_in.py, which runs these. The allocator is torch's own; what it says of memory holds on any GPU.
+test_stand_in.py runs these cases. The allocator is torch's own, so its figures hold on any GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from anomem import backends
 from anomem import functional as AF
-from stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
+from tests.stand_in.recording import of, recorded
 
 GIB = 2**30
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,7 +41,7 @@ def whole_gpu() -> Iterator[None]:
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes that a call takes beyond what is there before it, its results among them."""
+    """Peak bytes of a call beyond those allocated before it; its results count."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with recorded() as entries:

@@ -1,4 +1,4 @@
-"""The stand-in refuses what CUDA refuses, and sees what CUDA would not tell: see test_stand_in.py, which runs these."""
+"""The stand-in refuses what CUDA refuses, and records faults that CUDA hides. test_stand_in.py runs these cases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from stand_in.recording import of, recorded
+from tests.stand_in.recording import of, recorded
 
 GIB = 2**30
 FAILED = "the capture has failed before"  # what ends a capture's block after the call that was refused

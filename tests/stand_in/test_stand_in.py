@@ -1,6 +1,6 @@
-"""The host's side of a GPU, without one: what runs on the stand-ins of stand_in/.
+"""Runs the cases of this folder and the GPU tests on stand-in GPUs; see `__main__.py`.
 
-No kernel computes anything there; what they compute is held by the interpreter (tests/kernels) and the emulation
+Kernels compute nothing there. Their results are tested by the interpreter (tests/kernels) and the emulation
 (tests/cuda).
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stand_in.build import build, obstacle
+from tests.stand_in.build import build, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 OBSTACLE = obstacle()
@@ -44,7 +44,7 @@ def test_cases(cases: str) -> None:
 
 @pytest.mark.parametrize("folder", ["tests/kernels", "tests/cuda"])
 def test_gpu_tests_reach_their_kernels(folder: str) -> None:
-    """The tests for a GPU, as far as they can be judged without one: nothing that they call is refused."""
+    """The GPU tests without comparing values: the stand-in refuses none of their calls."""
     library = {**os.environ, **build()}.get("ANOMEM_LIBRARY", "")
     if folder == "tests/cuda" and not Path(library, "_C_cuda.so").exists():
         pytest.skip("the CUDA module was not built here")

@@ -1,4 +1,4 @@
-"""Training on a GPU: between two rows of the log nothing waits for it. See test_stand_in.py, which runs these."""
+"""Training on a GPU: the host does not wait between two rows of the log. test_stand_in.py runs these cases."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from anomem.train import LossConfig, OptimizerConfig, RunConfig, Stage2Config, T
 from anomem.train.run import head_for, model_for
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
-from stand_in.recording import of, recorded
 from tests.stand_in.calls import HAVE_NATIVE
+from tests.stand_in.recording import of, recorded
 
 EVERY = 4
 ONE_ROW = Counter({("download", "cudaMemcpyAsync"): 1, ("wait", "cudaEventSynchronize"): 1})
@@ -42,7 +42,7 @@ def config_of(steps: int, **settings: Any) -> TrainConfig:
         stage2=Stage2Config(hidden=4, embedding=4, optimizer=replace(optimizer, clip=1.0)),
         run=RunConfig(device="cuda", log_every=EVERY, **settings),
         synthetic_outliers=0.25,
-        prototypes_from="normal",  # features would be counted, once, and nothing is computed here
+        prototypes_from="normal",  # features would add uncounted calls at the first step
     )
 
 
@@ -50,9 +50,9 @@ def host_calls(config: TrainConfig, stage: int = 1, *, streamed: bool = False) -
     """How often the host waits for the GPU, sends to it or receives from it, in a whole stage."""
     task = load_task(config.data)
     model = model_for(config, task)
-    images: Images = task.to(model.mean.device).train
+    images: Images = task.to(model.device).train
     if streamed:
-        images = StreamedImages(list(task.train.images), workers=0, device=model.mean.device)
+        images = StreamedImages(list(task.train.images), workers=0, device=model.device)
     with recorded() as entries:
         if stage == 1:
             train_stage1(model, images, None, config, quiet=True)
@@ -63,7 +63,7 @@ def host_calls(config: TrainConfig, stage: int = 1, *, streamed: bool = False) -
 
 
 def added_by_two_rows(stage: int = 1, *, streamed: bool = False, **settings: Any) -> Counter[tuple[str, str]]:
-    """What twice as many steps again add to the calls of a short stage."""
+    """The calls that two more rows of the log add to a short stage."""
     few, more = (host_calls(config_of(n, **settings), stage, streamed=streamed) for n in (EVERY, 3 * EVERY))
     more.subtract(few)
     return Counter({call: times for call, times in more.items() if times != 0})
@@ -71,7 +71,7 @@ def added_by_two_rows(stage: int = 1, *, streamed: bool = False, **settings: Any
 
 @pytest.fixture(scope="module", autouse=True)
 def first_steps() -> None:
-    """What is done once in a process, and not counted: constants of the augmentation, for one, go to the GPU."""
+    """Does once what is not counted: constants of the augmentation go to the GPU at the first step."""
     with torch.backends.cudnn.flags(enabled=False):
         host_calls(config_of(EVERY))
 

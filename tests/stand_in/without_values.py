@@ -1,7 +1,7 @@
-"""pytest plugin: the GPU tests on stand-in GPUs, where no kernel computes anything and so no value is compared.
+"""pytest plugin: runs the GPU tests on stand-in GPUs without comparing values.
 
-All else in them counts: that every call is accepted, by torch's CUDA tensors, by Triton's compiler and launcher, by the
-limits of a launch and by a capture.
+They still test that every call is accepted by torch's CUDA tensors, by Triton's compiler and launcher, by the limits of
+a launch and by a capture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from anomem import testing
 
-# Tests that look at numbers otherwise than through the functions below.
+# Tests that compare values without the functions patched below.
 NEED_VALUES = (
     "test_a_zero_vector_stays_zero_and_a_nan_stays_a_nan",
     "test_variance_of_nan_is_nan",
@@ -22,7 +22,7 @@ NEED_VALUES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # For everybody, torch and the package included, which ask for none of these on a GPU.
+    # Patched everywhere: torch and the package call none of these on a GPU.
     def accepted(*_: Any, **__: Any) -> bool:
         return True
 

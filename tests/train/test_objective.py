@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def test_loss_is_equation_4(labelled: bool, negatives: str) -> None:
     total, terms = multi_scale_loss(model, scale_criterion(config, "auto"), model.sample(maps, positions), normal)
     expected = torch.zeros(())
     for name, m, p, memory, weight in zip(
-        model.encoder.names, maps, positions, model.hopfield, (0.25, 0.5, 1.0), strict=True
+        model.encoder.names, maps, positions, model.memories, (0.25, 0.5, 1.0), strict=True
     ):
         z, z_pair = (R.gather_positions(half, p) for half in m.chunk(2))
         contrast, variance = R.contrasted_memory_loss(
@@ -44,26 +46,26 @@ def test_loss_is_equation_4(labelled: bool, negatives: str) -> None:
         torch.testing.assert_close(terms[f"variance/{name}"], variance)
     torch.testing.assert_close(total, expected)
     trained = [model.memories[0].prototypes, *model.encoder.parameters()]
-    for mine, theirs in zip(
+    for actual, reference in zip(
         torch.autograd.grad(total, trained, retain_graph=True), torch.autograd.grad(expected, trained), strict=True
     ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-5)
 
 
 def test_positions_are_capped_distinct_and_shared_by_both_views() -> None:
     sizes = [(8, 8), (4, 4), (2, 2)]
-    drawn = draw_positions(sizes, LossConfig(ratio=0.25, max_positions=8), 5, generator())
-    assert [p.shape for p in drawn] == [(8,), (4,), (1,)]
-    assert all(len(set(p.tolist())) == len(p) for p in drawn)
+    positions = draw_positions(sizes, LossConfig(ratio=0.25, max_positions=8), 5, generator())
+    assert [p.shape for p in positions] == [(8,), (4,), (1,)]
+    assert all(len(set(p.tolist())) == len(p) for p in positions)
     per_image = draw_positions(sizes, LossConfig(positions_per_image=True, max_positions=3), 5, generator())
     assert [p.shape for p in per_image] == [(10, 3)] * 3
     assert all(torch.equal(p[:5], p[5:]) for p in per_image)
 
 
-@pytest.mark.parametrize("config", [LossConfig(ratio=0.0), LossConfig(ratio=1.5), LossConfig(max_positions=0)])
-def test_a_scale_without_positions_is_refused(config: LossConfig) -> None:
+@pytest.mark.parametrize("values", [{"ratio": 0.0}, {"ratio": 1.5}, {"max_positions": 0}])
+def test_a_scale_without_positions_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=r"loss\.(ratio|max_positions)"):
-        scale_criterion(config, "auto")
+        LossConfig(**values)
 
 
 def test_a_batch_of_one_has_nothing_to_contrast() -> None:
@@ -80,7 +82,7 @@ def test_first_prototypes_are_features_of_normals() -> None:
     model.eval()  # so that the features can be computed again
     fill_memories(model, views, normal, generator())
     allowed = model.queries(model(views))[2][[0, 2]].flatten(0, 1)  # both views of the normal image
-    for prototype in model.hopfield[2].prototypes:
+    for prototype in model.memories[2].prototypes:
         assert (allowed - prototype).abs().amax(dim=1).min() < 1e-6
 
 

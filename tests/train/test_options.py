@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from anomem.data import load_task
-from anomem.evaluate.scoring import Scorer, score_images
+from anomem.scoring import Scorer, score_images
 from anomem.train import TrainConfig, model_for, train_task
 
 
 def two_steps(config: TrainConfig, **execution: Any) -> tuple[Scorer, dict[str, torch.Tensor]]:
     """A scorer after two steps of each stage, and its scores of the test images."""
-    short = replace(config.optimizer, steps=2, warmup=1)
+    short = {"steps": 2, "warmup": 1}
     config = replace(
         config,
-        optimizer=short,
-        stage2=replace(config.stage2, optimizer=replace(short, clip=config.stage2.optimizer.clip)),
+        optimizer=replace(config.optimizer, **short),
+        stage2=replace(config.stage2, optimizer=replace(config.stage2.optimizer, **short)),
         run=replace(config.run, **execution),
     )
     task = load_task(config.data)

@@ -66,16 +66,16 @@ def test_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Tra
 
 
 def test_a_network_is_trained_where_it_may_be(config: TrainConfig, task: Task) -> None:
-    mine = encoder()
-    assert (mine.channels, mine.sizes) == ((4, 6), ((9, 13), (4, 6)))
-    before = {name: value.clone() for name, value in mine.state_dict().items()}
-    run = train(config, task=task, encoder=mine, quiet=True)
-    for name, value in mine.state_dict().items():
+    own = encoder()
+    assert (own.channels, own.sizes) == ((4, 6), ((9, 13), (4, 6)))
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    run = train(config, task=task, encoder=own, quiet=True)
+    for name, value in own.state_dict().items():
         assert torch.equal(value, before[name]) == ("first" in name), name
     fresh = encoder()
     scorer = load_scorer(run, encoder=fresh)
     assert scorer.model.encoder is fresh
-    assert all(torch.equal(value, mine.state_dict()[name]) for name, value in fresh.state_dict().items())
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "plot", "score", "train"])

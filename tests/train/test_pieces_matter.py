@@ -11,9 +11,8 @@ import torch
 
 from anomem.data import Task, load_task
 from anomem.evaluate.metrics import auroc
-from anomem.evaluate.scoring import Scorer, score_images
-from anomem.train import TrainConfig, model_for, train_stage2, train_task
-from anomem.train.presets import preset
+from anomem.scoring import Scorer, score_images
+from anomem.train import TrainConfig, model_for, preset, train_stage2, train_task
 from anomem.train.run import head_for
 
 DETECTS, FAILS = 0.9, 0.7
@@ -75,7 +74,7 @@ def test_a_shuffled_memory_fails(run: Run, score: str) -> None:
     wrong = copy.deepcopy(run.scorer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for memory in wrong.model.hopfield:
+        for memory in wrong.model.memories:
             order = torch.randperm(memory.prototypes.shape[1], generator=generator)
             memory.prototypes.copy_(memory.prototypes[:, order].clone())
     assert areas(run, wrong)[score] < FAILS

@@ -15,7 +15,7 @@ import torch
 from anomem.errors import UserError
 from anomem.train import RunDirectory, TrainConfig, load_scorer, resume, train
 from anomem.train.checkpoint import load_checkpoint
-from anomem.train.serialize import to_dict
+from anomem.train.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # Trains until the checkpoint named on the command line has been written, then dies without any clean-up.
@@ -23,19 +23,19 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from anomem.train import TrainConfig, stage, train
-from anomem.train.serialize import load_config
+from anomem.train import TrainConfig, checkpoint, train
+from anomem.train.config import load_config
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
-save = stage.save_checkpoint
+save = checkpoint.save_checkpoint
 
 def save_and_die(directory, name, step, *rest):
     save(directory, name, step, *rest)
     if f"{name}-{step}" == sys.argv[2]:
         os._exit(9)
 
-stage.save_checkpoint = save_and_die
+checkpoint.save_checkpoint = save_and_die
 train(load_config(TrainConfig, Path(sys.argv[1])), quiet=True)
 """
 
@@ -48,10 +48,10 @@ def tensors_of(run: Path, name: str) -> dict[str, torch.Tensor]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     for name in ("stage1", "stage2", "scorer"):
-        mine, theirs = tensors_of(first, name), tensors_of(second, name)
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert torch.equal(mine[key], theirs[key]), f"{name}: {key}"
+        expected, actual = tensors_of(first, name), tensors_of(second, name)
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert torch.equal(expected[key], actual[key]), f"{name}: {key}"
     timing = ("seconds", "images_per_second")
     timeless = [
         [{k: v for k, v in row.items() if k not in timing} for row in RunDirectory(run).rows()]

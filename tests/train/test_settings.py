@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,14 +13,20 @@ import torch
 from anomem.data import ResidentImages
 from anomem.errors import ArgumentError, UserError
 from anomem.models import ModelConfig, build_model
-from anomem.train import OptimizerConfig, TrainConfig
-from anomem.train.batches import training_batches
-from anomem.train.optimizer import build_optimizer, check_optimizer, learning_rate
-from anomem.train.presets import NAMES, preset
-from anomem.train.serialize import from_dict, load_config, to_dict
+from anomem.train import (
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    Stage2Config,
+    Stage2OptimizerConfig,
+    TrainConfig,
+    preset,
+)
+from anomem.train.batches import build_optimizer, learning_rate, training_batches
+from anomem.train.config import Preset, from_dict, load_config, to_dict
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", get_args(Preset))
 def test_presets_survive_json(name: str) -> None:
     config = preset(name)
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
@@ -85,11 +91,42 @@ def test_memories_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"momentum": 1.0}, {"warmup": -1}]
+    ("kind", "change", "argument"),
+    [
+        (OptimizerConfig, {"steps": 0}, "optimizer.steps"),
+        (OptimizerConfig, {"batch_size": 1}, "optimizer.batch_size"),
+        (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate"),
+        (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum"),
+        (OptimizerConfig, {"weight_decay": -1.0}, "optimizer.weight_decay"),
+        (OptimizerConfig, {"warmup": -1}, "optimizer.warmup"),
+        (OptimizerConfig, {"clip": 0.0}, "optimizer.clip"),
+        (Stage2OptimizerConfig, {"steps": 0}, "stage2.optimizer.steps"),
+        (Stage2Config, {"margin": 1.0}, "stage2.margin"),
+        (Stage2Config, {"hidden": 0}, "stage2.hidden"),
+        (Stage2Config, {"embedding": 0}, "stage2.embedding"),
+        (LossConfig, {"temperature": 0.0}, "loss.temperature"),
+        (LossConfig, {"variance_weight": -1.0}, "loss.variance_weight"),
+        (LossConfig, {"negatives": "all"}, "loss.negatives"),
+        (RunConfig, {"threads": 0}, "run.threads"),
+        (RunConfig, {"log_every": 0}, "run.log_every"),
+        (RunConfig, {"checkpoint_every": -1}, "run.checkpoint_every"),
+        (TrainConfig, {"synthetic_outliers": -1.0}, "synthetic_outliers"),
+        (TrainConfig, {"prototypes_from": "images"}, "prototypes_from"),
+    ],
 )
-def test_numbers_no_run_can_use(change: dict[str, float]) -> None:
-    with pytest.raises(ArgumentError, match=next(iter(change))):
-        check_optimizer(dataclasses.replace(OptimizerConfig(), **change))  # type: ignore[arg-type]
+def test_a_configuration_refuses_what_no_run_can_use(kind: Any, change: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        kind(**change)
+    assert caught.value.argument == argument
+    with pytest.raises(ArgumentError):
+        replace(kind(), **change)
+
+
+def test_a_file_with_a_number_no_run_can_use_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"stage2": {"optimizer": {"clip": 0}}}')
+    with pytest.raises(UserError, match=rf"{file}: `stage2\.optimizer\.clip`: expected a number > 0"):
+        load_config(TrainConfig, file)
 
 
 def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere() -> None:

@@ -1,0 +1,116 @@
+"""How inputs meet a kernel: the checks that the memory operators share, autocast and strides."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomem.ops.library import Memory, accumulator
+from anomem.reference.retrieve import NORMALIZE, Normalize
+from anomem.validation import require, require_choice, require_number, require_same_kind, require_tensor
+
+
+def memory_inputs(
+    query: Tensor,
+    argument: str,
+    features: int,
+    prototypes: Tensor,
+    values: Tensor | None,
+    beta: float | Tensor | None,
+    normalize: Normalize,
+) -> tuple[Tensor, Memory]:
+    """Check the arguments of a retrieval and cast them under autocast.
+
+    Args:
+        query: a floating tensor, checked already.
+        argument: its name.
+        features: d, the length of its rows.
+        prototypes: expected to be [M, d].
+        values: expected to be [M, dv], or None.
+        beta: expected to be a number or a 0-dim tensor; 1/sqrt(d) when None.
+        normalize: expected to be a name of `Normalize`.
+
+    Returns:
+        The query and its memory, of one device and dtype; a learned beta is left as it is.
+
+    Raises:
+        ArgumentError: an argument is not as expected.
+    """
+    require_tensor(prototypes, "prototypes", (2,), "[M, d]")
+    require(features > 0, argument, "rows of length d ≥ 1", query)
+    right = prototypes.shape[1] == features
+    require(right, "prototypes", lambda: f"[M, {features}], rows as of `{argument}`", prototypes)
+    count = prototypes.shape[0]
+    require(count > 0, "prototypes", "at least one row", prototypes)
+    require_choice(normalize, "normalize", NORMALIZE)
+    if beta is None:
+        beta = features**-0.5
+    require_number(beta, "beta")
+    if values is not None:
+        require_tensor(values, "values", (2,), "[M, dv]")
+        require(values.shape[0] == count, "values", lambda: f"[{count}, dv], one row per prototype", values)
+    query, prototypes, values = autocast_inputs(query, prototypes, values)
+    require_same_kind(prototypes, "prototypes", query, argument)
+    if values is not None:
+        require_same_kind(values, "values", query, argument)
+    learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
+    return query, Memory(prototypes, values, learned, scale, normalize)
+
+
+def reference_memory(memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of the reference functions, tensors in the accumulation dtype."""
+    return {
+        "prototypes": memory.keys.to(dtype),
+        "values": None if memory.values is None else memory.values.to(dtype),
+        "beta": memory.inverse_temperature,
+        "normalize": memory.normalize,
+    }
+
+
+def kernel_memory(memory: Memory) -> Memory:
+    """The memory as the operators take it: contiguous, beta on its device in the accumulation dtype."""
+    keys, values, beta, scale, normalize = memory
+    if beta is not None:
+        beta = beta.to(device=keys.device, dtype=accumulator(keys))
+    return Memory(keys.contiguous(), None if values is None else values.contiguous(), beta, float(scale), normalize)
+
+
+def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast to the autocast dtype where autocast is on; float64 is left alone, as torch's own matrix products do."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not _autocast_is_on(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The reference chooses its own precision: no cast of its inner products."""
+    if _autocast_is_on(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _autocast_is_on(device: str) -> bool:
+    # On "meta" tensors shapes are tried out; it has no autocast, and asking it is an error.
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def unit_inner_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def scalar(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
+    """Split a number-or-tensor into what kernels take: (tensor in the accumulation dtype or None, number).
+
+    With a tensor the number is 1: kernels that scale multiply by both, the others read the tensor only.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=accumulator(like)), 1.0
+    return None, float(value)

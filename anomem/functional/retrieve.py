@@ -1,0 +1,139 @@
+"""Memory retrieval."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from anomem import backends, reference
+from anomem.backends import Impl
+from anomem.functional._inputs import (
+    kernel_memory,
+    memory_inputs,
+    reference_memory,
+    unit_inner_stride,
+    without_autocast,
+)
+from anomem.ops.library import Memory, accumulator
+from anomem.reference import Normalize, normalize_rows
+from anomem.validation import require, require_count, require_number, require_tensor
+
+
+@overload
+def hopfield_retrieve(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    values: Tensor | None = ...,
+    beta: float | Tensor | None = ...,
+    steps: int = ...,
+    normalize: Normalize = ...,
+    shrink: float = ...,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
+    impl: Impl = ...,
+) -> Tensor: ...
+@overload
+def hopfield_retrieve(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    values: Tensor | None = ...,
+    beta: float | Tensor | None = ...,
+    steps: int = ...,
+    normalize: Normalize = ...,
+    shrink: float = ...,
+    return_lse: bool = ...,
+    return_entropy: bool = ...,
+    impl: Impl = ...,
+) -> tuple[Tensor, ...]: ...
+def hopfield_retrieve(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    values: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    steps: int = 1,
+    normalize: Normalize = "layer",
+    shrink: float = 0.0,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """What a memory returns for each query: softmax(beta · norm(q) norm(K)ᵀ) V (AnoMem Eq. 1; Ramsauer et al. 2021).
+
+    Args:
+        query: [..., d], any number of leading axes, none of them special.
+        prototypes: [M, d], the stored patterns K; also the values unless `values` is given.
+        values: [M, dv], what is read instead of the normalised prototypes.
+        beta: inverse temperature, a finite number or a learned 0-dim tensor; 1/sqrt(d) when None.
+        steps: number of reads ≥ 1; all but the last update the state, q ← softmax(beta q Kᵀ) K.
+        normalize: "layer" (LayerNorm without affine), "l2" or "none", applied to query and prototypes.
+        shrink: threshold of MemAE's hard shrinkage of the weights (Gong et al. 2019, Eq. 7); 0 is off.
+        return_lse: also give logsumexp(beta q Kᵀ) of the last read; −lse/beta is the Hopfield energy up to |q|² terms.
+        return_entropy: also give the entropy of each query's weights, in nats.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+
+    Returns:
+        out [..., dv] in query's dtype; with `return_lse` or `return_entropy` a tuple of out and, in this order, lse
+        [...] and entropy [...], both in float32 (float64 for float64). All are differentiable.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+    """
+    require_tensor(query, "query", (), "[..., d]")
+    require_count(steps, "steps", 1)
+    require_number(shrink, "shrink")
+    require(not isinstance(shrink, Tensor) and 0 <= shrink < 1, "shrink", "a number in [0, 1)", shrink)
+    features = query.shape[-1]
+    query, memory = memory_inputs(query, "query", features, prototypes, values, beta, normalize)
+
+    operator = "shrink" if shrink > 0 or return_entropy else "retrieve"
+    rows, columns = query.numel() // features, prototypes.shape[0]
+    problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
+    chosen = backends.choose(problem, impl)
+    if chosen == "reference":
+        out, lse, entropy = _by_reference(query, memory, steps, float(shrink), return_entropy)
+    elif operator == "shrink":
+        out, lse, entropy = _by_kernel(query, memory, steps, float(shrink), chosen)
+    else:
+        out, lse, entropy = _by_kernel(query, memory, steps, None, chosen)
+    extras = ([lse] if return_lse else []) + ([entropy] if return_entropy and entropy is not None else [])
+    return (out, *extras) if extras else out
+
+
+def _by_reference(
+    query: Tensor, memory: Memory, steps: int, shrink: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = accumulator(query)
+    with without_autocast(query.device.type):
+        retrieval = reference.hopfield_retrieve(
+            query.to(dtype), **reference_memory(memory, dtype), steps=steps, shrink=shrink
+        )
+        entropy = reference.weights_entropy(retrieval.weights) if want_entropy else None
+    return retrieval.out.to(query.dtype), retrieval.lse, entropy
+
+
+def _by_kernel(
+    query: Tensor, memory: Memory, steps: int, shrink: float | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`shrink` is None where neither shrinkage nor the entropy is wanted."""
+    from anomem.ops import retrieve
+
+    leading = query.shape[:-1]
+    state = unit_inner_stride(query.reshape(-1, query.shape[-1]))  # [N, d]
+    memory = kernel_memory(memory)
+    if steps > 1:
+        # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.
+        state = normalize_rows(state, memory.normalize)
+        memory = memory._replace(keys=normalize_rows(memory.keys, memory.normalize), normalize="none")
+        for _ in range(steps - 1):
+            state, _ = retrieve.retrieve(state, memory._replace(values=None), backend)
+    entropy = None
+    if shrink is None:
+        out, lse = retrieve.retrieve(state, memory, backend)
+    else:
+        out, lse, entropy = retrieve.shrink(state, memory, shrink)
+        entropy = entropy.reshape(leading)
+    return out.reshape(*leading, out.shape[-1]), lse.reshape(leading), entropy

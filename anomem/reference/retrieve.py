@@ -1,0 +1,164 @@
+"""Memory retrieval, Eq. (1) of AnoMem: the read of a modern Hopfield network (Ramsauer et al. 2021, Eq. 10).
+
+Also the row normalisation in front of it. The gradients that the fused kernels compute, with upstream gradients dO of
+`out` and dL of `lse`, q and K normalised, b = beta, S = b q Kᵀ, P = softmax(S), O = P V:
+
+    dV_m   = Σ_n P_nm dO_n
+    dP_nm  = dO_n · V_m
+    dS_nm  = P_nm (dP_nm − delta_n + dL_n),    delta_n = Σ_m P_nm dP_nm = dO_n · O_n
+    dq_n   = b Σ_m dS_nm K_m
+    dK_m   = b Σ_n dS_nm q_n                   (+ dV_m where V = K)
+    dbeta  = Σ_nm dS_nm q_n · K_m
+
+The backward recomputes P_nm = exp(S_nm − lse_n) from the saved lse, and delta_n from the saved output: no [N, M]
+matrix is kept. Through the normalisation, with y = norm(x) and dy its gradient:
+
+    unit length   dx = (dy − y (y · dy)) / |x|
+    LayerNorm     dx = (dy − mean(dy) − y mean(y dy)) / sqrt(var(x) + 1e-5)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Normalize = Literal["layer", "l2", "none"]
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
+
+LAYER_EPS = 1e-5
+L2_EPS = 1e-12
+
+
+def layer_normalize(x: Tensor) -> Tensor:
+    """LayerNorm without affine: (x − mean) / sqrt(var + 1e-5) over the last axis (biased variance).
+
+    Args:
+        x: [..., d].
+
+    Returns:
+        [..., d].
+    """
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_EPS)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) over the last axis; a zero row stays zero and passes no gradient.
+
+    Args:
+        x: [..., d].
+
+    Returns:
+        [..., d].
+    """
+    length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    # The norm has no derivative at zero. A where on both sides of it keeps a zero row's gradient at zero, in the
+    # second derivative too.
+    nonzero = (length > L2_EPS) | length.isnan()
+    safe = torch.where(nonzero, x, torch.ones_like(x))
+    unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
+    return torch.where(nonzero, unit, torch.zeros_like(unit))
+
+
+def normalize_rows(x: Tensor, normalize: Normalize) -> Tensor:
+    """`norm(x)` of Eq. (1): LayerNorm without affine, unit length, or x itself.
+
+    Args:
+        x: [..., d].
+        normalize: "layer", "l2" or "none".
+
+    Returns:
+        [..., d].
+    """
+    if normalize == "layer":
+        return layer_normalize(x)
+    if normalize == "l2":
+        return l2_normalize(x)
+    return x
+
+
+class Retrieval(NamedTuple):
+    """What one read of the memory gives."""
+
+    out: Tensor
+    """[..., dv], what the memory returns for each query."""
+    lse: Tensor
+    """[...], logsumexp over the prototypes of beta·q·k; −lse/beta is the Hopfield energy up to terms in |q|²."""
+    weights: Tensor
+    """[..., M], the retrieval weights that multiplied the values (after shrinkage, if any)."""
+
+
+def hopfield_retrieve(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    values: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    steps: int = 1,
+    normalize: Normalize = "layer",
+    shrink: float = 0.0,
+    log_prior: Tensor | None = None,
+) -> Retrieval:
+    """HF(q) = softmax(beta · norm(q) norm(K)ᵀ) V, row by row; V = norm(K) unless given.
+
+    Args:
+        query: [..., d].
+        prototypes: [M, d], the stored patterns K.
+        values: [M, dv], read instead of the normalised prototypes.
+        beta: inverse temperature, a number or a 0-dim tensor; 1/sqrt(d) when None.
+        steps: number of reads; all but the last update the state, q ← softmax(beta q Kᵀ) K.
+        normalize: what is done to query and prototypes first; "none" leaves both alone.
+        shrink: hard-shrinkage threshold on the weights (MemAE, Gong et al. 2019, Eq. 7); 0 keeps the softmax.
+        log_prior: [..., M], added to the logits of the last read (`log pi(prototype | position)`).
+
+    Returns:
+        `Retrieval(out, lse, weights)`; `lse` is of the logits of the last read, before any shrinkage.
+    """
+    state = normalize_rows(query, normalize)  # [..., d]
+    keys = normalize_rows(prototypes, normalize)  # [M, d]
+    if beta is None:
+        beta = query.shape[-1] ** -0.5
+    for _ in range(steps - 1):
+        state = torch.softmax(beta * (state @ keys.mT), dim=-1) @ keys
+    logits = beta * (state @ keys.mT)  # [..., M]
+    if log_prior is not None:
+        logits = logits + log_prior
+    lse = torch.logsumexp(logits, dim=-1)  # [...]
+    weights = torch.softmax(logits, dim=-1)  # [..., M]
+    if shrink > 0:
+        weights = shrink_weights(weights, shrink)
+    return Retrieval(weights @ (keys if values is None else values), lse, weights)
+
+
+def shrink_weights(weights: Tensor, threshold: float) -> Tensor:
+    """Hard shrinkage with renormalisation (MemAE, Gong et al. 2019, Eqs. 6–7).
+
+    w ← relu(w − t) · w / (|w − t| + 1e-12), then w ← w / max(Σ w, 1e-12). A row all of whose weights are at or below
+    the threshold becomes zero: such a query retrieves nothing.
+
+    Args:
+        weights: [..., M], non-negative, rows sum to 1.
+        threshold: t ≥ 0; MemAE recommends 1/M to 3/M.
+
+    Returns:
+        [..., M], rows sum to 1 or to 0.
+    """
+    excess = weights - threshold
+    kept = torch.relu(excess) * weights / (excess.abs() + 1e-12)
+    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def weights_entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of each row of weights, with 0 · log 0 = 0.
+
+    Args:
+        weights: [..., M].
+
+    Returns:
+        [...].
+    """
+    # xlogy's slope is infinite at 0, where a shrunk weight sits; the entropy's own slope there is multiplied by the
+    # zero slope of the shrinkage, so the zero is taken out before the logarithm.
+    safe = torch.where(weights > 0, weights, torch.ones_like(weights))
+    return -(weights * safe.log()).sum(dim=-1)

@@ -1,1 +1,0 @@
-"""A training step of stage 1 taken apart into phases; see `benchmarks.profile_training`."""

@@ -1,0 +1,21 @@
+// All that the kernels share with the rest of the library, and the standard headers they need.
+//
+// Every isa_*.cpp includes this before its target pragma. The linker keeps one copy of an inline function for all
+// files. Compiled under the pragma, that copy could use instructions that the processor lacks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "cpu/contrast.h"
+#include "cpu/deviation_map.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/retrieve.h"
+#include "cpu/sampling.h"
+#include "cpu/types.h"
+#include "cpu/usage.h"

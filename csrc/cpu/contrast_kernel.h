@@ -1,0 +1,399 @@
+// NT-Xent and InfoNCE. The gradients are derived in anomem/reference/contrast.py.
+//
+// Grouped NT-Xent, l_i = lse_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau, on the upper triangle of the similarities: each
+// tile is exponentiated once a pass and serves the rows of both sides. With e_ij = exp(s_ij − shift),
+// dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j) − [j = i±B](dl_i + dl_j), a_i = dl_i exp(shift − lse_i).
+//
+// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the
+// forward pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i − [j = positive_i] dl_i serves
+// both sides.
+#pragma once
+
+#include "cpu/contrast.h"
+#include "cpu/contrast_rows.h"
+#include "cpu/contrast_tile.h"
+#include "cpu/parallel.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+template <class S>
+struct NtXentForwardRun {
+  using T = accumulator_t<S>;
+  const NtXentForward& arguments;
+  const Scale<T> scale;
+  const int64_t batch, rows, padded, features, tile;
+
+  explicit NtXentForwardRun(const NtXentForward& a)
+      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, kRowPadding)),
+        features(a.features), tile(tile_rows(rows, a.groups)) {}
+
+  // The workspace of one place: the rows, packed, and three times [padded].
+  T* start(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features);
+  }
+  T* sum(int64_t place) const { return start(place) + padded * features; }
+  T* peak(int64_t place) const { return sum(place) + padded; }
+  PackedRows<S> unit(int64_t place) const {
+    return {reinterpret_cast<factor_t<S>*>(start(place)), peak(place) + padded};
+  }
+  const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
+  T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
+
+  // Normalises kRowPadding rows and packs them.
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, kRowPadding, rows);
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const S* row = x(group, span.first + i);
+      block_rows.set(i, row, inv_norm(group, span.first + i) = inverse_norm(row, features));
+    }
+    block_rows.pack(span.count, unit(place).from(span.first, features));
+    for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
+      sum(place)[i] = 0;
+      peak(place)[i] = kNoPeak<T>;
+    }
+  }
+
+  void add_tile(int64_t place, int64_t first, int64_t second) const {
+    const Span row_span(first, tile, rows), column_span(second, tile, rows);
+    const Tile<S> t{unit(place), unit(place), features, row_span, column_span};
+    TileSums<T> sums;
+    if (scale.fixed_shift)
+      sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
+    else
+      sum_with_peaks<true>(t, scale, UpperTriangle{rows}, sums);
+    for (int64_t i = 0; i < row_span.count; ++i)
+      merge_sum(scale.fixed_shift, sum(place) + row_span.first + i, peak(place) + row_span.first + i, sums.row_sum[i],
+                sums.row_peak[i]);
+    for (int64_t j = 0; j < column_span.count; ++j)
+      merge_sum(scale.fixed_shift, sum(place) + column_span.first + j, peak(place) + column_span.first + j,
+                sums.column_sum[j], sums.column_peak[j]);
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, kRowPadding, rows);
+    T* loss = static_cast<T*>(arguments.loss) + group * rows;
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    PackedPositives<S> positives(features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i, positive = row < batch ? row + batch : row - batch;
+      positives.set(i, x(group, positive), inv_norm(group, positive));
+    }
+    T terms[kRowPadding];
+    positive_terms(scale, features, unit(place).from(span.first, features), positives.packed(span.count), terms);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const int64_t row = span.first + i;
+      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], rows == 2, loss + row, total + row);
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + tile - 1) / tile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t, int64_t place, int64_t first, int64_t second) { add_tile(place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+struct NtXentBackwardRun {
+  using T = accumulator_t<S>;
+  const NtXentBackward& arguments;
+  const Scale<T> scale;
+  const int64_t batch, rows, padded, features, padded_features, tile;
+
+  explicit NtXentBackwardRun(const NtXentBackward& a)
+      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, kRowPadding)),
+        features(a.features), padded_features(round_up(features, kFeaturePadding)), tile(tile_rows(rows, a.groups)) {}
+
+  // The workspace of one place: the rows, packed in two ways, their gradient [padded, padded_features], and three times
+  // [padded].
+  T* start(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
+  }
+  T* weight(int64_t place) const { return start(place) + padded * (features + 2 * padded_features); }
+  T* lse(int64_t place) const { return weight(place) + padded; }
+  Side<S> side(int64_t place) const {
+    T *const packed_rows = start(place) + padded * features, *const gradient = packed_rows + padded * padded_features;
+    return {{reinterpret_cast<factor_t<S>*>(start(place)), lse(place) + padded},
+            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded, padded_features};
+  }
+  const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
+  T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
+  const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, kRowPadding, rows);
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
+    const Side<S> both = side(place);
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i)
+      block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
+    both.prepare(block_rows, span, features);
+    for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
+      const bool real = i < rows;
+      lse(place)[i] = real ? total_in[i] : T{0};
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T{0};
+    }
+  }
+
+  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const Span row_span(first, tile, rows), column_span(second, tile, rows);
+    const Side<S> both = side(place);
+    const Tile<S> t{both.unit, both.unit, features, row_span, column_span};
+    const RowWeights<T> weights{weight(place), lse(place)};
+    alignas(64) T w[kLargestTile * kWeightsStride];
+    const Visible keep{rows, rows, nullptr, false};
+    const bool diagonal = first == second;
+    if (scale.fixed_shift)
+      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kWeightsStride);
+    else
+      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kWeightsStride);
+    if (diagonal) mirror(w, row_span.count);
+    for (int64_t i = 0; i < row_span.count; ++i) {
+      const int64_t row = row_span.first + i, positive = row < batch ? row + batch : row - batch;
+      const int64_t j = positive - column_span.first;
+      if (j >= 0 && j < column_span.count) w[i * kWeightsStride + j] -= dloss(group)[row] + dloss(group)[positive];
+    }
+    add_gradients(t, w, both, both, !diagonal);
+  }
+
+  // Fills the register blocks that `tile_weights` did not write.
+  static void mirror(T* w, int64_t count) {
+    for (int64_t i = 0; i < round_up(count, Block<T>::kHeight); ++i) {
+      const int64_t known = (i / Block<T>::kHeight * Block<T>::kHeight) / Block<T>::kWidth * Block<T>::kWidth;
+      for (int64_t j = 0; j < known; ++j) w[i * kWeightsStride + j] = w[j * kWeightsStride + i];
+    }
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const Span span(block, kRowPadding, rows);
+    T* tau_terms = static_cast<T*>(arguments.tau_terms) + group * rows;
+    const T* gradient = side(place).gradient;
+    // One pair: its loss is constant. Multiplying by 0 keeps NaN.
+    const T factor = rows == 2 ? T{0} : static_cast<T>(1 / arguments.tau);
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const int side = i >= batch;
+      S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
+      tau_terms[i] = unnormalize_gradient(gradient + i * padded_features, factor, x(group, i), inv_norm(group, i),
+                                          features, dx);
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + tile - 1) / tile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+void compute(const NtXentForward& arguments) {
+  NtXentForwardRun<S>(arguments).run();
+}
+
+template <class S>
+void compute(const NtXentBackward& arguments) {
+  NtXentBackwardRun<S>(arguments).run();
+}
+
+template <class S>
+struct InfoNceForwardRun {
+  using T = accumulator_t<S>;
+  const InfoNceForward& arguments;
+  const Scale<T> scale;
+  const int64_t rows, columns, features, tile;
+  const int64_t padded[2];
+
+  explicit InfoNceForwardRun(const InfoNceForward& a)
+      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
+        tile(tile_rows(rows, a.groups)), padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
+
+  // The workspace of one place: rows and columns, packed.
+  PackedRows<S> unit(int64_t place, int side) const {
+    T* start = static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
+               side * padded[0] * (features + 1);
+    return {reinterpret_cast<factor_t<S>*>(start), start + padded[side] * features};
+  }
+  const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
+  T& inv_norm(int64_t group, int side, int64_t i) const {
+    return static_cast<T*>(arguments.inv_norm[side])[group * arguments.count[side] + i];
+  }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const int side = block >= padded[0] / kRowPadding;
+    const Span span(block - side * padded[0] / kRowPadding, kRowPadding, arguments.count[side]);
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i) {
+      const S* row = x(group, side, span.first + i);
+      block_rows.set(i, row, inv_norm(group, side, span.first + i) = inverse_norm(row, features));
+    }
+    block_rows.pack(span.count, unit(place, side).from(span.first, features));
+  }
+
+  // Loss and total of one tile of rows.
+  void reduce(int64_t group, int64_t place, int64_t index) const {
+    const Span row_span(index, tile, rows);
+    const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
+    T sum[kLargestTile] = {}, peak[kLargestTile];
+    for (auto& p : peak) p = kNoPeak<T>;
+    for (int64_t j = 0; j < (columns + kLargestTile - 1) / kLargestTile; ++j) {
+      const Span column_span(j, kLargestTile, columns);
+      const Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
+      TileSums<T> sums;
+      if (scale.fixed_shift)
+        sum_with_fixed_shift<false>(t, scale, keep, sums);
+      else
+        sum_with_peaks<false>(t, scale, keep, sums);
+      for (int64_t i = 0; i < row_span.count; ++i)
+        merge_sum(scale.fixed_shift, sum + i, peak + i, sums.row_sum[i], sums.row_peak[i]);
+    }
+    T* loss = static_cast<T*>(arguments.loss) + group * rows;
+    T* total = static_cast<T*>(arguments.total) + group * rows;
+    for (int64_t start = 0; start < row_span.count; start += kRowPadding) {
+      const int64_t count = row_span.count - start < kRowPadding ? row_span.count - start : kRowPadding;
+      const int64_t first = row_span.first + start;
+      T terms[kRowPadding];
+      find_positives(group, place, first, count, terms);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
+        if (hidden) terms[i] = scale.fixed_shift ? T{0} : -T{INFINITY};
+        const bool only = visible() == 1 && !hidden;
+        finish_row(scale, sum[start + i], peak[start + i], terms[i], only, loss + row, total + row);
+      }
+    }
+  }
+
+  // positive_terms of the rows first … first + count.
+  void find_positives(int64_t group, int64_t place, int64_t first, int64_t count, T* terms) const {
+    PackedPositives<S> positives(features);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t positive = arguments.positive[first + i];
+      positives.set(i, x(group, 1, positive), inv_norm(group, 1, positive));
+    }
+    positive_terms(scale, features, unit(place, 0).from(first, features), positives.packed(count), terms);
+  }
+
+  int64_t visible() const { return columns - (arguments.exclude.given); }
+
+  void run() const {
+    const int64_t blocks = (padded[0] + padded[1]) / kRowPadding, tiles = (rows + tile - 1) / tile;
+    for (int64_t start = 0; start < arguments.groups; start += arguments.wave) {
+      const int64_t count = Span(start / arguments.wave, arguments.wave, arguments.groups).count;
+      parallel(count * blocks, [&](int64_t i) { prepare(start + i / blocks, i / blocks, i % blocks); });
+      parallel(count * tiles, [&](int64_t i) { reduce(start + i / tiles, i / tiles, i % tiles); });
+    }
+  }
+};
+
+template <class S>
+struct InfoNceBackwardRun {
+  using T = accumulator_t<S>;
+  const InfoNceBackward& arguments;
+  const Scale<T> scale;
+  const int64_t rows, columns, features, padded_features, tile;
+  const int64_t padded[2];
+
+  explicit InfoNceBackwardRun(const InfoNceBackward& a)
+      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
+        padded_features(round_up(features, kFeaturePadding)), tile(tile_rows(rows, a.groups)),
+        padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
+
+  // The workspace of one place. For rows and for columns: packed in two ways, their gradient [padded, padded_features]
+  // and [padded]. Then for the rows twice [padded].
+  T* start(int64_t place) const {
+    return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
+  }
+  Side<S> side(int64_t place, int index) const {
+    T* const unit = start(place) + index * padded[0] * (features + 2 * padded_features + 1);
+    T* const packed_rows = unit + padded[index] * features;
+    T* const gradient = packed_rows + padded[index] * padded_features;
+    return {{reinterpret_cast<factor_t<S>*>(unit), gradient + padded[index] * padded_features},
+            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded[index], padded_features};
+  }
+  T* weight(int64_t place) const {
+    return start(place) + (padded[0] + padded[1]) * (features + 2 * padded_features + 1);
+  }
+  T* lse(int64_t place) const { return weight(place) + padded[0]; }
+  const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
+  T inv_norm(int64_t group, int side, int64_t i) const {
+    return static_cast<const T*>(arguments.inv_norm[side])[group * arguments.count[side] + i];
+  }
+  const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+
+  void prepare(int64_t group, int64_t place, int64_t block) const {
+    const int index = block >= padded[0] / kRowPadding;
+    const Span span(block - index * padded[0] / kRowPadding, kRowPadding, arguments.count[index]);
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i)
+      block_rows.set(i, x(group, index, span.first + i), inv_norm(group, index, span.first + i));
+    side(place, index).prepare(block_rows, span, features);
+    if (index == 1) return;
+    const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
+    for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
+      const bool real = i < rows;
+      lse(place)[i] = real ? total_in[i] : T{0};
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T{0};
+    }
+  }
+
+  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const Span row_span(first, tile, rows), column_span(second, kLargestTile, columns);
+    const Side<S> left = side(place, 0), right = side(place, 1);
+    const Tile<S> t{left.unit, right.unit, features, row_span, column_span};
+    const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
+    const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
+    alignas(64) T w[kLargestTile * kWeightsStride];
+    if (scale.fixed_shift)
+      tile_weights<true, false>(t, scale, keep, weights, none, false, w, kWeightsStride);
+    else
+      tile_weights<false, false>(t, scale, keep, weights, none, false, w, kWeightsStride);
+    for (int64_t i = 0; i < row_span.count; ++i) {
+      const int64_t row = row_span.first + i, j = arguments.positive[row] - column_span.first;
+      const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
+      if (j >= 0 && j < column_span.count && !hidden) w[i * kWeightsStride + j] -= dloss(group)[row];
+      // One visible column, the positive: the loss is constant. Multiplying by 0 keeps NaN.
+      if (columns - (arguments.exclude.given) == 1 && !hidden)
+        for (int64_t c = 0; c < column_span.count; ++c) w[i * kWeightsStride + c] *= 0;
+    }
+    add_gradients(t, w, left, right, true);
+  }
+
+  void finish(int64_t group, int64_t place, int64_t block) const {
+    const int index = block >= padded[0] / kRowPadding;
+    const Span span(block - index * padded[0] / kRowPadding, kRowPadding, arguments.count[index]);
+    S* dx = static_cast<S*>(arguments.dside[index]) + group * arguments.count[index] * features;
+    T* tau_terms = static_cast<T*>(arguments.tau_terms) + group * rows;
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const T projection =
+          unnormalize_gradient(side(place, index).gradient + i * padded_features, static_cast<T>(1 / arguments.tau),
+                               x(group, index, i), inv_norm(group, index, i), features, dx + i * features);
+      if (index == 0) tau_terms[i] = projection;
+    }
+  }
+
+  void run() const {
+    run_in_waves(
+        arguments.groups, arguments.wave, (padded[0] + padded[1]) / kRowPadding,
+        Crossing{(rows + tile - 1) / tile, (columns + kLargestTile - 1) / kLargestTile},
+        [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
+  }
+};
+
+template <class S>
+void compute(const InfoNceForward& arguments) {
+  InfoNceForwardRun<S>(arguments).run();
+}
+
+template <class S>
+void compute(const InfoNceBackward& arguments) {
+  InfoNceBackwardRun<S>(arguments).run();
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,255 @@
+// Factors of matrix products: their element type, and how rows are packed as left and right factor.
+//
+// C [m, n] = A [m, k] B [k, n]. A is read through two strides: Aᵀ needs no copy. B lies in panels of `width` columns,
+// [n / width][k][width], the last one padded with zeros.
+//
+// Factors are numbers of the accumulation type. On processors with AVX512-BF16 they are pairs of neighbouring bfloat16
+// terms of a sum: twice the multiplications of float32, each product exact in a float32 sum.
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// The type of factors made of elements S, and the terms of a sum that one factor holds.
+template <class S>
+struct Factor {
+  using type = accumulator_t<S>;
+  static constexpr int kTerms = 1;
+};
+
+// The type of the sums that products of factors F are added to.
+template <class F>
+struct SumOf {
+  using type = F;
+};
+
+#if ANOMEM_BFLOAT16_PAIRS
+struct __attribute__((may_alias)) Pair {
+  uint32_t bits;  // the first term in the lower half
+};
+
+template <>
+struct Factor<Bfloat16> {
+  using type = Pair;
+  static constexpr int kTerms = 2;
+};
+
+ANOMEM_INLINE __m512bh load(const Pair* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+
+ANOMEM_INLINE __m512bh broadcast(Pair x) {
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x.bits)));
+}
+
+// c + a.first · b.first + a.second · b.second in every lane.
+ANOMEM_INLINE vec<float> multiply_add(__m512bh a, __m512bh b, vec<float> c) {
+  return reinterpret_cast<vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c), a, b));
+}
+
+// Both rounded to nearest, `first` in the lower half.
+ANOMEM_INLINE __m512bh round_both(vec<float> first, vec<float> second) {
+  return _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+}
+
+// Pairs of two rows' numbers, rounded to nearest.
+ANOMEM_INLINE void store(Pair* p, vec<float> first, vec<float> second) {
+  typedef int16_t halves __attribute__((vector_size(64)));
+  const halves rounded = reinterpret_cast<halves>(round_both(first, second));
+  constexpr halves interleave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(__builtin_shuffle(rounded, interleave)));
+}
+
+// Pairs of neighbours in 2 · lanes numbers, rounded to nearest.
+ANOMEM_INLINE void store_neighbours(Pair* p, vec<float> first, vec<float> rest) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(round_both(first, rest)));
+}
+
+template <>
+struct SumOf<Pair> {
+  using type = float;
+};
+#endif
+
+template <class S>
+using factor_t = typename Factor<S>::type;
+template <class S>
+constexpr bool kInPairs = Factor<S>::kTerms == 2;
+template <class F>
+using sum_t = typename SumOf<F>::type;
+
+// Factors in a sum of n terms.
+template <class S>
+constexpr int64_t factors(int64_t n) {
+  return (n + Factor<S>::kTerms - 1) / Factor<S>::kTerms;
+}
+
+// The register block: kHeight rows of kWidth columns, two vectors each. Its independent sums hide the latency of a
+// multiply-add and stay in registers.
+template <class T>
+struct Block {
+  static constexpr int kHeight = ANOMEM_VECTOR_BYTES == 64 ? 8 : 4;
+  static constexpr int kWidth = 2 * kLanes<T>;
+};
+
+// Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Columns of zeros follow up to `padded` (0: to
+// the end of the last panel).
+template <class S>
+inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, accumulator_t<S>* packed,
+                            int64_t padded = 0) {
+  using T = accumulator_t<S>;
+  constexpr int width = Block<T>::kWidth;
+  for (int64_t first = 0; first < (padded > count ? padded : count); first += width, packed += k * width) {
+    const int64_t columns = count - first < width ? count - first : width;
+    for (int64_t p0 = 0; p0 < k; p0 += kLanes<T>) {
+      const int64_t n = k - p0 < kLanes<T> ? k - p0 : kLanes<T>;
+      for (int64_t r = 0; r < width; ++r) {
+        T piece[kLanes<T>] = {};
+        if (r < columns) {
+          const S* from = source + (first + r) * stride + p0;
+          store(piece, n == kLanes<T> ? load(from) : load_first(from, n));
+        }
+        for (int64_t p = 0; p < n; ++p) packed[(p0 + p) * width + r] = piece[p];
+      }
+    }
+  }
+}
+
+// Packs B = source [k, n]; columns past n become zeros, and rows of zeros follow up to `padded`. `panel_stride` is the
+// distance of panels in elements (0: k · width).
+template <class S>
+inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumulator_t<S>* packed,
+                 int64_t panel_stride = 0, int64_t padded = 0) {
+  using T = accumulator_t<S>;
+  constexpr int width = Block<T>::kWidth;
+  for (int64_t first = 0; first < n; first += width, packed += panel_stride > 0 ? panel_stride : k * width)
+    for (int64_t half = 0; half < width; half += kLanes<T>) {
+      const int64_t left = n - first - half;
+      for (int64_t p = 0; p < (padded > k ? padded : k); ++p) {
+        if (p >= k || left <= 0) {
+          store(packed + p * width + half, vec<T>{});
+          continue;
+        }
+        const S* from = source + p * stride + first + half;
+        const vec<T> x = left >= kLanes<T> ? load(from) : load_first(from, left);
+        store(packed + p * width + half, x);
+      }
+    }
+}
+
+// Number of elements of a packed B.
+template <class T>
+constexpr int64_t packed_size(int64_t k, int64_t n) {
+  return k * round_up(n, Block<T>::kWidth);
+}
+
+#if ANOMEM_BFLOAT16_PAIRS
+// Packs B = source [k, n] in pairs of rows; rows of zeros follow up to `padded`. `panel_stride` is the distance of
+// panels in pairs (0: one after the other).
+inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_t n, Pair* packed,
+                       int64_t panel_stride, int64_t padded) {
+  constexpr int width = Block<float>::kWidth;
+  const int64_t last = factors<Bfloat16>(padded > k ? padded : k);
+  for (int64_t first = 0; first < n; first += width, packed += panel_stride > 0 ? panel_stride : last * width)
+    for (int64_t half = 0; half < width; half += kLanes<float>) {
+      const int64_t left = n - first - half, count = left < kLanes<float> ? left : kLanes<float>;
+      for (int64_t p = 0; p < last; ++p) {
+        const Bfloat16* from = source + 2 * p * stride + first + half;
+        const bool row = count > 0 && 2 * p < k, next = count > 0 && 2 * p + 1 < k;
+        store(packed + p * width + half, row ? load_some(from, count) : vec<float>{},
+              next ? load_some(from + stride, count) : vec<float>{});
+      }
+    }
+}
+#endif
+
+// Rows on their way into products: set one by one, rounded to what factors hold, then packed as either factor.
+template <class S>
+class FactorRows {
+ public:
+  using T = accumulator_t<S>;
+  using F = factor_t<S>;
+  using Element = std::conditional_t<kInPairs<S>, S, T>;
+
+  FactorRows(int64_t rows, int64_t length)
+      : length_(length), stride_(factors<S>(length) * Factor<S>::kTerms), data_(rows * stride_) {}
+
+  // Row r = scale · x.
+  template <class From>
+  void set(int64_t r, const From* x, T scale) {
+    Element* row = data_.data() + r * stride_;
+    scaled_copy(x, length_, scale, row);
+    if (stride_ > length_) row[length_] = Element{};
+  }
+
+  // As the left factor, with `stride()` between rows.
+  const F* data() const { return reinterpret_cast<const F*>(data_.data()); }
+  int64_t stride() const { return stride_ / Factor<S>::kTerms; }
+
+  // The first `count` rows become the columns of B, [columns / width][factors in a row][width]. Columns of zeros follow
+  // up to `padded`.
+  void pack_columns(int64_t count, F* packed, int64_t padded = 0) const {
+    if constexpr (kInPairs<S>)  // a pair moves as 32 bits
+      pack_transposed(reinterpret_cast<const float*>(data_.data()), stride_ / 2, count, stride_ / 2,
+                      reinterpret_cast<float*>(packed), padded);
+    else
+      pack_transposed(data_.data(), stride_, count, stride_, packed, padded);
+  }
+
+  // The first `count` rows become the rows of B, [columns / width][factors in `count` terms][width]; `panel_stride` and
+  // `padded` as in `pack`.
+  void pack_rows(int64_t count, F* packed, int64_t panel_stride = 0, int64_t padded = 0) const {
+    if constexpr (kInPairs<S>) pack_pairs(data_.data(), stride_, count, length_, packed, panel_stride, padded);
+    else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded);
+  }
+
+ private:
+  int64_t length_, stride_;
+  Buffer<Element> data_;
+};
+
+// A left factor: factor p of row i lies at data[i * row_stride + p * term_stride].
+template <class S>
+struct LeftFactor {
+  const factor_t<S>* data;
+  int64_t row_stride, term_stride;
+};
+
+// A = tile [rows, m] of a softmax's weights, summed over its columns. Pairs go to `to`, [rows, stride / 2], or
+// overwrite the row. Weights may be rounded to bfloat16, since nothing is exponentiated any more. With an odd count the
+// last pair's second weight is arbitrary; it multiplies a zero row.
+template <class S, class T = accumulator_t<S>>
+inline LeftFactor<S> in_rows(T* tile, int64_t rows, int64_t m, int64_t stride, factor_t<S>* to = nullptr) {
+  if constexpr (kInPairs<S>) {
+    const int64_t row_stride = to == nullptr ? stride : stride / 2;
+    factor_t<S>* const start = to == nullptr ? reinterpret_cast<factor_t<S>*>(tile) : to;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < m; j += 2 * kLanes<T>) {
+        const T* at = tile + i * stride + j;
+        const vec<T> first = load(at), rest = load(at + kLanes<T>);
+        store_neighbours(start + i * row_stride + j / 2, first, rest);
+      }
+    return {start, row_stride, 1};
+  } else {
+    return {tile, stride, 1};
+  }
+}
+
+// A = tileᵀ, summed over its rows. Pairs overwrite the first of their two rows.
+template <class S, class T = accumulator_t<S>>
+inline LeftFactor<S> in_columns(T* tile, int64_t rows, int64_t m, int64_t stride) {
+  if constexpr (kInPairs<S>) {
+    for (int64_t i = 0; i < rows; i += 2)
+      for (int64_t j = 0; j < m; j += kLanes<T>) {
+        T* at = tile + i * stride + j;
+        const vec<T> second = i + 1 < rows ? load(at + stride) : vec<T>{};
+        store(reinterpret_cast<factor_t<S>*>(at), load(at), second);
+      }
+    return {reinterpret_cast<const factor_t<S>*>(tile), 1, 2 * stride};
+  } else {
+    return {tile, 1, stride};
+  }
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

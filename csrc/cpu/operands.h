@@ -1,0 +1,83 @@
+// From torch's tensors to what the CPU kernels take: types, pointers, allocation.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "cpu/memory.h"
+#include "cpu/types.h"
+
+namespace anomem::cpu {
+
+inline Type type_of(const Tensor& tensor, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat32;
+    case ScalarType::BFloat16: return Type::kBfloat16;
+    case ScalarType::Double: return Type::kFloat64;
+    default: refuse(argument, "float32, bfloat16 or float64", dtype_name(tensor.scalar_type()));
+  }
+}
+
+// float64 for float64, else float32.
+inline ScalarType accumulator(Type type) { return type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+// Uninitialised and contiguous. Allocated by torch, so that deterministic mode fills it.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, type, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// A 0-dim tensor.
+inline Tensor scalar(double value, ScalarType type) {
+  Tensor tensor = empty({}, type);
+  if (type == ScalarType::Double)
+    *tensor.mutable_data_ptr<double>() = value;
+  else
+    *tensor.mutable_data_ptr<float>() = static_cast<float>(value);
+  return tensor;
+}
+
+// The value of a checked learned scalar, or `otherwise` without one.
+inline double value_of(const OptionalTensor& tensor, double otherwise) {
+  if (!tensor) return otherwise;
+  if (tensor->scalar_type() == ScalarType::Double) return *tensor->const_data_ptr<double>();
+  return *tensor->const_data_ptr<float>();
+}
+
+template <class T = void>
+Optional<const T> optional_data(const OptionalTensor& tensor) {
+  if (!tensor) return {false, nullptr};
+  return {true, static_cast<const T*>(tensor->const_data_ptr())};
+}
+
+inline FeatureMap map_of(const Tensor& map) {
+  check_map(map);
+  return {map.const_data_ptr(), map.size(0),   map.size(1),   map.size(2),  map.size(3),
+          map.stride(0),        map.stride(1), map.stride(2), map.stride(3)};
+}
+
+inline Queries queries_of(const Tensor& query) { return {query.const_data_ptr(), query.size(0), query.stride(0)}; }
+
+// Kernels read through an index unchecked, so every value must lie in [0, size).
+inline void check_indices(const Tensor& index, const char* argument, int64_t size) {
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i)
+    if (values[i] < 0 || values[i] >= size)
+      refuse(argument, "indices from 0 to " + std::to_string(size - 1), std::to_string(values[i]));
+}
+
+// The memory of a call whose queries have `features` features.
+inline Memory memory_of(const Tensor& queries, int64_t features, const Tensor& keys, const OptionalTensor& values,
+                        const OptionalTensor& beta, double scale, int64_t normalize) {
+  check_memory(queries, features, keys, values, beta, accumulator(type_of(queries, "query")), normalize);
+  return {keys.const_data_ptr(),
+          optional_data(values),
+          keys.size(0),
+          features,
+          values ? values->size(1) : features,
+          static_cast<Normalize>(normalize),
+          scale * value_of(beta, 1)};
+}
+
+}  // namespace anomem::cpu

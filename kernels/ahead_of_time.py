@@ -1,0 +1,429 @@
+"""`python -m anomem.kernels.ahead_of_time`: compile every shipped tile for sm_80, sm_90 and sm_100 without a GPU.
+
+The launchers run with tensors that have no memory, and a recorder in place of the launch: what is compiled is what they
+launch. For each kernel, tile and architecture the command prints registers per thread, spilled bytes, shared memory,
+blocks per multiprocessor, the matrix instruction and the tensor memory, read from the compiled binary. `--write` stores
+them in ahead_of_time.json under Triton's minor version; `--check` compiles again, compares, and exits with status 1 on
+
+- a spill, a serialised wgmma (ptxas C7511, C7515) or more than 512 columns of tensor memory, whatever the file says;
+- a matrix instruction that is not the architecture's (HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
+  multiplies matrices;
+- more shared memory than the tile table says, since tiles are chosen by it at run time;
+- scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
+- a row that the committed file lacks or that is no longer compiled;
+- fewer blocks per multiprocessor than the committed row.
+
+Registers may differ by any amount that spills nothing and loses no block: they move by up to 50 from one Triton
+release to the next. A Triton version without committed rows is checked by the rules that need no row.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, rows
+from anomem.kernels.primitives import Memory
+from anomem.kernels.tile_search import Fixed, using
+from anomem.kernels.tile_table import ARCHITECTURES, TABLE, Tile
+
+COMMITTED = Path(__file__).resolve().parent / "ahead_of_time.json"
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
+# SASS mnemonics, the best of an architecture first.
+_MNEMONICS = (("HGMMA", r"\bHGMMA\b"), ("tcgen05", r"\bUTC[A-Z]*MMA\b"), ("HMMA", r"\bHMMA\b"))
+# Shared memory in bytes of a multiprocessor, of which each block takes another KiB, and the limit of one block.
+_SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
+_REGISTERS, _TENSOR_COLUMNS = 65536, 512
+_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
+
+
+class Launch(NamedTuple):
+    """A recorded launch."""
+
+    kernel: Any
+    """The `@triton.jit` function."""
+    arguments: dict[str, Any]
+    """In the order of the kernel."""
+    options: dict[str, Any]
+    """num_warps and others; Triton's defaults if absent."""
+
+
+class Spec(NamedTuple):
+    """One kernel with one tile for one architecture, as `triton.compile` takes it."""
+
+    architecture: int
+    kernel: Any
+    """The `@triton.jit` function."""
+    signature: dict[str, str]
+    """Every argument in order: "*bf16", "*fp32", "i32", "fp32", or "constexpr"."""
+    constants: dict[str, Any]
+    """Values of the constexpr arguments and of absent (None) tensors."""
+    aligned: tuple[str, ...]
+    """Arguments taken as multiples of 16, as in the launches that matter: pointers and integers named *stride."""
+    options: dict[str, Any]
+    tile: Tile
+    matrix: bool
+    """Whether it multiplies matrices: then losing the architecture's matrix instruction is a failure."""
+
+
+class Row(NamedTuple):
+    """The resources of one compiled kernel."""
+
+    registers: int
+    spills: int
+    """Bytes."""
+    shared: int
+    """Bytes."""
+    blocks: int
+    """Blocks per multiprocessor, by registers, shared memory and tensor memory."""
+    matrix: str
+    """"HGMMA", "tcgen05", "HMMA" or "none"."""
+    tensor_columns: int
+    """Columns of tensor memory (sm_100)."""
+    serialised: bool
+    """ptxas C7511 or C7515: consecutive wgmma were serialised."""
+    scratch: int
+    """Bytes of scratch memory on the GPU that each launch needs."""
+
+
+def version() -> str:
+    """The minor version of Triton, such as "3.8", under which rows are committed."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, launches of Triton kernels are recorded and run nothing."""
+    launches: list[Launch] = []
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def record(*positional: Any, **options: Any) -> None:
+            options |= dict(zip(kernel.arg_names, positional, strict=False))
+            arguments = {name: options.pop(name) for name in kernel.arg_names}
+            for name, value in arguments.items():
+                arguments[name] = value.value if isinstance(value, tl.constexpr) else value
+            launches.append(Launch(kernel, arguments, options))
+
+        return record
+
+    with patch.object(KernelInterface, "__getitem__", launcher):
+        yield launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def retrieve_calls(dtype: torch.dtype, d: int, prototypes: int, tied: bool) -> None:
+    """Retrieval, forward and backward, with LayerNorm, a learned beta and a gradient of lse (the heaviest)."""
+    query, dout, keys = (empty(count, d, dtype=dtype) for count in (100, 100, prototypes))
+    arguments = query, keys, None if tied else empty(prototypes, d, dtype=dtype), empty(), 1.0, rows.LAYER.value
+    out, lse = retrieve.forward(*arguments)
+    retrieve.backward(dout, empty(100), *arguments, out, lse)
+
+
+def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool) -> None:
+    """NT-Xent and InfoNCE with an exclusion, forward in splits and backward without.
+
+    With a constant temperature the backward of InfoNCE is left out: it is the learned one without a moment.
+    """
+    temperature, index = empty() if learned else None, empty(2 * batch, dtype=torch.int64)
+    view, matrix = empty(1, batch, d, dtype=dtype), empty(1, 2 * batch, d, dtype=dtype)
+    contrast.nt_xent_forward(view, view, temperature, 0.2)
+    contrast.info_nce_forward(matrix, matrix, index, index, temperature, 0.2)
+    groups = 8  # so many blocks that the streamed rows are not split
+    matrix, row = empty(groups, 2 * batch, d, dtype=dtype), empty(groups, 2 * batch)
+    contrast.nt_xent_backward(row, matrix, row, row, temperature, 0.2)
+    if learned:
+        contrast.info_nce_backward(row, matrix, matrix, row, row, row, index, index, temperature, 0.2)
+
+
+def row_calls(d: int) -> None:
+    """The row passes of retrieval in bfloat16."""
+    matrix = empty(100, d, dtype=torch.bfloat16)
+    rows.normalized(matrix, rows.LAYER.value)
+    rows.normalized_backward(empty(2, 100, d), matrix, rows.LAYER.value, matrix)
+    rows.row_constant(matrix, matrix, empty(100))
+
+
+def contrast_row_calls(d: int) -> None:
+    """The row passes of the contrastive losses in bfloat16."""
+    matrix, row = empty(8, 100, d, dtype=torch.bfloat16), empty(8, 100)
+    contrast_rows.scaled_rows(matrix, matrix, row, matrix, matrix, row)
+    contrast_rows.row_gradient(empty(2, 8, 100, d), matrix, row, matrix, matrix)
+
+
+def chunked_calls(prototypes: int) -> None:
+    """The softmax passes of the chunked scheme in bfloat16."""
+    query, keys = empty(100, 64, dtype=torch.bfloat16), empty(prototypes, 64, dtype=torch.bfloat16)
+    memory = Memory(keys, None, None, 1.0, rows.NONE.value)
+    retrieve_chunked.forward(query, memory)
+    retrieve_chunked.backward(query, empty(100), query, memory)
+
+
+def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
+    """(kind, tile, launch) of every tile of the table, with all that a call can have.
+
+    At rows that fill their blocks, and at rows that leave a rest, which needs masks.
+    """
+    for (kernel, kind, block), tiles in TABLE.items():
+        dtype = torch.bfloat16 if kind == "half" else torch.float32
+        resident = kernel == "retrieve_resident"
+        widest = 512 if resident else block
+        for tile in tiles[architecture]:
+            for d in (widest, widest - 8):
+                with tf32(kind == "tf32"), using(Fixed(kernel, tile)), recording() as launches:
+                    if kernel.startswith("retrieve"):
+                        for tied in (False,) if resident else (True, False):
+                            retrieve_calls(dtype, d, block, tied)
+                    else:
+                        contrast_calls(dtype, d, tile.rows, learned=True)
+                        if kind != "ieee" and d == widest:  # with the fixed shift; see `has_fixed_shift`
+                            contrast_calls(dtype, d, tile.rows, learned=False)
+                for launch in launches:
+                    if launch.kernel.__name__ == f"{kernel}_kernel":
+                        yield kind, tile, launch
+
+
+def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
+    """(dtype, block as a tile, launch) of the passes that multiply no matrices, at short and at the longest rows."""
+    passes = (
+        *((row_calls, "row", width, (rows.rows_per_block(width), width)) for width in (64, 256, 2048)),
+        *((contrast_row_calls, "contrast", width, (rows.rows_per_block(width), width)) for width in (128, 1024)),
+        *((chunked_calls, "retrieve_chunked", M, retrieve_chunked.block_of_scores(M)) for M in (64, 4096)),
+    )
+    for calls, prefix, size, block in passes:
+        with recording() as launches:
+            calls(size)
+        for launch in launches:
+            if launch.kernel.__name__.startswith(prefix):
+                yield "bf16", Tile(*block, warps=4, stages=3, shared=1), launch
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, float32 products round their operands to TF32, or do not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def variant(arguments: dict[str, Any]) -> str:
+    """What a launch computes, in the words of a row's key."""
+    words = ""
+    if "ROLE" in arguments:
+        words = ("joined", "rows", "columns")[arguments["ROLE"]]
+    elif "PART" in arguments:
+        words = ("tied", "keys", "values")[arguments["PART"]]
+    elif "positive" in arguments:
+        words = "joined" if arguments["positive"] is None else "rectangle"
+    elif "PRECISION" in arguments:
+        words = "tied" if arguments["values"] is None else "separate"
+    return words + " fixed" * arguments.get("FIXED", False)
+
+
+def spec_of(launch: Launch, architecture: int, tile: Tile, matrix: bool) -> Spec:
+    """The compilation that a launch needs."""
+    parameters = inspect.signature(launch.kernel.fn).parameters
+    signature, constants = {}, {}
+    for name, value in launch.arguments.items():
+        if value is None or parameters[name].annotation is tl.constexpr:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = _TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride"))
+    return Spec(architecture, launch.kernel, signature, constants, aligned, launch.options, tile, matrix)
+
+
+@functools.cache
+def shipped() -> dict[str, Spec]:
+    """Everything that is compiled, by the key of its committed row."""
+    specs: dict[str, Spec] = {}
+    for architecture in ARCHITECTURES:
+        for kind, tile, launch in (*table_launches(architecture), *pass_launches()):
+            kernel, arguments = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
+            width = arguments.get("D", arguments.get("FEATURES"))
+            words = (kernel, variant(arguments), kind, f"d{width}" if width else "", f"{tile.rows}x{tile.columns}")
+            key = " ".join(word for word in (*words, f"sm_{architecture}") if word)
+            if key in specs:
+                raise ValueError(f"two launches have the key {key!r}")
+            specs[key] = spec_of(launch, architecture, tile, matrix=kind in ("half", "tf32"))
+    return specs
+
+
+def compile_row(key: str) -> Row:
+    """Compile the kernel of a key afresh and read its binary."""
+    spec = shipped()[key]
+    source = triton.compiler.ASTSource(
+        fn=spec.kernel,
+        signature=spec.signature,
+        constexprs={name: spec.constants[name] for name, kind in spec.signature.items() if kind == "constexpr"},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(spec.signature) if name in spec.aligned},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", spec.architecture, 32)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        compiled = triton.compile(source, target=target, options=spec.options)
+    return read(compiled, log.getvalue(), spec)
+
+
+def read(compiled: object, log: str, spec: Spec) -> Row:
+    """The Row of a compiled kernel; `log` is the output of ptxas."""
+    sass, usage = disassemble(compiled.asm["cubin"])
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    spills = max(spilled, default=0) or int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    shared = compiled.metadata.shared
+    columns = getattr(compiled.metadata, "tmem_size", 0) or 0
+    per_multiprocessor, per_block = _SHARED[spec.architecture]
+    threads = 32 * spec.tile.warps
+    blocks = min(
+        2048 // threads,
+        # Registers are given to warps in units of 256.
+        _REGISTERS // (-(-registers * 32 // 256) * 256 * spec.tile.warps),
+        per_multiprocessor // (shared + 1024),
+        _TENSOR_COLUMNS // columns if columns else 32,
+    )
+    if shared > per_block:
+        blocks = 0
+    matrix = next((name for name, pattern in _MNEMONICS if re.search(pattern, sass)), "none")
+    serialised = "C7511" in log or "C7515" in log
+    scratch = sum(getattr(compiled.metadata, f"{kind}_scratch_size") or 0 for kind in ("global", "profile"))
+    return Row(registers, spills, shared, blocks, matrix, columns, serialised, scratch)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(SASS, resource usage) of a binary, by the tools that ship with Triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([tools / tool, *flags, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, flags in (("nvdisasm", ["-c"]), ("cuobjdump", ["-res-usage"]))
+        ]
+    return outputs[0], outputs[1]
+
+
+def compile_all(processes: int) -> dict[str, Row]:
+    """Compile everything that is shipped, in that many processes, past every cache."""
+    keys = list(shipped())
+    with tempfile.TemporaryDirectory() as cache:
+        # The processes inherit these and read them when they import triton.
+        os.environ.update(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1", TRITON_CACHE_DIR=cache)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+            return dict(zip(keys, pool.map(compile_row, keys, chunksize=4), strict=True))
+
+
+def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[str]:
+    """The faults that `--check` reports, one sentence each; the rules stand at the top of this file."""
+    for key, row in rows.items():
+        spec = shipped()[key]
+        if row.spills:
+            yield f"{key}: spills {row.spills} bytes"
+        if row.serialised:
+            yield f"{key}: ptxas serialises its wgmma (C7511 or C7515)"
+        if row.blocks < 1:
+            yield f"{key}: no block fits a multiprocessor ({row.shared} bytes shared, {row.tensor_columns} columns)"
+        if row.shared > spec.tile.shared * 1024:
+            yield f"{key}: {row.shared} bytes of shared memory, the tile table says {spec.tile.shared} KiB at most"
+        if row.scratch:
+            yield f"{key}: {row.scratch} bytes of scratch memory would be allocated at each launch"
+        if spec.matrix and row.matrix != MATRIX_INSTRUCTION[spec.architecture]:
+            yield f"{key}: multiplies by {row.matrix}, not by {MATRIX_INSTRUCTION[spec.architecture]}"
+        if committed is not None:
+            before = committed.get(key)
+            if before is None:
+                yield f"{key}: not in {COMMITTED.name}; run python -m anomem.kernels.ahead_of_time --write"
+            elif row.blocks < before.blocks:
+                yield f"{key}: {row.blocks} blocks per multiprocessor, committed {before.blocks}"
+    for key in sorted(set(committed or ()) - set(rows)):
+        yield f"{key}: in {COMMITTED.name} but no longer compiled; run python -m anomem.kernels.ahead_of_time --write"
+
+
+def committed_rows() -> dict[str, dict[str, Row]]:
+    """The committed table: rows by key, by minor version of Triton."""
+    if not COMMITTED.exists():
+        return {}
+    stored = json.loads(COMMITTED.read_text())
+    return {release: {key: Row(**row) for key, row in rows.items()} for release, rows in stored.items()}
+
+
+def write(rows: dict[str, Row]) -> None:
+    """Store the rows under the running version of Triton, beside those of other versions."""
+    table = committed_rows() | {version(): rows}
+    text = ",\n".join(
+        f'  "{release}": {{\n'
+        + ",\n".join(f"    {json.dumps(key)}: {json.dumps(row._asdict())}" for key, row in sorted(rows.items()))
+        + "\n  }"
+        for release, rows in sorted(table.items())
+    )
+    COMMITTED.write_text("{\n" + text + "\n}\n")
+
+
+def show(rows: dict[str, Row]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    headings = ("registers", "spilled", "shared KiB", "blocks/SM", "matrix", "tensor memory")
+    table = Table("kernel, tile, architecture", title=f"Compiled by Triton {triton.__version__}; nothing was run")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for key, row in rows.items():
+        shared = f"{row.shared / 1024:.1f}"
+        cells = (row.registers, row.spills, shared, row.blocks, row.matrix, row.tensor_columns)
+        table.add_row(key, *map(str, cells), style="red" if row.spills or row.serialised else None)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m anomem.kernels.ahead_of_time", description="compile every shipped tile without a GPU"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help=f"store the rows in {COMMITTED.name}")
+    action.add_argument("--check", action="store_true", help="exit with status 1 on any fault")
+    parser.add_argument("--processes", type=int, default=2, help="compilations at the same time")
+    chosen = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted in this process, not compiled; unset it")
+    rows = compile_all(chosen.processes)
+    found = list(faults(rows, None if chosen.write else committed_rows().get(version())))
+    if chosen.write:
+        write(rows)
+    if not chosen.check:
+        show(rows)
+    for fault in found:
+        print(fault, file=sys.stderr)
+    print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(found)} faults")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

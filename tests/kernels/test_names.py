@@ -1,0 +1,99 @@
+"""Kernels have names that a profiler can show, and the table of operators names the kernels that each launches."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def jitted() -> list[tuple[str, str]]:
+    """(file, name) of every `@triton.jit` function."""
+    return [
+        (path.stem, node.name)
+        for path in sorted(FOLDER.glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+    ]
+
+
+def launched() -> list[str]:
+    """Names of functions that are launched: `name[grid](…)`."""
+    return [
+        ast.unparse(node.func.value)
+        for path in sorted(FOLDER.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+
+
+def test_what_is_launched_is_called_a_kernel_and_nothing_else_is() -> None:
+    names = [name for _, name in jitted()]
+    assert len(names) > 30
+    assert {name for name in names if name.endswith("_kernel")} == set(launched()) & set(names)
+    assert set(launched()) <= set(names)
+
+
+def test_no_two_names_are_alike() -> None:
+    counts = Counter(name for _, name in jitted())
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_a_kernels_name_says_whose_it_is() -> None:
+    """It begins with the name of its file, or of the file's family."""
+    for file, name in jitted():
+        if name.endswith("_kernel"):
+            assert name.startswith((file, file.partition("_")[0], file.removesuffix("s"))), (file, name)
+
+
+def test_the_tile_table_names_kernels() -> None:
+    from anomem.kernels.tile_table import TABLE
+
+    assert {f"{kernel}_kernel" for kernel, _, _ in TABLE} <= {name for _, name in jitted()}
+
+
+def test_every_kernel_belongs_to_an_operator() -> None:
+    from anomem.kernels import OPERATORS
+
+    listed = {kernel for operator in OPERATORS.values() for kernel in operator.kernels}
+    assert listed == {name for _, name in jitted() if name.endswith("_kernel")}
+
+
+def test_operators_launch_the_kernels_that_the_table_names() -> None:
+    """Over shapes and dtypes that reach every scheme; nothing is run."""
+    from anomem import kernels
+    from anomem.kernels.ahead_of_time import empty, recording
+
+    launches: dict[str, list[str]] = {operator: [] for operator in kernels.OPERATORS}
+
+    def call(operator: str, *arguments: object) -> tuple[torch.Tensor, ...]:
+        operator = f"anomem::triton_{operator}"
+        with recording() as found:
+            results: tuple[torch.Tensor, ...] = kernels.implementation(operator)(*arguments)
+        launches[operator] += [launch.kernel.__name__ for launch in found]
+        return results
+
+    for dtype, d, prototypes in ((torch.bfloat16, 64, 40), (torch.bfloat16, 512, 40), (torch.bfloat16, 512, 400)):
+        query, keys = empty(100, d, dtype=dtype), empty(prototypes, d, dtype=dtype)
+        out, lse = call("retrieve_fwd", query, keys, None, None, 1.0, 1)
+        call("retrieve_bwd", query, None, query, keys, None, None, 1.0, 1, out, lse)
+    for groups in (1, 8):  # with and without splits
+        view, columns, index = empty(groups, 32, 64), empty(groups, 64, 64), empty(32, dtype=torch.int64)
+        _, lse, scaled, inverse = call("nt_xent_fwd", view, view, None, 0.2)
+        call("nt_xent_bwd", lse, scaled, inverse, lse, None, 0.2)
+        loss, lse, *matrices = call("info_nce_fwd", view, columns, index, None, None, 0.2)
+        call("info_nce_bwd", loss, *matrices, lse, index, None, None, 0.2)
+    for operator, names in launches.items():
+        assert set(names) == set(kernels.OPERATORS[operator].kernels), operator
+
+
+def test_an_operator_without_an_implementation_is_an_error() -> None:
+    from anomem.kernels import implementation
+
+    with pytest.raises(KeyError, match="triton_deviation_map"):
+        implementation("anomem::triton_deviation_map")

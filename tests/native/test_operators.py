@@ -1,0 +1,105 @@
+"""The native operators below the documented functions: what they refuse, since they would read outside, and return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from anomem.functional import deviation_map, gather_positions, hopfield_retrieve, memory_diagnostics, nt_xent
+from anomem.testing import draw
+
+Call = tuple[Any, tuple[Any, ...], str]
+OPERATORS = torch.ops.anomem
+
+
+@pytest.fixture(autouse=True)
+def registered(library: None) -> None:
+    """A first call of each function loads the library and registers the operators."""
+    query, prototypes, feature_map = draw(6, 4), draw(5, 4), draw(2, 4, 3, 3)
+    hopfield_retrieve(query, prototypes, impl="native")
+    nt_xent(query, query, impl="native")
+    gather_positions(feature_map, torch.tensor([0]), impl="native")
+    deviation_map(feature_map, prototypes, impl="native")
+    memory_diagnostics(query, prototypes, impl="native")
+
+
+def refused_retrievals() -> Iterator[Call]:
+    query, prototypes = draw(6, 4, seed=1), draw(5, 4, seed=2)
+    operator, rest = OPERATORS.native_retrieve_fwd, (None, 0.5, 1)
+    yield operator, (query, prototypes[:, :3].contiguous(), None, *rest), "keys"
+    yield operator, (query, prototypes.double(), None, *rest), "keys"
+    yield operator, (query, prototypes.T.contiguous().T, None, *rest), "keys"
+    yield operator, (query, prototypes[:0], None, *rest), "M >= 1"
+    yield operator, (query, prototypes, prototypes[:3].contiguous(), *rest), "values"
+    yield operator, (query, prototypes, None, None, 0.5, 3), "normalize"
+
+
+def refused_contrasts() -> Iterator[Call]:
+    z, z_pair = (draw(2, 3, 4, seed=seed) for seed in (1, 2))
+    forward, backward = OPERATORS.native_nt_xent_fwd, OPERATORS.native_nt_xent_bwd
+    rows, total, inv_norm = forward(z, z_pair, None, 0.2)
+    yield forward, (z, z_pair[:1], None, 0.2), "z_pair"
+    yield forward, (z, z_pair.double(), None, 0.2), "z_pair"
+    yield forward, (z.mT.contiguous().mT, z_pair, None, 0.2), "unit stride"
+    yield backward, (rows, z, z_pair, inv_norm, total[:, :5], None, 0.2), "total"
+    yield backward, (rows, z, z_pair[:, :2], inv_norm, total, None, 0.2), "z_pair"
+    positive = torch.tensor([0, 4])
+    yield (
+        OPERATORS.native_info_nce_fwd,
+        (draw(1, 2, 3), draw(1, 4, 3), positive, None, None, 0.2),
+        "expected indices from 0 to 3, received 4",
+    )
+
+
+def refused_samples() -> Iterator[Call]:
+    feature_map, rows = draw(2, 5, 3, 4), draw(2, 6, 5)
+    forward, backward = OPERATORS.native_gather_fwd, OPERATORS.native_gather_bwd
+    vectors, inv_norm = forward(feature_map, torch.tensor([1, 2]), True)
+    rest = ([2, 5, 3, 4], False, True)
+    yield forward, (feature_map, torch.tensor([12]), False), "expected indices from 0 to 11, received 12"
+    yield forward, (feature_map, torch.tensor([-1]), False), "expected indices from 0 to 11, received -1"
+    yield forward, (feature_map, torch.tensor([1], dtype=torch.int32), False), "positions"
+    yield forward, (feature_map, torch.zeros(3, 1, dtype=torch.int64), False), "positions"
+    yield forward, (feature_map[0], torch.tensor([1]), False), "map"
+    yield (
+        backward,
+        (vectors, vectors, inv_norm, torch.tensor([1, 12]), *rest),
+        "expected indices from 0 to 11, received 12",
+    )
+    yield backward, (vectors, vectors[:1], inv_norm, torch.tensor([1, 2]), *rest), "`out`"
+    yield OPERATORS.native_variance_fwd, (rows[:, :1].contiguous(), 1.0, 1e-4), "x"
+    yield OPERATORS.native_variance_fwd, (rows.transpose(1, 2), 1.0, 1e-4), "contiguous"
+    yield OPERATORS.native_variance_bwd, (torch.ones(2), rows, rows[:, 0, :4], rows[:, 0], 1.0), "`mean`"
+
+
+def refused_maps_and_usages() -> Iterator[Call]:
+    feature_map, query, prototypes = draw(2, 6, 3, 3), draw(7, 6), draw(4, 6, seed=1)
+    narrow, rest = prototypes[:, :3].contiguous(), (None, 0.5, 1)
+    operator, usage = OPERATORS.native_deviation_map, OPERATORS.native_usage
+    yield operator, (feature_map[0], prototypes, None, *rest, 0, None), "map"
+    yield operator, (feature_map, narrow, None, *rest, 0, None), "keys"
+    yield operator, (feature_map, prototypes, narrow, *rest, 0, None), "v"
+    yield operator, (feature_map, prototypes, None, *rest, 2, None), "distance"
+    yield operator, (feature_map, prototypes, None, *rest, 0, draw(8, 4)), "log_prior"
+    yield usage, (query[:, :3], prototypes, *rest), "keys"
+    yield usage, (query[0], prototypes, *rest), "query"
+    yield usage, (query.double(), prototypes, *rest), "keys"
+
+
+@pytest.mark.parametrize(
+    "calls", [refused_retrievals, refused_contrasts, refused_samples, refused_maps_and_usages], ids=lambda f: f.__name__
+)
+def test_what_would_be_misread_is_refused(calls: Any) -> None:
+    for operator, arguments, message in calls():
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
+
+
+def test_direction_is_the_mean_unit_retrieval() -> None:
+    query, prototypes = draw(300, 8).double(), draw(9, 8, seed=1).double()
+    direction = OPERATORS.native_usage(query, prototypes, None, 0.5, 1)[3]
+    retrieved = hopfield_retrieve(query, prototypes, beta=0.5, impl="reference")
+    torch.testing.assert_close(direction, torch.nn.functional.normalize(retrieved, dim=1).mean(dim=0))

@@ -1,0 +1,82 @@
+"""Every native operator gives the same bits with any number of threads, in both passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomem.functional import (
+    deviation_map,
+    gather_positions,
+    hopfield_retrieve,
+    info_nce,
+    memory_diagnostics,
+    nt_xent,
+    variance_hinge,
+)
+from anomem.testing import draw, gradients
+
+
+def assert_same_bits(run: Callable[[], Sequence[Tensor]]) -> None:
+    """Every result of `run`, with one to three threads and with one again."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shrink", [None, 0.0, 0.02])
+@pytest.mark.parametrize("sizes", [(5, 3, 7, 4), (1300, 70, 24, 0), (1300, 70, 24, 9), (300, 600, 33, 9)])
+def test_retrieve(sizes: tuple[int, int, int, int], shrink: float | None) -> None:
+    """With `shrink` by the operator that has a threshold and an entropy."""
+    n, m, d, dv = sizes
+    values = draw(m, dv, seed=3) if dv else None
+    inputs = [draw(n, d, seed=1), draw(m, d, seed=2), values, torch.tensor(0.7)]
+
+    def run(query: Tensor, prototypes: Tensor, v: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
+        options = {} if shrink is None else {"shrink": shrink, "return_entropy": True}
+        return hopfield_retrieve(query, prototypes, values=v, beta=beta, return_lse=True, impl="native", **options)
+
+    assert_same_bits(lambda: gradients(run, inputs))
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 20), (5, 40, 33)])
+def test_nt_xent(shape: tuple[int, int, int]) -> None:
+    views = [draw(*shape, seed=seed) for seed in (1, 2)]
+    assert_same_bits(lambda: gradients(lambda a, b: nt_xent(a, b, reduction="none", impl="native"), views))
+
+
+def test_info_nce() -> None:
+    sides = [draw(1, n, 20, seed=n) for n in (300, 500)]
+    assert_same_bits(lambda: gradients(lambda a, b: info_nce(a, b, torch.arange(300), impl="native"), sides))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gather_and_variance(per_image: bool) -> None:
+    shape = (5, 70) if per_image else (70,)
+    positions = torch.randint(36, shape, generator=torch.Generator().manual_seed(7))
+
+    def chain(feature_map: Tensor) -> Tensor:
+        vectors = gather_positions(feature_map, positions, normalize=True, impl="native")
+        return variance_hinge(vectors, gamma=0.5, impl="native")
+
+    assert_same_bits(lambda: gradients(chain, [draw(5, 100, 6, 6)]))
+
+
+def test_deviation_map_and_usage() -> None:
+    feature_map, query, prototypes = draw(3, 24, 20, 20), draw(1300, 24, seed=2), draw(70, 24, seed=1)
+    assert_same_bits(
+        lambda: [
+            deviation_map(feature_map, prototypes, impl="native"),
+            *memory_diagnostics(query, prototypes, impl="native"),
+        ]
+    )
