@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "validation"},
     "augment": {"errors", "validation"},
     "models": {"backends", "errors", "functional", "nn", "reference", "validation"},
-    "scoring": {"augment", "data", "models", "reference", "validation"},
+    "scoring": {"augment", "data", "errors", "models", "reference", "validation"},
     "train": {
         "augment", "backends", "data", "errors", "files", "functional", "models", "nn", "reference", "scoring",
         "validation",
