@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "kernels": set(),
     "validation": {"errors"},
-    "backends": {"choice", "errors", "validation", "ops", "kernels"},
+    "backends": {"choice", "errors", "kernels", "ops", "reference", "validation"},
     "choice": {"backends", "calibrate", "errors", "files", "ops", "kernels"},
     "calibrate": {"backends", "choice", "ops", "reference", "testing"},
     "ops": {"reference", "kernels"},
