@@ -37,7 +37,9 @@ _MARGIN = 1.05
 _ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
 """The fewest rounds; short calls take more of them, so that one disturbance of the machine does not decide."""
 _SECONDS = 0.25
-"""After so long no new round begins."""
+"""After so long no new round begins if there were enough."""
+_MOST_SECONDS = 1.0
+"""After so long none begins at all: the machine is busy."""
 
 
 def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bool = False) -> Measured | None:
@@ -69,8 +71,8 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
         calls[name], seconds[name] = call, []
     if not calls:
         return None
-    end = time.perf_counter() + _SECONDS
-    while not _enough(seconds) or (time.perf_counter() < end and not _separate(seconds)):
+    begin = time.perf_counter()
+    while not _done(seconds, time.perf_counter() - begin):
         for name, call in calls.items():
             seconds[name].append(_timed(call, problem.device))
     times = {name: 1e3 * median(values) for name, values in seconds.items()}
@@ -302,15 +304,21 @@ def _timed(call: Callable[[], object], device: str) -> float:
     return seconds
 
 
-def _enough(seconds: dict[str, list[float]]) -> bool:
+def _done(seconds: dict[str, list[float]], passed: float) -> bool:
+    """Whether no further round is needed, `passed` seconds after the first began."""
     rounds = len(next(iter(seconds.values())))
+    if passed >= _MOST_SECONDS:
+        return rounds > 0
     long = all(sum(values) >= _ENOUGH_SECONDS for values in seconds.values())
-    return rounds >= _ENOUGH_ROUNDS or (rounds >= _ROUNDS and long)
+    enough = rounds >= _ENOUGH_ROUNDS or (rounds >= _ROUNDS and long)
+    return enough and (passed >= _SECONDS or _separate(seconds))
 
 
 def _separate(seconds: dict[str, list[float]]) -> bool:
     """Whether the middle half of the fastest one's times lies below that of every other, and its least time too."""
     ordered = sorted((sorted(values) for name, values in seconds.items() if name != SDPA), key=median)
+    if len(ordered) > 1 and len(ordered[0]) < _ROUNDS:
+        return False
     best = ordered[0]
     return all(best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0] for other in ordered[1:])
 

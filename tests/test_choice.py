@@ -240,19 +240,31 @@ def test_a_trace_takes_what_is_known_and_measures_nothing(timed: list[Problem]) 
     torch.compiler.reset()
 
 
+def fast(z: Tensor, z_pair: Tensor, *_: Any) -> Tensor:
+    """In the place of an implementation: its result is not looked at."""
+    return z.sum(-1) + z_pair.sum(-1)
+
+
+def slow(z: Tensor, z_pair: Tensor, *_: Any) -> Tensor:
+    time.sleep(0.02)
+    return fast(z, z_pair)
+
+
 @pytest.mark.usefixtures("checked")
 def test_a_slow_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = contrast.nt_xent
-
-    def slow(*arguments: Any) -> Tensor:
-        time.sleep(0.2)
-        return fast(*arguments)
-
     monkeypatch.setattr(contrast, "nt_xent", slow)
+    monkeypatch.setattr("anomem.reference.nt_xent_rows", fast)
     found = backends.decide(LARGE)
     assert found[:2] == ("reference", "measured")
     assert "times as fast as native" in found.reason
     assert backends.choose(LARGE, "native") == "native"  # named, it runs
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_slow_reference_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "nt_xent", fast)
+    monkeypatch.setattr("anomem.reference.nt_xent_rows", slow)
+    assert backends.decide(LARGE)[:2] == ("native", "measured")
 
 
 @pytest.mark.usefixtures("checked")
@@ -282,20 +294,6 @@ def test_a_measurement_uses_the_threads_of_its_caller() -> None:
         assert choice.in_clean_thread(torch.get_num_threads) == 3
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("checked")
-def test_a_slow_reference_loses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem import reference
-
-    fast = reference.nt_xent_rows
-
-    def slow(*arguments: Any) -> Tensor:
-        time.sleep(0.2)
-        return fast(*arguments)
-
-    monkeypatch.setattr(reference, "nt_xent_rows", slow)
-    assert backends.decide(LARGE)[:2] == ("native", "measured")
 
 
 def wrong_by_little(right: Tensor) -> Tensor:
@@ -475,6 +473,7 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> Non
 def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
     """The choice holds in this process; the next one measures again."""
     assert not calibrate._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
+    assert not calibrate._separate({"reference": [3.0, 3.0], "native": [1.0, 1.0]})
     assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
     assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
     monkeypatch.setattr(calibrate, "_separate", lambda seconds: False)
@@ -483,11 +482,20 @@ def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checke
     assert content(choice.default_path())["sections"][0]["choices"] == {}
 
 
-def test_short_calls_take_more_rounds() -> None:
-    assert not calibrate._enough({"reference": [1e-3] * 14, "native": [1e-3] * 14})
-    assert calibrate._enough({"reference": [1e-3] * 15, "native": [1e-3] * 15})
-    assert calibrate._enough({"reference": [1e-2] * 3, "native": [1e-2] * 3})
-    assert not calibrate._enough({"reference": [1.0] * 2, "native": [1.0] * 2})
+def test_a_measurement_ends() -> None:
+    def done(rounds: int, seconds: float, passed: float) -> bool:
+        times = {"reference": [2 * seconds] * rounds, "native": [seconds] * rounds}
+        return calibrate._done(times, passed)
+
+    assert not done(14, 1e-3, 0.0)  # short calls take more rounds
+    assert done(15, 1e-3, 0.0)
+    assert not done(2, 0.1, 0.4)
+    assert done(3, 0.1, 0.6)
+    assert done(1, 5.0, 10.0)  # a busy machine
+    assert not calibrate._done({"reference": [], "native": []}, 10.0)
+    overlapping = {"reference": [0.1, 0.2, 0.3], "native": [0.1, 0.2, 0.3]}
+    assert not calibrate._done(overlapping, 0.2)
+    assert calibrate._done(overlapping, 0.3)
 
 
 def test_how_far_ahead_is_told() -> None:
