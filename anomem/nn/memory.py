@@ -170,7 +170,8 @@ def from_hopfield_layer(layer: Any) -> nn.Sequential:
     Raises:
         ArgumentError: names the option of the layer that has no counterpart.
     """
-    hopfield, core = getattr(layer, "hopfield", None), getattr(getattr(layer, "hopfield", None), "association_core", None)
+    hopfield: Any = getattr(layer, "hopfield", None)
+    core: Any = getattr(hopfield, "association_core", None)
     known = core is not None and isinstance(getattr(layer, "lookup_weights", None), Tensor)
     require(known, "layer", "an hflayers.HopfieldLayer", type(layer).__name__)
     require(core.num_heads == 1, "num_heads", "1", core.num_heads, "a memory reads with one head")
