@@ -93,6 +93,20 @@ class AugmentConfig:
         return AugmentConfig()
 
     @staticmethod
+    def light() -> AugmentConfig:
+        """Small variations without crops and flips, for parts that lie alike in every image."""
+        return AugmentConfig(
+            crop_area=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            flip=0.0,
+            brightness=0.13,
+            contrast=0.13,
+            saturation=0.13,
+            blur=0.0,
+            noise=0.017,
+        )
+
+    @staticmethod
     def nothing() -> AugmentConfig:
         """Ranges that leave every image unchanged, to start from."""
         return AugmentConfig(

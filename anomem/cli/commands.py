@@ -11,8 +11,8 @@ import stat
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -24,12 +24,13 @@ from rich.text import Text
 from anomem.data import Dataset
 from anomem.errors import UserError
 from anomem.files import Guard, make_folder, printable, write_atomically
-from anomem.train.config import TrainConfig, preset
+from anomem.train.config import FitConfig, TrainConfig, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from anomem.data import Task
+    from anomem.models import AnoMem
     from anomem.train.rundir import RunDirectory
 
 STREAM_LIMIT = 2**30  # bytes of an image or of a list of names on standard input
@@ -55,6 +56,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Fit a detector to good images in seconds, without training: yes or no at a false-alarm rate you choose."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder of good images, or with train/good; labelled defects, if any, in DIR/anomalous. Short for --data.root."""
+    quiet: bool = False
+    """Print only the run directory."""
+    settings: Annotated[FitConfig, tyro.conf.arg(name="")] = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Measure a run on its test images, next to baselines and controls; writes metrics.json and scores.csv."""
 
@@ -77,7 +89,10 @@ class Score:
     run: Path
     """Run directory."""
     by: str | None = None
-    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector."""
+    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector. Of a fitted
+    run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
+    alpha: float | None = None
+    """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
@@ -120,8 +135,56 @@ def train(command: Train) -> None:
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
 
+def fit(command: Fit) -> None:
+    """Fit a detector and write a run directory."""
+    from anomem.train.fitting import fit_run
+
+    config = command.settings
+    if command.folder is not None:
+        if config.data.dataset != "folder":
+            raise UserError(f"`--data.dataset`: {config.data.dataset} reads no folder; give one of both")
+        config = replace(config, data=replace(config.data, root=str(command.folder)))
+    elif config.data == FitConfig().data:
+        raise UserError("`folder`: expected a folder of good images, received none")
+    path = fit_run(config, quiet=command.quiet)
+    following = f"anomem score --run {path} FILES"
+    print(path if command.quiet else f"run written to {path}; next: {following}")
+
+
 def evaluate(command: Evaluate) -> None:
     """Measure a run; write metrics.json and scores.csv."""
+    from anomem.train.rundir import RunDirectory
+
+    if RunDirectory(command.run).is_fitted():
+        _evaluate_fitted(command)
+    else:
+        _evaluate_trained(command)
+
+
+def _evaluate_fitted(command: Evaluate) -> None:
+    from anomem.evaluate.fitted import explained, report
+    from anomem.train.fitting import load_fitted_run
+
+    if command.controls:
+        raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
+    run, config, task, detector = load_fitted_run(command.run)
+    _guard_results(run, command.overwrite)
+    found = detector.over(task.test)
+    _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
+    metrics = report(detector, task, config, found, with_baselines=command.baselines)
+    run.write_metrics(metrics)
+    Console(width=None if sys.stdout.isatty() else 100).print(metrics_table(metrics))
+    print("\n".join(explained(metrics)))
+    print(f"written to {run.metrics_file}, image by image to {run.scores_file}; next: anomem plot {command.run}")
+
+
+def _guard_results(run: RunDirectory, overwrite: bool) -> None:
+    guard = Guard(overwrite=overwrite)
+    guard.require(run.scores_file, "RUN", lambda path: _begins(path, ROWS))
+    guard.require(run.metrics_file, "RUN", lambda path: _begins(path, re.compile(rb'\{\s*"task": ')))
+
+
+def _evaluate_trained(command: Evaluate) -> None:
     from anomem.evaluate.baselines import require_packages
     from anomem.evaluate.report import control, explained, report
     from anomem.scoring import score_images
@@ -130,9 +193,7 @@ def evaluate(command: Evaluate) -> None:
     if command.baselines:
         require_packages()
     run, config, task, scorer = load_run(command.run)
-    guard = Guard(overwrite=command.overwrite)
-    guard.require(run.scores_file, "RUN", lambda path: _begins(path, ROWS))
-    guard.require(run.metrics_file, "RUN", lambda path: _begins(path, re.compile(rb'\{\s*"task": ')))
+    _guard_results(run, command.overwrite)
     scored = score_images(scorer, task.test)
     _write_rows(run.scores_file, _score_rows(task, scored.scores))
     controls = {str(name): control(name, config, task) for name in command.controls}
@@ -193,11 +254,14 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     groups = {
         "": metrics["scores"],
         **{f"{name}: ": scores for name, scores in metrics["controls"].items()},
-        "raw pixels: ": metrics["baselines"],
+        **({"raw pixels: ": metrics["baselines"]} if "same_encoder" not in metrics else {}),
+        "same encoder: ": metrics.get("same_encoder", {}),
+        "pixels: ": metrics["baselines"] if "same_encoder" in metrics else {},
     }
     for prefix, scores in groups.items():
         # The scores that `anomem score` gives by default come first; the variants of "plain" last.
-        for name in sorted(scores, key=lambda name: ("/" in name, name != "stage2", name != "detector")):
+        first = metrics.get("lead", "stage2")
+        for name in sorted(scores, key=lambda name: ("/" in name, name != first, name != "detector")):
             table.add_row(prefix + name, *(f"{scores[name][m]:.4f}" if m in scores[name] else "" for m in columns))
         table.add_section()
     return table
@@ -235,51 +299,110 @@ def score(command: Score) -> int:
     return 1 if failures else 0
 
 
+class Judge(NamedTuple):
+    """A trained scorer or a fitted detector, as `score` uses it."""
+
+    model: AnoMem
+    batch_size: int
+    by: str
+    """The score that is printed and decides."""
+    columns: Callable[[Tensor], tuple[dict[str, list[Any]], Tensor]]
+    """Images [B, C, H, W] -> columns of the table, and maps [B, H, W]."""
+    shown: tuple[str, ...]
+    """Columns that are printed."""
+
+
+def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
+    """What scores the images, its run and its configuration."""
+    from anomem.train.rundir import RunDirectory
+
+    if RunDirectory(command.run).is_fitted():
+        return _fitted_judge(command)
+    from anomem.train.run import load_scorer
+
+    run, config = RunDirectory.open(command.run)
+    if command.alpha is not None:
+        raise UserError(f"`--alpha`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
+    scorer = load_scorer(command.run)
+    by = _chosen(command.by, "detector" if scorer.head is None else "stage2", scorer.names)
+
+    def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
+        scored = scorer(images)
+        maps = scored.maps["plain" if by == "plain" else "detector"]
+        return {name: numbers.tolist() for name, numbers in scored.scores.items()}, maps
+
+    return Judge(scorer.model, scorer.config.batch_size, by, columns, (by,)), run, config
+
+
+def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
+    from anomem.scoring.decision import normals_needed
+    from anomem.train.fitting import load_detector
+    from anomem.train.rundir import RunDirectory
+
+    run, config = RunDirectory.open_fitted(command.run)
+    detector = load_detector(command.run)
+    by = _chosen(command.by, detector.lead, detector.names)
+    if command.alpha is not None:
+        detector.calibration.check(command.alpha)
+    elif detector.calibration.count < normals_needed(detector.alpha):
+        print(f"anomem: no verdicts: {detector.calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+
+    def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
+        found = detector(images, command.alpha, by)
+        verdicts = ["-"] * len(images)
+        if found.verdicts is not None:
+            verdicts = ["anomalous" if yes else "normal" for yes in found.verdicts.tolist()]
+        values = {name: numbers.tolist() for name, numbers in found.scores.items()}
+        maps = found.maps["plain" if by == "plain" else "local"]
+        return {**values, "p_value": found.p_values.tolist(), "verdict": verdicts}, maps
+
+    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict")), run, config
+
+
+def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
+    if by is not None and by not in names:
+        raise UserError(f"`--by`: expected one of {', '.join(names)}, received {by!r}")
+    return by or default
+
+
 def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[dict[str, Any]]:
     """Score the images that can be read and name the others in `failures`. Returns the rows."""
     import torch
 
     from anomem.data import ImageFiles
-    from anomem.train.run import load_scorer
-    from anomem.train.rundir import RunDirectory
 
-    run, config = RunDirectory.open(command.run)
+    judge, run, config = _judge(command)
     maps = _places(command, given, run, Path(config.data.root))
-    scorer = load_scorer(command.run)
-    by = command.by or ("detector" if scorer.head is None else "stage2")
-    if by not in scorer.names:
-        raise UserError(f"`--by`: expected one of {', '.join(scorer.names)}, received {by!r}")
     files = ImageFiles(
         [image.file for image in given],
-        scorer.model.encoder.image_size,
-        grey=scorer.model.mean.shape[0] == 1,
+        judge.model.encoder.image_size,
+        grey=judge.model.mean.shape[0] == 1,
         levels=config.data.levels,
         max_megapixels=command.max_megapixels or config.data.max_megapixels,
     )
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
-    for start in range(0, len(given), scorer.config.batch_size):
+    for start in range(0, len(given), judge.batch_size):
         pixels: dict[int, Tensor] = {}
-        for i in range(start, min(start + scorer.config.batch_size, len(given))):
+        for i in range(start, min(start + judge.batch_size, len(given))):
             try:
                 pixels[i] = files[i]
             except UserError as error:
                 failures.append(str(error).replace(str(given[i].file), given[i].name))
         if not pixels:
             continue
-        scored = scorer(torch.stack(list(pixels.values())).to(scorer.model.device))
-        values = {name: numbers.tolist() for name, numbers in scored.scores.items()}
-        deviations = scored.maps["plain" if by == "plain" else "detector"].cpu() if maps else None
+        columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
         for place, i in enumerate(pixels):
-            scores = {name: numbers[place] for name, numbers in values.items()}
-            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **scores})
-            if deviations is not None:
+            row = {name: values[place] for name, values in columns.items()}
+            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
+            if maps:
                 try:
-                    _write_map(maps[i], deviations[place], given[i].file, files.max_megapixels)
+                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files.max_megapixels)
                 except UserError as error:
                     failures.append(str(error))
             if command.output is None:
-                print(f"{scores[by]:.6g}\t{printable(given[i].name)}")
+                cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in judge.shown]
+                print("\t".join([*cells, printable(given[i].name)]))
     if command.output is not None and rows:
         _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
@@ -457,13 +580,20 @@ def _write_rows(output: Path, rows: list[dict[str, Any]]) -> None:
 
 def plot(command: Plot) -> None:
     """Draw the figures of a run and print their files."""
-    from anomem.plots.run import draw_figures, figure_files
+    from anomem.plots.run import draw_figures, draw_fitted, figure_files
     from anomem.plots.style import is_figure
+    from anomem.train.fitting import load_fitted_run
     from anomem.train.run import load_run
+    from anomem.train.rundir import RunDirectory
 
-    run, config, task, scorer = load_run(command.run)
     guard = Guard(overwrite=command.overwrite)
-    for path in figure_files(run.figures).values():
+    for path in figure_files(RunDirectory(command.run).figures).values():
         guard.require(path, "RUN", is_figure)
-    for path in draw_figures(run.rows(), task, scorer, run.figures, config.run.seed):
+    if RunDirectory(command.run).is_fitted():
+        run, _, task, detector = load_fitted_run(command.run)
+        drawn = draw_fitted(task, detector, run.figures)
+    else:
+        run, config, task, scorer = load_run(command.run)
+        drawn = draw_figures(run.rows(), task, scorer, run.figures, config.run.seed)
+    for path in drawn:
         print(path)

@@ -1,4 +1,4 @@
-"""The command `anomem`: train, evaluate, score, plot.
+"""The command `anomem`: fit, train, evaluate, score, plot.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
 (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
@@ -24,7 +24,7 @@ from anomem.errors import UserError
 from anomem.files import printable
 
 if TYPE_CHECKING:
-    from anomem.cli.commands import Evaluate, Plot, Score, Train
+    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
     from anomem.train.config import TrainConfig
 
 WITHOUT_FILES = ("digits", "textures")
@@ -81,6 +81,8 @@ def _run(arguments: list[str]) -> int:
         command = _parse(arguments)
         if isinstance(command, commands.Train):
             commands.train(command)
+        elif isinstance(command, commands.Fit):
+            commands.fit(command)
         elif isinstance(command, commands.Evaluate):
             commands.evaluate(command)
         elif isinstance(command, commands.Score):
@@ -99,15 +101,16 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot:
     import tyro
 
-    from anomem.cli.commands import Evaluate, Plot, Score, Train
+    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
     from anomem.train.config import TrainConfig
 
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
     kinds: Any = (
-        Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
+        Annotated[Fit, tyro.conf.subcommand("fit")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
@@ -116,7 +119,9 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+            command: Fit | Train | Evaluate | Score | Plot = tyro.cli(
+                kinds, args=arguments, prog="anomem", description=about
+            )
     except SystemExit as stop:
         # tyro puts the error of a configuration into a box and exits; one sentence is enough.
         error: BaseException | None = stop

@@ -8,6 +8,7 @@ from anomem.data.bundled import cifar10_task, cifar100_task, digits_task
 from anomem.data.config import DataConfig, Dataset
 from anomem.data.convert import read_image, upright_size
 from anomem.data.custom import task_from_dataset
+from anomem.data.elpv import elpv
 from anomem.data.folder import ImageFiles, folder_task, image_files
 from anomem.data.images import Images, ImageSet, ResidentImages, StreamedImages
 from anomem.data.task import Split, Task
@@ -38,6 +39,7 @@ DATASETS: dict[str, Callable[[DataConfig], Task]] = {
     "cifar10": cifar10_task,
     "cifar100": cifar100_task,
     "folder": folder_task,
+    "elpv": elpv,
 }
 
 

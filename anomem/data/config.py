@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from anomem.validation import require, require_choice, require_count
 
-Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder"]
+Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv"]
 Defect = Literal["scratch", "blot", "cut_paste"]
 Anomalies = Literal["photographs", "defects", Defect]
 Levels = tuple[float, float]
@@ -34,14 +34,15 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100 or folder. A task made in Python may have any name."""
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python
+    may have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
     """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
     none."""
     image_size: int | None = None
-    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder 128)."""
+    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder and elpv 128)."""
     outlier_ratio: float = 0.0
     """Labelled anomalies in training as a ratio of the normals; 0 is the one-class setting."""
     test_fraction: float = 0.3

@@ -108,6 +108,9 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
     The layout of VisA is `Data/Images/{Normal,Anomaly}` with `Data/Masks/Anomaly`, split by `../split_csv/1cls.csv`
     where there is one, else by `test_fraction` and seed.
 
+    A folder without `train` that holds images itself, or a folder "good", "normal" or "ok" of them, is one of normal
+    images; `test` and `ground_truth` may lie beside them.
+
     Without test images the task is enough to train on and to score files with.
 
     Args:
@@ -115,7 +118,8 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
         trained_on: see `load_task`.
     """
     root, size = Path(config.root), 128 if config.image_size is None else config.image_size
-    listing = (_visa if os.path.isdir(root / "Data" / "Images") else _mvtec)(root, config, trained_on)
+    layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
+    listing = layout(root, config, trained_on)
     train, labelled = _split(listing, root, config, trained_on)
     test = [entry for entry in listing.test if entry[0] not in labelled]
     masks = None
@@ -155,13 +159,37 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
     )
 
 
+def _is_flat(root: Path) -> bool:
+    """Whether a folder holds normal images without the folder `train`."""
+    if not os.path.isdir(root) or os.path.isdir(root / "train"):
+        return False
+    return _good_folder(root) is not None or any(p.suffix.lower() in SUFFIXES for p in _entries(root))
+
+
+def _good_folder(root: Path) -> Path | None:
+    """The only folder of a name for normal images, or None."""
+    found = [path for path in _entries(root) if path.name.casefold() in GOOD and os.path.isdir(path)]
+    return found[0] if len(found) == 1 else None
+
+
+def _flat(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
+    good = _good_folder(root)
+    normal = root.resolve().name if good is None else good.name
+    return _listing(root, normal, image_files(good or root))
+
+
 def _mvtec(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
     normal = _normal_folder(root / "train", config.normal)
+    return _listing(root, normal, image_files(root / "train" / normal))
+
+
+def _listing(root: Path, normal: str, train: list[Path]) -> Listing:
+    """With the folders `test` and `ground_truth` of MVTec-AD, where they are there."""
     kinds = _subfolders(root / "test") if os.path.isdir(root / "test") else []
     good = {normal.casefold(), *GOOD}
     test = [(path, kind, kind.casefold() not in good) for kind in kinds for path in image_files(root / "test" / kind)]
     masks = root / "ground_truth"
-    return Listing(normal, image_files(root / "train" / normal), test, masks if os.path.isdir(masks) else None)
+    return Listing(normal, train, test, masks if os.path.isdir(masks) else None)
 
 
 def _visa(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:

@@ -14,7 +14,7 @@ from anomem.errors import UserError
 from anomem.evaluate.baselines import baselines, pixels, require_packages
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
-from anomem.scoring import Scorer, score_images
+from anomem.scoring import FittedDetector, Scorer, score_images
 
 
 def figure_files(folder: Path) -> dict[str, Path]:
@@ -77,6 +77,41 @@ def draw_figures(
         tsne(stored, vectors[~is_anomaly], vectors[is_anomaly], paths["tsne"], seed=seed)
     except ImportError as error:
         raise UserError(f"the figures need a package that cannot be imported ({error}); install anomem[lab]") from error
+    return list(paths.values())
+
+
+def draw_fitted(task: Task, detector: FittedDetector, folder: Path) -> list[Path]:
+    """Histograms, ROC and extremes with maps of a fitted detector.
+
+    Where the test images are of one class only there is no ROC.
+
+    Args:
+        task: on the detector's device.
+        detector: fitted.
+        folder: of the figures; made if missing.
+
+    Returns:
+        The files.
+    """
+    is_anomaly = task.test_is_anomaly.cpu()
+    paths = {name: path for name, path in figure_files(folder).items() if name in ("histograms", "roc", "extremes")}
+    if bool(is_anomaly.all()) or not bool(is_anomaly.any()):
+        del paths["roc"]
+    found = detector.over(task.test)
+    score_histograms(found.scores, is_anomaly, paths["histograms"])
+    if "roc" in paths:
+        roc_curves(found.scores, is_anomaly, paths["roc"], highlight=(detector.lead,))
+    extremes(
+        pixels(task.test),
+        found.scores[detector.lead],
+        found.maps["local"],
+        is_anomaly,
+        paths["extremes"],
+        kinds=task.test_kinds,
+        files=task.test_paths,
+        score=detector.lead,
+        masks=None if task.test_masks is None else task.test_masks.cpu(),
+    )
     return list(paths.values())
 
 

@@ -25,7 +25,7 @@ from anomem.train.checkpoint import (
     save_checkpoint,
     saved_step,
 )
-from anomem.train.config import RunConfig, TrainConfig
+from anomem.train.config import FitConfig, RunConfig, TrainConfig
 from anomem.train.monitor import tensorboard_writer
 from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
 from anomem.train.stage1 import train_stage1
@@ -165,7 +165,7 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     return run, config, task.to(device_of(config.run)), scorer
 
 
-def prepare(config: TrainConfig) -> None:
+def prepare(config: TrainConfig | FitConfig) -> None:
     """Process-wide settings of a run, and a look for the packages it will need.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 from anomem.data import Split
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
-from anomem.train.config import TrainConfig, load_config, read_json, reading, to_dict
+from anomem.train.config import FitConfig, TrainConfig, load_config, read_json, reading, to_dict
 
 STAGES = ("stage1", "stage2")
 LEFTOVER = re.compile(r"\..*[0-9a-f]{32}")
@@ -47,7 +47,9 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def create(cls, config: TrainConfig, given: Sequence[str] = (), split: Split | None = None) -> RunDirectory:
+    def create(
+        cls, config: TrainConfig | FitConfig, given: Sequence[str] = (), split: Split | None = None
+    ) -> RunDirectory:
         """Make a new folder and write the configuration into it.
 
         Args:
@@ -62,6 +64,10 @@ class RunDirectory:
         with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         with run.claimed():
+            if run.is_fitted() and not run.checkpoints.exists():
+                run.config_file.unlink()  # of a fit that was killed; there is nothing to continue
+            if run.is_fitted():
+                raise UserError(f"{run.path} already holds a run; choose another --run.directory")
             if run.config_file.exists():
                 raise UserError(
                     f"{run.path} already holds a run; continue it with `anomem train --resume {run.path}`, or choose "
@@ -92,7 +98,32 @@ class RunDirectory:
             found = run.config_file.exists()
         if not found:
             raise UserError(f"{path} holds no run: expected the file {run.config_file}")
+        if run.is_fitted():
+            raise UserError(f"{path} holds a fitted detector, which is not trained; expected a run of `anomem train`")
         return run, load_config(TrainConfig, run.config_file)
+
+    @classmethod
+    def open_fitted(cls, path: Path) -> tuple[RunDirectory, FitConfig]:
+        """An existing run of `fit` and its configuration.
+
+        Raises:
+            UserError: the folder holds no such run, or its configuration is damaged.
+        """
+        run = cls(path)
+        if not run.is_fitted():
+            raise UserError(f"{path} holds no run of `anomem fit`")
+        return run, load_config(FitConfig, run.config_file)
+
+    def is_fitted(self) -> bool:
+        """Whether it is a run of `fit`, whose configuration has the part `fill`; False where there is no run.
+
+        Raises:
+            UserError: the configuration is damaged.
+        """
+        with reading(self.path):
+            found = self.config_file.exists()
+        values = read_json(self.config_file) if found else None
+        return isinstance(values, dict) and "fill" in values
 
     def split(self) -> Split | None:
         """The files that the run was trained on, or None where they are not known.
@@ -209,7 +240,7 @@ class RunDirectory:
         write_atomically(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
 
 
-def default_directory(config: TrainConfig) -> str:
+def default_directory(config: TrainConfig | FitConfig) -> str:
     """runs/<dataset>-<normal>-<seed>; other characters than letters and digits become underscores."""
     names = (config.data.dataset, config.data.normal or Path(config.data.root).resolve().name)
     dataset, normal = ("".join(c if c.isalnum() else "_" for c in name)[:60] for name in names)

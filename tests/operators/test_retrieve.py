@@ -397,8 +397,9 @@ COLLAPSED = "bfloat16 products keep the mean of nearly equal prototypes, and the
     {
         NATIVE: [(300, 90, 33, dv, spread) for dv in (0, 9) for spread in (0.3, 0.03, 0.01)],
         TRITON: [
+            # At 0.01 plain bfloat16's own error is 30 to 180 times the gradient: it measures nothing.
             (60, 40, 33, 0, 0.3),
-            *(fault(COLLAPSED, 60, 40, 33, 0, spread) for spread in (0.03, 0.01)),
+            fault(COLLAPSED, 60, 40, 33, 0, 0.03),
             *((60, 40, 33, 9, spread) for spread in (0.3, 0.03, 0.01)),
         ],
     },
