@@ -34,7 +34,8 @@ _MOST_WORK, _MOST_COPIED = 2**27, 2**24
 _LEAST_ROWS = 256
 _MARGIN = 1.05
 """A kernel is taken if the reference takes so many times as long."""
-_ROUNDS = 3
+_ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
+"""The fewest rounds; short calls take more of them, so that one disturbance of the machine does not decide."""
 _SECONDS = 0.25
 """After so long no new round begins."""
 
@@ -49,7 +50,7 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
         rivals: also time SDPA for a retrieval.
 
     Returns:
-        The fastest implementation; the reference unless a kernel is ahead by a margin. None without memory for it.
+        The fastest implementation; the reference unless a kernel is ahead by a margin. None if nothing runs.
     """
     problem = bounded(problem)
     inputs = inputs_of(problem)
@@ -63,13 +64,13 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
         try:
             for _ in range(2):  # the first compiles, allocates and starts threads
                 _timed(call, problem.device)
-        except torch.OutOfMemoryError:
+        except Exception:  # out of memory, or whatever a compiler, a driver or a launch raises at this size
             continue
         calls[name], seconds[name] = call, []
     if not calls:
         return None
     end = time.perf_counter() + _SECONDS
-    while len(next(iter(seconds.values()))) < _ROUNDS or (time.perf_counter() < end and not _separate(seconds)):
+    while not _enough(seconds) or (time.perf_counter() < end and not _separate(seconds)):
         for name, call in calls.items():
             seconds[name].append(_timed(call, problem.device))
     times = {name: 1e3 * median(values) for name, values in seconds.items()}
@@ -301,11 +302,17 @@ def _timed(call: Callable[[], object], device: str) -> float:
     return seconds
 
 
+def _enough(seconds: dict[str, list[float]]) -> bool:
+    rounds = len(next(iter(seconds.values())))
+    long = all(sum(values) >= _ENOUGH_SECONDS for values in seconds.values())
+    return rounds >= _ENOUGH_ROUNDS or (rounds >= _ROUNDS and long)
+
+
 def _separate(seconds: dict[str, list[float]]) -> bool:
-    """Whether the middle half of the fastest one's times lies below that of every other."""
+    """Whether the middle half of the fastest one's times lies below that of every other, and its least time too."""
     ordered = sorted((sorted(values) for name, values in seconds.items() if name != SDPA), key=median)
     best = ordered[0]
-    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] for other in ordered[1:])
+    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0] for other in ordered[1:])
 
 
 def problems(device: str) -> Iterator[tuple[Problem, bool]]:

@@ -5,7 +5,8 @@ The environment variable ANOMEM_CHOICE
     table     no file and no measurement: committed rows and rules only
     PATH      this file is read and never written; nothing is measured
 
-A choice is keyed by `Bucket` within a section for one processor or GPU and one state of the software. A section of
+A choice is keyed by `Bucket` within a section for one processor or GPU (the current one at the first call) and one
+state of the software. A section of
 another machine, torch, Triton, driver or state of the kernels is not used. The file:
 {"format": 1, "sections": [{"hardware": "…", "software": "…", "choices": {BUCKET: {"implementation": "native",
 "milliseconds": {"reference": 2.1, "native": 0.9}}}, "checks": {FAMILY: "passed" or what went wrong}}]}
@@ -165,7 +166,7 @@ def of_machine(problem: backends.Problem, training: bool) -> backends.Choice | N
         problem: the call.
         training: whether gradients are on.
     """
-    if torch.are_deterministic_algorithms_enabled() or mode() == "table":
+    if problem.device not in _LARGE or torch.are_deterministic_algorithms_enabled() or mode() == "table":
         return None
     bucket = bucket_of(problem, training)
     with _lock:
@@ -176,7 +177,7 @@ def of_machine(problem: backends.Problem, training: bool) -> backends.Choice | N
 
 def any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `known` can have an answer for such tensors."""
-    if torch.are_deterministic_algorithms_enabled() or _follows() is None:
+    if device not in _LARGE or torch.are_deterministic_algorithms_enabled() or _follows() is None:
         return False
     start = f"{operator} {_name_of(dtype)} "
     with _lock:
@@ -214,7 +215,10 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
             from anomem import calibrate
 
             check = functools.partial(calibrate.check, operator, implementation, device, dtype, features)
-            outcome = in_clean_thread(check)
+            try:
+                outcome = in_clean_thread(check)
+            except torch.OutOfMemoryError:
+                return "there was no memory to check it on this hardware"
             if mode() == "measure":
                 keep(default_path(), device, checks={family: outcome})
         _outcomes[device, family] = outcome
@@ -277,8 +281,15 @@ def can_run(device: str) -> bool:
 
 def in_clean_thread(call: Callable[[], T]) -> T:
     """Run a call in a thread of its own: no autocast, transform, mode or hook of the caller is on there."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> T:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        return call()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+        return pool.submit(run).result()
 
 
 def _from_file(problem: backends.Problem, bucket: Bucket) -> backends.Choice | None:
