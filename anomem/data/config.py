@@ -34,7 +34,7 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python may
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells, CC BY-NC-SA 4.0). A task made in Python may
     have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
