@@ -61,7 +61,7 @@ def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
         ({"prototypes": (8, 8)}, "prototypes", "3, one per scale"),
         ({"prototypes": ()}, "prototypes", "one number"),
         ({"prototypes": (8, 0)}, "prototypes", "≥ 1"),
-        ({"projection": 0}, "projection", "≥ 1"),
+        ({"projection": 0}, "projection", "≥ 3"),
         ({"normalize": "rms"}, "normalize", "layer"),
         ({"beta": float("nan")}, "beta", "finite"),
         ({"steps": 0}, "steps", "≥ 1"),

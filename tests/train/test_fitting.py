@@ -214,3 +214,14 @@ def test_images_too_many_to_hold_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fitted, "EncodedImages", lambda *arguments: plain(*arguments, at_most=0))
     encoded = fit(parts(10), alpha=0.2, config=CONFIG)
     torch.testing.assert_close(held.calibration.scores, encoded.calibration.scores, rtol=1e-2, atol=1e-2)
+
+
+def test_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    snippet = text.split("<!-- run by tests/train/test_fitting.py -->\n```python\n")[1].split("```")[0]
+    given = {"images": parts(60), "new_images": parts(3, 1)}
+    # With random weights: the package of weights may not be there.
+    code = snippet.replace("alpha=0.05", "alpha=0.05, config=config")
+    values = {**given, "config": CONFIG}
+    exec(code, values)
+    assert values["verdicts"].shape == (3,)
