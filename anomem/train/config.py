@@ -237,7 +237,7 @@ class FitConfig:
     """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained; auto takes efficientnet_lite0
     where its weights are installed, else small."""
     weights: str = "default"
-    """The encoder's own weights, or a .safetensors or .pth file of them."""
+    """The encoder's own weights, a .safetensors or .pth file of them, or "none" for random ones: a control."""
     scales: tuple[str, ...] = ()
     """Scales by the encoder's own names or by stride; empty for the encoder's own choice."""
     labels: str | None = None
