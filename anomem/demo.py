@@ -1,7 +1,7 @@
 """`make demo`: AnoMem on real images in a few minutes, against shallow baselines and an untrained encoder.
 
-Solar cells, fitted and decided in seconds; digits 3, 8 and 9 in the paper's one-class setting; one texture with heat maps
-of its scratches. Finished runs are reused.
+Solar cells, fitted and decided in seconds; digits 3, 8 and 9 in the paper's one-class setting; one texture with heat
+maps of its scratches. Finished runs are reused.
 """
 
 from __future__ import annotations
