@@ -41,12 +41,20 @@ inline std::string device_name(const torch::stable::Device& device) {
   return (device.type() == DeviceType::CUDA ? "cuda:" : "another device:") + std::to_string(device.index());
 }
 
-// "shape [4, 16]"
-inline std::string shape_of(const Tensor& tensor) {
+// "[4, 16]", the values of one(axis).
+template <class F>
+std::string for_axes(const Tensor& tensor, F one) {
   std::string text;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis)
-    text += (axis > 0 ? ", " : "") + std::to_string(tensor.size(axis));
-  return "shape [" + text + "]";
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) text += (axis > 0 ? ", " : "") + std::to_string(one(axis));
+  return "[" + text + "]";
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  return "shape " + for_axes(tensor, [&](int64_t axis) { return tensor.size(axis); });
+}
+
+inline std::string strides_of(const Tensor& tensor) {
+  return "strides " + for_axes(tensor, [&](int64_t axis) { return tensor.stride(axis); });
 }
 
 // One axis of an expected shape: a size, or the letter of an axis with at least `least` elements.
@@ -80,14 +88,14 @@ inline void check_type(const Tensor& tensor, const char* argument, ScalarType ex
 }
 
 inline void check_contiguous(const Tensor& tensor, const char* argument) {
-  if (!tensor.is_contiguous()) refuse(argument, "a contiguous tensor", "strides of another layout");
+  if (!tensor.is_contiguous()) refuse(argument, "a contiguous tensor", strides_of(tensor));
 }
 
 // Rows may lie apart; the elements of one row are adjacent.
 inline void check_unit_stride(const Tensor& tensor, const char* argument) {
   const int64_t last = tensor.dim() - 1, stride = tensor.stride(last);
   if (stride != 1 && tensor.size(last) > 1 && tensor.numel() > 0)
-    refuse(argument, "unit stride on the last axis", "stride " + std::to_string(stride));
+    refuse(argument, "unit stride on the last axis", strides_of(tensor));
 }
 
 inline void check_device(const Tensor& tensor, const char* argument, const Tensor& like) {

@@ -16,7 +16,10 @@ How a kernel file is built
     what a profiler shows, and, without the ending, the tile table's.
 """
 
+import functools
 import importlib
+import importlib.metadata
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +73,8 @@ OPERATORS = {
 
 # Longer rows do not fit into the registers of one block, where the row normalisation keeps them.
 LONGEST_ROW = {"retrieve": 2048, "nt_xent": 1024, "info_nce": 1024}
+OLDEST_CAPABILITY = (8, 0)
+TRITON_FOR_10 = (3, 8)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,6 +91,8 @@ def implementation(operator: str) -> Callable[..., Any]:
 def support(operator: str, dtype: torch.dtype, features: int) -> str | None:
     """Why the Triton kernels cannot run an operator on such rows, or None if they can.
 
+    Of a machine with several GPUs the current one is asked.
+
     Args:
         operator: "retrieve", "nt_xent" or "info_nce".
         dtype: of the rows.
@@ -97,4 +104,42 @@ def support(operator: str, dtype: torch.dtype, features: int) -> str | None:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if features > LONGEST_ROW[operator]:
         return f"the Triton kernel of {operator} takes rows of length up to {LONGEST_ROW[operator]}, not {features}"
+    if os.environ.get("TRITON_INTERPRET", "0") == "1" or not _has_gpu():
+        return None  # the interpreter runs everything; without a GPU nothing can be launched
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _gpu_obstacle(device) or _tile_obstacle(operator, dtype, features, device)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()  # asks the driver each time
+
+
+@functools.cache
+def _gpu_obstacle(device: torch.device) -> str | None:
+    """Why no kernel of this folder runs on a GPU, or None."""
+    if torch.version.hip is not None:
+        return "the Triton kernels have tiles for NVIDIA GPUs only, not for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    name = "{}.{}".format(*capability)
+    if capability < OLDEST_CAPABILITY:
+        return f"the Triton kernels need compute capability 8.0 or later; this GPU has {name}"
+    if capability[0] == 10 and _triton_release() < TRITON_FOR_10:
+        return (
+            f"on compute capability {name} Triton before 3.8 can lose a barrier of a product and give wrong numbers "
+            f"(triton#9871, pytorch#181248); {importlib.metadata.version('triton')} is installed"
+        )
     return None
+
+
+def _triton_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+def _tile_obstacle(operator: str, dtype: torch.dtype, features: int, device: torch.device) -> str | None:
+    """Why a contrast has no tile on a GPU, or None; retrieval without a tile is chunked."""
+    if operator == "retrieve":
+        return None
+    rows = importlib.import_module("anomem.kernels.contrast_rows")
+    reasons = (rows.obstacle(kernel, dtype, features, device) for kernel in ("contrast_forward", "contrast_backward"))
+    return next(filter(None, reasons), None)

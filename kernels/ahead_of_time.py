@@ -1,13 +1,17 @@
-"""`python -m anomem.kernels.ahead_of_time`: compile every shipped tile for sm_80, sm_90 and sm_100 without a GPU.
+"""`python -m anomem.kernels.ahead_of_time`: compile every shipped tile for every architecture without a GPU.
 
 The launchers run with tensors that have no memory, and a recorder in place of the launch: what is compiled is what they
 launch. For each kernel, tile and architecture the command prints registers per thread, spilled bytes, shared memory,
 blocks per multiprocessor, the matrix instruction and the tensor memory, read from the compiled binary. `--write` stores
 them in ahead_of_time.json under Triton's minor version; `--check` compiles again, compares, and exits with status 1 on
 
-- a spill, a serialised wgmma (ptxas C7511, C7515) or more than 512 columns of tensor memory, whatever the file says;
-- a matrix instruction that is not the architecture's (HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
-  multiplies matrices;
+- a register that is spilled inside a loop with a matrix instruction, or a spill of a kernel without matrices; a spill
+  around that loop costs little and is a number of the row;
+- a serialised wgmma (ptxas C7510 to C7519), unless the committed row of a `VARIANTS` launch has it too;
+- more than 512 columns of tensor memory;
+- a matrix instruction that is not the architecture's (HMMA, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
+  multiplies matrices, or more multiplications in its loops than the tile has;
+- two products that add to one accumulator in a loop on sm_100, where Triton may lose one of them (triton#10821);
 - more shared memory than the tile table says, since tiles are chosen by it at run time;
 - scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
 - a row that the committed file lacks or that is no longer compiled;
@@ -41,19 +45,37 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, rows
+from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
 from anomem.kernels.primitives import Memory
-from anomem.kernels.tile_search import Fixed, using
-from anomem.kernels.tile_table import ARCHITECTURES, TABLE, Tile
+from anomem.kernels.tile_search import Fixed, Launched, Site, using
+from anomem.kernels.tile_table import ARCHITECTURES, INTERPRETED, TABLE, Tile, tiles_of
 
 COMMITTED = Path(__file__).resolve().parent / "ahead_of_time.json"
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "tcgen05"}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
+# Compiled with the best tile at whole rows only: their other launches resemble those of sm_80.
+_IN_BRIEF = (86, 120)
+VARIANTS = ("odd", "mixed", "float16", "l2", "raw", "direct")
+"""Last words of the keys of further launches: `variant_launches` says what they are."""
 # SASS mnemonics, the best of an architecture first.
 _MNEMONICS = (("HGMMA", r"\bHGMMA\b"), ("tcgen05", r"\bUTC[A-Z]*MMA\b"), ("HMMA", r"\bHMMA\b"))
 # Shared memory in bytes of a multiprocessor, of which each block takes another KiB, and the limit of one block.
-_SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
+_SHARED = {
+    80: (164 * 1024, 163 * 1024),
+    86: (100 * 1024, 99 * 1024),
+    90: (228 * 1024, 227 * 1024),
+    100: (228 * 1024, 227 * 1024),
+    120: (100 * 1024, 99 * 1024),
+}
+_THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048, 120: 1536}
 _REGISTERS, _TENSOR_COLUMNS = 65536, 512
-_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
+}
 
 
 class Launch(NamedTuple):
@@ -100,9 +122,15 @@ class Row(NamedTuple):
     tensor_columns: int
     """Columns of tensor memory (sm_100)."""
     serialised: bool
-    """ptxas C7511 or C7515: consecutive wgmma were serialised."""
+    """ptxas C7510 to C7519: consecutive wgmma were serialised."""
     scratch: int
     """Bytes of scratch memory on the GPU that each launch needs."""
+    loop_spills: int = 0
+    """Instructions that access spilled registers in a loop with a matrix instruction; without matrices, anywhere."""
+    products: float = 1.0
+    """Multiplications of a turn of those loops over those of the tile; 1 where they are not counted (sm_100)."""
+    chained: bool = False
+    """Two products add to one accumulator in a loop."""
 
 
 def version() -> str:
@@ -134,25 +162,27 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def retrieve_calls(dtype: torch.dtype, d: int, prototypes: int, tied: bool) -> None:
-    """Retrieval, forward and backward, with LayerNorm, a learned beta and a gradient of lse (the heaviest)."""
-    query, dout, keys = (empty(count, d, dtype=dtype) for count in (100, 100, prototypes))
-    arguments = query, keys, None if tied else empty(prototypes, d, dtype=dtype), empty(), 1.0, rows.LAYER.value
+def retrieve_calls(
+    dtype: torch.dtype, d: int, prototypes: int, dv: int | None, normalize: int = rows.LAYER.value
+) -> None:
+    """Retrieval, forward and backward, with a learned beta and a gradient of lse; dv is None for a tied memory."""
+    query, dout, keys = (empty(*shape, dtype=dtype) for shape in ((100, d), (100, dv or d), (prototypes, d)))
+    arguments = query, keys, None if dv is None else empty(prototypes, dv, dtype=dtype), empty(), 1.0, normalize
     out, lse = retrieve.forward(*arguments)
     retrieve.backward(dout, empty(100), *arguments, out, lse)
 
 
-def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool) -> None:
+def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool, groups: tuple[int, int] = (1, 8)) -> None:
     """NT-Xent and InfoNCE with an exclusion, forward in splits and backward without.
 
-    With a constant temperature the backward of InfoNCE is left out: it is the learned one without a moment.
+    With a constant temperature the backward of InfoNCE is left out: it is the learned one without a moment. `groups` of
+    the forward and of the backward: with 8 there are so many blocks that the streamed rows are not split.
     """
     temperature, index = empty() if learned else None, empty(2 * batch, dtype=torch.int64)
-    view, matrix = empty(1, batch, d, dtype=dtype), empty(1, 2 * batch, d, dtype=dtype)
+    view, matrix = empty(groups[0], batch, d, dtype=dtype), empty(groups[0], 2 * batch, d, dtype=dtype)
     contrast.nt_xent_forward(view, view, temperature, 0.2)
     contrast.info_nce_forward(matrix, matrix, index, index, temperature, 0.2)
-    groups = 8  # so many blocks that the streamed rows are not split
-    matrix, row = empty(groups, 2 * batch, d, dtype=dtype), empty(groups, 2 * batch)
+    matrix, row = empty(groups[1], 2 * batch, d, dtype=dtype), empty(groups[1], 2 * batch)
     contrast.nt_xent_backward(row, matrix, row, row, temperature, 0.2)
     if learned:
         contrast.info_nce_backward(row, matrix, matrix, row, row, row, index, index, temperature, 0.2)
@@ -186,23 +216,78 @@ def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
 
     At rows that fill their blocks, and at rows that leave a rest, which needs masks.
     """
-    for (kernel, kind, block), tiles in TABLE.items():
+    for kernel, kind, block in TABLE:
         dtype = torch.bfloat16 if kind == "half" else torch.float32
         resident = kernel == "retrieve_resident"
         widest = 512 if resident else block
-        for tile in tiles[architecture]:
-            for d in (widest, widest - 8):
-                with tf32(kind == "tf32"), using(Fixed(kernel, tile)), recording() as launches:
+        brief = architecture in _IN_BRIEF
+        if brief and kind == "ieee":
+            continue
+        for tile in tiles_of((kernel, kind, block), architecture)[: 1 if brief else None]:
+            for d in (widest,) if brief else (widest, widest - 8):
+                with (
+                    tf32(kind == "tf32"),
+                    using(Fixed(kernel, tile)),
+                    patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+                    recording() as launches,
+                ):
                     if kernel.startswith("retrieve"):
-                        for tied in (False,) if resident else (True, False):
-                            retrieve_calls(dtype, d, block, tied)
+                        for dv in (d,) if resident else (None,) if brief else (None, d):
+                            retrieve_calls(dtype, d, block, dv)
                     else:
                         contrast_calls(dtype, d, tile.rows, learned=True)
-                        if kind != "ieee" and d == widest:  # with the fixed shift; see `has_fixed_shift`
+                        if kind != "ieee" and d == widest and not brief:  # with the fixed shift; see `has_fixed_shift`
                             contrast_calls(dtype, d, tile.rows, learned=False)
                 for launch in launches:
                     if launch.kernel.__name__ == f"{kernel}_kernel":
                         yield kind, tile, launch
+
+
+class Best:
+    """A choice of the best tile of the table for an architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.tiles: dict[str, Tile] = {}
+        """By the kernel's name in the table."""
+
+    def tile(self, site: Site, run: Callable[[Tile], Launched]) -> Tile:
+        """The tile to launch with."""
+        found = tiles_of(site.entry, self.architecture)
+        if found:
+            self.tiles[site.entry[0]] = found[0]
+        return found[0] if found else INTERPRETED
+
+
+def variant_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
+    """(word, tile, launch) of launches beside those of `table_launches`, with the best tile of the table.
+
+    odd: rows of odd length; mixed: values shorter than keys; float16: with scaled weights; l2, raw: the other
+    normalisations; direct: a contrast's forward without splits, its backward with them.
+    """
+    half = torch.bfloat16
+    calls: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("odd", lambda: retrieve_calls(half, 33, 64, None)),
+        ("odd", lambda: contrast_calls(half, 99, 64, True)),
+        ("mixed", lambda: retrieve_calls(half, 128, 64, 40)),
+        ("float16", lambda: contrast_calls(torch.float16, 128, 64, True)),
+        ("l2", lambda: retrieve_calls(half, 128, 64, None, rows.L2.value)),
+        ("raw", lambda: retrieve_calls(half, 128, 64, None, rows.NONE.value)),
+        ("direct", lambda: contrast_calls(half, 128, 64, True, (8, 1))),
+    )
+    for word, call in calls:
+        best = Best(architecture)
+        with (
+            patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+            using(best),
+            recording() as launches,
+        ):
+            call()
+        for launch in launches:
+            tile = best.tiles.get(launch.kernel.__name__.removesuffix("_kernel"))
+            normalises = "NORMALIZE" in launch.arguments
+            if tile is not None and (normalises or word not in ("l2", "raw")):
+                yield word, tile, launch
 
 
 def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
@@ -223,12 +308,13 @@ def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, float32 products round their operands to TF32, or do not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def variant(arguments: dict[str, Any]) -> str:
@@ -240,7 +326,7 @@ def variant(arguments: dict[str, Any]) -> str:
         words = ("tied", "keys", "values")[arguments["PART"]]
     elif "positive" in arguments:
         words = "joined" if arguments["positive"] is None else "rectangle"
-    elif "PRECISION" in arguments:
+    elif "BLOCK_DV" in arguments:
         words = "tied" if arguments["values"] is None else "separate"
     return words + " fixed" * arguments.get("FIXED", False)
 
@@ -254,7 +340,14 @@ def spec_of(launch: Launch, architecture: int, tile: Tile, matrix: bool) -> Spec
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = _TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride"))
+    unspecialised = getattr(launch.kernel, "do_not_specialize", None) or ()  # the interpreter's kernels have none
+    # Rows that leave a rest (d − 8) stand for rows of a wider matrix: their stride counts as a multiple of 16.
+    aligned = tuple(
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*")
+        or (name.endswith("stride") and name not in unspecialised and launch.arguments[name] % 8 == 0)
+    )
     return Spec(architecture, launch.kernel, signature, constants, aligned, launch.options, tile, matrix)
 
 
@@ -263,14 +356,19 @@ def shipped() -> dict[str, Spec]:
     """Everything that is compiled, by the key of its committed row."""
     specs: dict[str, Spec] = {}
     for architecture in ARCHITECTURES:
-        for kind, tile, launch in (*table_launches(architecture), *pass_launches()):
+        launches = [*table_launches(architecture)]
+        if architecture not in _IN_BRIEF:
+            launches += [*pass_launches(), *variant_launches(architecture)]
+        for kind, tile, launch in launches:
             kernel, arguments = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
             width = arguments.get("D", arguments.get("FEATURES"))
-            words = (kernel, variant(arguments), kind, f"d{width}" if width else "", f"{tile.rows}x{tile.columns}")
-            key = " ".join(word for word in (*words, f"sm_{architecture}") if word)
+            further = kind in VARIANTS
+            words = (kernel, variant(arguments), "half" if further else kind, f"d{width}" if width else "")
+            places = (f"{tile.rows}x{tile.columns}", f"sm_{architecture}", kind if further else "")
+            key = " ".join(word for word in (*words, *places) if word)
             if key in specs:
                 raise ValueError(f"two launches have the key {key!r}")
-            specs[key] = spec_of(launch, architecture, tile, matrix=kind in ("half", "tf32"))
+            specs[key] = spec_of(launch, architecture, tile, matrix=kind in ("half", "tf32", *VARIANTS))
     return specs
 
 
@@ -293,6 +391,7 @@ def compile_row(key: str) -> Row:
 def read(compiled: object, log: str, spec: Spec) -> Row:
     """The Row of a compiled kernel; `log` is the output of ptxas."""
     sass, usage = disassemble(compiled.asm["cubin"])
+    loops = Loops(sass, matrix_only=spec.matrix)
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     spills = max(spilled, default=0) or int(re.search(r"LOCAL:(\d+)", usage).group(1))
@@ -301,7 +400,7 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     per_multiprocessor, per_block = _SHARED[spec.architecture]
     threads = 32 * spec.tile.warps
     blocks = min(
-        2048 // threads,
+        _THREADS[spec.architecture] // threads,
         # Registers are given to warps in units of 256.
         _REGISTERS // (-(-registers * 32 // 256) * 256 * spec.tile.warps),
         per_multiprocessor // (shared + 1024),
@@ -310,9 +409,82 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     if shared > per_block:
         blocks = 0
     matrix = next((name for name, pattern in _MNEMONICS if re.search(pattern, sass)), "none")
-    serialised = "C7511" in log or "C7515" in log
+    serialised = re.search(r"\bC751\d\b", log) is not None
     scratch = sum(getattr(compiled.metadata, f"{kind}_scratch_size") or 0 for kind in ("global", "profile"))
-    return Row(registers, spills, shared, blocks, matrix, columns, serialised, scratch)
+    executed = loops.multiplications(spec.tile.warps)
+    products = round(executed / multiplications(spec), 3) if executed and spec.matrix else 1.0
+    return Row(
+        registers, spills, shared, blocks, matrix, columns, serialised, scratch,
+        loops.spills if spills else 0, products, chains_products(compiled.asm["ttir"]),
+    )  # fmt: skip
+
+
+class Loops:
+    """The innermost and outer loops of a disassembled kernel that hold a matrix instruction.
+
+    Args:
+        sass: of the kernel.
+        matrix_only: False takes the whole kernel for a loop.
+    """
+
+    def __init__(self, sass: str, matrix_only: bool) -> None:
+        labels: dict[str, int] = {}
+        self._code: list[str] = []
+        for line in sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label.group(1)] = len(self._code)
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
+                self._code.append(instruction.group(1))
+        self._inside = set() if matrix_only else set(range(len(self._code)))
+        for end, instruction in enumerate(self._code):
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+            begin = labels.get(jump.group(1), end) if jump else end
+            body = self._code[begin:end]
+            if any(re.search(pattern, line) for _, pattern in _MNEMONICS for line in body):
+                self._inside.update(range(begin, end))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return sum(re.search(r"\b(LDL|STL)\b", self._code[i]) is not None for i in self._inside)
+
+    def multiplications(self, warps: int) -> int:
+        """Of one turn of every loop, by all warps; 0 where the shapes are not in the mnemonic (sm_100)."""
+        total = 0
+        for i in self._inside:
+            if group := re.search(r"\bHGMMA\.64x(\d+)x(\d+)", self._code[i]):
+                total += 64 * int(group.group(1)) * int(group.group(2)) * warps // 4
+            elif one := re.search(r"\bHMMA\.(16816|1688|1684)\b", self._code[i]):
+                total += 16 * 8 * int(one.group(1)[3:]) * warps
+        return total
+
+
+def multiplications(spec: Spec) -> int:
+    """Of one turn of every loop of a tile."""
+    constants = spec.constants
+    name = spec.kernel.__name__
+    if name == "contrast_forward_kernel":
+        return constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"]
+    if name == "contrast_backward_kernel":
+        return constants["BLOCK_X"] * constants["BLOCK_Y"] * (constants["BLOCK_D"] + constants["BLOCK_OUT"])
+    keys = constants["BLOCK_D"]
+    values = constants.get("BLOCK_DV", keys)
+    per_score = {
+        "retrieve_flash_forward_kernel": keys + values,
+        "retrieve_resident_kernel": keys + values,
+        "retrieve_flash_query_gradient_kernel": 2 * keys + values,
+        "retrieve_flash_prototype_sums_kernel": (2 * keys + 2 * values, 2 * keys + values, keys + values)[
+            constants.get("PART", 0)
+        ],
+    }
+    return constants["BLOCK_N"] * constants["BLOCK_M"] * per_score[name]
+
+
+def chains_products(ttir: str) -> bool:
+    """Whether a product adds to the result of another one, in Triton's intermediate code."""
+    dots = re.findall(r"(%[\w#]+) = tt\.dot %[\w#]+, %[\w#]+, (%[\w#]+)", ttir)
+    results = {result for result, _ in dots}
+    return any(accumulator in results for _, accumulator in dots)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -343,10 +515,15 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
     """The faults that `--check` reports, one sentence each; the rules stand at the top of this file."""
     for key, row in rows.items():
         spec = shipped()[key]
-        if row.spills:
-            yield f"{key}: spills {row.spills} bytes"
-        if row.serialised:
-            yield f"{key}: ptxas serialises its wgmma (C7511 or C7515)"
+        before = None if committed is None else committed.get(key)
+        if row.loop_spills:
+            yield f"{key}: spills in its loop, {row.loop_spills} instructions ({row.spills} bytes)"
+        if row.serialised and not (key.endswith(VARIANTS) and before is not None and before.serialised):
+            yield f"{key}: ptxas serialises its wgmma (C7510 to C7519)"
+        if row.products != 1.0:
+            yield f"{key}: executes {row.products} times the products of its tile"
+        if row.chained and spec.architecture == 100:
+            yield f"{key}: two products add to one accumulator, of which Triton may lose one on sm_100"
         if row.blocks < 1:
             yield f"{key}: no block fits a multiprocessor ({row.shared} bytes shared, {row.tensor_columns} columns)"
         if row.shared > spec.tile.shared * 1024:
@@ -356,7 +533,6 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
         if spec.matrix and row.matrix != MATRIX_INSTRUCTION[spec.architecture]:
             yield f"{key}: multiplies by {row.matrix}, not by {MATRIX_INSTRUCTION[spec.architecture]}"
         if committed is not None:
-            before = committed.get(key)
             if before is None:
                 yield f"{key}: not in {COMMITTED.name}; run python -m anomem.kernels.ahead_of_time --write"
             elif row.blocks < before.blocks:
@@ -397,7 +573,7 @@ def show(rows: dict[str, Row]) -> None:
     for key, row in rows.items():
         shared = f"{row.shared / 1024:.1f}"
         cells = (row.registers, row.spills, shared, row.blocks, row.matrix, row.tensor_columns)
-        table.add_row(key, *map(str, cells), style="red" if row.spills or row.serialised else None)
+        table.add_row(key, *map(str, cells), style="red" if row.loop_spills or row.serialised else None)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

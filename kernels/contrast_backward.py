@@ -45,7 +45,7 @@ from anomem.kernels.primitives import (
     dot,
     load_tile,
     multiprocessors,
-    round_to,
+    operand,
     rounded_product,
     split_loop,
 )
@@ -85,7 +85,7 @@ def rectangle_weights(logit, lse, upstream, missing, target, hidden, column, col
     return tl.where(column == target, -missing * upstream, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"])
 def contrast_backward_kernel(
     owned,  # [G, X, d], scaled rows
     streamed,  # [G, Y, d], scaled rows
@@ -209,7 +209,7 @@ def contrast_backward_kernel(
             )  # fmt: skip
         if moment is not None:
             x_moment += tl.sum(weight * logit, axis=1)
-        du = dot(round_to(weight * y_factor[None, :], y_tile.dtype), y_tile, du, PRECISION)
+        du = dot(operand(weight * y_factor[None, :], y_tile.dtype, PRECISION), y_tile, du, PRECISION)
     du = du * (inverse_tau / amplify)
 
     part = tl.full((), split, tl.int64) * groups + group

@@ -4,11 +4,19 @@
     (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
 
 Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of the
+<<<<<<< HEAD
 cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j exp((c_ij − c_i,positive) / tau)).
 Where it dominates its row, the loss keeps its digits and is never below 0. A row that excludes its positive has the
 logarithm of the sum alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where
 `FIXED`, the bound 1. With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a
 fixed order, so every run gives the same bits.
+=======
+cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j exp((c_ij − c_i,positive) / tau)): where
+it dominates its row, the loss is small, and never below 0. A row that excludes its positive has the logarithm of the sum
+alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1.
+With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a fixed order, so every
+run gives the same bits.
+>>>>>>> main
 """
 
 import torch
@@ -71,7 +79,7 @@ def store_losses(loss, lse, at, mask, shift, running_sum, matched, hidden, inver
     tl.store(lse + at, row_lse, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "row_count", "column_count", "splits", "columns_per_split"])
 def contrast_forward_kernel(
     scaled_rows,  # [G, R, d]
     scaled_columns,  # [G, C, d]
@@ -174,7 +182,7 @@ def contrast_forward_kernel(
         tl.store(partial + 2 * part + at, matched, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def contrast_add_splits_kernel(
     partial,  # [3, splits, G · R] float32
     positive,  # [R] int64, or None as in `contrast_forward_kernel`

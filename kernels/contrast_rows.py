@@ -7,7 +7,8 @@ Scaled rows
     Products read the scaled rows s, not the unit rows u. Scaling by a power of two rounds nothing, so the cosines
     c_ij = m_i m_j (s_i·s_j) of bfloat16 rows are as exact as their float32 sum. Rounding a unit row would change each
     element by up to 2⁻⁸ of it, and the temperature divides that error: at tau = 0.005 and d = 16 logits c_ij / tau
-    would err by about 0.1, weights P by a tenth. Beside s only r is stored; m is its mantissa.
+    would err by about 0.1, weights P by a tenth. Beside s only r is stored; m is its mantissa. For TF32 products x is
+    rounded first, so s, m and r are those of the rounded row.
 
     A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous.
     The row passes are memory bound.
@@ -32,6 +33,7 @@ from anomem.kernels.primitives import (
     dot,
     load_rows,
     load_tile,
+    operand,
     precision,
     round_to,
     rounded_product,
@@ -85,13 +87,18 @@ def scale_tile(
     tile,
     count,
     FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Store s and r of one tile of rows of one matrix."""
+    if ALIGNED:
+        x_group_stride = tl.multiple_of(x_group_stride, 16)
+        scaled_group_stride = tl.multiple_of(scaled_group_stride, 16)
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     raw = load_rows(x + group * x_group_stride, rows, x_row_stride, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
-    raw = raw.to(tl.float32)
+    raw = operand(raw.to(tl.float32), tl.float32, PRECISION)
     shrink = shrinking_factor(raw)  # [BLOCK_R]
     shrunk = raw * shrink[:, None]
     length = tl.sqrt_rn(tl.sum(shrunk * shrunk, axis=1))  # [BLOCK_R]
@@ -104,7 +111,18 @@ def scale_tile(
     tl.store(inverse + group * inverse_group_stride + rows, factor, mask=rows < count)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_group_stride",
+        "second_group_stride",
+        "first_scaled_group_stride",
+        "second_scaled_group_stride",
+        "first_inverse_group_stride",
+        "second_inverse_group_stride",
+        "first_count",
+        "second_count",
+    ]
+)
 def contrast_scaled_rows_kernel(
     first,  # [G, first_count, d]
     first_scaled,
@@ -123,10 +141,16 @@ def contrast_scaled_rows_kernel(
     first_count,
     second_count,
     FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scaled rows and 1/|row| of two matrices in one launch: the two views, or the rows and the columns."""
+    """Scaled rows and 1/|row| of two matrices in one launch: the two views, or the rows and the columns.
+
+    ALIGNED: every stride but those of 1/|row| is a multiple of 16, so that loads are vectors. Triton itself would
+    compile anew for each stride that is one and each that is not, and some of them follow the number of rows.
+    """
     first_tiles = tl.cdiv(first_count, BLOCK_R)
     tiles = first_tiles + tl.cdiv(second_count, BLOCK_R)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -135,13 +159,13 @@ def contrast_scaled_rows_kernel(
         scale_tile(
             first, first_group_stride, first_row_stride,
             first_scaled, first_scaled_group_stride, first_inverse, first_inverse_group_stride,
-            group, tile, first_count, FEATURES, BLOCK_R, BLOCK_D,
+            group, tile, first_count, FEATURES, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     else:
         scale_tile(
             second, second_group_stride, second_row_stride,
             second_scaled, second_scaled_group_stride, second_inverse, second_inverse_group_stride,
-            group, tile - first_tiles, second_count, FEATURES, BLOCK_R, BLOCK_D,
+            group, tile - first_tiles, second_count, FEATURES, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -174,7 +198,7 @@ def store_row_gradient(
         tl.store(second + at, dx, mask=((rows >= border) & (rows < count))[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "count", "border", "splits"])
 def contrast_row_gradient_kernel(
     partial,  # [splits, G, count, d] float32
     scaled,  # [G, count, d]
@@ -293,13 +317,16 @@ def scaled_rows(
     tiles = groups * (cdiv(rows, block_r) + cdiv(columns, block_r))
     if tiles == 0:
         return
+    strides = (first.stride(0), first.stride(1), second.stride(0), second.stride(1))
+    scaled_strides = (first_scaled.stride(0), second_scaled.stride(0))
+    aligned = all(stride % 16 == 0 for stride in (*strides, *scaled_strides))
     with device_of(first):
         contrast_scaled_rows_kernel[(tiles,)](
             first, first_scaled, first_inverse, second, second_scaled, second_inverse,
-            first.stride(0), first.stride(1), second.stride(0), second.stride(1),
-            first_scaled.stride(0), second_scaled.stride(0), first_inverse.stride(0), second_inverse.stride(0),
+            *strides, *scaled_strides, first_inverse.stride(0), second_inverse.stride(0),
             rows, columns,
-            FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
+            FEATURES=features, PRECISION=precision(first.dtype), ALIGNED=aligned,
+            BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
 
 
@@ -350,12 +377,32 @@ def plan(kernel: str, owned: Tensor) -> Plan:
         RuntimeError: no tile of the table fits the GPU.
     """
     features = owned.shape[2]
-    arithmetic = precision(owned.dtype)
-    kind = kind_of(owned.dtype, arithmetic)
+    reason = obstacle(kernel, owned.dtype, features, owned.device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _cut(kernel, owned.dtype, features)
+
+
+def obstacle(kernel: str, dtype: torch.dtype, features: int, device: torch.device) -> str | None:
+    """Why no tile of the table runs a kernel on a device, or None.
+
+    Args:
+        kernel: as in `plan`.
+        dtype: of the rows.
+        features: d, their length.
+        device: of the rows.
+    """
+    if fitting(_cut(kernel, dtype, features).entry, device):
+        return None
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"no tile of {kernel} for {dtype_name} rows of {features} features fits the shared memory of this GPU"
+
+
+def _cut(kernel: str, dtype: torch.dtype, features: int) -> Plan:
+    arithmetic = precision(dtype)
+    kind = kind_of(dtype, arithmetic)
     whole = WHOLE[kernel][kind]
     sliced = features > whole
     block_d = SLICE[kind] if sliced else block_of(features)
     entry = kernel, kind, 2 * whole if sliced else max(block_d, 64)
-    if not fitting(entry, owned.device):
-        raise RuntimeError(f"no tile of {kernel} for {owned.dtype}, d = {features} fits the shared memory of this GPU")
     return Plan(entry, block_d, min(block_of(features), whole), sliced, arithmetic)

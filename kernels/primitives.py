@@ -22,11 +22,14 @@ INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a b, accumulated in float32.
 
-    a: [X, Y], b: [Y, Z], accumulator: [X, Z] float32; PRECISION: "ieee" or "tf32", used by float32 operands only.
+    a: [X, Y], b: [Y, Z], accumulator: [X, Z] float32; PRECISION: "ieee" or "tf32", "ieee" for 16-bit operands. With
+    "tf32" the matrix unit drops the last 13 bits of its operands: see `operand`.
     """
     if INTERPRETING:
         # numpy's float32 products differ between machines, and between a b and (bᵀ aᵀ)ᵀ. A GPU's do not. In
         # P = exp(c / tau − lse) one unit in the last place of c is 1e-5 of P at tau = 0.005.
+        if PRECISION == "tf32":
+            a, b = truncate_to_tf32(a), truncate_to_tf32(b)
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), input_precision="ieee", out_dtype=tl.float64)
         accumulator = accumulator + product.to(tl.float32)
     else:
@@ -51,6 +54,33 @@ def round_to(x, dtype: tl.constexpr):
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
+
+
+@triton.jit
+def round_to_tf32(x):
+    """float32 → the nearest TF32 number, ties away from zero, as cuBLAS rounds its operands. NaN stays NaN."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def truncate_to_tf32(x):
+    """What the matrix unit reads of float32 operands; 16-bit operands as they are. For the interpreter."""
+    if x.dtype == tl.float32:
+        x = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x float32 as an operand of `dot`: rounded to dtype, or to TF32.
+
+    Without this rounding the matrix unit would truncate: four times the error, and a bias towards zero.
+    """
+    x = round_to(x, dtype)
+    if PRECISION == "tf32":
+        x = round_to_tf32(x)
+    return x
 
 
 @triton.jit
@@ -173,8 +203,12 @@ def block_of(features: int, smallest: int = 16) -> int:
 
 
 def allows_tf32() -> bool:
-    """Whether the user lets float32 matrix products round their operands to TF32 (`torch.backends.cuda.matmul`)."""
-    return torch.backends.cuda.matmul.allow_tf32
+    """Whether the user lets float32 matrix products round their operands to TF32.
+
+    cuBLAS asks the same setting. It follows the older switches (`torch.backends.cuda.matmul.allow_tf32`,
+    `torch.set_float32_matmul_precision`), which raise once the newer one was set.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -45,10 +45,10 @@ def forward(
     if query.shape[0] == 0:
         width = (keys if values is None else values).shape[1]
         return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
-    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     entries = flash_entries(("retrieve_flash_forward",), query, values)
     if entries is not None:
-        return retrieve_flash.forward(query, memory, entries[0], precision(query.dtype))
+        return retrieve_flash.forward(query, _flash_memory(keys, values, beta, scale, normalize), entries[0])
+    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     entry = resident_entry(query, keys)
     if entry is not None:
         return retrieve_resident.forward(rows.normalized(query, normalize), memory, entry)
@@ -83,17 +83,26 @@ def backward(
     if query.shape[0] == 0:
         dbeta = lse.new_empty(0) if beta is None else lse.new_zeros(())
         return query.new_empty(query.shape), dkeys.zero_(), dvalues.zero_(), dbeta
-    memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
     entries = flash_entries(("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, values)
     if entries is None:
+        memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
         gradients = retrieve_chunked.backward(dout, dlse, query, memory)
     else:
-        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, entries, precision(query.dtype))
+        memory = _flash_memory(keys, values, beta, scale, normalize)
+        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, entries)
     dquery, key_sums, value_sums, dbeta = gradients
     rows.normalized_backward(key_sums, keys, normalize, dkeys)
     if value_sums is not None and values is not None:
         rows.normalized_backward(value_sums, values, 0, dvalues)
     return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
+
+
+def _flash_memory(keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int) -> Memory:
+    """The memory whose keys and values are operands of the flash kernels' products."""
+    arithmetic = precision(keys.dtype)
+    keys = rows.normalized(keys, normalize, precision=arithmetic)
+    values = None if values is None else rows.normalized(values, rows.NONE.value, precision=arithmetic)
+    return Memory(keys, values, beta, scale, normalize)
 
 
 def flash_entries(kernels: tuple[str, ...], query: Tensor, values: Tensor | None) -> tuple[Entry, ...] | None:

@@ -64,7 +64,7 @@ def scratch_offsets(queries, prototypes, N, M):
     return queries[:, None] * M + prototypes[None, :], (queries < N)[:, None] & (prototypes < M)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def retrieve_chunked_softmax_kernel(
     scores,  # [N, M] float32
     weights,  # [N, M]; for float32 the same memory as `scores`
@@ -88,7 +88,7 @@ def retrieve_chunked_softmax_kernel(
     tl.store(lse + queries, (shift + tl.log2(total)) * LN2, mask=queries < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def retrieve_chunked_softmax_backward_kernel(
     scores,  # [N, M] float32
     dweights,  # [N, M] float32

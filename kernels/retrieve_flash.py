@@ -28,14 +28,15 @@ from anomem.kernels.primitives import (
     load_rows,
     multiprocessors,
     online_softmax,
-    round_to,
+    operand,
+    precision,
     score_scale,
     split_loop,
     store_rows,
 )
 from anomem.kernels.rows import normalize_rows, normalize_rows_backward
 from anomem.kernels.tile_search import Launched, Site, launch
-from anomem.kernels.tile_table import Entry, Tile
+from anomem.kernels.tile_table import Entry, Tile, architecture_of
 
 # The sum that a launch of `retrieve_flash_prototype_sums_kernel` makes: dK + dV of a tied memory, dK alone or dV alone.
 # Separate values take two launches: with both sums in one block every tile of d = 256 spills.
@@ -50,7 +51,7 @@ def load_lse(lse, queries, N):
     return tl.where(inside & (row_lse == float("inf")), float("nan"), row_lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def retrieve_flash_forward_kernel(
     query,  # [N, d]
     keys,  # [M, d]
@@ -76,7 +77,7 @@ def retrieve_flash_forward_kernel(
     b = score_scale(beta, scale) * LOG2E
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, _ = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
-    query_tile = round_to(unit, query.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
+    query_tile = operand(unit, query.dtype.element_ty, PRECISION)  # [BLOCK_N, BLOCK_D]
     running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # of S, in units of log 2
     running_sum = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp2(S − shift)
     shift = tl.zeros((BLOCK_N,), tl.float32)
@@ -91,13 +92,13 @@ def retrieve_flash_forward_kernel(
             value_tile = key_tile
         else:
             value_tile = load_rows(values, prototypes, DV, M, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        weights = round_to(weights, value_tile.dtype)
+        weights = operand(weights, value_tile.dtype, PRECISION)
         accumulator = dot(weights, value_tile, accumulator * rescale[:, None], PRECISION)
     store_rows(out, accumulator / running_sum[:, None], queries, DV, N, DV, BLOCK_DV)
     tl.store(lse + queries, (shift + tl.log2(running_sum)) * LN2, mask=queries < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def retrieve_flash_query_gradient_kernel(
     query,  # [N, d]
     keys,  # [M, d]
@@ -127,7 +128,7 @@ def retrieve_flash_query_gradient_kernel(
     b = score_scale(beta, scale)
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, factor = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
-    query_tile = round_to(unit, query.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
+    query_tile = operand(unit, query.dtype.element_ty, PRECISION)  # [BLOCK_N, BLOCK_D]
     dout_tile = load_rows(dout, queries, DV, N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     row_lse = load_lse(lse, queries, N)  # [BLOCK_N]
     row_delta = tl.load(delta + queries, mask=queries < N, other=0.0)
@@ -150,7 +151,7 @@ def retrieve_flash_query_gradient_kernel(
         dscores = tl.where((prototypes < M)[None, :], weights * (dweights - row_delta[:, None]), 0.0)
         if beta is not None:
             dbeta_sum += tl.sum(dscores * (inner - centre[:, None]), axis=1)
-        accumulator = dot(round_to(dscores, key_tile.dtype), key_tile, accumulator, PRECISION)
+        accumulator = dot(operand(dscores, key_tile.dtype, PRECISION), key_tile, accumulator, PRECISION)
     # Rows are loaded and normalised again, so that they occupy no registers during the loop.
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, factor = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
@@ -163,7 +164,7 @@ def retrieve_flash_query_gradient_kernel(
         tl.store(dbeta + tl.program_id(0), tl.sum(dbeta_sum, axis=0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "span"])
 def retrieve_flash_prototype_sums_kernel(
     query,  # [N, d], already normalised
     keys,  # [M, d]
@@ -179,6 +180,7 @@ def retrieve_flash_prototype_sums_kernel(
     query_stride,
     scale,
     PART: tl.constexpr,
+    TWO_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -187,7 +189,11 @@ def retrieve_flash_prototype_sums_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The sum named by PART for one tile of prototypes over one span of queries. Grid: [tiles of prototypes, SPLIT]."""
+    """The sum named by PART for one tile of prototypes over one span of queries. Grid: [tiles of prototypes, SPLIT].
+
+    TWO_SUMS: the two products of a tied memory are added after the loop. On sm_100 Triton 3.6 to 3.8 may lose one of
+    two products that add to the same accumulator (triton#10821); there accumulators take no registers.
+    """
     prototypes = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     split = tl.program_id(1)
     b = score_scale(beta, scale)
@@ -199,6 +205,8 @@ def retrieve_flash_prototype_sums_kernel(
     else:
         value_tile = key_tile
     accumulator = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32)
+    if TWO_SUMS:
+        second_sum = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32)
     for start in range(split * span, tl.minimum(split * span + span, N), BLOCK_N):
         queries = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         query_tile = load_rows(query, queries, query_stride, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -208,24 +216,29 @@ def retrieve_flash_prototype_sums_kernel(
         weights = tl.exp2(scores - load_lse(lse, queries, N)[None, :])
         if PART != KEYS:
             # + Pᵀ dO
-            accumulator = dot(round_to(weights, dout_tile.dtype), dout_tile, accumulator, PRECISION)
+            accumulator = dot(operand(weights, dout_tile.dtype, PRECISION), dout_tile, accumulator, PRECISION)
         if PART != VALUES:
             dweights = dot(value_tile, tl.trans(dout_tile), zero, PRECISION)  # [BLOCK_M, BLOCK_N]
             row_delta = tl.load(delta + queries, mask=queries < N, other=0.0)
             dscores = weights * (dweights - row_delta[None, :]) * b
             # + b dSᵀ norm(Q)
-            accumulator = dot(round_to(dscores, query_tile.dtype), query_tile, accumulator, PRECISION)
+            dscores = operand(dscores, query_tile.dtype, PRECISION)
+            if TWO_SUMS:
+                second_sum = dot(dscores, query_tile, second_sum, PRECISION)
+            else:
+                accumulator = dot(dscores, query_tile, accumulator, PRECISION)
+    if TWO_SUMS:
+        accumulator += second_sum
     store_rows(partials + split.to(tl.int64) * M * WIDTH, accumulator, prototypes, WIDTH, M, WIDTH, BLOCK_WIDTH)
 
 
-def forward(query: Tensor, memory: Memory, entry: Entry, precision: str) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor]:
     """One pass over the memory per tile of queries.
 
     Args:
         query: [N, d], N ≥ 1, unit inner stride.
-        memory: see `Memory`.
+        memory: see `Memory`; keys and values are rounded to TF32 if products are.
         entry: of the tile table; tiles are BLOCK_N × BLOCK_M.
-        precision: of float32 products.
 
     Returns:
         out [N, dv] in query's dtype, lse [N] float32.
@@ -237,7 +250,7 @@ def forward(query: Tensor, memory: Memory, entry: Entry, precision: str) -> tupl
     def run(tile: Tile) -> Launched:
         compiled = retrieve_flash_forward_kernel[(cdiv(count, tile.rows),)](
             query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
-            NORMALIZE=normalize, PRECISION=precision, D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=tile.columns,
+            NORMALIZE=normalize, PRECISION=precision(query.dtype), D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=tile.columns,
             BLOCK_D=block_of(d), BLOCK_DV=block_of(dv), **tile.options,
         )  # fmt: skip
         return Launched(compiled)
@@ -256,14 +269,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     entries: tuple[Entry, Entry],
-    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients by recomputation from lse.
 
     Args:
         dout: [N, dv], contiguous.
         dlse: [N] or None.
-        query, memory, precision: as in `forward`.
+        query, memory: as in `forward`.
         out, lse: the results of `forward`.
         entries: of the tile table: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M ×
             BLOCK_N).
@@ -275,12 +287,16 @@ def backward(
     keys, values, beta, scale, normalize = memory
     (count, d), prototypes, dv = query.shape, keys.shape[0], dout.shape[1]
     query_entry, sums_entry = entries
+    arithmetic = precision(query.dtype)
+    dout = rows.normalized(dout, rows.NONE.value, precision=arithmetic)
     delta = rows.row_constant(out, dout, dlse)
-    sizes = {"PRECISION": precision, "D": d, "DV": dv, "BLOCK_D": block_of(d), "BLOCK_DV": block_of(dv)}
+    sizes = {"PRECISION": arithmetic, "D": d, "DV": dv, "BLOCK_D": block_of(d), "BLOCK_DV": block_of(dv)}
     # dquery first holds norm(query) for the prototype sums, which read it once per tile of prototypes. The query
     # gradient then overwrites it, so no second buffer of this size is needed.
     dquery = query.new_empty(count, d)
-    unit = rows.normalized(query, normalize, out=dquery) if normalize else query
+    unit = query
+    if normalize or arithmetic == "tf32":
+        unit = rows.normalized(query, normalize, out=dquery, precision=arithmetic)
 
     def prototype_sums(part: int, width: int) -> Tensor:
         def run(tile: Tile) -> Launched:
@@ -289,7 +305,8 @@ def backward(
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
             compiled = retrieve_flash_prototype_sums_kernel[(tiles, parts)](
                 unit, keys, values, beta, dout, lse, delta, partials, count, prototypes, span, unit.stride(0), scale,
-                PART=part, BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
+                PART=part, TWO_SUMS=values is None and architecture_of(query.device) == 100,
+                BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
             )  # fmt: skip
             return Launched(compiled, partials)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.primitives import block_of, cdiv, device_of, load_rows, store_rows
+from anomem.kernels.primitives import block_of, cdiv, device_of, load_rows, operand, store_rows
 
 NONE, LAYER, L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LAYER_EPS = tl.constexpr(1e-5)
@@ -24,7 +24,11 @@ LONG = tl.constexpr(2.0**50)  # the squares of 2²⁷ such elements stay in floa
 
 @triton.jit
 def shrinking_factor(x):
+<<<<<<< HEAD
     """[BLOCK] factors 2^k that keep the squares of rows x [BLOCK, BLOCK_D] from overflowing: 1 but for long rows.
+=======
+    """[BLOCK] powers of two by which rows x [BLOCK, BLOCK_D] shrink so that their squares do not overflow; mostly 1.
+>>>>>>> main
 
     The exponent of a long row's largest element becomes 20.
     """
@@ -82,25 +86,26 @@ def zero_beyond(x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def row_normalize_kernel(
     x,  # [N, d]
     y,  # [N, d], contiguous
     N,
     x_stride,
     NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y = norm(x)."""
+    """y = norm(x), as an operand of products of this PRECISION."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     tile = load_rows(x, rows, x_stride, N, D, BLOCK_D).to(tl.float32)  # [BLOCK, BLOCK_D]
     unit, _ = normalize_rows(tile, NORMALIZE, D, BLOCK_D)
-    store_rows(y, unit, rows, D, N, D, BLOCK_D)
+    store_rows(y, operand(unit, tl.float32, PRECISION), rows, D, N, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLIT", "N"])
 def row_normalize_backward_kernel(
     partials,  # [SPLIT, N, d]
     x,  # [N, d]
@@ -123,7 +128,7 @@ def row_normalize_backward_kernel(
     store_rows(dx, normalize_rows_backward(dy, unit, factor, NORMALIZE, D, BLOCK_D), rows, D, N, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def row_constant_kernel(
     out,  # [N, d]
     dout,  # [N, d]
@@ -144,25 +149,26 @@ def row_constant_kernel(
     tl.store(delta + rows, constant, mask=rows < N)
 
 
-def normalized(x: Tensor, normalize: int, out: Tensor | None = None) -> Tensor:
-    """norm(x), rounded to x's dtype.
+def normalized(x: Tensor, normalize: int, out: Tensor | None = None, precision: str = "ieee") -> Tensor:
+    """norm(x), rounded to x's dtype, or to TF32.
 
     Args:
         x: [N, d], unit inner stride.
         normalize: 0 none, 1 layer, 2 l2.
         out: [N, d], contiguous, written; a new tensor when None.
+        precision: of the products that read the result, "ieee" or "tf32".
 
     Returns:
-        [N, d], contiguous; x itself if it is contiguous, `normalize` is 0 and `out` is None.
+        [N, d], contiguous; x itself if it is contiguous, nothing is to be done and `out` is None.
     """
-    if normalize == 0 and out is None and x.is_contiguous():
+    if normalize == 0 and out is None and precision == "ieee" and x.is_contiguous():
         return x
     out = x.new_empty(x.shape) if out is None else out
     count, width = x.shape
     block = rows_per_block(width)
     with device_of(x):
         row_normalize_kernel[(cdiv(count, block),)](
-            x, out, count, x.stride(0), normalize, width, block, block_of(width)
+            x, out, count, x.stride(0), normalize, precision, width, block, block_of(width)
         )
     return out
 

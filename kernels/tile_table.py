@@ -40,7 +40,12 @@ class Tile(NamedTuple):
 Entry = tuple[str, str, int]
 """An entry of the table: (kernel without `_kernel`, kind of dtype, BLOCK_D); for the kinds see `kind_of`."""
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 90, 100, 120)
+"""Of the table. 86 stands for 8.6 and 8.9 (RTX 30, RTX 40, L4, L40), 120 for RTX 50: 100 KB of shared memory."""
+_LIKE = {86: 80, 120: 86}
+"""Where an entry has no tiles of its own for an architecture it takes those of another."""
+MMA_SYNC = (80, 86, 120)
+"""Architectures whose matrix instruction is mma.sync, which takes 16 rows a warp."""
 # Small, so that small tensors cross tile borders and end in tails in the interpreter.
 INTERPRETED = Tile(rows=32, columns=32, warps=4, stages=1, shared=0)
 
@@ -59,7 +64,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
     ("retrieve_flash_forward", "half", 256): {
         80: (Tile(64, 32, 4, 2, 68),),
-        90: (Tile(64, 64, 4, 2, 160), Tile(128, 64, 8, 2, 192)),
+        90: (Tile(64, 32, 4, 3, 128),),
         100: (Tile(128, 64, 8, 2, 194), Tile(64, 32, 4, 2, 97)),
     },
     ("retrieve_flash_forward", "tf32", 64): {
@@ -110,8 +115,8 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
 }
 
-# NT-Xent and InfoNCE: owned × streamed rows, one tile per architecture. The entry with twice the longest whole row is
-# for all rows that are loaded in slices.
+# NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The entry with twice the longest
+# whole row is for all rows that are loaded in slices.
 _CONTRAST = {
     ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 25)),
     ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
@@ -131,7 +136,17 @@ _CONTRAST = {
     ("contrast_backward", "ieee", 128): (Tile(32, 32, 8, 1, 12), Tile(32, 32, 8, 1, 12), Tile(16, 16, 4, 1, 5)),
 }
 for _entry, _tiles in _CONTRAST.items():
-    TABLE[_entry] = {architecture: (tile,) for architecture, tile in zip(ARCHITECTURES, _tiles, strict=True)}
+    TABLE[_entry] = {architecture: (tile,) for architecture, tile in zip((80, 90, 100), _tiles, strict=True)}
+
+
+def tiles_of(entry: Entry, architecture: int) -> tuple[Tile, ...]:
+    """The table's tiles for an architecture, best first; empty where the table has no such entry."""
+    tiles = TABLE.get(entry, {})
+    if not tiles:
+        return ()
+    while architecture not in tiles:
+        architecture = _LIKE[architecture]
+    return tiles[architecture]
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -174,27 +189,34 @@ def neighbours(entry: Entry, tile: Tile, architecture: int) -> Iterator[Tile]:
     """
     kernel, kind, _ = entry
     yield from (tile._replace(stages=stages, shared=0) for stages in (tile.stages - 1, tile.stages + 1) if stages)
-    fewest = 8 * tile.warps if kind != "ieee" and architecture == 80 else 16
+    fewest = 8 * tile.warps if kind != "ieee" and architecture in MMA_SYNC else 16
     if kernel != "retrieve_resident":  # whose columns are all prototypes
         for columns in (tile.columns // 2, tile.columns * 2):
             if fewest <= columns <= 128:
                 yield tile._replace(columns=columns, shared=0)
-    fewest = 64 if kind != "ieee" and architecture != 80 else 16
+    fewest = 64 if kind != "ieee" and architecture not in MMA_SYNC else 16
     for rows in (tile.rows // 2, tile.rows * 2):
         if fewest <= rows <= 128:
             yield tile._replace(rows=rows, warps=8 if rows == 128 else 4, shared=0)
 
 
 def architecture_of(device: torch.device) -> int:
-    """The architecture of the table whose tiles a GPU takes."""
-    # Consumer Blackwell (12.x) has neither wgmma nor tensor memory: it takes the tiles of Ampere.
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+    """The architecture of the table whose tiles a GPU takes; 80 for the interpreter.
+
+    11.x (Thor) has neither wgmma nor, in Triton, tensor memory: it takes the tiles of Ampere, as 12.x does.
+    """
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return 86 if minor in (6, 9) else 80
+    return {9: 90, 10: 100, 12: 120}.get(major, 80)
 
 
 @functools.cache
 def _fitting_gpu(entry: Entry, device: torch.device) -> tuple[Tile, ...]:
     limit = _device_properties(device)["max_shared_mem"] // 1024
-    return tuple(tile for tile in TABLE.get(entry, {}).get(architecture_of(device), ()) if tile.shared <= limit)
+    return tuple(tile for tile in tiles_of(entry, architecture_of(device)) if tile.shared <= limit)
 
 
 def _device_properties(device: torch.device) -> dict[str, int]:

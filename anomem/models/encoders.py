@@ -47,6 +47,20 @@ class Encoder(nn.Module):
             self.train(training)
         return maps
 
+    def require_channels(self, channels: int) -> None:
+        """Check that the encoder takes images of a number of channels.
+
+        Raises:
+            ArgumentError: it does not.
+        """
+        try:
+            self._probe(channels)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            hint = "convert the images, or make it with another first layer"
+            expected = f"one for images of {channels} channels"
+            raise ArgumentError("encoder", expected, f"another ({reason})", hint) from error
+
     def _measure(self, maps: Sequence[Tensor]) -> None:
         self.channels = tuple(m.shape[1] for m in maps)
         self.sizes = tuple((m.shape[2], m.shape[3]) for m in maps)

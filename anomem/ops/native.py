@@ -37,10 +37,15 @@ def obstacle(device: str) -> str | None:
     return f"the native library has no kernels for {device} tensors"
 
 
+def path_of(file: str) -> Path:
+    """Where a library, "_C.so" or "_C_cuda.so", is looked for."""
+    folder = os.environ.get("ANOMEM_LIBRARY")
+    return (Path(folder).resolve() if folder else _PACKAGE) / file
+
+
 @functools.cache
 def _load(file: str, how: str) -> str | None:
-    folder = os.environ.get("ANOMEM_LIBRARY")
-    path = (Path(folder).resolve() if folder else _PACKAGE) / file
+    folder, path = os.environ.get("ANOMEM_LIBRARY"), path_of(file)
     if not path.exists():
         return f"ANOMEM_LIBRARY={folder}: no {file} in it" if folder else f"anomem/{file} is not built; {how}"
     expected = sources.digest(file, _PACKAGE.parent)

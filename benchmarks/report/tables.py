@@ -6,6 +6,7 @@ Links to pictures are relative to `docs/`.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,8 +18,6 @@ OURS = ("native", "triton")
 NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
 """Statuses of what was tried and has no time."""
 NOT_MEASURED = {"cpu": "Not measured yet.", "cuda": "Not measured on a GPU yet."}
-README_GROUPS = ("resnet18 scale 1", "large")
-"""Cases of the README's table; `docs/PERFORMANCE.md` has all."""
 
 
 def load(results: Path, device: str, suite: str) -> list[Row]:
@@ -46,12 +45,44 @@ def fastest_other(group: Iterable[Row], *but: str) -> Row | None:
     return min(others, key=median, default=None)
 
 
-def summary(device: str, groups: tuple[str, ...] | None = None) -> Callable[[Path], str]:
-    """One line a case, of these groups or of all: eager, the best rival, the library."""
+def headline(device: str) -> Callable[[Path], str]:
+    """One sentence with its machine: over all cases, how many times as fast as eager and as the fastest other."""
 
     def section(results: Path) -> str:
         measured = [*load(results, device, "kernels"), *load(results, device, "training")]
-        measured = [row for row in measured if groups is None or row.group in groups]
+        eager: list[float] = []
+        others: list[float] = []
+        for group in cases_of(measured):
+            own, plain = fastest(group), fastest(group, ("eager",))
+            if own is None or plain is None:
+                continue
+            eager.append(median(plain) / median(own))
+            if fastest_other(group, "eager") is not None:
+                best = fastest_other(group)
+                assert best is not None
+                others.append(median(best) / median(own))
+        if not eager:
+            return NOT_MEASURED[device]
+        text = f"In the {len(eager)} cases of the suites `kernels` and `training` the library's kernels were "
+        text += f"{span(eager)} as fast as eager PyTorch"
+        if others:
+            text += f"; in the {len(others)} of them that have a rival, {span(others)} as fast as the fastest other "
+            text += "implementation"
+        return f"{text}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+
+    return section
+
+
+def span(quotients: list[float]) -> str:
+    """Smallest, largest and median of quotients of times."""
+    return f"{times(min(quotients))} to {times(max(quotients))} (median {times(statistics.median(quotients))})"
+
+
+def summary(device: str) -> Callable[[Path], str]:
+    """One line a case: eager, the best rival, the library."""
+
+    def section(results: Path) -> str:
+        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
         if not measured:
             return NOT_MEASURED[device]
         lines = [
@@ -345,7 +376,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
     for device in ("cpu", "cuda")
     for name, section in (
-        ("readme", summary(device, README_GROUPS)),
+        ("readme", headline(device)),
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),

@@ -1,7 +1,7 @@
 // All that the kernels share with the rest of the library, and the standard headers they need.
 //
-// Every isa_*.cpp includes this before its target pragma. The linker keeps one copy of an inline function for all files.
-// Compiled under the pragma, that copy could use instructions that the processor lacks.
+// Every isa_*.cpp includes this before its target pragma. The linker keeps one copy of an inline function for all
+// files. Compiled under the pragma, that copy could use instructions that the processor lacks.
 #pragma once
 
 #include <cmath>

@@ -153,8 +153,8 @@ ANOMEM_INLINE typename Simd<T>::bits column_index(int64_t column) {
   return lane_index<T>() + std::remove_reference_t<decltype(typename Simd<T>::bits{}[0])>(column);
 }
 
-// Sums of exp(logit − peak) over a tile's rows and columns, and the peaks. With a fixed shift every peak is the shift and
-// is not stored.
+// Sums of exp(logit − peak) over a tile's rows and columns, and the peaks. With a fixed shift every peak is the shift
+// and is not stored.
 template <class T>
 struct TileSums {
   T row_sum[kLargestTile], row_peak[kLargestTile];
@@ -370,8 +370,8 @@ void add_product(int64_t m, int64_t features, int64_t k, const F* a, int64_t row
     }
 }
 
-// A tile's complete weights, rounded to bfloat16, in pairs of neighbours in a row and in pairs of neighbours in a column.
-// Each includes the `rest` (see PackedRows) of the row that it multiplies.
+// A tile's complete weights, rounded to bfloat16, in pairs of neighbours in a row and in pairs of neighbours in a
+// column. Each includes the `rest` (see PackedRows) of the row that it multiplies.
 template <class S>
 struct WeightPairs;
 #if ANOMEM_BFLOAT16_PAIRS
@@ -423,8 +423,8 @@ void add_gradients(const Tile<S>& tile, const T* w, const Side<S>& left, const S
 // Rounds of tile pairs. No row of tiles occurs twice in a round: its pairs run at once, and each adds to its two rows.
 // Every row receives its sums in the order of the rounds, whatever the number of threads.
 
-// Every unordered pair of tiles, and every tile with itself, by the circle method. With an odd number of tiles one is left
-// over in each round and meets itself; with an even number all do so in a last round.
+// Every unordered pair of tiles, and every tile with itself, by the circle method. With an odd number of tiles one is
+// left over in each round and meets itself; with an even number all do so in a last round.
 struct Tournament {
   int64_t tiles;
   bool is_odd() const { return tiles % 2 == 1; }

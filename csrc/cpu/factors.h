@@ -216,9 +216,9 @@ struct LeftFactor {
   int64_t row_stride, term_stride;
 };
 
-// A = tile [rows, m] of a softmax's weights, summed over its columns. Pairs go to `to`, [rows, stride / 2], or overwrite
-// the row. Weights may be rounded to bfloat16, since nothing is exponentiated any more. With an odd count the last pair's
-// second weight is arbitrary; it multiplies a zero row.
+// A = tile [rows, m] of a softmax's weights, summed over its columns. Pairs go to `to`, [rows, stride / 2], or
+// overwrite the row. Weights may be rounded to bfloat16, since nothing is exponentiated any more. With an odd count the
+// last pair's second weight is arbitrary; it multiplies a zero row.
 template <class S, class T = accumulator_t<S>>
 inline LeftFactor<S> in_rows(T* tile, int64_t rows, int64_t m, int64_t stride, factor_t<S>* to = nullptr) {
   if constexpr (kInPairs<S>) {

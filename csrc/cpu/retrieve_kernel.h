@@ -52,7 +52,8 @@ void compute(const RetrieveForward& a) {
 }
 
 // Turns a product's scores into exp(beta s − lse) while they are in registers.
-// - These are the softmax's weights up to the rounding of lse, which grows with lse. Each row is divided by its sum later.
+// - These are the softmax's weights up to the rounding of lse, which grows with lse. Each row is divided by its sum
+//   later.
 // - Rows with |lse| ≥ kLargest keep their scores. Such a row may have one weight of exactly 1, whose gradient must be
 //   exactly 0. Rows with a NaN or infinite lse keep their scores too.
 template <class T>

@@ -1,5 +1,5 @@
-// native_deviation_map: takes and normalises a chunk of positions, retrieves, keeps only the distance. Features, scores,
-// weights and retrieved vectors of a chunk live in scratches that together fit into L2.
+// native_deviation_map: takes and normalises a chunk of positions, retrieves, keeps only the distance. Features,
+// scores, weights and retrieved vectors of a chunk live in scratches that together fit into L2.
 #include <torch/csrc/stable/library.h>
 
 #include "memory.h"

@@ -72,8 +72,8 @@ __device__ inline unsigned packed(const float* x) {
   }
 }
 
-// Loads N consecutive elements of global memory as floats, in 16-byte accesses if N and the address allow it, else one by
-// one. The accesses are intrinsics: nvcc would merge both branches into the one-by-one branch.
+// Loads N consecutive elements of global memory as floats, in 16-byte accesses if N and the address allow it, else one
+// by one. The accesses are intrinsics: nvcc would merge both branches into the one-by-one branch.
 template <class T, int N>
 __device__ inline void load(float (&x)[N], const T* p) {
   if constexpr (N * sizeof(T) % 16 == 0) {

@@ -1,5 +1,5 @@
-// Matrix products by torch's GEMM library. The emulation in tests/cuda has its own version of this file: on the CPU torch
-// has no product with a wider result.
+// Matrix products by torch's GEMM library. The emulation in tests/cuda has its own version of this file: on the CPU
+// torch has no product with a wider result.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,8 +1,8 @@
 // The variance hinge L = (1/d) Σ_j max(0, gamma − sqrt(Var_j + eps)): a stable pass over x, then one over its moments.
 //
-// A block covers eight packs of columns (128 bytes) by 32 interleaved slices of rows. Every thread runs Welford's update
-// on its slice; slices, warps and splits are then merged in a fixed order. The group's first row is subtracted from all
-// rows: a mean far from zero then costs no digits.
+// A block covers eight packs of columns (128 bytes) by 32 interleaved slices of rows. Every thread runs Welford's
+// update on its slice; slices, warps and splits are then merged in a fixed order. The group's first row is subtracted
+// from all rows: a mean far from zero then costs no digits.
 #pragma once
 
 #include "moments.cuh"

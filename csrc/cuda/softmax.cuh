@@ -1,5 +1,5 @@
-// The row passes of chunked retrieval. A GEMM leaves the scores of a chunk of queries in a scratch that stays in L2. They
-// become weights (forward), or weights and the gradient of the scores (backward).
+// The row passes of chunked retrieval. A GEMM leaves the scores of a chunk of queries in a scratch that stays in L2.
+// They become weights (forward), or weights and the gradient of the scores (backward).
 //
 // logits = scale · beta · scores + log_prior, with the scores q·k in float32 whatever the inputs' dtype.
 #pragma once

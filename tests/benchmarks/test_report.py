@@ -61,20 +61,39 @@ def test_pages_say_what_the_rows_say(page) -> None:
     assert pages.render(text, RESULTS) == text, "run `python -m benchmarks.report`"
 
 
-def test_readme_figures_are_the_rows_figures() -> None:
-    # Independently of the renderer: every time of the README's CPU table is a median of a committed row.
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"<!-- rows: cpu-readme -->(.*?)<!-- end -->", text, re.DOTALL)
+def marked(page: str, name: str) -> str:
+    section = re.search(
+        rf"<!-- rows: {name} -->(.*?)<!-- end -->", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+    )
     assert section is not None
+    return section[1]
+
+
+def test_figures_of_the_summary_are_the_rows_figures() -> None:
+    # Independently of the renderer: every time of the CPU's table is a median of a committed row.
     found = [*load(RESULTS, "cpu", "kernels"), *load(RESULTS, "cpu", "training")]
     medians = {f"{row.implementation} {tables.number(row.milliseconds['p50'])}" for row in found if row.milliseconds}
-    for line in section[1].splitlines():
-        if line.startswith("| `"):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert f"eager {cells[1]}" in medians
-            for cell in cells[2:4]:
-                value, _, name = cell.partition(" (")
-                assert cell == "–" or f"{name.removesuffix(')')} {value}" in medians
+    lines = [line for line in marked("docs/PERFORMANCE.md", "cpu-summary").splitlines() if line.startswith("| `")]
+    assert lines
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert f"eager {cells[1]}" in medians
+        for cell in cells[2:4]:
+            value, _, name = cell.partition(" (")
+            assert cell == "–" or f"{name.removesuffix(')')} {value}" in medians
+
+
+def test_figures_of_the_readme_are_those_of_the_summary() -> None:
+    lines = [line for line in marked("docs/PERFORMANCE.md", "cpu-summary").splitlines() if line.startswith("| `")]
+    eager, best = ([line.split("|")[column].strip(" ×") for line in lines] for column in (5, 6))
+    against_eager = sorted(map(float, eager))
+    against_best = sorted(min(float(e), float(b)) for e, b in zip(eager, best, strict=True) if b != "–")
+    text = marked("README.md", "cpu-readme")
+    numbers = [float(number) for number in re.findall(r"([\d.]+)×", text)]
+    assert f"In the {len(lines)} cases" in text
+    assert numbers[:2] == [against_eager[0], against_eager[-1]]
+    assert numbers[3:5] == [against_best[0], against_best[-1]]
+    assert f"in the {len(against_best)} of them that have a rival" in text
 
 
 def test_summary_compares_within_a_case(results) -> None:
@@ -82,6 +101,13 @@ def test_summary_compares_within_a_case(results) -> None:
     assert "| `nt_xent` G 2, B 64, d 32 (large) | 20.0 | 16.0 (eager baddbmm) | 8.00 (native) | 2.50× | 2.00× |" in text
     assert "x86_64 AVX512, 2 threads" in text
     assert "Commit 0123456789ab." in text
+
+
+def test_the_readme_has_one_sentence_with_its_machine(results) -> None:
+    text = tables.SECTIONS["cpu-readme"](results)
+    assert "kernels were 2.50× to 2.50× (median 2.50×) as fast as eager PyTorch; in the 1 of them that have" in text
+    assert "2.00× to 2.00× (median 2.00×) as fast as the fastest other implementation." in text
+    assert "x86_64 AVX512, 2 threads" in text
 
 
 def test_grid_names_each_rival_and_what_has_no_time(results) -> None:

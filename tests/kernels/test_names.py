@@ -18,7 +18,8 @@ def jitted() -> list[tuple[str, str]]:
         (path.stem, node.name)
         for path in sorted(FOLDER.glob("*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        if any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
     ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from anomem.backends import Impl
 from anomem.ops import native
-from tests.operators.contract import Contract, Implementation, cases, each
+from tests.operators.contract import Contract, Implementation, cases, each, fault
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -18,8 +19,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any("impl" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
         return
     implementations = metafunc.cls.implementations
+    if hasattr(metafunc.function, "of_the_operator"):
+        implementations = {one.name: one for one in reversed(implementations)}.values()
     if "dtype" in metafunc.fixturenames:
-        mark = cases("dtype", {one: [(dtype,) for dtype in one.dtypes] for one in implementations})
+        faults = metafunc.cls.no_rows_fail if metafunc.function.__name__ == "test_no_rows" else {}
+
+        def row(one: Implementation, dtype: torch.dtype) -> Any:
+            reason = faults.get((one, dtype))
+            return (dtype,) if reason is None else fault(reason, dtype, raises=RuntimeError)
+
+        mark = cases("dtype", {one: [row(one, dtype) for dtype in one.dtypes] for one in implementations})
     else:
         mark = each(*implementations)
     metafunc.parametrize(*mark.args, **mark.kwargs)
@@ -35,7 +44,11 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         request.getfixturevalue("interpreter")
         # A chunk of queries is made as short as it can be: a few queries fill several.
         monkeypatch.setattr("anomem.kernels.retrieve_chunked.SCRATCH_BYTES", 1)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = implementation.allow_tf32
+        if implementation.allow_tf32:
+            # Exact products: the budget is that of float32. tests/kernels/test_tf32.py tests the rounding.
+            for name in ("round_to_tf32", "truncate_to_tf32"):
+                monkeypatch.setattr(f"anomem.kernels.primitives.{name}", lambda x: x)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if implementation.allow_tf32 else "ieee"
     yield implementation.name
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before

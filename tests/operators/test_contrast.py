@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -87,6 +87,9 @@ class TestInfoNCE(Contract):
 
     implementations = ALL
     rows_axis = 1
+    no_rows_fail: ClassVar = {
+        (TRITON, F16): "the columns' gradient takes the largest upstream gradient of a group, which has none"
+    }
 
     def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
         positive = torch.arange(rows) % 7
@@ -131,9 +134,10 @@ def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape
     check(impl, tau, views(*shape, dtype))
 
 
+# Triton: fewer pairs of fewer features, so that negatives are near. Where all losses are 0 the error is luck.
 @cases(
     "tau, n, d",
-    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 50, 40))},
+    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 35, 8))},
 )
 def test_well_matched_pairs_within_budget(impl: Impl, tau: float, n: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
@@ -193,7 +197,7 @@ def test_the_lengths_of_the_rows_do_not_matter(impl: Impl, dtype: torch.dtype, l
 
 @cases(
     "scale, n",
-    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 35))},
+    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 17))},
 )
 def test_bfloat16_rows_of_any_length_within_budget(impl: Impl, scale: float, n: int) -> None:
     """Products of bfloat16 read rows at a power of two, in which rows that are long or short must stay what they are.
@@ -245,6 +249,9 @@ def test_a_row_with_an_infinite_element(impl: Impl, bad: float) -> None:
 def test_a_row_whose_length_overflows(impl: Impl) -> None:
     z, z_pair = views(1, 5, 16)
     z[0, 1] = 1e30
+    check(impl, 0.2, [z, z_pair])
+    if impl == "native":  # which is right where plain float32 is not
+        z, z_pair = z.double(), z_pair.double()
     actual, plain = (gradients(f, [z, z_pair]) for f in (rows_of(impl), plain_rows()))
     for mine, theirs in zip(actual, plain, strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True)
@@ -405,16 +412,19 @@ def test_learned_temperature_of_info_nce_within_budget(impl: Impl, dtype: torch.
 
 
 @cases(
-    "tau, rows, columns",
-    {one: [(t, r, c) for t in (0.005, 0.022, 0.03, 0.07)] for one, r, c in ((NATIVE, 200, 300), (TRITON, 35, 70))},
+    "tau, rows, columns, d",
+    {
+        one: [(tau, *sizes) for tau in (0.005, 0.022, 0.03, 0.07)]
+        for one, sizes in ((NATIVE, (200, 300, 40)), (TRITON, (35, 70, 8)))
+    },
 )
-def test_well_matched_rows_within_budget(impl: Impl, tau: float, rows: int, columns: int) -> None:
+def test_well_matched_rows_within_budget(impl: Impl, tau: float, rows: int, columns: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
-    keys, positive = draw(2, columns, 40), torch.arange(rows).flip(0)
+    keys, positive = draw(2, columns, d), torch.arange(rows).flip(0)
     compare(
         lambda a, b: info_nce(a, b, positive, temperature=tau, reduction="none", impl=impl),
         lambda a, b: R.info_nce_rows(a, b, positive, None, tau),
-        [keys[:, positive] + 0.05 * draw(2, rows, 40, seed=1), keys],
+        [keys[:, positive] + 0.05 * draw(2, rows, d, seed=1), keys],
     )
 
 

@@ -87,6 +87,7 @@ class TestTied(Contract):
     """The prototypes are read."""
 
     implementations = ALL
+    many = 97
 
     def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
         return list(pair(rows, 5, 6, dtype))
@@ -181,8 +182,8 @@ def triton_cases(dtypes: tuple[torch.dtype, ...]) -> list[tuple[Any, ...]]:
     "dtype, n, m, d, dv, normalize, beta",
     {
         NATIVE: [(dtype, *shape, 0.7) for dtype, shape in product(NATIVE.dtypes, NATIVE_SHAPES)],
-        TRITON: triton_cases((F32,)),
-        TRITON_TF32: [*triton_cases((F32, BF16, F16)), (F32, *ONE_QUERY_OR_PROTOTYPE[0], "layer", None)],
+        TRITON: triton_cases(TRITON.dtypes),
+        TRITON_TF32: triton_cases(TRITON_TF32.dtypes),
     },
 )
 def test_within_budget(
@@ -395,10 +396,11 @@ COLLAPSED = "bfloat16 products keep the mean of nearly equal prototypes, and the
     "n, m, d, dv, spread",
     {
         NATIVE: [(300, 90, 33, dv, spread) for dv in (0, 9) for spread in (0.3, 0.03, 0.01)],
-        TRITON_TF32: [
-            (100, 50, 33, 0, 0.3),
-            *(fault(COLLAPSED, 100, 50, 33, 0, spread) for spread in (0.03, 0.01)),
-            *((100, 50, 33, 9, spread) for spread in (0.3, 0.03, 0.01)),
+        TRITON: [
+            # At 0.01 plain bfloat16's own error is 30 to 180 times the gradient: it measures nothing.
+            (60, 40, 33, 0, 0.3),
+            fault(COLLAPSED, 60, 40, 33, 0, 0.03),
+            *((60, 40, 33, 9, spread) for spread in (0.3, 0.03, 0.01)),
         ],
     },
 )
