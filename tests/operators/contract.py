@@ -403,6 +403,7 @@ class Contract:
             got = self.results(self.function(impl), inputs)
         assert_same_values(got, expected, impl)
 
+    @of_the_operator
     def test_tracing_reads_no_values(self, impl: Impl) -> None:
         inputs = self.inputs(4)
         with torch.no_grad():
@@ -413,6 +414,7 @@ class Contract:
             outputs, _ = torch.func.linearize(lambda x: self.call("auto", x, *rest), first)
             torch.testing.assert_close(tuple_of(outputs), tuple_of(self.call(impl, *inputs)))
 
+    @of_the_operator
     def test_second_derivatives_in_every_mode(self, impl: Impl) -> None:
         """Forward mode runs through the reference, which "auto" takes."""
         if not self.differentiable or impl != "reference":
@@ -427,6 +429,7 @@ class Contract:
         for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
             torch.testing.assert_close(outer(inner(total))(x), expected)
 
+    @of_the_operator
     def test_vmap(self, impl: Impl) -> None:
         """Over the first input, and over all of them."""
         if not self.mapped:
