@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.reference.retrieve import in_forward_mode
+from anomem.ops.library import in_forward_mode
 from anomem.validation import require_choice
 
 Impl = Literal["auto", "reference", "triton", "native"]

@@ -128,9 +128,10 @@ import sys
 from pathlib import Path
 from anomem.errors import UserError
 from anomem.train import resume, train
-from anomem.train.config import load_config
+from anomem.train.config import TrainConfig, load_config
 path = Path(sys.argv[1])
-for attempt in (lambda: resume(path, quiet=True), lambda: train(load_config(path / "config.json"), quiet=True)):
+config = load_config(TrainConfig, path / "config.json")
+for attempt in (lambda: resume(path, quiet=True), lambda: train(config, quiet=True)):
     try:
         attempt()
     except UserError as error:
