@@ -175,7 +175,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
-    _beyond_a_gpu("info_nce", 20),
+    _beyond_a_gpu("info_nce", 21),
 )
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
