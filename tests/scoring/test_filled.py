@@ -11,9 +11,9 @@ from torch import Tensor
 
 from anomem.errors import ArgumentError
 from anomem.models import AnoMem, ModelConfig, build_model
-from anomem.scoring.detector import MomentSums
 from anomem.models.pretrained import PretrainedEncoder, pretrained_encoder
 from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.detector import MomentSums
 from anomem.scoring.filled import FilledScorer, NormalQueries, fill_memories, join_moments
 from anomem.scoring.labelled import FewLabels
 
