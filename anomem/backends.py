@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.ops.library import in_forward_mode
+from anomem.reference.retrieve import in_forward_mode
 from anomem.validation import require_choice
 
 Impl = Literal["auto", "reference", "triton", "native"]
@@ -295,8 +295,11 @@ def _from_machine(problem: Problem) -> Choice | None:
         # Only what is known already; a dynamic size is compared with bounds where something is known.
         if not _constant_any_known(problem.operator, problem.device, problem.dtype):
             return None
-        sizes = [_power(size) for size in (index(problem.features), problem.rows, problem.columns, problem.groups)]
-        name = _constant_known(problem.operator, problem.device, problem.dtype, *sizes, training)
+        features, rows = _power(index(problem.features)), _power(problem.rows)
+        columns, groups = _power(problem.columns), _power(problem.groups)
+        name = _constant_known(
+            problem.operator, problem.device, problem.dtype, features, rows, columns, groups, training
+        )
         return None if name is None else Choice(name, "file", "known when the call was traced")
     if not isinstance(problem.rows * problem.columns * problem.groups, int):
         return None  # a symbolic size outside of torch.compile
@@ -443,8 +446,11 @@ def _constant_known(
 
 # What the decorator torch.compiler.assume_constant_result sets; tests/test_backends.py compares. The decorator itself
 # imports the compiler and Triton, most of a second that a program which compiles nothing would wait for.
-for _function in (_constant_obstacle, _hardware, _distrust, _constant_any_known, _constant_known):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_hardware._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_distrust._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_any_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _power(size: int) -> int:
@@ -467,7 +473,7 @@ def _native_obstacle(operator: str, device: str, dtype: torch.dtype, steps: int)
     if device == "cuda" and dtype == torch.float64:
         return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
     if device == "cuda" and _capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or more (Ampere)"
+        return "the native CUDA kernels need compute capability 8.0 or later"
     return native.obstacle(device)
 
 
@@ -486,10 +492,6 @@ def _triton_obstacle(operator: str, device: str, dtype: torch.dtype, features: i
         return "Triton runs CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
     if device not in ("cpu", "cuda"):
         return f"the Triton kernels run on CUDA devices, not on {device}"
-    if device == "cuda" and torch.version.hip is not None:
-        return "the Triton kernels have no tiles for AMD GPUs yet"
-    if device == "cuda" and _capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or more (Ampere)"
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, not float64"
     if importlib.util.find_spec("anomem.kernels") is None:

@@ -30,12 +30,12 @@ from anomem.ops.library import Memory, accumulator
 Function = Callable[..., tuple[Tensor, ...]]
 SDPA = "SDPA"
 """A rival of retrieval that is measured by the command, and no implementation: `auto` cannot take it."""
-INFERENCE = ("deviation_map", "usage")
 _MOST_WORK, _MOST_COPIED = 2**27, 2**24
 _LEAST_ROWS = 256
 _MARGIN = 1.05
 """A kernel is taken if the reference takes so many times as long."""
-_ROUNDS = 3
+_ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
+"""The fewest rounds; short calls take more of them, so that one disturbance of the machine does not decide."""
 _SECONDS = 0.25
 """After so long no new round begins."""
 
@@ -50,7 +50,7 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
         rivals: also time SDPA for a retrieval.
 
     Returns:
-        The fastest implementation; the reference unless a kernel is ahead by a margin. None without memory for it.
+        The fastest implementation; the reference unless a kernel is ahead by a margin. None if nothing runs.
     """
     problem = bounded(problem)
     inputs = inputs_of(problem)
@@ -64,13 +64,13 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
         try:
             for _ in range(2):  # the first compiles, allocates and starts threads
                 _timed(call, problem.device)
-        except torch.OutOfMemoryError:
+        except Exception:  # out of memory, or whatever a compiler, a driver or a launch raises at this size
             continue
         calls[name], seconds[name] = call, []
     if not calls:
         return None
     end = time.perf_counter() + _SECONDS
-    while len(next(iter(seconds.values()))) < _ROUNDS or (time.perf_counter() < end and not _separate(seconds)):
+    while not _enough(seconds) or (time.perf_counter() < end and not _separate(seconds)):
         for name, call in calls.items():
             seconds[name].append(_timed(call, problem.device))
     times = {name: 1e3 * median(values) for name, values in seconds.items()}
@@ -108,24 +108,25 @@ def check(operator: str, implementation: str, device: str, dtype: torch.dtype, f
         raise
     except Exception as error:  # whatever a compiler, a driver or a launch raises: the kernel does not run here
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    outputs = len(actual) if operator in choice.INFERENCE else len(actual) - sum(x.is_floating_point() for x in inputs)
     plain_dtype = torch.float32 if dtype == torch.float64 else dtype
     plain = _results(function(operator, "reference"), _converted(inputs, plain_dtype), operator)
     exact = _results(function(operator, "reference"), _converted(inputs, torch.float64), operator)
-    unit = torch.finfo(dtype).eps
     for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
-        what = f"result {i}" if i < len(actual) - len(inputs) or operator in INFERENCE else f"gradient or result {i}"
+        what = f"result {i}" if i < outputs else f"gradient {i - outputs}"
         if result.shape != truth.shape:
-            return f"{what} of {list(problem[3:7])}: shape {list(result.shape)}, expected {list(truth.shape)}"
+            return f"{what}: shape {list(result.shape)}, expected {list(truth.shape)}"
         came = testing.error(result, truth) if bool(result.isfinite().all()) else float("nan")
-        plain_error = testing.error(baseline, truth) * unit / torch.finfo(plain_dtype).eps
+        unit = torch.finfo(result.dtype).eps
+        plain_error = testing.error(baseline, truth) * unit / torch.finfo(baseline.dtype).eps
         # Twice the budget of the tests: this looks for broken kernels, on numbers that no test has seen.
-        budget = 4 * plain_error + 8 * max(unit, torch.finfo(result.dtype).eps)
+        budget = 4 * plain_error + 8 * unit
         if not came <= budget:
             return f"{what}: error {came:.3g} of the largest magnitude against float64, expected at most {budget:.3g}"
     return choice.PASSED
 
 
-_ONE_GROUP = ("retrieve", "shrink", "deviation_map", "usage")
+_ONE_GROUP = ("retrieve", "shrink", *choice.INFERENCE)
 
 
 def bounded(problem: Problem) -> Problem:
@@ -225,7 +226,7 @@ def _usage_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
     return found.mass, found.entropy
 
 
-def _usage_kernel(_: str, query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+def _usage_kernel(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
     _, mass, entropy, _ = usages.usage(query, _memory(prototypes))
     return mass, entropy.mean()
 
@@ -236,9 +237,7 @@ _BY_REFERENCE: dict[str, Function] = {
     "shrink": _shrink_reference,
     "nt_xent": _nt_xent_reference,
     "info_nce": _info_nce_reference,
-    "gather": lambda feature_map, positions: (
-        reference.gather_positions(feature_map, positions, normalize=True),
-    ),
+    "gather": lambda feature_map, positions: (reference.gather_positions(feature_map, positions, normalize=True),),
     "variance": lambda x: (reference.variance_hinge(x.to(accumulator(x))),),
     "deviation_map": _deviation_map_reference,
     "usage": _usage_reference,
@@ -255,7 +254,7 @@ _BY_KERNEL: dict[str, Function] = {
     "deviation_map": lambda impl, feature_map, prototypes: (
         deviation_maps.deviation_map(feature_map, _memory(prototypes), "cosine", None),
     ),
-    "usage": _usage_kernel,
+    "usage": lambda impl, query, prototypes: _usage_kernel(query, prototypes),
 }
 
 
@@ -282,7 +281,7 @@ def _both_passes(one: Function, inputs: list[Tensor]) -> Callable[[], object]:
 
 
 def _results(one: Function, inputs: list[Tensor], operator: str) -> list[Tensor]:
-    if operator in INFERENCE:
+    if operator in choice.INFERENCE:
         return list(_forward(one, inputs))
     return testing.gradients(one, inputs)
 
@@ -303,11 +302,17 @@ def _timed(call: Callable[[], object], device: str) -> float:
     return seconds
 
 
+def _enough(seconds: dict[str, list[float]]) -> bool:
+    rounds = len(next(iter(seconds.values())))
+    long = all(sum(values) >= _ENOUGH_SECONDS for values in seconds.values())
+    return rounds >= _ENOUGH_ROUNDS or (rounds >= _ROUNDS and long)
+
+
 def _separate(seconds: dict[str, list[float]]) -> bool:
-    """Whether the middle half of the fastest one's times lies below that of every other."""
+    """Whether the middle half of the fastest one's times lies below that of every other, and its least time too."""
     ordered = sorted((sorted(values) for name, values in seconds.items() if name != SDPA), key=median)
     best = ordered[0]
-    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] for other in ordered[1:])
+    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0] for other in ordered[1:])
 
 
 def problems(device: str) -> Iterator[tuple[Problem, bool]]:
@@ -364,15 +369,27 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
 
 def run(devices: Sequence[str], place: Path, seconds: float) -> None:
     """`fill` with a progress bar, for each device."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[device]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
         for device in devices:
             bar = progress.add_task("", total=1.0, device=device)
-            fill(device, place, seconds, lambda done, name, bar=bar: progress.update(bar, completed=done, description=name))
+
+            def report(done: float, name: str, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done, description=name)
+
+            fill(device, place, seconds, report)
             progress.update(bar, completed=1.0, description=f"kept in {place}")
     backends.forget()
+
+
+def positive(text: str) -> float:
+    """A finite number > 0 of the command line."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def devices() -> list[str]:
@@ -383,7 +400,7 @@ def devices() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure this machine and keep the choices."""
     parser = argparse.ArgumentParser(prog="python -m anomem.calibrate", description=main.__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="no measurement begins after so long (per device)")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of measurements, for each device")
     parser.add_argument("--output", type=Path, help="the file; the one that impl='auto' follows by default")
     options: Any = parser.parse_args(arguments)
     run(devices(), options.output or choice.path() or choice.default_path(), options.seconds)

@@ -5,7 +5,8 @@ The environment variable ANOMEM_CHOICE
     table     no file and no measurement: committed rows and rules only
     PATH      this file is read and never written; nothing is measured
 
-A choice is keyed by `Bucket` within a section for one processor or GPU and one state of the software. A section of
+A choice is keyed by `Bucket` within a section for one processor or GPU (the current one at the first call) and one
+state of the software. A section of
 another machine, torch, Triton, driver or state of the kernels is not used. The file:
 {"format": 1, "sections": [{"hardware": "…", "software": "…", "choices": {BUCKET: {"implementation": "native",
 "milliseconds": {"reference": 2.1, "native": 0.9}}}, "checks": {FAMILY: "passed" or what went wrong}}]}
@@ -40,6 +41,8 @@ _LARGE = {"cpu": 2**24, "cuda": 2**28}
 """Multiplications of one product of scores from which a call is worth a measurement, by device."""
 _LARGE_COPY = {"cpu": 2**20, "cuda": 2**24}
 """The same for the operators that only move memory, in elements."""
+INFERENCE = ("deviation_map", "usage")
+"""Operators without a gradient."""
 COPIES = ("gather", "variance")
 T = TypeVar("T")
 
@@ -95,15 +98,26 @@ class Section(NamedTuple):
 
 def bucket_of(problem: backends.Problem, training: bool) -> Bucket:
     """The bucket of a call."""
-    sizes = (problem.features, problem.rows, problem.columns, problem.groups)
-    inference_only = problem.operator in ("deviation_map", "usage")
-    rounded = (1 << max(size - 1, 0).bit_length() for size in sizes)
-    return Bucket(problem.operator, problem.device, problem.dtype, *rounded, training and not inference_only)
+    return Bucket(
+        problem.operator,
+        problem.device,
+        problem.dtype,
+        _power(problem.features),
+        _power(problem.rows),
+        _power(problem.columns),
+        _power(problem.groups),
+        training and problem.operator not in INFERENCE,
+    )
 
 
 def family_of(operator: str, implementation: str, dtype: torch.dtype, features: int) -> str:
     """The name of what one check proves: a kernel for a dtype and lengths of rows up to a power of two."""
-    return f"{implementation} {operator} {_name_of(dtype)} d {1 << max(features - 1, 0).bit_length()}"
+    return f"{implementation} {operator} {_name_of(dtype)} d {_power(features)}"
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 # The state of the process: a choice once made is not made again.
@@ -152,7 +166,7 @@ def of_machine(problem: backends.Problem, training: bool) -> backends.Choice | N
         problem: the call.
         training: whether gradients are on.
     """
-    if torch.are_deterministic_algorithms_enabled() or mode() == "table":
+    if problem.device not in _LARGE or torch.are_deterministic_algorithms_enabled() or mode() == "table":
         return None
     bucket = bucket_of(problem, training)
     with _lock:
@@ -163,7 +177,7 @@ def of_machine(problem: backends.Problem, training: bool) -> backends.Choice | N
 
 def any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `known` can have an answer for such tensors."""
-    if torch.are_deterministic_algorithms_enabled() or _follows() is None:
+    if device not in _LARGE or torch.are_deterministic_algorithms_enabled() or _follows() is None:
         return False
     start = f"{operator} {_name_of(dtype)} "
     with _lock:
@@ -172,7 +186,7 @@ def any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
 
 def known(bucket: Bucket) -> str | None:
     """The implementation that was chosen for a bucket in this process or its file; measures nothing."""
-    bucket = bucket._replace(training=bucket.training and bucket.operator not in ("deviation_map", "usage"))
+    bucket = bucket._replace(training=bucket.training and bucket.operator not in INFERENCE)
     with _lock:
         if bucket in _made:
             made = _made[bucket]
@@ -200,7 +214,11 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
                 return "it is not checked on this hardware yet; run `python -m anomem.env --check`"
             from anomem import calibrate
 
-            outcome = in_clean_thread(functools.partial(calibrate.check, operator, implementation, device, dtype, features))
+            check = functools.partial(calibrate.check, operator, implementation, device, dtype, features)
+            try:
+                outcome = in_clean_thread(check)
+            except torch.OutOfMemoryError:
+                return "there was no memory to check it on this hardware"
             if mode() == "measure":
                 keep(default_path(), device, checks={family: outcome})
         _outcomes[device, family] = outcome
@@ -220,6 +238,17 @@ def outcomes(device: str) -> dict[str, str]:
     """The outcomes of the checks of this process, by family."""
     with _lock:
         return {family: _outcomes[where, family] for where, family in _outcomes if where == device}
+
+
+def applies(rule: backends.Rule, device: str) -> bool:
+    """Whether a rule holds for a device of this machine."""
+    return rule.device == device and rule.processor in ("", hardware(device))
+
+
+def kept_here(device: str) -> Section:
+    """What the file that this process follows has for this machine."""
+    with _lock:
+        return _section(device)
 
 
 def work(problem: backends.Problem) -> int:
@@ -251,9 +280,16 @@ def can_run(device: str) -> bool:
 
 
 def in_clean_thread(call: Callable[[], T]) -> T:
-    """Run a call in a thread of its own, where no autocast, `torch.func` transform, mode or hook of the caller is on."""
+    """Run a call in a thread of its own: no autocast, transform, mode or hook of the caller is on there."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> T:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        return call()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+        return pool.submit(run).result()
 
 
 def _from_file(problem: backends.Problem, bucket: Bucket) -> backends.Choice | None:
@@ -360,8 +396,8 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
             if not all(isinstance(section[field], str) for field in ("hardware", "software")):
                 raise ValueError("a section names no hardware or software")
             for name, choice in section["choices"].items():
-                times = choice["milliseconds"]
-                if choice["implementation"] not in backends.IMPLEMENTATIONS[1:] or choice["implementation"] not in times:
+                times, implementation = choice["milliseconds"], choice["implementation"]
+                if implementation not in backends.IMPLEMENTATIONS[1:] or implementation not in times:
                     raise ValueError(f"{name} names no implementation that was measured")
                 if not all(isinstance(ms, float | int) and ms > 0 for ms in times.values()):
                     raise ValueError(f"{name} has a time that is no number > 0")

@@ -149,4 +149,6 @@ def values_are_free(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation and breaks no trace."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():  # make_fx, torch.func.linearize, fake tensors
+        return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

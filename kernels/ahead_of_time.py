@@ -68,7 +68,14 @@ _SHARED = {
 }
 _THREADS = {80: 2048, 86: 1536, 90: 2048, 100: 2048, 120: 1536}
 _REGISTERS, _TENSOR_COLUMNS = 65536, 512
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
+}
 
 
 class Launch(NamedTuple):
@@ -176,9 +183,9 @@ def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool, groups
     contrast.nt_xent_forward(view, view, temperature, 0.2)
     contrast.info_nce_forward(matrix, matrix, index, index, temperature, 0.2)
     matrix, row = empty(groups[1], 2 * batch, d, dtype=dtype), empty(groups[1], 2 * batch)
-    contrast.nt_xent_backward(row, matrix, row, row, temperature, 0.2)
+    contrast.nt_xent_backward(row, row, row, matrix, row, temperature, 0.2)
     if learned:
-        contrast.info_nce_backward(row, matrix, matrix, row, row, row, index, index, temperature, 0.2)
+        contrast.info_nce_backward(row, row, row, matrix, matrix, row, row, index, index, temperature, 0.2)
 
 
 def row_calls(d: int) -> None:
@@ -270,9 +277,12 @@ def variant_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
     )
     for word, call in calls:
         best = Best(architecture)
-        with patch.object(retrieve_flash, "architecture_of", lambda device: architecture), using(best):
-            with recording() as launches:
-                call()
+        with (
+            patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+            using(best),
+            recording() as launches,
+        ):
+            call()
         for launch in launches:
             tile = best.tiles.get(launch.kernel.__name__.removesuffix("_kernel"))
             normalises = "NORMALIZE" in launch.arguments

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, choice
+from anomem import backends, calibrate, choice, env
 from anomem.backends import Choice, Problem, Rule, Where
+from anomem.choice import Measured
 from anomem.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,11 +207,9 @@ def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
 
 
 def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
-    for implementation in ("triton", "native"):
-        reason = backends.obstacle("retrieve", implementation, "cuda", torch.float16, 64)
-        assert reason == "the kernels need a GPU of compute capability 8.0 or more (Ampere)"
+    reason = backends.obstacle("retrieve", "native", "cuda", torch.float16, 64)
+    assert reason == "the native CUDA kernels need compute capability 8.0 or later"
 
 
 @pytest.mark.parametrize(
@@ -245,10 +244,57 @@ def test_obstacles_are_sentences() -> None:
     assert answers["deviation_map", "native"] != "runs"
 
 
-def test_the_environment_can_be_printed() -> None:
-    done = subprocess.run([sys.executable, "-m", "anomem.env"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for word in ("torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels"):
-        assert word in done.stdout
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder with a choice and a check of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ANOMEM_CHOICE", "measure")
+    monkeypatch.setenv("COLUMNS", "300")
+    backends.forget()
+    found = {"retrieve float32 1 x 8192 x 512 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
+    checks = {"native usage float32 d 64": "passed", "native shrink float32 d 64": "error 3 expected 1"}
+    choice.keep(choice.default_path(), "cpu", choices=found, checks=checks)
+    return tmp_path
+
+
+def test_the_environment_can_be_printed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert env.main([]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels", choice.hardware("cpu"),
+        str(choice.default_path()), "2.00 times as fast as reference", "error 3 expected 1", "1 of 2 checks",
+    ):  # fmt: skip
+        assert words in printed, words
+
+
+def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert env.main(["--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert torch.__version__.startswith(about["versions"]["torch"])
+    cpu = about["devices"]["cpu"]
+    assert cpu["hardware"] == choice.hardware("cpu")
+    assert ["retrieve", "reference", "runs"] in cpu["runs"]
+    (measured,) = (c for c in cpu["choices"] if c["source"] == "file")
+    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 8192 x 512 x 128 training", "native")
+    assert measured["because"] == "2.00 times as fast as reference, 1.5 ms"
+    assert {c["source"] for c in cpu["choices"]} <= {"table", "file", "rule", "default"}
+    assert cpu["checks"]["native usage float32 d 64"] == "passed"
+
+
+def test_the_environment_checks_and_measures(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    monkeypatch.setattr("anomem.calibrate.run", lambda *arguments: ran.append(arguments))
+    assert env.main(["--check", "--seconds", "7"]) == 0
+    assert ran == [(calibrate.devices(), choice.default_path(), 7.0)]
+
+
+def test_the_environment_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "anomem.env", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(done.stdout)) == {"versions", "devices"}
 
 
 def test_the_source_of_tiles_is_told_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

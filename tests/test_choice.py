@@ -1,4 +1,4 @@
-"""The choice that this machine makes: files of it and of others, measurements, checks of kernels, and when none runs."""
+"""The choice that this machine makes: files of it and of others, measurements, checks of kernels, when none runs."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_a_large_call_is_measured_once_and_kept(timed: list[Problem]) -> None:
     assert timed == [LARGE]
     (section,) = content(choice.default_path())["sections"]
     assert (section["hardware"], section["software"]) == choice.identity("cpu")
-    assert section["choices"] == {
-        NAME: {"implementation": "native", "milliseconds": {"reference": 2.0, "native": 1.0}}
-    }
+    assert section["choices"] == {NAME: {"implementation": "native", "milliseconds": {"reference": 2.0, "native": 1.0}}}
     assert section["checks"] == {"native nt_xent float32 d 32": "passed"}
     new_process()
     assert backends.decide(LARGE)[:2] == ("native", "file")
@@ -258,6 +256,35 @@ def test_a_slow_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("checked")
+def test_a_kernel_that_fails_at_this_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("too many resources requested for launch")
+
+    monkeypatch.setattr(contrast, "nt_xent", fails)
+    assert backends.decide(LARGE)[:2] == ("reference", "measured")
+
+
+def test_no_memory_for_a_check_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> str:
+        raise torch.OutOfMemoryError
+
+    check = calibrate.check
+    monkeypatch.setattr(calibrate, "check", fails)
+    assert "no memory" in str(choice.distrust("nt_xent", "native", "cpu", torch.float32, 32))
+    monkeypatch.setattr(calibrate, "check", check)
+    assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
+
+
+def test_a_measurement_uses_the_threads_of_its_caller() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert choice.in_clean_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("checked")
 def test_a_slow_reference_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     from anomem import reference
 
@@ -331,8 +358,8 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(
     with pytest.warns(RuntimeWarning, match="switched off"):  # remembered, and told in each process
         assert backends.decide(LARGE).implementation == "reference"
     assert len(runs) == 1
-    with pytest.warns(RuntimeWarning, match="bfloat16 d 32"):  # another family is checked for itself
-        backends.decide(LARGE._replace(dtype=torch.bfloat16))
+    with pytest.warns(RuntimeWarning, match="float32 d 64"):  # another family is checked for itself
+        backends.decide(LARGE._replace(features=64))
     assert len(runs) == 2
 
 
@@ -371,7 +398,9 @@ def test_the_kernels_pass_their_check(operator: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("training", [True, False])
 def test_every_operator_can_be_measured(operator: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
-    problem = Problem(operator, "cpu", torch.float32, 16, rows=64, columns=32 if operator != "nt_xent" else 64, groups=2)
+    problem = Problem(
+        operator, "cpu", torch.float32, 16, rows=64, columns=32 if operator != "nt_xent" else 64, groups=2
+    )
     bucket = choice.bucket_of(problem, training)
     measured = calibrate.measure(problem, bucket.training, ["native"], rivals=True)
     assert measured is not None
@@ -437,8 +466,28 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> Non
     assert found.choices["nt_xent float32 8 x 256 x 256 x 128 training"].implementation == "native"
     assert set(found.checks.values()) == {"passed"}
     timed.clear()
-    assert calibrate.main(["--seconds", "0", "--output", str(place)]) == 0
+    assert calibrate.main(["--seconds", "1e-9", "--output", str(place)]) == 0
     assert timed == []
+    with pytest.raises(SystemExit):
+        calibrate.main(["--seconds", "0"])
+
+
+def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
+    """The choice holds in this process; the next one measures again."""
+    assert not calibrate._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
+    assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
+    assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
+    monkeypatch.setattr(calibrate, "_separate", lambda seconds: False)
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    assert backends.decide(LARGE).source == "measured"
+    assert content(choice.default_path())["sections"][0]["choices"] == {}
+
+
+def test_short_calls_take_more_rounds() -> None:
+    assert not calibrate._enough({"reference": [1e-3] * 14, "native": [1e-3] * 14})
+    assert calibrate._enough({"reference": [1e-3] * 15, "native": [1e-3] * 15})
+    assert calibrate._enough({"reference": [1e-2] * 3, "native": [1e-2] * 3})
+    assert not calibrate._enough({"reference": [1.0] * 2, "native": [1.0] * 2})
 
 
 def test_how_far_ahead_is_told() -> None:

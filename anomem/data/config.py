@@ -34,8 +34,8 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100, folder or elpv (solar cells, CC BY-NC-SA 4.0). A task made in Python may
-    have any name."""
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python
+    may have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"

@@ -170,7 +170,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_count(self.seed, "run.seed", 0, STEPS)
         if self.threads is not None:
-            require_count(self.threads, "run.threads", 1, 1024)
+            require_count(self.threads, "run.threads", 1)
+            require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
         require_count(self.log_every, "run.log_every", 1)
         require_number(self.checkpoint_minutes, "run.checkpoint_minutes")
         require(self.checkpoint_minutes >= 0, "run.checkpoint_minutes", "a number ≥ 0", self.checkpoint_minutes)

@@ -31,10 +31,10 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def full_precision() -> Any:
     """TF32 products would not keep the budget of float32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,10 +36,10 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
     """TF32 products would not keep the budget of float32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def memory(device: str, dtype: torch.dtype, n: int, m: int, d: int, dv: int) -> list[Tensor]:
@@ -103,9 +103,9 @@ def test_bits_repeat(device: str, dtype: torch.dtype) -> None:
 def test_tf32_is_used_where_torch_allows_it(device: str) -> None:
     query, prototypes = memory(device, torch.float32, 2048, 512, 64, 0)
     exact = hopfield_retrieve(query.double(), prototypes.double(), impl="reference")
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     loose = hopfield_retrieve(query, prototypes, impl="triton")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     tight = hopfield_retrieve(query, prototypes, impl="triton")
     torch.testing.assert_close(loose.double(), exact, atol=2e-2, rtol=0)
     assert float((tight - exact).abs().max()) < float((loose - exact).abs().max())

@@ -44,8 +44,8 @@ def refused_contrasts() -> Iterator[Call]:
     yield forward, (z, z_pair[:1], None, 0.2), "z_pair"
     yield forward, (z, z_pair.double(), None, 0.2), "z_pair"
     yield forward, (z.mT.contiguous().mT, z_pair, None, 0.2), "unit stride"
-    yield backward, (rows, z, z_pair, inv_norm, total[:, :5], None, 0.2), "total"
-    yield backward, (rows, z, z_pair[:, :2], inv_norm, total, None, 0.2), "z_pair"
+    yield backward, (rows, z, z_pair, rows, total[:, :5], inv_norm, None, 0.2), "total"
+    yield backward, (rows, z, z_pair[:, :2], rows, total, inv_norm, None, 0.2), "z_pair"
     positive = torch.tensor([0, 4])
     yield (
         OPERATORS.native_info_nce_fwd,

@@ -44,7 +44,11 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         request.getfixturevalue("interpreter")
         # A chunk of queries is made as short as it can be: a few queries fill several.
         monkeypatch.setattr("anomem.kernels.retrieve_chunked.SCRATCH_BYTES", 1)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = implementation.allow_tf32
+        if implementation.allow_tf32:
+            # Exact products: the budget is that of float32. tests/kernels/test_tf32.py tests the rounding.
+            for name in ("round_to_tf32", "truncate_to_tf32"):
+                monkeypatch.setattr(f"anomem.kernels.primitives.{name}", lambda x: x)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if implementation.allow_tf32 else "ieee"
     yield implementation.name
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before

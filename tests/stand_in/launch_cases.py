@@ -53,14 +53,14 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
 )
 def test_float32_takes_the_flash_kernels_where_torch_allows_tf32(allowed: bool, kernel: str) -> None:
     """Without TF32 no matrix instruction takes float32, so cuBLAS multiplies."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         call = Call(*CALLS["retrieve"], torch.float32)
         with recorded() as entries:
             call()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     assert kernel in {e.what for e in of(entries, "launch")}
     assert not of(entries, "fault")
 
