@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from anomem.errors import ArgumentError
-from anomem.reference.retrieve import in_forward_mode
+from anomem.ops.library import in_forward_mode
 from anomem.validation import require_choice
 
 Impl = Literal["auto", "reference", "triton", "native"]
@@ -175,7 +175,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
-    _beyond_a_gpu("info_nce", 20),
+    _beyond_a_gpu("info_nce", 21),
 )
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"

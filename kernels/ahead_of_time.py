@@ -183,9 +183,9 @@ def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool, groups
     contrast.nt_xent_forward(view, view, temperature, 0.2)
     contrast.info_nce_forward(matrix, matrix, index, index, temperature, 0.2)
     matrix, row = empty(groups[1], 2 * batch, d, dtype=dtype), empty(groups[1], 2 * batch)
-    contrast.nt_xent_backward(row, matrix, row, row, temperature, 0.2)
+    contrast.nt_xent_backward(row, row, row, matrix, row, temperature, 0.2)
     if learned:
-        contrast.info_nce_backward(row, matrix, matrix, row, row, row, index, index, temperature, 0.2)
+        contrast.info_nce_backward(row, row, row, matrix, matrix, row, row, index, index, temperature, 0.2)
 
 
 def row_calls(d: int) -> None:

@@ -4,11 +4,11 @@
     (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
 
 Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of the
-cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j exp((c_ij − c_i,positive) / tau)): where
-it dominates its row, the loss is small, and never below 0. A row that excludes its positive has the logarithm of the sum
-alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1.
-With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a fixed order, so every
-run gives the same bits.
+cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j exp((c_ij − c_i,positive) / tau)).
+Where it dominates its row, the loss keeps its digits and is never below 0. A row that excludes its positive has the
+logarithm of the sum alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where
+`FIXED`, the bound 1. With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a
+fixed order, so every run gives the same bits.
 """
 
 import torch

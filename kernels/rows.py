@@ -24,7 +24,7 @@ LONG = tl.constexpr(2.0**50)  # the squares of 2²⁷ such elements stay in floa
 
 @triton.jit
 def shrinking_factor(x):
-    """[BLOCK] powers of two by which rows x [BLOCK, BLOCK_D] shrink so that their squares do not overflow; mostly 1.
+    """[BLOCK] factors 2^k that keep the squares of rows x [BLOCK, BLOCK_D] from overflowing: 1 but for long rows.
 
     The exponent of a long row's largest element becomes 20.
     """

@@ -115,8 +115,8 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
 }
 
-# NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The entry with twice the longest
-# whole row is for all rows that are loaded in slices.
+# NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The entry with twice the
+# longest whole row is for all rows that are loaded in slices.
 _CONTRAST = {
     ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 25)),
     ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "plots", "reference", "scoring", "train", "validation",
     },
     "demo": {
-        "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
+        "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
         "validation",
     },
 }  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from anomem.reference.retrieve import Normalize, in_forward_mode
+from anomem.reference.retrieve import Normalize
+from anomem.reference.retrieve import in_forward_mode as in_forward_mode
 
 LIBRARY = torch.library.Library("anomem", "DEF")
 

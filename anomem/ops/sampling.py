@@ -78,7 +78,7 @@ def gather_positions(feature_map: Tensor, positions: Tensor, normalize: bool) ->
 
 
 def variance_hinge(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> Tensor:
-    """Native variance hinge: [G, B, d] contiguous -> [G] in the dtype of sums; two numbers, or two 0-dim on the CPU."""
+    """Native variance hinge: [G, B, d] contiguous -> [G] in the accumulation dtype; gamma and eps may be 0-dim."""
     loss: Tensor = _Variance.apply(x, gamma, eps)[0]
     return loss
 

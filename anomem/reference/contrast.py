@@ -13,8 +13,8 @@ excluded from row i:
 
     ds_ij = g_i (P_ij − [j = positive_i]),   du_i = (1/tau) Σ_j ds_ij v_j,   dv_j = (1/tau) Σ_i ds_ij u_i
 
-At the positive P_ij − 1 = −(1 − exp(−l_i)), which is exact where P_ij is close to 1 (−1 where the positive is excluded).
-The backward recomputes P from the saved lse: no [N, N] matrix is kept. Unit rows bound s by 1/tau: a constant shift
+At the positive P_ij − 1 = −(1 − exp(−l_i)), exact where P_ij is close to 1; −1 where the row excludes its positive.
+The backward recomputes P from the saved lse: no [N, N] matrix is kept. Unit rows bound s by 1/tau, so a constant shift
 replaces the running maximum wherever exp(−2/tau) does not underflow. The gradient goes through u = z/|z| as in
 `anomem.reference.retrieve`.
 """

@@ -130,16 +130,18 @@ def _read_note(note_file: Path) -> dict[str, Any] | None:
     anew = "delete it to start this stage anew"
     try:
         note = read_json(note_file)
-    except UserError as error:
+        note = note if isinstance(note, dict) else {}
+        digest = note.pop("digest", None)
+        intact = digest == _digest(note)
+    except (UserError, RecursionError) as error:
         raise UserError(f"the checkpoint {note_file} is damaged ({error}); {anew}") from error
-    version = note.get("format") if isinstance(note, dict) else None
+    version, step, tensors = (note.get(name) for name in ("format", "step", "tensors"))
     if version != FORMAT and isinstance(version, int):
         raise UserError(f"the checkpoint {note_file} has format {version}, expected {FORMAT}; train the run anew")
-    if version != FORMAT or note.pop("digest", None) != _digest(note):
+    if isinstance(step, int) and tensors != _tensor_file(note_file.stem, step):
+        raise UserError(f"the checkpoint {note_file} is damaged (its tensors are in {tensors}, not beside it); {anew}")
+    if version != FORMAT or not intact:
         raise UserError(f"the checkpoint {note_file} is damaged (it was changed after it was written); {anew}")
-    name, step = note_file.stem, note["step"]
-    if not isinstance(step, int) or note["tensors"] != _tensor_file(name, step) or not isinstance(note["about"], dict):
-        raise UserError(f"the checkpoint {note_file} is damaged (it names the tensors of another checkpoint); {anew}")
     checked: dict[str, Any] = note
     return checked
 

@@ -170,7 +170,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_count(self.seed, "run.seed", 0, STEPS)
         if self.threads is not None:
-            require_count(self.threads, "run.threads", 1, 1024)
+            require_count(self.threads, "run.threads", 1)
+            require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
         require_count(self.log_every, "run.log_every", 1)
         require_number(self.checkpoint_minutes, "run.checkpoint_minutes")
         require(self.checkpoint_minutes >= 0, "run.checkpoint_minutes", "a number ≥ 0", self.checkpoint_minutes)
@@ -236,7 +237,7 @@ class FitConfig:
     """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained; auto takes efficientnet_lite0
     where its weights are installed, else small."""
     weights: str = "default"
-    """The encoder's own weights, or a .safetensors or .pth file of them."""
+    """The encoder's own weights, a .safetensors or .pth file of them, or "none" for random ones: a control."""
     scales: tuple[str, ...] = ()
     """Scales by the encoder's own names or by stride; empty for the encoder's own choice."""
     labels: str | None = None

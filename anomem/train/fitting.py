@@ -203,7 +203,9 @@ def _encoder(config: FitConfig, size: tuple[int, int], channels: int) -> Encoder
         return None
     scales = config.scales or (TAPS if config.encoder == LITE0 else ())
     weights = None if config.weights == "none" else config.weights
-    return pretrained_encoder(config.encoder, size, channels, scales, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)  # of random weights
+        return pretrained_encoder(config.encoder, size, channels, scales, weights)
 
 
 def _model(

@@ -93,8 +93,9 @@ def train_stage2(
                 if step == 0:
                     # Under autocast, so that the unit of the deviations has the precision of training. The host waits
                     # for it, once. A small batch may be without a normal image.
-                    unit = normal if bool(normal.any()) else ~normal
-                    head.fit_rms([[d[unit] for d in deviations]])
+                    normals = normal.cpu().nonzero().flatten()
+                    chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
+                    head.fit_rms([[d[chosen] for d in deviations]])
                 with record_function("anomem.margin"):
                     loss = margin_objective(head, deviations, normal, config.stage2.margin)
             with record_function("anomem.backward"):

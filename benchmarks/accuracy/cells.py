@@ -6,6 +6,7 @@ The images are under CC BY-NC-SA 4.0: they are measured on, and neither they nor
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,10 @@ class Options:
 
     results: Path = rows.RESULTS
     """Folder of elpv.jsonl; splits and settings that it holds are not run again."""
+    seeds: tuple[int, ...] = SEEDS
+    """Splits to run."""
+    settings: tuple[str, ...] = ()
+    """Settings to run; all when empty."""
     again: bool = False
     """Run also what the file holds; the new rows count."""
 
@@ -80,17 +85,17 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     path = options.results / ROWS
     done = set() if options.again else {(r.kind, r.seed, r.setting) for r in rows.read(path, CellRow)}
-    for seed in SEEDS:
+    every = (*FILLS, "random weights", "rivals", "pixels", "verdict", *(f"{part:.0%} labelled" for part in LABELS))
+    for seed in options.seeds:
         for kind in TYPES:
-            for setting, measured in split_of(kind, seed, done):
+            wanted = [s for s in options.settings or every if (kind, seed, s) not in done]
+            for setting, measured in split_of(kind, seed, wanted):
                 rows.append(path, *measured)
                 print(f"{kind} seed {seed}, {setting}: " + ", ".join(f"{r.score} {r.auroc:.4f}" for r in measured))
 
 
-def split_of(kind: str, seed: int, done: set[tuple[str, int, str]]) -> Any:
-    """The settings of one split that are not done, each with its rows."""
-    wanted = [*FILLS, "random weights", "rivals", "pixels", "verdict", *(f"{part:.0%} labelled" for part in LABELS)]
-    wanted = [setting for setting in wanted if (kind, seed, setting) not in done]
+def split_of(kind: str, seed: int, wanted: list[str]) -> Iterator[tuple[str, list[CellRow]]]:
+    """Settings of one split, each with its rows."""
     if not wanted:
         return
     config = resolved(FitConfig(data=DataConfig(dataset="elpv", normal=kind, seed=seed)), quiet=True)

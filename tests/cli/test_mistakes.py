@@ -132,10 +132,10 @@ def test_a_truncated_checkpoint(anomem: Command, copy: Path) -> None:
     complains(anomem("train", "--resume", copy), file.name, "truncated or damaged")
 
 
-def test_a_checkpoint_of_another_shape(anomem: Command, copy: Path) -> None:
+def test_a_checkpoint_of_other_settings(anomem: Command, copy: Path) -> None:
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"prototypes": [\n      8\n    ]', '"prototypes": [9]'))
-    complains(anomem("plot", copy), "of another shape", "[9, ", "[8, ")
+    complains(anomem("plot", copy), "was trained with `model.prototypes` = [8]", "says [9]")
 
 
 def test_an_unfinished_run(anomem: Command, copy: Path) -> None:

@@ -334,7 +334,7 @@ def test_neighbours_keep_to_what_an_architecture_compiles_well() -> None:
 def test_only_tiles_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from anomem.kernels import tile_table
 
-    entry, device = ("retrieve_flash_forward", "half", 256), torch.device("cuda", 7)
+    entry, device = ("retrieve_flash_forward", "half", 128), torch.device("cuda", 7)
     small, large = tile_table.TABLE[entry][90]
     monkeypatch.setattr(tile_table, "architecture_of", lambda device: 90)
     for limit, fit in ((small.shared - 1, ()), (small.shared, (small,)), (large.shared, (small, large))):

@@ -10,6 +10,7 @@ import torch
 from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomem.backends import Impl
 from anomem.errors import ArgumentError
@@ -387,6 +388,46 @@ class Contract:
                 tangents.append(forward_ad.unpack_dual(gradient).tangent)
         assert tangents[0] is not None
         torch.testing.assert_close(*tangents)
+
+    def test_saved_tensors_may_come_back_in_another_layout(self, impl: Impl) -> None:
+        """A saved-tensors hook gives back the same numbers with other strides; gradients keep their bits."""
+        if not self.differentiable:
+            return
+        inputs = [*self.inputs(6), *self.parameters()]
+        expected = self.results(self.function(impl), inputs)
+
+        def other_strides(x: Tensor) -> Tensor:
+            return x if x.dim() < 2 else x.mT.contiguous().mT
+
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, other_strides):
+            got = self.results(self.function(impl), inputs)
+        assert_same_values(got, expected, impl)
+
+    @of_the_operator
+    def test_tracing_reads_no_values(self, impl: Impl) -> None:
+        inputs = self.inputs(4)
+        with torch.no_grad():
+            traced = make_fx(self.function(impl))(*inputs)
+            assert_same_bits(tuple_of(traced(*inputs)), tuple_of(self.call(impl, *inputs)))
+        if impl == "reference" and self.differentiable:
+            first, *rest = inputs
+            outputs, _ = torch.func.linearize(lambda x: self.call("auto", x, *rest), first)
+            torch.testing.assert_close(tuple_of(outputs), tuple_of(self.call(impl, *inputs)))
+
+    @of_the_operator
+    def test_second_derivatives_in_every_mode(self, impl: Impl) -> None:
+        """Forward mode runs through the reference, which "auto" takes."""
+        if not self.differentiable or impl != "reference":
+            return
+        x, *rest = self.inputs(2, F64)
+
+        def total(x: Tensor) -> Tensor:
+            return torch.stack([out.pow(3).sum() for out in tuple_of(self.call("auto", x, *rest))]).sum()
+
+        jacfwd, jacrev = torch.func.jacfwd, torch.func.jacrev
+        expected = jacrev(jacrev(total))(x)
+        for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+            torch.testing.assert_close(outer(inner(total))(x), expected)
 
     @of_the_operator
     def test_vmap(self, impl: Impl) -> None:
