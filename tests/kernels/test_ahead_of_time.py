@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_every_tile_compiles_as_committed() -> None:
     result = run("--check")
     assert result.returncode == 0, result.stdout + result.stderr
