@@ -76,7 +76,6 @@ class TestVariance(Contract):
     implementations = ALL
     cast = False
     sizes = (2, 17)
-    rows_axis = 1
 
     def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
         return [draw(2, rows, 5, dtype=dtype)]
