@@ -5,12 +5,12 @@ launch. For each kernel, tile and architecture the command prints registers per 
 blocks per multiprocessor, the matrix instruction and the tensor memory, read from the compiled binary. `--write` stores
 them in ahead_of_time.json under Triton's minor version; `--check` compiles again, compares, and exits with status 1 on
 
-- a register that is spilled inside a loop with a matrix instruction, or a spill of a kernel without matrices; a spill
-  around that loop costs little and is a number of the row;
-- a serialised wgmma (ptxas C7510 to C7519), unless the committed row of a `VARIANTS` launch has it too;
+- a register that is spilled inside a loop with a matrix instruction, or a spill of a kernel without matrices, beyond
+  those of the committed row; a spill around that loop costs little and is a number of the row;
+- a serialised wgmma (ptxas C7510 to C7519), unless the committed row has it too;
 - more than 512 columns of tensor memory;
 - a matrix instruction that is not the architecture's (HMMA, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
-  multiplies matrices, or more multiplications in its loops than the tile has;
+  multiplies matrices, or another number of multiplications in its loops than the committed row;
 - two products that add to one accumulator in a loop on sm_100, where Triton may lose one of them (triton#10821);
 - more shared memory than the tile table says, since tiles are chosen by it at run time;
 - scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
@@ -516,11 +516,11 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
     for key, row in rows.items():
         spec = shipped()[key]
         before = None if committed is None else committed.get(key)
-        if row.loop_spills:
+        if row.loop_spills > (0 if before is None else before.loop_spills):
             yield f"{key}: spills in its loop, {row.loop_spills} instructions ({row.spills} bytes)"
-        if row.serialised and not (key.endswith(VARIANTS) and before is not None and before.serialised):
+        if row.serialised and not (before is not None and before.serialised):
             yield f"{key}: ptxas serialises its wgmma (C7510 to C7519)"
-        if row.products != 1.0:
+        if row.products != (1.0 if before is None else before.products):
             yield f"{key}: executes {row.products} times the products of its tile"
         if row.chained and spec.architecture == 100:
             yield f"{key}: two products add to one accumulator, of which Triton may lose one on sm_100"
