@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anomem.data import Images
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
-from anomem.train.config import TrainConfig, read_json, trained_settings
+from anomem.train.config import FitConfig, TrainConfig, read_json, trained_settings
 from anomem.train.monitor import Monitor
 from anomem.train.rundir import STAGES, RunDirectory
 from anomem.train.stopping import Interrupted, Request
@@ -146,7 +146,7 @@ def _read_note(note_file: Path) -> dict[str, Any] | None:
     return checked
 
 
-def provenance(directory: Path, name: str, config: TrainConfig) -> dict[str, Any]:
+def provenance(directory: Path, name: str, config: TrainConfig | FitConfig) -> dict[str, Any]:
     """What a checkpoint says about its origin, for `require_provenance`.
 
     Args:
@@ -160,7 +160,7 @@ def provenance(directory: Path, name: str, config: TrainConfig) -> dict[str, Any
     return {"settings": trained_settings(config, name), "after": _digests_before(directory, name)}
 
 
-def require_provenance(directory: Path, name: str, config: TrainConfig, about: Mapping[str, Any]) -> None:
+def require_provenance(directory: Path, name: str, config: TrainConfig | FitConfig, about: Mapping[str, Any]) -> None:
     """Check that a checkpoint belongs to this run and was trained with its settings.
 
     Args:

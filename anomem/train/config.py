@@ -30,10 +30,10 @@ EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
         "run.device", "run.threads", "run.channels_last", "run.compile", "run.log_every", "run.checkpoint_every",
-        "run.checkpoint_minutes", "run.tensorboard",
+        "run.checkpoint_minutes", "run.tensorboard", "alpha", "labels", "weights", "fill.batch_size",
     )
 )  # fmt: skip
-"""Settings that may change between a run's parts: where and how it executes."""
+"""Settings that may change after a part of a run: where and how it executes, and the rate of the verdict."""
 STEPS = 2**31
 """Upper bound of steps and seeds: a permutation's seed holds both in 63 bits."""
 
@@ -368,12 +368,12 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def trained_settings(config: TrainConfig, stage: str) -> dict[str, Any]:
+def trained_settings(config: TrainConfig | FitConfig, stage: str) -> dict[str, Any]:
     """The settings on which the result of a stage depends, by dotted name; a checkpoint keeps and checks them.
 
     Args:
         config: of the run.
-        stage: "stage1", "stage2" or "scorer".
+        stage: "stage1", "stage2", "scorer" or "detector".
     """
     later = {"stage1": ("stage2", "score"), "stage2": ("score",)}.get(stage, ())
     flat = {}

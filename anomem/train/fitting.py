@@ -21,11 +21,18 @@ from anomem.models import AnoMem, Encoder, ModelConfig, build_model
 from anomem.models.pretrained import LITE0, pretrained_available, pretrained_encoder
 from anomem.scoring.decision import normals_needed
 from anomem.scoring.fitted import FEWEST, FitReport, FittedDetector, fit_detector, restored_detector, stored
-from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint
+from anomem.train.checkpoint import (
+    load_checkpoint,
+    load_module,
+    provenance,
+    require_provenance,
+    save_checkpoint,
+)
 from anomem.train.config import FitConfig, OptimizerConfig, TrainConfig
 from anomem.train.run import device_of, prepare
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage1 import train_stage1
+from anomem.train.stopping import stopping_at_once
 from anomem.validation import require
 
 DETECTOR = "detector"
@@ -65,7 +72,7 @@ def fit_run(config: FitConfig, *, task: Task | None = None, quiet: bool = False)
     model = model_to_fit(config, task)
     run = RunDirectory.create(config, given, task.trained_on)
     try:
-        with run.claimed():
+        with stopping_at_once(), run.claimed():
             detector = _fitted(config, task, model, defects, (lambda line: None) if quiet else _say)
             _save(detector, run, config)
     except BaseException:
@@ -146,6 +153,7 @@ def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
     checkpoint = load_checkpoint(run.checkpoints, DETECTOR)
     if checkpoint is None:
         raise UserError(f"the run {path} is not finished; delete it and fit again")
+    require_provenance(run.checkpoints, DETECTOR, config, checkpoint.about)
     prepare(config)
     about, source = checkpoint.about, run.checkpoints / f"{DETECTOR}.json"
     try:
@@ -356,6 +364,7 @@ def _save(detector: FittedDetector, run: RunDirectory, config: FitConfig) -> Non
         "channels": detector.model.mean.shape[0],
         "alignment": detector.scorer.alignment,
         "calibration": detector.calibration.settings(),
+        **provenance(run.checkpoints, DETECTOR, config),
     }
     save_checkpoint(run.checkpoints, DETECTOR, 0, stored(detector), about)
 

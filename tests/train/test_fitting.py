@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,3 +228,26 @@ def test_the_readme_runs() -> None:
     values = {**given, "config": CONFIG}
     exec(code, values)
     assert values["verdicts"].shape == (3,)
+
+
+def test_a_setting_edited_after_the_fit_is_named(tmp_path: Path) -> None:
+    save_detector(fit(parts(30), config=CONFIG), tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "alpha": 0.1}))  # the rate of the verdict may change
+    assert load_detector(tmp_path / "run").alpha == 0.1
+    file.write_text(json.dumps({**values, "fill": {**values["fill"], "beta_factor": 1.0}}))
+    with pytest.raises(UserError, match=r"was trained with `fill\.beta_factor` = 4\.0, config\.json says 1\.0"):
+        load_detector(tmp_path / "run")
+
+
+def test_a_terminated_fit_leaves_nothing_to_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "good", parts(8))
+    config = replace(CONFIG, data=replace(CONFIG.data, root=str(tmp_path / "good")))
+    config = replace(config, run=replace(config.run, directory=str(tmp_path / "run")))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # one that is not handled would end the tests
+    monkeypatch.setattr(fitting, "_save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        fit_run(config, quiet=True)
+    signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run" / "config.json").exists()
