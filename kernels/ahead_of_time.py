@@ -402,7 +402,8 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     serialised = re.search(r"\bC751\d\b", log) is not None
     scratch = sum(getattr(compiled.metadata, f"{kind}_scratch_size") or 0 for kind in ("global", "profile"))
     executed = loops.multiplications(spec.tile.warps)
-    products = round(executed / multiplications(spec), 3) if executed and spec.matrix else 1.0
+    expected = multiplications(spec) if executed and spec.matrix else []
+    products = 1.0 if not expected or executed in expected else round(executed / expected[0], 3)
     return Row(
         registers, spills, shared, blocks, matrix, columns, serialised, scratch,
         loops.spills if spills else 0, products, chains_products(compiled.asm["ttir"]),
@@ -449,25 +450,30 @@ class Loops:
         return total
 
 
-def multiplications(spec: Spec) -> int:
-    """Of one turn of every loop of a tile."""
+def multiplications(spec: Spec) -> list[int]:
+    """Of one turn of every loop of a tile; with a second number where ptxas may unroll a loop over slices."""
     constants = spec.constants
     name = spec.kernel.__name__
+    width = constants.get("FEATURES", constants.get("D"))
+    unrolled = (1, -(-width // constants["BLOCK_D"]))
     if name == "contrast_forward_kernel":
-        return constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"]
+        return [constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"] * times for times in unrolled]
     if name == "contrast_backward_kernel":
-        return constants["BLOCK_X"] * constants["BLOCK_Y"] * (constants["BLOCK_D"] + constants["BLOCK_OUT"])
+        score = constants["BLOCK_X"] * constants["BLOCK_Y"]
+        return [score * (constants["BLOCK_D"] * times + constants["BLOCK_OUT"]) for times in unrolled]
+    if name == "retrieve_resident_kernel":
+        score = constants["BLOCK_N"] * constants["BLOCK_M"] * constants["BLOCK_D"]
+        return [score * (first + second) for first in unrolled for second in unrolled]
     keys = constants["BLOCK_D"]
-    values = constants.get("BLOCK_DV", keys)
+    values = constants["BLOCK_DV"]
     per_score = {
         "retrieve_flash_forward_kernel": keys + values,
-        "retrieve_resident_kernel": keys + values,
         "retrieve_flash_query_gradient_kernel": 2 * keys + values,
         "retrieve_flash_prototype_sums_kernel": (2 * keys + 2 * values, 2 * keys + values, keys + values)[
             constants.get("PART", 0)
         ],
     }
-    return constants["BLOCK_N"] * constants["BLOCK_M"] * per_score[name]
+    return [constants["BLOCK_N"] * constants["BLOCK_M"] * per_score[name]]
 
 
 def chains_products(ttir: str) -> bool:
