@@ -66,14 +66,12 @@ def plant(key: str, pattern: str, replacement: str) -> bool:
     compiled = compile_spec(shipped()[key])
     begin = compiled.ptx.index(".visible .entry")
     places = [found for found in re.finditer(pattern, compiled.ptx) if found.start() > begin]
-    caught = 0
-    for place in places:
-        changed = compiled.ptx[: place.start()] + replacement + compiled.ptx[place.end() :]
-        caught += not measure(compiled, changed).startswith("right")
-        if caught:
-            break
-    print(f"{key}: `{pattern}`: {'caught' if caught else 'missed'}", flush=True)
-    return bool(caught)
+    outcomes = (
+        measure(compiled, compiled.ptx[: place.start()] + replacement + compiled.ptx[place.end() :]) for place in places
+    )
+    caught = next((outcome for outcome in outcomes if not outcome.startswith("right")), None)
+    print(f"{key}: `{pattern}`: {caught or 'missed'}", flush=True)
+    return caught is not None
 
 
 def main() -> int:
