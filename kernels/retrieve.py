@@ -97,9 +97,7 @@ def backward(
     return dquery, dkeys, dvalues, lse.new_empty(0) if dbeta is None else dbeta
 
 
-def _flash_memory(
-    keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
-) -> Memory:
+def _flash_memory(keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int) -> Memory:
     """The memory whose keys and values are operands of the flash kernels' products."""
     arithmetic = precision(keys.dtype)
     keys = rows.normalized(keys, normalize, precision=arithmetic)

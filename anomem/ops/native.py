@@ -68,9 +68,9 @@ class Image(NamedTuple):
         return self.architecture <= 10 * capability[0] + capability[1]
 
 
-def images_in(library: Path) -> set[Image]:
+def images_in(path: Path) -> set[Image]:
     """The programs in a CUDA library, read from the headers that nvcc writes before them."""
-    content, found, at = library.read_bytes(), set(), 0
+    content, found, at = path.read_bytes(), set(), 0
     while (at := content.find(_FATBIN, at)) >= 0:
         header, size = struct.unpack_from("<HQ", content, at + 6)
         at += header

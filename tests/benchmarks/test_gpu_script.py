@@ -81,11 +81,20 @@ def test_every_step_runs_a_program_with_options_that_it_has(machine: Path) -> No
 
 def test_only_races_in_kernels_of_this_library_are_failures(machine: Path) -> None:
     line = "========= Error: Race reported between Write access at {} and Read access"
-    for kernel, failed in (("cutlass_80_tensorop", 0), ("void anomem::entry<Softmax>", 1), ("retrieve_resident_kernel", 1)):
-        (machine / "python").write_text(PYTHON.replace("exit 0\n", f"""
+    for kernel, failed in (
+        ("cutlass_80_tensorop", 0),
+        ("void anomem::entry<Softmax>", 1),
+        ("retrieve_resident_kernel", 1),
+    ):
+        (machine / "python").write_text(
+            PYTHON.replace(
+                "exit 0\n",
+                f"""
 case "$*" in *benchmarks.touch*triton*) echo '{line.format(kernel)}' ;; esac
 exit 0
-"""))
+""",
+            )
+        )
         status, summary, _ = run(machine)
         assert status == failed, summary
         assert ("races in kernels of this library" in summary) == bool(failed)

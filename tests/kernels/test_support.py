@@ -20,7 +20,9 @@ Gpu = Callable[..., None]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """Sets what torch and Triton report of the GPU."""
 
-    def report(capability: tuple[int, int], *, shared_kib: int = 99, triton: str = "3.8.0", hip: str | None = None) -> None:
+    def report(
+        capability: tuple[int, int], *, shared_kib: int = 99, triton: str = "3.8.0", hip: str | None = None
+    ) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +65,9 @@ def test_amd(gpu: Gpu) -> None:
     assert "AMD" in (kernels.support("nt_xent", BF16, 64) or "")
 
 
-@pytest.mark.parametrize(("release", "refused"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("3.10.0", False)])
+@pytest.mark.parametrize(
+    ("release", "refused"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("3.10.0", False)]
+)
 def test_early_triton_on_blackwell(gpu: Gpu, release: str, refused: bool) -> None:
     for capability in ((10, 0), (10, 3)):
         gpu(capability, shared_kib=227, triton=release)
@@ -110,9 +114,7 @@ def test_images_of_the_cuda_module() -> None:
     ("capability", "runs"),
     [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((12, 0), True)],
 )
-def test_default_images(
-    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_images(capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`setup.py` builds sm_80, sm_90 and PTX of compute_90."""
     images = {native.Image(True, 80), native.Image(True, 90), native.Image(False, 90)}
     monkeypatch.setattr(native, "images_in", lambda library: images)

@@ -42,7 +42,9 @@ def measure(compiled: Compiled, ptx: str | None = None) -> str:
     """ "right", "wrong: …" or "fault: …"."""
     copies_need_fence = tuple(map(int, version().split("."))) >= (3, 8)  # Triton 3.6 never sets it
     try:
-        found = errors(Call(compiled if ptx is None else compiled._replace(ptx=ptx), copies_need_fence=copies_need_fence))
+        found = errors(
+            Call(compiled if ptx is None else compiled._replace(ptx=ptx), copies_need_fence=copies_need_fence)
+        )
     except Fault as fault:
         return f"fault: {fault}"
     text = ", ".join(f"{name} {error:.2g}" for name, error in found.items())

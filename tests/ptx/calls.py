@@ -1,6 +1,6 @@
 """One small launch of each kernel with products: inputs with tails, the float64 result, and the largest error allowed.
 
-The formulas are written again here, in numpy and apart from the package, as they stand at the top of the kernels' files.
+The formulas at the top of the kernels' files are written again here, in numpy.
 """
 
 from __future__ import annotations

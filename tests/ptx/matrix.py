@@ -15,9 +15,10 @@ from tests.ptx.threads import Operands, Threads, Words
 
 # Row and first column, in the 8 × 8 matrix of ldmatrix and in the 16 × 8 one of an accumulator, of each lane.
 _ROW, _COLUMN = np.arange(32) // 4, np.arange(32) % 4 * 2
-# Offsets of the registers of an accumulator, of a 16-bit operand A and of a 32-bit operand A.
+# (row, column) offsets of the registers of an accumulator and of operands A and B of 16 and of 32 bits.
 ACCUMULATOR = ((0, 0), (0, 1), (8, 0), (8, 1))
 _A16, _A32 = ((0, 0), (8, 0), (0, 8), (8, 8)), ((0, 0), (8, 0), (0, 4), (8, 4))
+_B16, _B32 = ((0, 0), (8, 0)), ((0, 0), (4, 0))
 
 
 class MatrixUnit(Threads):
@@ -58,12 +59,11 @@ class MatrixUnit(Threads):
         results, a_registers, b_registers, c_registers = map(self.listed, operands)
         a = np.zeros((self.warps, 16, depth), np.float32)
         b = np.zeros((self.warps, depth, 8), np.float32)
-        for (values, step), (row, column) in zip(self._fragments(a_registers, kind), _offsets(kind, _A16, _A32)):
+        of_a, of_b = _offsets(kind, _A16, _A32), _offsets(kind, _B16, _B32)
+        for (values, step), (row, column) in zip(self._fragments(a_registers, kind), of_a, strict=True):
             a[:, _ROW + row, self._column(kind) + column + step] = values
-        for (values, step), (column, row) in zip(
-            self._fragments(b_registers, kind), _offsets(kind, ((0, 0), (8, 0)), ((0, 0), (4, 0)))
-        ):
-            b[:, self._column(kind) + column + step, _ROW + row] = values
+        for (values, step), (row, column) in zip(self._fragments(b_registers, kind), of_b, strict=True):
+            b[:, self._column(kind) + row + step, _ROW + column] = values
         total = a.astype(np.float64) @ b.astype(np.float64)
         for (row, column), source, target in zip(ACCUMULATOR, c_registers, results, strict=True):
             part = total[:, _ROW + row, _COLUMN + column].reshape(-1) + self.value(source, "f32")

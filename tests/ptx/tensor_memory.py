@@ -6,6 +6,7 @@ operands and accumulators are in flight.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -116,7 +117,7 @@ class TensorMemory(WarpGroup):
         if not mask.any():
             return
         tensor = self.tensor
-        shape = next(word for word, after in zip(words, words[1:], strict=False) if re.fullmatch(r"x\d+", after))
+        shape = next(word for word, after in itertools.pairwise(words) if re.fullmatch(r"x\d+", after))
         registers = self.listed(operands[0] if loads else operands[-1])
         address = self._tensor_address(operands[1] if loads else operands[0])
         lanes, columns = address >> 16, address & 0xFFFF
@@ -132,7 +133,9 @@ class TensorMemory(WarpGroup):
         for i, register in enumerate(registers):
             place = lanes[mask], columns[mask] + i
             if tensor.in_flight[place].any():
-                raise Fault(f"tensor memory is {'read' if loads else 'written'} while a product that uses it is in flight")
+                raise Fault(
+                    f"tensor memory is {'read' if loads else 'written'} while a product that uses it is in flight"
+                )
             if not loads:
                 tensor.words[place], tensor.written[place] = self.bits(register, 32)[mask], True
                 continue

@@ -37,6 +37,6 @@ def test_each_kernel_once(architecture: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_planted_mistakes_are_caught() -> None:
-    """A barrier, a wait or a fence is deleted, a mask is set to true; each change shows as a fault or a wrong number."""
+    """A deleted barrier, wait or fence and a mask set to true each show as a fault or a wrong number."""
     output = run("--mutations")
     assert "0 missed" in output

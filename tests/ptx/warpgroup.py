@@ -87,7 +87,9 @@ class WarpGroup(MatrixUnit):
             a = self._from_shared(operands[1], not a_transposed, 64, depth, kind, size)
         b = self._from_shared(operands[2], not b_transposed, columns, depth, kind, size)
         product = np.einsum("gmk,gnk->gmn", a.astype(np.float64), b.astype(np.float64))
-        keeps = self.predicate(accumulate) if accumulate.startswith("%") else self.all * (accumulate not in ("0", "false"))
+        keeps = (
+            self.predicate(accumulate) if accumulate.startswith("%") else self.all * (accumulate not in ("0", "false"))
+        )
         if keeps.any() != keeps.all():
             raise Fault("scale-d differs between threads")
         results = self.listed(operands[0])
@@ -113,9 +115,7 @@ class WarpGroup(MatrixUnit):
                     a[:, rows + row, _PAIR[None, :] + 8 * half + step] = values
         return a
 
-    def _from_shared(
-        self, operand: str, along_depth: bool, rows: int, depth: int, kind: str, size: int
-    ) -> Array:
+    def _from_shared(self, operand: str, along_depth: bool, rows: int, depth: int, kind: str, size: int) -> Array:
         """[warpgroups, rows, depth] float32; in flight from now on."""
         descriptors = self.bits(operand, 64).reshape(-1, 128)
         if (descriptors != descriptors[:, :1]).any():

@@ -57,8 +57,8 @@ def test_a_capture_at_a_new_number_of_rows_compiles_nothing(name: str, rows: int
     with torch.cuda.stream(side):
         Call(function, shapes, torch.bfloat16)()
         # Groups and features stay; rows and prototypes or columns change.
-        other = Call(function, [(*shape[:-2], shape[-2] - 300 + rows, *shape[-1:]) if shape else () for shape in shapes],
-                     torch.bfloat16)  # fmt: skip
+        changed = [(*shape[:-2], shape[-2] + rows - 300, shape[-1]) if shape else () for shape in shapes]
+        other = Call(function, changed, torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with recorded() as entries, torch.cuda.graph(graph, stream=side):
         other()

@@ -32,7 +32,13 @@ def run(*arguments: str, **variables: str) -> None:
     # A worker's own settings must not reach the inner run.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(
-        command, cwd=ROOT, env={**outer, **build(), **variables}, capture_output=True, text=True, check=False, timeout=590
+        command,
+        cwd=ROOT,
+        env={**outer, **build(), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=590,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
