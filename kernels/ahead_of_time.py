@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
+from anomem.kernels import TRITON_FOR_10, contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
 from anomem.kernels.primitives import Memory
 from anomem.kernels.tile_search import Fixed, Launched, Site, using
 from anomem.kernels.tile_table import ARCHITECTURES, INTERPRETED, TABLE, Tile, tiles_of
@@ -354,9 +354,10 @@ def spec_of(launch: Launch, architecture: int, tile: Tile, matrix: bool) -> Spec
 
 @functools.cache
 def shipped() -> dict[str, Spec]:
-    """Everything that is compiled, by the key of its committed row."""
+    """Everything that is compiled, by the key of its committed row; without the architecture that `support` refuses."""
     specs: dict[str, Spec] = {}
-    for architecture in ARCHITECTURES:
+    refused = (100,) if tuple(map(int, version().split("."))) < TRITON_FOR_10 else ()
+    for architecture in sorted({*ARCHITECTURES} - {*refused}):
         launches = [*table_launches(architecture)]
         if architecture not in _IN_BRIEF:
             launches += [*pass_launches(), *variant_launches(architecture)]

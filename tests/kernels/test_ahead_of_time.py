@@ -31,13 +31,14 @@ def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
     rows = committed_rows()
     keys = set(shipped())
     assert set(rows) == {"3.6", "3.8"}
-    for release, table in rows.items():
-        assert set(table) == keys, release
+    # Triton before 3.8 is refused on sm_100 and compiles nothing for it.
+    assert {key for key in rows["3.8"] if "sm_100" not in key} == set(rows["3.6"])
+    assert keys in (set(rows["3.8"]), set(rows["3.6"]))
 
 
 def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
     from anomem.kernels.ahead_of_time import shipped
-    from anomem.kernels.tile_table import ARCHITECTURES, TABLE, tiles_of
+    from anomem.kernels.tile_table import TABLE, tiles_of
 
     roles = {
         "retrieve_flash_forward": {"tied", "separate"},
@@ -51,7 +52,7 @@ def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
     for kernel, kind, block in TABLE:
         wanted = roles[kernel] | (fixed.get(kernel, set()) if kind != "ieee" else set())
         width = 512 if kernel == "retrieve_resident" else block
-        for architecture in ARCHITECTURES:
+        for architecture in {spec.architecture for spec in shipped().values()}:
             brief = architecture in (86, 120)  # the best tile, a tied memory and a learned temperature
             if brief:
                 wanted = (wanted & {"tied", "joined", "rectangle", "rows", "columns", ""}) if kind != "ieee" else set()
@@ -84,10 +85,9 @@ def test_faults_are_found() -> None:
         assert key in found[0]
     around = sound | {key: sound[key]._replace(spills=16)}
     assert list(faults(around, around)) == []
-    on_100 = next(key for key, spec in shipped().items() if spec.architecture == 100)
-    chained = {name: sound[name]._replace(chained=True) for name in (key, on_100)}
-    (lost,) = faults(sound | chained, sound)
-    assert on_100 in lost
+    chained = {name: row._replace(chained=True) for name, row in sound.items()}
+    on_100 = [key for key in sound if "sm_100" in key]
+    assert [fault.partition(":")[0] for fault in faults(chained, sound)] == on_100
     odd = next(key for key in shipped() if key.endswith("sm_90 odd"))
     serialised = sound | {odd: sound[odd]._replace(serialised=True)}
     assert len(list(faults(serialised, sound))) == 1

@@ -108,8 +108,8 @@ def test_gradients_of_2_31_numbers(normalize: int, ends_of_grids: Ends, monkeypa
             ("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, None
         )
         assert entries is not None
-        out, lse = retrieve_flash.forward(query, memory, entries[0], "ieee")
-        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, entries, "ieee")
+        out, lse = retrieve_flash.forward(query, memory, entries[0])
+        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, entries)
         return dquery, key_sums
 
     with ends_of_grids(PROGRAMS) as cut:

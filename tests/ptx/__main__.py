@@ -42,7 +42,8 @@ def measure(compiled: Compiled, ptx: str | None = None) -> str:
     """ "right", "wrong: …" or "fault: …"."""
     # Triton 3.6 sets no fence between a copy and a product. 3.8 sets some of sm_100 before the wait for the copy, not
     # after it. Neither is known to give wrong numbers on a GPU, and no source of a kernel can change it.
-    copies_need_fence = version() == "3.8" and compiled.spec.architecture != 100
+    release = tuple(map(int, version().split(".")))
+    copies_need_fence = release >= (3, 8) and compiled.spec.architecture != 100
     try:
         found = errors(
             Call(compiled if ptx is None else compiled._replace(ptx=ptx), copies_need_fence=copies_need_fence)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +33,8 @@ def run(*arguments: str) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_each_kernel_once(architecture: int) -> None:
+    if architecture == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip("this Triton is refused on sm_100")
     run("--subset", str(architecture))
 
 
