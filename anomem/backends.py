@@ -1,11 +1,20 @@
 """What can run here, why not if not, and the choice behind `impl="auto"`.
 
 Each backend answers an operator with None (it can run) or a sentence (why it cannot). `decide` asks `SOURCES` in order
-for an implementation; `python -m anomem.env` prints what can run and the table `AUTO`.
+for an implementation and remembers the answer:
+
+    export    an exported program is plain PyTorch
+    table     `AUTO`: committed rows of this very processor or GPU, or the limits of memory
+    machine   the file of this machine, else a measurement at the first large call (`anomem.choice`)
+    rule      `RULES`: what holds on hardware without rows; small calls, traces and captures end here
+
+On hardware without committed rows a kernel is taken only after it passed a check against float64. The environment
+variable ANOMEM_CHOICE says which sources are asked; `python -m anomem.env` prints every choice.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -108,6 +117,8 @@ class Rule(NamedTuple):
     implementation: Impl
     where: Where
     reason: str
+    processor: str = ""
+    """The processor or GPU whose rows the rule quotes, as `anomem.choice.processor` names it; "" for any."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -118,7 +129,7 @@ class Choice(NamedTuple):
 
     implementation: str
     source: str
-    """"export", "table" or "default"."""
+    """"export", "table", "file", "measured", "rule" or "default"."""
     because: Rule | str
 
     @property
@@ -128,11 +139,14 @@ class Choice(NamedTuple):
 
 
 _MEASURED = (torch.float32, torch.bfloat16)
+_HALF = (torch.bfloat16, torch.float16)
 _FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
+_ROWS = "AuthenticAMD family 26 AVX512-BF16"
+"""The processor of those rows."""
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
-    """No GPU was measured yet, so a kernel is taken only where plain PyTorch exceeds the memory of most GPUs.
+    """A kernel is taken on every GPU where plain PyTorch exceeds the memory of most.
 
     Args:
         operator: whose rule.
@@ -151,18 +165,36 @@ def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
 
 # A test compares the CPU's rules with the committed rows, forward and backward.
 AUTO: tuple[Rule, ...] = (
-    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST),
-    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST),
-    Rule("nt_xent", "cpu", "native", Where(_MEASURED), _FASTEST),
-    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores_of_a_group=2**20), _FASTEST),
-    Rule("gather", "cpu", "native", Where(_MEASURED), _FASTEST),
-    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST),
-    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=256), _FASTEST),
-    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST),
+    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST, _ROWS),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores_of_a_group=2**20), _FASTEST, _ROWS),
+    Rule("gather", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=256), _FASTEST, _ROWS),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
-    _beyond_a_gpu("info_nce", 20),
+    _beyond_a_gpu("info_nce", 21),
 )
+
+_TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
+_LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "nt_xent",
+        "cpu",
+        "native",
+        Where(_MEASURED, columns=1024, most_features=256),
+        "at least 2.3 times as fast as eager PyTorch on every processor measured (AMD family 26; Intel family 6, AMX)",
+    ),
+    Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
+    Rule("info_nce", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
+    Rule("retrieve", "cuda", "triton", Where(_HALF, most_features=128, scores=2**22), _TRAFFIC),
+    Rule("gather", "cuda", "native", Where(), _LAUNCHES),
+    Rule("variance", "cuda", "native", Where(), _LAUNCHES),
+)
+"""What is taken where nothing was measured."""
 
 
 def choose(problem: Problem, impl: str, *, part: bool = False) -> str:
@@ -181,8 +213,10 @@ def choose(problem: Problem, impl: str, *, part: bool = False) -> str:
     Raises:
         ArgumentError: `impl` is no implementation, or the one asked for cannot run here (there is no silent fallback).
     """
+    if impl == "auto":
+        return decide(problem).implementation
     require_choice(impl, "impl", IMPLEMENTATIONS)
-    if impl == "auto" or (part and not _has_kernel(problem, impl)):
+    if part and not _has_kernel(problem, impl):
         return decide(problem).implementation
     why_not = _obstacle_of(problem, impl)
     if why_not is not None:
@@ -207,12 +241,40 @@ def explain(problem: Problem) -> tuple[str, str]:
 
 
 def decide(problem: Problem) -> Choice:
-    """What `impl="auto"` takes for a call: the answer of the first of `SOURCES` that has one, else the reference."""
+    """What `impl="auto"` takes for a call: the answer of the first of `SOURCES` that has one, else the reference.
+
+    A choice never changes within a process.
+    """
+    # A trace or a mode that records operators may come with symbolic sizes, which have no hash.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _first_answer(problem)
+    call = (problem, torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), in_forward_mode())
+    choice = _decided.get(call)
+    if choice is None:
+        if len(_decided) >= _MOST_DECIDED:
+            _decided.clear()  # the sources give the same answers again
+        choice = _decided[call] = _first_answer(problem)
+    return choice
+
+
+_decided: dict[tuple[Problem, bool, bool, bool], Choice] = {}
+_MOST_DECIDED = 4096
+
+
+def forget() -> None:
+    """Forget every choice of this process and read the environment again, for tests and calibration."""
+    from anomem import choice
+
+    _decided.clear()
+    choice.forget()
+
+
+def _first_answer(problem: Problem) -> Choice:
     for source in SOURCES:
         choice = source(problem)
         if choice is not None:
             return choice
-    return Choice("reference", "default", "no kernel was measured to be faster at this size")
+    return Choice("reference", "default", "no kernel is known to be faster at this size")
 
 
 def _for_export(problem: Problem) -> Choice | None:
@@ -224,18 +286,55 @@ def _for_export(problem: Problem) -> Choice | None:
 
 
 def _from_table(problem: Problem) -> Choice | None:
+    return _from_rules(AUTO, "table", problem)
+
+
+def _from_machine(problem: Problem) -> Choice | None:
+    training = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        # Only what is known already; a dynamic size is compared with bounds where something is known.
+        if not _constant_any_known(problem.operator, problem.device, problem.dtype):
+            return None
+        features, rows = _power(index(problem.features)), _power(problem.rows)
+        columns, groups = _power(problem.columns), _power(problem.groups)
+        name = _constant_known(
+            problem.operator, problem.device, problem.dtype, features, rows, columns, groups, training
+        )
+        return None if name is None else Choice(name, "file", "known when the call was traced")
+    if not isinstance(problem.rows * problem.columns * problem.groups, int):
+        return None  # a symbolic size outside of torch.compile
+    from anomem import choice
+
+    return choice.of_machine(problem, training)
+
+
+def _from_rule(problem: Problem) -> Choice | None:
+    return _from_rules(RULES, "rule", problem)
+
+
+def _from_rules(rules: tuple[Rule, ...], source: str, problem: Problem) -> Choice | None:
     choice = None
-    for rule in AUTO:
-        if rule.operator == problem.operator and rule.device == problem.device and rule.where.holds(problem):
-            why_not = _obstacle_of(problem, rule.implementation)
+    for rule in rules:
+        right = rule.operator == problem.operator and rule.device == problem.device
+        if right and (not rule.processor or rule.processor == _hardware(rule.device)) and rule.where.holds(problem):
+            why_not = obstacle_of_auto(problem, rule.implementation)
             if why_not is None:
-                return Choice(rule.implementation, "table", rule)
-            choice = Choice("reference", "table", f"{rule.implementation} cannot run here: {why_not}")
+                return Choice(rule.implementation, source, rule)
+            choice = Choice("reference", source, f"{rule.implementation} cannot run here: {why_not}")
     return choice
 
 
-SOURCES: tuple[Callable[[Problem], Choice | None], ...] = (_for_export, _from_table)
+SOURCES: tuple[Callable[[Problem], Choice | None], ...] = (_for_export, _from_table, _from_machine, _from_rule)
 """Where a choice comes from, in this order; None passes on to the next."""
+
+
+def obstacle_of_auto(problem: Problem, implementation: str) -> str | None:
+    """Why `impl="auto"` does not take an implementation: it cannot run, or failed its check on this hardware."""
+    why_not = _obstacle_of(problem, implementation)
+    if why_not is None and implementation != "reference":
+        features = index(problem.features)
+        return _distrust(problem.operator, implementation, problem.device, problem.dtype, features)
+    return why_not
 
 
 def obstacle(
@@ -312,9 +411,54 @@ def _constant_obstacle(
     return obstacle(operator, implementation, device, dtype, features, steps)
 
 
+def _hardware(device: str) -> str:
+    from anomem import choice
+
+    return choice.hardware(device)
+
+
+def _distrust(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:
+    from anomem import choice
+
+    return choice.distrust(operator, implementation, device, dtype, features)
+
+
+def _constant_any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
+    from anomem import choice
+
+    return choice.any_known(operator, device, dtype)
+
+
+def _constant_known(
+    operator: str,
+    device: str,
+    dtype: torch.dtype,
+    features: int,
+    rows: int,
+    columns: int,
+    groups: int,
+    training: bool,
+) -> str | None:
+    from anomem import choice
+
+    return choice.known(choice.Bucket(operator, device, dtype, features, rows, columns, groups, training))
+
+
 # What the decorator torch.compiler.assume_constant_result sets; tests/test_backends.py compares. The decorator itself
 # imports the compiler and Triton, most of a second that a program which compiles nothing would wait for.
 _constant_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_hardware._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_distrust._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_any_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _power(size: int) -> int:
+    """The next power of two, by comparisons: a dynamic size of a trace has no other way and stays dynamic in bounds."""
+    power = 1
+    while power < size:
+        power *= 2
+    return power
 
 
 def _native_obstacle(operator: str, device: str, dtype: torch.dtype, steps: int) -> str | None:
@@ -328,7 +472,15 @@ def _native_obstacle(operator: str, device: str, dtype: torch.dtype, steps: int)
         return "the native CPU kernels take float32, bfloat16 and float64, not float16"
     if device == "cuda" and dtype == torch.float64:
         return "the native CUDA kernels take float32, bfloat16 and float16, not float64"
+    if device == "cuda" and _capability() < (8, 0):
+        return "the native CUDA kernels need compute capability 8.0 or later"
     return native.obstacle(device)
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    """Of the current GPU; where there is none nothing depends on it."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
 
 
 def _triton_obstacle(operator: str, device: str, dtype: torch.dtype, features: int) -> str | None:

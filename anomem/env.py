@@ -1,16 +1,20 @@
-"""`python -m anomem.env`: what this machine can run, and what to do about what it cannot."""
+"""`python -m anomem.env`: what this machine can run, what it chooses and why; `--check` checks and measures first."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 import anomem
-from anomem import backends
+from anomem import backends, calibrate, choice
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "scikit-image", "matplotlib", "tensorboard")
 
@@ -33,27 +37,88 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def main() -> int:
-    """Print versions, which implementation runs which operator and why not, and the table behind impl="auto"."""
+def choices(device: str) -> list[dict[str, str]]:
+    """What `impl="auto"` takes on a device, in the order in which it is asked.
+
+    Returns:
+        For each rule of this hardware and each bucket of this machine's file: call, takes, source and because.
+    """
+    rows = [_of_rule(rule, "table") for rule in backends.AUTO if choice.applies(rule, device)]
+    rows += [
+        {"call": name, "takes": measured.implementation, "source": "file", "because": str(measured)}
+        for name, measured in choice.kept_here(device).choices.items()
+    ]
+    rows += [_of_rule(rule, "rule") for rule in backends.RULES if choice.applies(rule, device)]
+    rest = (
+        "a large call is measured at its first use" if choice.mode() == "measure" else "nothing is known to be faster"
+    )
+    return [*rows, {"call": "any other", "takes": "reference", "source": "default", "because": rest}]
+
+
+def _of_rule(rule: backends.Rule, source: str) -> dict[str, str]:
+    call = f"{rule.operator}, {rule.where}"
+    return {"call": call, "takes": rule.implementation, "source": source, "because": rule.reason}
+
+
+def about() -> dict[str, Any]:
+    """Everything that the command prints."""
+    return {
+        "versions": dict(versions()),
+        "devices": {
+            device: {
+                "hardware": choice.hardware(device),
+                "file": str(choice.path() or "none: ANOMEM_CHOICE=table"),
+                "runs": [list(row) for row in backends.table(device)],
+                "choices": choices(device),
+                "checks": choice.kept_here(device).checks,
+            }
+            for device in calibrate.devices()
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print versions, which implementation runs which operator and why not, and every choice of impl="auto"."""
+    parser = argparse.ArgumentParser(prog="python -m anomem.env", description=main.__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--check", action="store_true", help="first check and measure the kernels on this machine")
+    parser.add_argument("--seconds", type=calibrate.positive, default=60.0, help="of --check, for each device")
+    options: Any = parser.parse_args(arguments)
+    if options.check:
+        calibrate.run(calibrate.devices(), choice.path() or choice.default_path(), options.seconds)
+    found = about()
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    about = Table("what", "version or place", title="This machine")
-    for row in versions():
-        about.add_row(*row)
-    console.print(about)
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    machine = Table("what", "version or place", title="This machine")
+    for row in found["versions"].items():
+        machine.add_row(*row)
+    console.print(machine)
+    for device, of_device in found["devices"].items():
         runs = Table("operator", "implementation", "runs here?", title=f"float32 tensors on {device}")
-        for operator, implementation, answer in backends.table(device):
+        for operator, implementation, answer in of_device["runs"]:
             runs.add_row(operator, implementation, answer, style=None if answer.startswith("runs") else "dim")
         console.print(runs)
-    auto = Table("operator", "device", "takes", "where", "reason", title='impl="auto": the first line that applies')
-    for rule in backends.AUTO:
-        auto.add_row(rule.operator, rule.device, rule.implementation, str(rule.where), rule.reason)
-    auto.add_row("any", "any", "reference", "otherwise", "no kernel that runs here was measured to be faster")
-    console.print(auto)
-    return 0
+        auto = Table("call", "takes", "source", "because", title=f'impl="auto" on {device}: {of_device["hardware"]}')
+        for row in of_device["choices"]:
+            auto.add_row(*row.values())
+        console.print(auto)
+        console.print(f"File of this machine: {of_device['file']}", soft_wrap=True)
+        checks = of_device["checks"]
+        passed = sum(outcome == choice.PASSED for outcome in checks.values())
+        console.print(f"{passed} of {len(checks)} checks of kernels on {device} passed.")
+        for family, outcome in checks.items():
+            if outcome != choice.PASSED:
+                console.print(f"{family}: {outcome}", style="red", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

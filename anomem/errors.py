@@ -1,4 +1,4 @@
-"""The two exceptions a user of anomem can cause, and the message about a missing optional package.
+"""The two exceptions a user of anomem can cause; messages about a missing package and about too little memory.
 
 `UserError` is anything the user can mend (a missing file, a folder that already holds a run): the command line prints
 its one sentence and exits with status 2. `ArgumentError` is a wrong argument or setting; it is also a `ValueError`,
@@ -52,3 +52,24 @@ def optional(purpose: str) -> Iterator[None]:
         raise UserError(
             f"{purpose} needs the package {error.name}, which is not installed; pip install anomem[lab]"
         ) from error
+
+
+@contextmanager
+def enough_memory(settings: str) -> Iterator[None]:
+    """Around anything that may need more memory than the machine has.
+
+    Args:
+        settings: to lower: "--optimizer.batch-size or --data.image-size".
+
+    Raises:
+        UserError: out of memory, on the host or on the device.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for devices only: on the host its allocator raises a plain RuntimeError.
+        text = str(error).lower()
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+            raise
+        raise UserError(f"out of memory; lower {settings}") from error

@@ -1,9 +1,10 @@
-"""Output files: written whole or not at all, with one sentence if they cannot be written."""
+"""Output files: written whole or not at all, never over what is not ours, with one sentence where that fails."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -48,7 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written; its old content is still there.
     """
     # Beside the file, so that the replacement is one rename.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    # A name near the limit of 255 bytes leaves no room for itself and the number.
+    temporary = path.with_name(f".{path.name[:50]}.{uuid4().hex}")
     with writing(path):
         try:
             yield temporary
@@ -71,3 +73,59 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+class Guard:
+    """What a command may write: nothing over its inputs, and nothing over what is not ours unless it is asked to.
+
+    Args:
+        inputs: the files the command reads.
+        overwrite: whether the user has allowed it to replace existing files.
+    """
+
+    def __init__(self, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
+        self.overwrite = overwrite
+        self.inputs = {found for path in inputs if (found := _identity(path))}
+
+    def require(self, path: Path, option: str, ours: Callable[[Path], bool]) -> None:
+        """Check that a file may be written, before the work whose result it takes.
+
+        Args:
+            path: the file.
+            option: what named it, for messages.
+            ours: whether an existing file was written by this program, so that it may be replaced.
+
+        Raises:
+            UserError: it is an input or a folder, exists and is not ours, or its folder cannot be written.
+        """
+        with writing(path):
+            try:
+                kind: int | None = os.lstat(path).st_mode
+            except FileNotFoundError:
+                kind = None
+        if kind is not None:
+            if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
+                raise UserError(f"`{option}`: expected a file, received {path}, which is another kind of entry")
+            if _identity(path) in self.inputs:
+                raise UserError(f"`{option}`: {path} is an input, which is never written over; choose another name")
+            if not self.overwrite and not (stat.S_ISREG(kind) and ours(path)):
+                raise UserError(
+                    f"`{option}`: {path} exists and was not written by anomem; choose another name, or add --overwrite"
+                )
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"`{option}`: cannot write {path}: {folder} is no folder that can be written")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode, which are the same for every name of a file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def printable(text: str) -> str:
+    """A text with file names in it as one line: control characters, and bytes that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -112,10 +112,12 @@ def require_number(value: float | Tensor, argument: str) -> None:
     require(right, argument, "a finite number or a 0-dim tensor", lambda: repr(value))
 
 
-def require_count(value: object, argument: str, at_least: int) -> None:
-    """An integer with a lower bound."""
+def require_count(value: object, argument: str, at_least: int, at_most: int | None = None) -> None:
+    """An integer with a lower and, where given, an upper bound."""
     right = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
     require(right, argument, lambda: f"an integer ≥ {at_least}", lambda: repr(value))
+    fits = at_most is None or (isinstance(value, int) and value <= at_most)
+    require(fits, argument, lambda: f"an integer from {at_least} to {at_most}", lambda: repr(value))
 
 
 def require_index(index: object, argument: str, layout: str, dims: Sequence[int], size: int, axis: str) -> None:
@@ -146,5 +148,7 @@ def require_index(index: object, argument: str, layout: str, dims: Sequence[int]
 def values_are_free(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation and breaks no trace."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():  # make_fx, torch.func.linearize, fake tensors
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -211,7 +211,6 @@ class Pass:
             for name in ("primitives", "rows", "retrieve", "retrieve_chunked", "retrieve_flash", "retrieve_resident")
         )
         query, keys, dout = self._tensors()
-        precision = primitives.precision(query.dtype)
         memory = primitives.Memory(normalisation.normalized(keys, LAYER), None, None, query.shape[1] ** -0.5, LAYER)
         if self.case.training:
             out, lse = chunked.forward(query, memory)
@@ -220,12 +219,12 @@ class Pass:
                 ("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, None
             )
             if entries is not None:
-                found["flash"] = lambda: flash.backward(dout, None, query, memory, out, lse, entries, precision)
+                found["flash"] = lambda: flash.backward(dout, None, query, memory, out, lse, entries)
             return found
         found = {"chunked": lambda: chunked.forward(query, memory)}
         entries = retrieve.flash_entries(("retrieve_flash_forward",), query, None)
         if entries is not None:
-            found["flash"] = lambda: flash.forward(query, memory, entries[0], precision)
+            found["flash"] = lambda: flash.forward(query, memory, entries[0])
         entry = retrieve.resident_entry(query, memory.keys)
         if entry is not None:
             found["resident"] = lambda: resident.forward(normalisation.normalized(query, LAYER), memory, entry)

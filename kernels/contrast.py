@@ -51,13 +51,19 @@ def nt_xent_forward(
 
 
 def nt_xent_backward(
-    drows: Tensor, scaled: Tensor, inverse: Tensor, lse: Tensor, temperature: Tensor | None, tau: float
+    drows: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    scaled: Tensor,
+    inverse: Tensor,
+    temperature: Tensor | None,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the views and the temperature.
 
     Args:
         drows: [G, 2B] float32, contiguous.
-        scaled, inverse, lse: results of the forward.
+        rows, lse, scaled, inverse: results of the forward.
         temperature, tau: as in the forward.
 
     Returns:
@@ -67,7 +73,7 @@ def nt_xent_backward(
     dz, dz_pair = (scaled.new_empty(groups, count // 2, features) for _ in range(2))
     learned = temperature is not None
     matrices = (scaled, scaled, inverse, inverse)
-    moment = gradient(JOINED, *matrices, lse, drows, None, None, temperature, tau, dz, dz_pair, learned)
+    moment = gradient(JOINED, *matrices, rows, lse, drows, None, None, temperature, tau, dz, dz_pair, learned)
     dtemperature = moment * -0.5 / temperature if learned else lse.new_empty(0)
     return dz, dz_pair, dtemperature
 
@@ -103,11 +109,12 @@ def info_nce_forward(
 
 def info_nce_backward(
     dloss: Tensor,
+    loss: Tensor,
+    lse: Tensor,
     x: Tensor,
     y: Tensor,
     inverse_x: Tensor,
     inverse_y: Tensor,
-    lse: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
     temperature: Tensor | None,
@@ -117,14 +124,14 @@ def info_nce_backward(
 
     Args:
         dloss: [G, R] float32, contiguous.
-        x, y, inverse_x, inverse_y, lse: results of the forward.
+        loss, lse, x, y, inverse_x, inverse_y: results of the forward.
         positive, exclude, temperature, tau: as in the forward.
 
     Returns:
         drows [G, R, d], dcolumns [G, C, d], dtemperature 0-dim float32 (empty without a learned temperature).
     """
     drows, dcolumns = torch.empty_like(x), torch.empty_like(y)
-    arguments = (lse, dloss, positive.contiguous(), _contiguous(exclude), temperature, tau)
+    arguments = (loss, lse, dloss, positive.contiguous(), _contiguous(exclude), temperature, tau)
     learned = temperature is not None
     moment = gradient(ROWS, x, y, inverse_x, inverse_y, *arguments, drows, None, learned)
     gradient(COLUMNS, y, x, inverse_y, inverse_x, *arguments, dcolumns, None, False)

@@ -3,7 +3,10 @@
 With cosines c_ij = u_i·v_j, P_ij = exp(c_ij / tau − lse_i), δ_ij = 1 at the positive of row i, and upstream gradient
 g_i of the loss of row i,
 
-    du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij).
+    du_i = (1/tau) Σ_j W_ij v_j,   dv_j = (1/tau) Σ_i W_ij u_i,   W_ij = g_i (P_ij − δ_ij),
+
+where 1 − P of the positive comes from the loss −log P_ij: where the positive dominates its row, P − 1 would be the
+difference of nearly equal numbers.
 
 For two joined views c and δ are symmetric, and one pass is enough:
 
@@ -33,7 +36,6 @@ from anomem.kernels.contrast_rows import (
     opposite,
     plan,
     row_gradient,
-    sees_one_column,
     sliced_product,
     store_row_gradient,
 )
@@ -65,14 +67,22 @@ def load_per_row(lse, upstream, rows, count):
 
 
 @triton.jit
-def rectangle_weights(logit, lse, upstream, target, hidden, column, column_count):
+def load_missing(loss, rows, count):
+    """1 − P of the positive = 1 − exp(−loss) [BLOCK], exact where P is close to 1."""
+    x = tl.load(loss + rows, mask=rows < count, other=0.0)
+    series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0 * (1.0 - x / 5.0 * (1.0 - x / 6.0)))))
+    return tl.where(x < 0.125, series, 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def rectangle_weights(logit, lse, upstream, missing, target, hidden, column, column_count):
     """W = g (P − δ). `logit` is [BLOCK_X, BLOCK_Y]; the others are [BLOCK_X, 1] or [1, BLOCK_Y]."""
-    weight = tl.exp(logit - lse)
-    weight = tl.where(column == target, weight - 1.0, weight) * upstream
     outside = column >= column_count
     if hidden is not None:
         outside = outside | (column == hidden)
-    return tl.where(outside, 0.0, weight)
+        missing = tl.where(hidden == target, 1.0, missing)
+    weight = tl.where(outside, 0.0, tl.exp(logit - lse) * upstream)
+    return tl.where(column == target, -missing * upstream, weight)
 
 
 @triton.jit(do_not_specialize=["groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"])
@@ -81,6 +91,7 @@ def contrast_backward_kernel(
     streamed,  # [G, Y, d], scaled rows
     owned_inverse,  # [G, X] float32, 1/|row|
     streamed_inverse,  # [G, Y] float32
+    loss,  # [G, R] float32
     lse,  # [G, R] float32
     upstream,  # [G, R] float32
     positive,  # [R] int64; None if JOINED
@@ -119,6 +130,7 @@ def contrast_backward_kernel(
     y = streamed + group * streamed_count * FEATURES
     row_count = streamed_count if ROLE == COLUMNS else owned_count
     y_inverse = streamed_inverse + group * streamed_count
+    group_loss = loss + group * row_count
     group_lse = lse + group * row_count
     group_upstream = upstream + group * row_count
 
@@ -137,6 +149,7 @@ def contrast_backward_kernel(
         x_weight = tl.exp(-x_lse) * x_upstream  # [BLOCK_X], used where FIXED
     if ROLE == ROWS:
         x_target = load_index(positive, x_rows, owned_count)
+        x_missing = load_missing(group_loss, x_rows, owned_count)  # [BLOCK_X]
         x_hidden = None
         if exclude is not None:
             x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
@@ -173,23 +186,27 @@ def contrast_backward_kernel(
                 weight = tl.exp(logit - x_lse[:, None]) * x_upstream[:, None]
                 weight += tl.exp(logit - y_lse[None, :]) * y_upstream[None, :]
             if is_special(tile * BLOCK_X, start, streamed_count, BLOCK_X, BLOCK_Y):
-                # −(g_i + g_j) of the positive is added before W is rounded, since it cancels most of P.
-                both = x_upstream[:, None] + y_upstream[None, :]
-                weight = tl.where(y_rows[None, :] == x_target[:, None], weight - both, weight)
+                x_pull = x_upstream * load_missing(group_loss, x_rows, owned_count)  # [BLOCK_X]
+                y_pull = y_upstream * load_missing(group_loss, y_rows, streamed_count)  # [BLOCK_Y]
+                is_positive = y_rows[None, :] == x_target[:, None]
+                weight = tl.where(is_positive, -x_pull[:, None] - y_pull[None, :], weight)
                 outside = (y_rows[None, :] == x_rows[:, None]) | (y_rows >= streamed_count)[None, :]
                 weight = tl.where(outside, 0.0, weight)
         elif ROLE == ROWS:
             weight = rectangle_weights(
-                logit, x_lse[:, None], x_upstream[:, None], x_target[:, None], x_hidden, y_rows[None, :], streamed_count
-            )
+                logit, x_lse[:, None], x_upstream[:, None], x_missing[:, None], x_target[:, None], x_hidden,
+                y_rows[None, :], streamed_count,
+            )  # fmt: skip
         else:
             y_target = load_index(positive, y_rows, streamed_count)
             y_hidden = None
             if exclude is not None:
                 y_hidden = load_index(exclude, y_rows, streamed_count)[None, :]
+            y_missing = load_missing(group_loss, y_rows, streamed_count)  # [BLOCK_Y]
             weight = rectangle_weights(
-                logit, y_lse[None, :], y_upstream[None, :], y_target[None, :], y_hidden, x_rows[:, None], owned_count
-            )
+                logit, y_lse[None, :], y_upstream[None, :], y_missing[None, :], y_target[None, :], y_hidden,
+                x_rows[:, None], owned_count,
+            )  # fmt: skip
         if moment is not None:
             x_moment += tl.sum(weight * logit, axis=1)
         du = dot(operand(weight * y_factor[None, :], y_tile.dtype, PRECISION), y_tile, du, PRECISION)
@@ -215,6 +232,7 @@ def gradient(
     streamed: Tensor,
     owned_inverse: Tensor,
     streamed_inverse: Tensor,
+    loss: Tensor,
     lse: Tensor,
     upstream: Tensor,
     positive: Tensor | None,
@@ -233,9 +251,6 @@ def gradient(
     groups, owned_count, features = owned.shape
     if owned.numel() == 0:
         return lse.new_zeros(()) if wants_moment else None
-    column_count = owned_count if role == COLUMNS else streamed.shape[1]
-    if sees_one_column(positive, exclude, column_count):
-        upstream = upstream * 0.0  # P − 1 is 0; without this its rounding error would remain
     cut = plan("contrast_backward", owned)
     slices = cdiv(features, cut.block_out)
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
@@ -248,7 +263,7 @@ def gradient(
         partial = None if fused else owned.new_empty(parts, *owned.shape, dtype=torch.float32)
         moment = lse.new_empty(parts, groups, owned_count) if wants_moment else None
         compiled = contrast_backward_kernel[(blocks * parts,)](
-            owned, streamed, owned_inverse, streamed_inverse, lse, upstream, positive, exclude, temperature, peak,
+            owned, streamed, owned_inverse, streamed_inverse, loss, lse, upstream, positive, exclude, temperature, peak,
             first, second, moment, partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
             parts, streamed_per_part, FEATURES=features, ROLE=role,
             FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,

@@ -3,10 +3,12 @@
     lse_i = log Σ_{j ≠ exclude_i} exp(u_i·v_j / tau),   l_i = lse_i − u_i·v_{positive_i} / tau
     (SimCLR, Chen et al. 2020, Eq. 1; InfoNCE, van den Oord et al. 2018, Eq. 4)
 
-Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of cosines
-c_ij. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where `FIXED`, the bound 1.
-With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a fixed order, so every
-run gives the same bits.
+Each block owns BLOCK_R rows and streams the columns with a shift m_i and a sum Σ_j exp((c_ij − m_i) / tau) of the
+cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j exp((c_ij − c_i,positive) / tau)).
+Where it dominates its row, the loss keeps its digits and is never below 0. A row that excludes its positive has the
+logarithm of the sum alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where
+`FIXED`, the bound 1. With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a
+fixed order, so every run gives the same bits.
 """
 
 import torch
@@ -23,7 +25,6 @@ from anomem.kernels.contrast_rows import (
     load_mantissa,
     opposite,
     plan,
-    sees_one_column,
     sliced_product,
 )
 from anomem.kernels.primitives import LN2, LOG2E, cdiv, device_of, dot, load_tile, multiprocessors, split_loop
@@ -42,11 +43,32 @@ def larger_shift(shift, other):
 
 
 @triton.jit
-def store_losses(loss, lse, at, mask, shift, running_sum, matched, inverse_tau):
-    """Store loss and lse from the shift, the sum and the positive's cosine, [BLOCK_R] each, at offsets `at`."""
-    # Cosines are subtracted before the multiplication: where one column dominates, both are nearly equal.
-    tl.store(loss + at, (shift - matched) * inverse_tau + tl.log2(running_sum) * LN2, mask=mask)
-    tl.store(lse + at, shift * inverse_tau + tl.log2(running_sum) * LN2, mask=mask)
+def log1p(x):
+    """log(1 + x) [BLOCK] of x from 0 to 1, by Kahan's correction; NaN stays NaN."""
+    one_more = 1.0 + x
+    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / (one_more - 1.0)))
+
+
+@triton.jit
+def store_losses(loss, lse, at, mask, shift, running_sum, matched, hidden, inverse_tau):
+    """Store loss and lse of rows, at offsets `at`.
+
+    shift, running_sum: of the negatives, [BLOCK_R]; matched: cosine of the positive, [BLOCK_R]; hidden: whether a row
+    excludes its positive, [BLOCK_R] or None.
+    """
+    # Cosines are subtracted before the multiplication: where the positive dominates, their difference is small.
+    log_sum = tl.log2(running_sum) * LN2
+    ratio = (shift - matched) * inverse_tau + log_sum
+    rest = log1p(tl.exp(-tl.abs(ratio)))
+    if hidden is not None:
+        rest = tl.where(hidden, 0.0, rest)
+    negatives = ratio > 0
+    if hidden is not None:
+        negatives = negatives | hidden
+    tl.store(loss + at, tl.where(negatives, ratio, 0.0) + rest, mask=mask)
+    # The logit of a column that dominates its row, rounded like here, minus lse is then exactly 0.
+    row_lse = tl.where(negatives, shift * inverse_tau + (log_sum + rest), matched * inverse_tau + rest)
+    tl.store(lse + at, row_lse, mask=mask)
 
 
 @triton.jit(do_not_specialize=["groups", "row_count", "column_count", "splits", "columns_per_split"])
@@ -90,8 +112,8 @@ def contrast_forward_kernel(
         target = load_index(positive, rows, row_count)
         valid = (target >= 0) & (target < column_count)
         if exclude is not None:
-            hidden = load_index(exclude, rows, row_count)  # [BLOCK_R]
-            valid = valid & (hidden >= 0) & (hidden < column_count)
+            excluded = load_index(exclude, rows, row_count)  # [BLOCK_R]
+            valid = valid & (excluded >= 0) & (excluded < column_count)
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     scale = inverse_tau * LOG2E
     x_factor = load_mantissa(row_inverse + group * row_count, rows, row_count)  # [BLOCK_R]
@@ -118,14 +140,16 @@ def contrast_forward_kernel(
         cosine = cosines(product, x_factor, y_factor)  # [BLOCK_R, BLOCK_C]
         if positive is None:
             if is_special(tile * BLOCK_R, first, column_count, BLOCK_R, BLOCK_C):
+                is_positive = columns[None, :] == target[:, None]
+                matched += tl.sum(tl.where(is_positive, cosine, 0.0), axis=1)
                 outside = (columns[None, :] == rows[:, None]) | (columns >= column_count)[None, :]
-                cosine = tl.where(outside, -float("inf"), cosine)
-                matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
+                cosine = tl.where(outside | is_positive, -float("inf"), cosine)
         else:
+            is_positive = columns[None, :] == target[:, None]
+            matched += tl.sum(tl.where(is_positive, cosine, 0.0), axis=1)
             if exclude is not None:
-                cosine = tl.where(columns[None, :] == hidden[:, None], -float("inf"), cosine)
-            cosine = tl.where((columns < column_count)[None, :], cosine, -float("inf"))
-            matched += tl.sum(tl.where(columns[None, :] == target[:, None], cosine, 0.0), axis=1)
+                cosine = tl.where(columns[None, :] == excluded[:, None], -float("inf"), cosine)
+            cosine = tl.where(is_positive | (columns >= column_count)[None, :], -float("inf"), cosine)
         if FIXED:
             running_sum += tl.sum(tl.exp2(cosine * scale - scale), axis=1)
         else:
@@ -138,7 +162,10 @@ def contrast_forward_kernel(
 
     mask = rows < row_count
     if partial is None:
-        store_losses(loss, lse, group * row_count + rows, mask, shift, running_sum, matched, inverse_tau)
+        hidden = None
+        if exclude is not None:
+            hidden = excluded == target
+        store_losses(loss, lse, group * row_count + rows, mask, shift, running_sum, matched, hidden, inverse_tau)
     else:
         at = (split * groups + group) * row_count + rows
         part = tl.full((), splits, tl.int64) * groups * row_count
@@ -150,11 +177,14 @@ def contrast_forward_kernel(
 @triton.jit(do_not_specialize=["count", "splits"])
 def contrast_add_splits_kernel(
     partial,  # [3, splits, G · R] float32
+    positive,  # [R] int64, or None as in `contrast_forward_kernel`
+    exclude,  # [R] int64, or None
     temperature,  # 0-dim float32, or None
     loss,  # [G · R] float32
     lse,  # [G · R] float32
     inverse_tau,
     count,
+    row_count,
     splits,
     BLOCK_R: tl.constexpr,
 ):
@@ -175,7 +205,10 @@ def contrast_add_splits_kernel(
         running_sum += tl.load(partial + part + at, mask=mask, other=0.0) * tl.exp2((other - safe) * scale)
         matched += tl.load(partial + 2 * part + at, mask=mask, other=0.0)
         shift = new
-    store_losses(loss, lse, rows, mask, shift, running_sum, matched, inverse_tau)
+    hidden = None
+    if exclude is not None:
+        hidden = tl.load(positive + rows % row_count) == tl.load(exclude + rows % row_count)  # [BLOCK_R]
+    store_losses(loss, lse, rows, mask, shift, running_sum, matched, hidden, inverse_tau)
 
 
 def losses(
@@ -209,8 +242,7 @@ def losses(
     lse = torch.empty_like(loss)
     if loss.numel() == 0:
         return loss, lse
-    # With the running maximum the loss of a row with one column is exactly 0.
-    fixed = has_fixed_shift(scaled_rows, temperature, tau) and not sees_one_column(positive, exclude, column_count)
+    fixed = has_fixed_shift(scaled_rows, temperature, tau)
     cut = plan("contrast_forward", scaled_rows)
 
     def run(tile: Tile) -> Launched:
@@ -225,8 +257,9 @@ def losses(
         )  # fmt: skip
         if partial is not None:
             contrast_add_splits_kernel[(cdiv(loss.numel(), 256),)](
-                partial, temperature, loss, lse, 1 / tau, loss.numel(), parts, BLOCK_R=256, num_warps=4
-            )
+                partial, positive, exclude, temperature, loss, lse, 1 / tau, loss.numel(), row_count, parts,
+                BLOCK_R=256, num_warps=4,
+            )  # fmt: skip
         return Launched(compiled)
 
     facts = {"dtype": scaled_rows.dtype, "d": features, "joined": positive is None, "exclude": exclude is not None}

@@ -39,12 +39,13 @@ from anomem.kernels.primitives import (
     rounded_product,
     store_rows,
 )
-from anomem.kernels.rows import L2_EPS, rows_per_block
+from anomem.kernels.rows import L2_EPS, rows_per_block, shrinking_factor
 from anomem.kernels.tile_table import Entry, fitting, kind_of
 
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, so the constant 1/tau
 # can replace the running maximum.
 LOWEST_FIXED_SHIFT = 0.023
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 # A backward tile of 256 features spills: the gradient alone takes half of the registers.
 WHOLE = {
     "contrast_forward": {"half": 256, "tf32": 128, "ieee": 64},
@@ -98,9 +99,13 @@ def scale_tile(
     rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     raw = load_rows(x + group * x_group_stride, rows, x_row_stride, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
     raw = operand(raw.to(tl.float32), tl.float32, PRECISION)
-    length = tl.sqrt_rn(tl.sum(raw * raw, axis=1))  # [BLOCK_R]
-    # A NaN length is not ≤ and stays NaN. An overflowed length has factor 0, and an infinite element times 0 is NaN.
-    factor = tl.where(length <= L2_EPS, 0.0, tl.div_rn(1.0, length))
+    shrink = shrinking_factor(raw)  # [BLOCK_R]
+    shrunk = raw * shrink[:, None]
+    length = tl.sqrt_rn(tl.sum(shrunk * shrunk, axis=1))  # [BLOCK_R]
+    # A NaN length is not ≤ and stays NaN. An infinite length has factor 0, and an infinite element times 0 is NaN.
+    factor = tl.where(length <= L2_EPS, 0.0, tl.div_rn(shrink, length))
+    # A subnormal factor has no mantissa to keep: rows beyond 8e37.
+    factor = tl.where((factor > 0.0) & (factor < SMALLEST_NORMAL), float("nan"), factor)
     s = raw * power_of_two(factor)[:, None]  # [BLOCK_R, BLOCK_D]
     store_rows(scaled + group * scaled_group_stride, s, rows, FEATURES, count, FEATURES, BLOCK_D)
     tl.store(inverse + group * inverse_group_stride + rows, factor, mask=rows < count)
@@ -345,11 +350,6 @@ def has_fixed_shift(rows: Tensor, temperature: Tensor | None, tau: float) -> boo
     """
     exact = rows.dtype == torch.float32 and precision(rows.dtype) == "ieee"
     return temperature is None and tau >= LOWEST_FIXED_SHIFT and not exact
-
-
-def sees_one_column(positive: Tensor | None, exclude: Tensor | None, columns: int) -> bool:
-    """Whether each row sees its positive alone: its loss and its gradient are exactly 0."""
-    return columns == 2 if positive is None else columns == 1 and exclude is None
 
 
 class Plan(NamedTuple):

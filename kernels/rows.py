@@ -19,20 +19,40 @@ from anomem.kernels.primitives import block_of, cdiv, device_of, load_rows, oper
 NONE, LAYER, L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LAYER_EPS = tl.constexpr(1e-5)
 L2_EPS = tl.constexpr(1e-12)
+LONG = tl.constexpr(2.0**50)  # the squares of 2²⁷ such elements stay in float32
+
+
+@triton.jit
+def shrinking_factor(x):
+    """[BLOCK] factors 2^k that keep the squares of rows x [BLOCK, BLOCK_D] from overflowing: 1 but for long rows.
+
+    The exponent of a long row's largest element becomes 20.
+    """
+    peak = tl.max(tl.abs(x), axis=1)
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    power = ((274 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(20 − (exponent − 127))
+    return tl.where((peak > LONG) & (peak < float("inf")), power, 1.0)
 
 
 @triton.jit
 def normalize_rows(x, NORMALIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(y, r): the normalised rows [BLOCK, BLOCK_D] and the factor r [BLOCK] that the backward needs."""
     if NORMALIZE == LAYER:
+        shrink = shrinking_factor(x)
+        x = x * shrink[:, None]
         mean = tl.sum(x, axis=1) / D
         y = zero_beyond(x - mean[:, None], D, BLOCK_D)
-        factor = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / D + LAYER_EPS)
+        # Beside the variance of a long row, of 2⁻⁸ and more when shrunk, the constant is nothing.
+        factor = 1.0 / tl.sqrt_rn(tl.sum(y * y, axis=1) / D + tl.where(shrink == 1.0, LAYER_EPS, 1e-30))
         y = y * factor[:, None]
+        factor = factor * shrink
     elif NORMALIZE == L2:
+        shrink = shrinking_factor(x)
+        x = x * shrink[:, None]
         length = tl.sqrt_rn(tl.sum(x * x, axis=1))
         factor = tl.where(length <= L2_EPS, 0.0, 1.0 / length)  # a NaN length is not ≤ and stays NaN
         y = x * factor[:, None]
+        factor = factor * shrink
     else:
         y = x
         factor = tl.full((x.shape[0],), 1.0, tl.float32)

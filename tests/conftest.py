@@ -12,6 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# No measurement and no file of this machine: every run of the suite makes the same choices.
+os.environ["ANOMEM_CHOICE"] = "table"
+
 SWITCHED_ON_HERE = "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules
 if SWITCHED_ON_HERE:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -44,6 +47,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def own_choices() -> Iterator[None]:
+    """A test that replaces kernels, rules or files leaves no choice behind."""
+    yield
+    backends = sys.modules.get("anomem.backends")
+    if backends is not None:
+        backends.forget()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,11 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends
+from anomem import backends, calibrate, choice, env
 from anomem.backends import Choice, Problem, Rule, Where
+from anomem.choice import Measured
 from anomem.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are not checked here; tests/test_choice.py is about that."""
+    monkeypatch.setattr(choice, "distrust", lambda *_: None)
+
+
+@pytest.fixture
+def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "AUTO", ())
+    monkeypatch.setattr(backends, "RULES", ())
 
 
 def problem(operator: str = "nt_xent", dtype: torch.dtype = torch.float32, rows: int = 8) -> Problem:
@@ -47,8 +61,20 @@ def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
         backends.choose(problem(), "native")
 
 
+def test_a_rule_binds_to_the_processor_of_its_rows(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
+    rule = Rule("nt_xent", "cpu", "native", Where(), "fast there", "AuthenticAMD family 26 AVX512-BF16")
+    monkeypatch.setattr(backends, "AUTO", (rule,))
+    monkeypatch.setattr(backends, "obstacle", lambda *args: None)
+    monkeypatch.setattr(choice, "hardware", lambda device: "GenuineIntel family 6 AMX")
+    assert backends.decide(problem())[:2] == ("reference", "default")
+    monkeypatch.setattr(choice, "hardware", lambda device: rule.processor)
+    assert backends.decide(problem())[:2] == ("reference", "default")  # a choice once made does not change
+    backends._decided.clear()
+    assert backends.decide(problem())[:2] == ("native", "table")
+
+
 def test_every_rule_names_an_operator_an_implementation_and_its_reason() -> None:
-    for rule in backends.AUTO:
+    for rule in (*backends.AUTO, *backends.RULES):
         assert rule.operator in backends.OPERATORS
         assert rule.implementation in backends.IMPLEMENTATIONS[1:]
         assert rule.device in ("cpu", "cuda")
@@ -91,15 +117,22 @@ def problem_of(row: dict[str, object]) -> Problem:
 
 
 def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
-    """Where a rule holds its implementation is the fastest of each case, and there is such a case in each dtype."""
+    """Where a rule holds its implementation is the fastest of each case, and there is such a case in each dtype.
+
+    The rows are those of the processor that the rule is bound to.
+    """
     cases: dict[tuple[object, ...], dict[str, float]] = defaultdict(dict)
+    processors: set[str] = set()
     for path in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row.get("operator") in backends.OPERATORS and row["milliseconds"] is not None:
+                family, instructions = re.search(r"(\w+), (family \d+) ", row["about"]["device_name"]).group(2, 1)
+                processors.add(f"AuthenticAMD {family} {instructions}")
                 key = (path.name, problem_of(row), row["training"], row["group"], json.dumps(row["shape"]))
                 cases[key][row["implementation"]] = row["milliseconds"]["p50"]
     for rule in (rule for rule in backends.AUTO if rule.device == "cpu"):
+        assert {rule.processor.removesuffix("-BF16")} == processors  # the rows name no part of AVX512
         measured = [(key[1], times) for key, times in cases.items() if holds(rule, key[1]) and "eager" in times]
         assert {problem.dtype for problem, _ in measured} == set(rule.where.dtypes), rule
         for problem, times in measured:
@@ -111,22 +144,20 @@ def holds(rule: Rule, problem: object) -> bool:
     return rule.operator == problem.operator and rule.where.holds(problem)
 
 
-def test_a_choice_can_come_from_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_can_come_from_another_source(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
     """The first source that has an answer is taken; the ones behind it are asked where it has none."""
 
     def measured(problem: Problem) -> Choice | None:
         return Choice("native", "measured here", "1.3 times as fast") if problem.rows >= 100 else None
 
     monkeypatch.setattr(backends, "SOURCES", (measured, *backends.SOURCES))
-    monkeypatch.setattr(backends, "AUTO", ())
     assert backends.decide(problem(rows=100)) == ("native", "measured here", "1.3 times as fast")
     assert backends.explain(problem(rows=100)) == ("native", "1.3 times as fast")
     assert backends.decide(problem(rows=99))[:2] == ("reference", "default")
     assert backends.choose(problem(rows=100), "auto") == "native"
 
 
-def test_a_part_without_a_kernel_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "AUTO", ())
+def test_a_part_without_a_kernel_chooses_for_itself(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
     monkeypatch.setattr(backends, "obstacle", lambda operator, impl, *rest: None if impl == "reference" else "broken")
     assert backends.choose(problem("variance"), "triton", part=True) == "reference"
     with pytest.raises(ArgumentError, match="broken"):
@@ -157,7 +188,8 @@ def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
     def decorated() -> None: ...
 
     assert vars(decorated) == {"_dynamo_marked_constant": True}
-    assert vars(backends._constant_obstacle) == vars(decorated)
+    for function in ("_constant_obstacle", "_hardware", "_distrust", "_constant_any_known", "_constant_known"):
+        assert vars(getattr(backends, function)) == vars(decorated)
 
     def untraceable(count: int) -> int:
         torch._dynamo.graph_break()
@@ -174,6 +206,36 @@ def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
     assert torch.compile(call, fullgraph=True, backend="eager")(x).tolist() == [3, 3]
 
 
+def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
+    reason = backends.obstacle("retrieve", "native", "cuda", torch.float16, 64)
+    assert reason == "the native CUDA kernels need compute capability 8.0 or later"
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "features", "rows", "taken"),
+    [
+        ("nt_xent", torch.bfloat16, 128, 8, "triton"),
+        ("info_nce", torch.float16, 64, 8, "triton"),
+        ("nt_xent", torch.float32, 128, 4096, "reference"),
+        ("nt_xent", torch.bfloat16, 256, 4096, "reference"),
+        ("retrieve", torch.bfloat16, 128, 2**19, "triton"),
+        ("retrieve", torch.bfloat16, 128, 2**19 - 1, "reference"),
+        ("gather", torch.float32, 512, 8, "native"),
+        ("variance", torch.bfloat16, 512, 8, "native"),
+        ("deviation_map", torch.bfloat16, 64, 2**20, "reference"),
+        ("nt_xent", torch.float32, 1024, 2**30, "triton"),  # plain PyTorch does not fit
+    ],
+)
+def test_on_a_gpu_the_kernels_are_taken_where_arithmetic_puts_them_ahead(
+    monkeypatch: pytest.MonkeyPatch, operator: str, dtype: torch.dtype, features: int, rows: int, taken: str
+) -> None:
+    monkeypatch.setattr(backends, "obstacle", lambda *args: None)
+    call = Problem(operator, "cuda", dtype, features, rows=rows, columns=8)
+    assert backends.decide(call).implementation == taken
+    assert backends.decide(call).reason
+
+
 def test_obstacles_are_sentences() -> None:
     for operator, implementation, answer in backends.table("cpu"):
         assert answer == "runs" or len(answer.split()) > 3, (operator, implementation, answer)
@@ -182,10 +244,57 @@ def test_obstacles_are_sentences() -> None:
     assert answers["deviation_map", "native"] != "runs"
 
 
-def test_the_environment_can_be_printed() -> None:
-    done = subprocess.run([sys.executable, "-m", "anomem.env"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for word in ("torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels"):
-        assert word in done.stdout
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder with a choice and a check of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ANOMEM_CHOICE", "measure")
+    monkeypatch.setenv("COLUMNS", "300")
+    backends.forget()
+    found = {"retrieve float32 1 x 8192 x 512 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
+    checks = {"native usage float32 d 64": "passed", "native shrink float32 d 64": "error 3 expected 1"}
+    choice.keep(choice.default_path(), "cpu", choices=found, checks=checks)
+    return tmp_path
+
+
+def test_the_environment_can_be_printed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert env.main([]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels", choice.hardware("cpu"),
+        str(choice.default_path()), "2.00 times as fast as reference", "error 3 expected 1", "1 of 2 checks",
+    ):  # fmt: skip
+        assert words in printed, words
+
+
+def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert env.main(["--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert torch.__version__.startswith(about["versions"]["torch"])
+    cpu = about["devices"]["cpu"]
+    assert cpu["hardware"] == choice.hardware("cpu")
+    assert ["retrieve", "reference", "runs"] in cpu["runs"]
+    (measured,) = (c for c in cpu["choices"] if c["source"] == "file")
+    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 8192 x 512 x 128 training", "native")
+    assert measured["because"] == "2.00 times as fast as reference, 1.5 ms"
+    assert {c["source"] for c in cpu["choices"]} <= {"table", "file", "rule", "default"}
+    assert cpu["checks"]["native usage float32 d 64"] == "passed"
+
+
+def test_the_environment_checks_and_measures(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    monkeypatch.setattr("anomem.calibrate.run", lambda *arguments: ran.append(arguments))
+    assert env.main(["--check", "--seconds", "7"]) == 0
+    assert ran == [(calibrate.devices(), choice.default_path(), 7.0)]
+
+
+def test_the_environment_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "anomem.env", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(done.stdout)) == {"versions", "devices"}
 
 
 def test_the_source_of_tiles_is_told_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +302,7 @@ def test_the_source_of_tiles_is_told_or_why_there_is_none(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.source_of_tiles() == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name in ("ANOMEM_AUTOTUNE", "ANOMEM_TILES"):
         monkeypatch.delenv(name, raising=False)

@@ -46,3 +46,36 @@ def test_a_bank_is_cross_entropy_over_its_logits(names: dict[str, Any]) -> None:
     logits = torch.cat([torch.cosine_similarity(z0, z1)[:, None], unit @ bank.T], dim=1) / 0.5
     expected = torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(names["bank_loss"](z0, z1, bank, 0.5), expected)
+
+
+@pytest.mark.parametrize("batch", [8, 1024])
+def test_a_bank_may_be_filled_before_the_backward_pass(names: dict[str, Any], batch: int) -> None:
+    """At 1024 rows "auto" takes a kernel, which saves the bank it was given."""
+    bank = torch.nn.functional.normalize(torch.randn(2048, 64))
+    z0, z1 = torch.randn(2, batch, 64)
+    gradients = []
+    for fill_first in (False, True):
+        leaf, rows = z0.clone().requires_grad_(), bank.clone()
+        loss = names["bank_loss"](leaf, z1, rows, 0.5)
+        if fill_first:
+            rows[:batch] = torch.nn.functional.normalize(z1)
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_clip_is_two_cross_entropies(names: dict[str, Any]) -> None:
+    image, text = torch.randn(2, 6, 16)
+    scale = torch.tensor(14.0)
+    a, b = (torch.nn.functional.normalize(x) for x in (image, text))
+    logits, label = scale * a @ b.T, torch.arange(6)
+    expected = sum(torch.nn.functional.cross_entropy(x, label) for x in (logits, logits.T)) / 2
+    torch.testing.assert_close(names["clip_loss"](image, text, scale), expected)
+
+
+def test_a_masked_pattern_is_not_read(names: dict[str, Any]) -> None:
+    query, prototypes, values = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6, 3)
+    keep = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    norm = torch.nn.LayerNorm(8, elementwise_affine=False)
+    logits = (norm(query) @ norm(prototypes).T / 8**0.5).masked_fill(~keep, -torch.inf)
+    torch.testing.assert_close(names["masked_retrieve"](query, prototypes, values, keep), logits.softmax(-1) @ values)

@@ -60,9 +60,10 @@ class AugmentConfig:
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"augment.{name}", "a number from 0 to 1", value)
-        for name in ("rotation", "shift", "noise"):
+        for name, most in (("rotation", 360), ("shift", 10), ("noise", 10)):
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"augment.{name}", "a number ≥ 0", value)
+            require(value >= 0, f"augment.{name}", "a number ≥ 0", value)
+            require(value <= most, f"augment.{name}", f"a number from 0 to {most}", value)
         require_choice(self.padding, "augment.padding", get_args(Padding))
 
     @staticmethod
@@ -90,6 +91,20 @@ class AugmentConfig:
                 noise=0.1,
             )
         return AugmentConfig()
+
+    @staticmethod
+    def light() -> AugmentConfig:
+        """Small variations without crops and flips, for parts that lie alike in every image."""
+        return AugmentConfig(
+            crop_area=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            flip=0.0,
+            brightness=0.13,
+            contrast=0.13,
+            saturation=0.13,
+            blur=0.0,
+            noise=0.017,
+        )
 
     @staticmethod
     def nothing() -> AugmentConfig:

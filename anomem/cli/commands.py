@@ -6,26 +6,38 @@ import csv
 import io
 import json
 import os
+import re
+import stat
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from anomem.data import Dataset
 from anomem.errors import UserError
-from anomem.files import make_folder, write_atomically
-from anomem.train.config import TrainConfig, preset
+from anomem.files import Guard, make_folder, printable, write_atomically
+from anomem.train.config import FitConfig, TrainConfig, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from anomem.data import Task
+    from anomem.models import AnoMem
+    from anomem.train.rundir import RunDirectory
+
+STREAM_LIMIT = 2**30  # bytes of an image or of a list of names on standard input
+ROWS = re.compile(rb'(path|image),kind,anomalous,|\[\s*\{\s*"path": ')
+"""How a file of scores begins."""
+DESCRIPTION = "anomem deviation map"
+"""In the TIFF tag ImageDescription (270) of every map."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Fit a detector to good images in seconds, without training: yes or no at a false-alarm rate you choose."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder of good images, or with train/good; labelled defects, if any, in DIR/anomalous. Short for --data.root."""
+    quiet: bool = False
+    """Print only the run directory."""
+    settings: Annotated[FitConfig, tyro.conf.arg(name="")] = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Measure a run on its test images, next to baselines and controls; writes metrics.json and scores.csv."""
 
@@ -53,6 +76,8 @@ class Evaluate:
     """Fair controls to compute as well: the untrained encoder; the whole training with one prototype."""
     baselines: bool = True
     """Fit kNN, one-class SVM, LOF and isolation forest on raw pixels."""
+    overwrite: bool = False
+    """Replace files of the run directory that anomem did not write."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +85,24 @@ class Score:
     """Score image files with a trained run; higher is more anomalous."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or folders of them."""
+    """Image files, or folders of them; - reads an image, or names line by line, from standard input."""
     run: Path
     """Run directory."""
     by: str | None = None
-    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector."""
+    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector. Of a fitted
+    run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
+    alpha: float | None = None
+    """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
     """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
     --by plain, else of "detector"."""
+    overwrite: bool = False
+    """Replace existing files that anomem did not write, and write maps into folders that hold images. Images that are
+    scored and the files of the run are never replaced."""
+    max_megapixels: int | None = None
+    """Refuse larger images, in millions of pixels; data.max_megapixels of the run when not given."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +111,8 @@ class Plot:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    overwrite: bool = False
+    """Replace figures that anomem did not write."""
 
 
 def train(command: Train) -> None:
@@ -100,13 +135,65 @@ def train(command: Train) -> None:
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
 
+def fit(command: Fit) -> None:
+    """Fit a detector and write a run directory."""
+    from anomem.train.fitting import fit_run
+
+    config = command.settings
+    if command.folder is not None:
+        if config.data.dataset != "folder":
+            raise UserError(f"`--data.dataset`: {config.data.dataset} reads no folder; give one of both")
+        config = replace(config, data=replace(config.data, root=str(command.folder)))
+    elif config.data == FitConfig().data:
+        raise UserError("`folder`: expected a folder of good images, received none")
+    path = fit_run(config, quiet=command.quiet)
+    following = f"anomem score --run {path} FILES"
+    print(path if command.quiet else f"run written to {path}; next: {following}")
+
+
 def evaluate(command: Evaluate) -> None:
     """Measure a run; write metrics.json and scores.csv."""
-    from anomem.evaluate.report import control, report
+    from anomem.train.rundir import RunDirectory
+
+    if RunDirectory(command.run).is_fitted():
+        _evaluate_fitted(command)
+    else:
+        _evaluate_trained(command)
+
+
+def _evaluate_fitted(command: Evaluate) -> None:
+    from anomem.evaluate.fitted import explained, report
+    from anomem.train.fitting import load_fitted_run
+
+    if command.controls:
+        raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
+    run, config, task, detector = load_fitted_run(command.run)
+    _guard_results(run, command.overwrite)
+    found = detector.over(task.test)
+    _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
+    metrics = report(detector, task, config, found, with_baselines=command.baselines)
+    run.write_metrics(metrics)
+    Console(width=None if sys.stdout.isatty() else 100).print(metrics_table(metrics))
+    print("\n".join(explained(metrics)))
+    print(f"written to {run.metrics_file}, image by image to {run.scores_file}; next: anomem plot {command.run}")
+
+
+def _guard_results(run: RunDirectory, overwrite: bool) -> None:
+    guard = Guard(overwrite=overwrite)
+    guard.require(run.scores_file, "RUN", lambda path: _begins(path, ROWS))
+    guard.require(run.metrics_file, "RUN", lambda path: _begins(path, re.compile(rb'\{\s*"task": ')))
+
+
+def _evaluate_trained(command: Evaluate) -> None:
+    from anomem.evaluate.baselines import require_packages
+    from anomem.evaluate.report import control, explained, report
     from anomem.scoring import score_images
     from anomem.train.run import load_run
 
+    if command.baselines:
+        require_packages()
     run, config, task, scorer = load_run(command.run)
+    _guard_results(run, command.overwrite)
     scored = score_images(scorer, task.test)
     _write_rows(run.scores_file, _score_rows(task, scored.scores))
     controls = {str(name): control(name, config, task) for name in command.controls}
@@ -126,6 +213,7 @@ def evaluate(command: Evaluate) -> None:
         ) from error
     run.write_metrics(metrics)
     Console(width=None if sys.stdout.isatty() else 100).print(metrics_table(metrics))
+    print("\n".join(explained(metrics)))
     print(f"written to {run.metrics_file}, image by image to {run.scores_file}; next: anomem plot {command.run}")
 
 
@@ -134,7 +222,7 @@ def _score_rows(task: Task, scores: Mapping[str, Tensor]) -> list[dict[str, Any]
     names = task.test_paths or [str(i) for i in range(len(task.test))]
     return [
         {
-            "image": names[i],
+            "path": names[i],
             "kind": task.test_kinds[i],
             "anomalous": int(task.test_is_anomaly[i]),
             **{name: float(values[i]) for name, values in scores.items()},
@@ -149,89 +237,328 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     Args:
         metrics: from `report`.
     """
-    table = Table(
-        title=f"{metrics['task']}: {metrics['test_images']} test images, {metrics['test_anomalies']} anomalous"
-    )
+    title = f"{metrics['task']}: {metrics['test_images']} test images, {metrics['test_anomalies']} anomalous"
+    table = Table(title=Text(printable(title)))  # as Text, since a name may look like rich's markup
     table.add_column("score")
-    for name in ("AUROC", "AP", "FPR@95%TPR", "pixel AUROC", "AUPRO@30%"):
-        table.add_column(name, justify="right")
+    # A measure that no score has needs no column.
+    columns = {
+        "auroc": "AUROC",
+        "average_precision": "AP",
+        "fpr_at_95_tpr": "FPR@95%TPR",
+        "pixel_auroc": "pixel AUROC",
+        "aupro": "AUPRO@30%",
+    }
+    columns = {measure: heading for measure, heading in columns.items() if measure not in metrics["missing"]}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     groups = {
         "": metrics["scores"],
         **{f"{name}: ": scores for name, scores in metrics["controls"].items()},
-        "raw pixels: ": metrics["baselines"],
+        **({"raw pixels: ": metrics["baselines"]} if "same_encoder" not in metrics else {}),
+        "same encoder: ": metrics.get("same_encoder", {}),
+        "pixels: ": metrics["baselines"] if "same_encoder" in metrics else {},
     }
     for prefix, scores in groups.items():
-        for name, values in scores.items():
-            measures = ("auroc", "average_precision", "fpr_at_95_tpr", "pixel_auroc", "aupro")
-            table.add_row(prefix + name, *(f"{values[m]:.4f}" if m in values else "" for m in measures))
+        # The scores that `anomem score` gives by default come first; the variants of "plain" last.
+        first = metrics.get("lead", "stage2")
+        for name in sorted(scores, key=lambda name: ("/" in name, name != first, name != "detector")):
+            table.add_row(prefix + name, *(f"{scores[name][m]:.4f}" if m in scores[name] else "" for m in columns))
         table.add_section()
     return table
 
 
-def score(command: Score) -> None:
-    """Score image files; print one score of each, or write all scores and maps."""
-    import torch
+class Given(NamedTuple):
+    """An image that is to be scored."""
 
-    from anomem.data import ImageFiles, StreamedImages, image_files
+    name: str
+    """As it was given."""
+    file: Path
+    """Where it can be read."""
+
+
+def score(command: Score) -> int:
+    """Score image files; print one score of each, or write all scores and maps.
+
+    Returns:
+        The exit code: 1 where some of the images could not be scored, which are listed at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
+        failures: list[str] = []
+        given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
+        if not given and not failures:
+            raise UserError("`paths`: expected image files or folders of them, received none")
+        rows = _score(command, given, failures) if given else []
+    if not rows and len(failures) == 1:
+        raise UserError(failures[0])
+    for failure in failures:
+        print(f"anomem: {printable(failure)}", file=sys.stderr)
+    if not rows:
+        raise UserError("none of the images could be scored")
+    if failures:
+        print(f"anomem: {len(failures)} could not be scored, {len(rows)} images were", file=sys.stderr)
+    return 1 if failures else 0
+
+
+class Judge(NamedTuple):
+    """A trained scorer or a fitted detector, as `score` uses it."""
+
+    model: AnoMem
+    batch_size: int
+    by: str
+    """The score that is printed and decides."""
+    columns: Callable[[Tensor], tuple[dict[str, list[Any]], Tensor]]
+    """Images [B, C, H, W] -> columns of the table, and maps [B, H, W]."""
+    shown: tuple[str, ...]
+    """Columns that are printed."""
+
+
+def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
+    """What scores the images, its run and its configuration."""
+    from anomem.train.rundir import RunDirectory
+
+    if RunDirectory(command.run).is_fitted():
+        return _fitted_judge(command)
     from anomem.train.run import load_scorer
 
-    if command.output is not None and command.output.suffix not in (".csv", ".json"):
-        raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
-    paths = [file for path in command.paths for file in (image_files(path) if path.is_dir() else [path])]
-    if not paths:
-        raise UserError("`paths`: expected image files or folders of them, received none")
+    run, config = RunDirectory.open(command.run)
+    if command.alpha is not None:
+        raise UserError(f"`--alpha`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
     scorer = load_scorer(command.run)
-    by = command.by or ("detector" if scorer.head is None else "stage2")
-    if by not in scorer.names:
-        raise UserError(f"`--by`: expected one of {', '.join(scorer.names)}, received {by!r}")
-    files = ImageFiles(paths, scorer.model.encoder.image_size, grey=scorer.model.mean.shape[0] == 1)
-    images = StreamedImages(files, workers=0, device=scorer.model.device)
-    maps = None if command.maps is None else _map_files(command.maps, paths)
+    by = _chosen(command.by, "detector" if scorer.head is None else "stage2", scorer.names)
+
+    def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
+        scored = scorer(images)
+        maps = scored.maps["plain" if by == "plain" else "detector"]
+        return {name: numbers.tolist() for name, numbers in scored.scores.items()}, maps
+
+    return Judge(scorer.model, scorer.config.batch_size, by, columns, (by,)), run, config
+
+
+def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
+    from anomem.scoring.decision import normals_needed
+    from anomem.train.fitting import load_detector
+    from anomem.train.rundir import RunDirectory
+
+    run, config = RunDirectory.open_fitted(command.run)
+    detector = load_detector(command.run)
+    by = _chosen(command.by, detector.lead, detector.names)
+    if command.alpha is not None:
+        detector.calibration.check(command.alpha)
+    elif detector.calibration.count < normals_needed(detector.alpha):
+        print(f"anomem: no verdicts: {detector.calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+
+    def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
+        found = detector(images, command.alpha, by)
+        verdicts = ["-"] * len(images)
+        if found.verdicts is not None:
+            verdicts = ["anomalous" if yes else "normal" for yes in found.verdicts.tolist()]
+        values = {name: numbers.tolist() for name, numbers in found.scores.items()}
+        maps = found.maps["plain" if by == "plain" else "local"]
+        return {**values, "p_value": found.p_values.tolist(), "verdict": verdicts}, maps
+
+    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict")), run, config
+
+
+def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
+    if by is not None and by not in names:
+        raise UserError(f"`--by`: expected one of {', '.join(names)}, received {by!r}")
+    return by or default
+
+
+def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[dict[str, Any]]:
+    """Score the images that can be read and name the others in `failures`. Returns the rows."""
+    import torch
+
+    from anomem.data import ImageFiles
+
+    judge, run, config = _judge(command)
+    maps = _places(command, given, run, Path(config.data.root))
+    files = ImageFiles(
+        [image.file for image in given],
+        judge.model.encoder.image_size,
+        grey=judge.model.mean.shape[0] == 1,
+        levels=config.data.levels,
+        max_megapixels=command.max_megapixels or config.data.max_megapixels,
+    )
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
-    for batch, index in images.batches(torch.arange(len(paths)), scorer.config.batch_size):
-        scored = scorer(batch)
-        values = {name: numbers.tolist() for name, numbers in scored.scores.items()}
-        for i, place in enumerate(index.tolist()):
-            rows.append({"path": str(paths[place]), **{name: numbers[i] for name, numbers in values.items()}})
-        if maps is not None:
-            deviations = scored.maps["plain" if by == "plain" else "detector"].cpu()
-            for i, place in enumerate(index.tolist()):
-                _write_map(maps[place], deviations[i], paths[place])
-    if command.output is None:
-        for row in rows:
-            print(f"{row[by]:.6g}\t{row['path']}")
-    else:
+    for start in range(0, len(given), judge.batch_size):
+        pixels: dict[int, Tensor] = {}
+        for i in range(start, min(start + judge.batch_size, len(given))):
+            try:
+                pixels[i] = files[i]
+            except UserError as error:
+                failures.append(str(error).replace(str(given[i].file), given[i].name))
+        if not pixels:
+            continue
+        columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
+        for place, i in enumerate(pixels):
+            row = {name: values[place] for name, values in columns.items()}
+            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
+            if maps:
+                try:
+                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files.max_megapixels)
+                except UserError as error:
+                    failures.append(str(error))
+            if command.output is None:
+                cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in judge.shown]
+                print("\t".join([*cells, printable(given[i].name)]))
+    if command.output is not None and rows:
         _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
+    return rows
 
 
-def _map_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+def _given(paths: Sequence[Path], scratch: Path, failures: list[str]) -> Iterator[Given]:
+    """The images of files, folders and streams; what cannot be listed is named in `failures`."""
+    from anomem.data import image_files
+
+    for number, path in enumerate(paths):
+        try:
+            if str(path) != "-" and not _is_stream(path):
+                yield from (Given(str(f), f) for f in (image_files(path) if os.path.isdir(path) else [path]))
+                continue
+            content = _read_stream(path)
+            image = scratch / f"stdin{number or ''}"
+            image.write_bytes(content)
+            if _is_image(image, content):
+                yield Given(str(path), image)
+                continue
+            lines = content.split(b"\0" if b"\0" in content else b"\n")
+            names = [os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip()]
+            if not names:
+                raise UserError(f"{path}: expected an image or names of images, received nothing")
+            yield from _given([Path(name) for name in names if name != "-"], scratch, failures)
+        except UserError as error:
+            failures.append(str(error))
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a pipe that the shell has opened. A FIFO with a name of its own would block."""
+    try:
+        return re.match(r"/dev/(stdin|fd/\d+)$|/proc/self/fd/\d+$", str(path)) is not None and stat.S_ISFIFO(
+            os.stat(path).st_mode
+        )
+    except OSError:
+        return False
+
+
+def _read_stream(path: Path) -> bytes:
+    try:
+        if str(path) == "-":
+            content = sys.stdin.buffer.read(STREAM_LIMIT + 1) if sys.stdin is not None else b""
+        else:
+            with path.open("rb") as stream:
+                content = stream.read(STREAM_LIMIT + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+    if len(content) > STREAM_LIMIT:
+        raise UserError(f"{path}: expected at most {STREAM_LIMIT >> 20} megabytes, received more")
+    return content
+
+
+def _is_image(file: Path, content: bytes) -> bool:
+    """Whether a stream is an image, sound or damaged, and no list of names."""
+    from anomem.data.convert import opened
+
+    if content.startswith((b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")):
+        return True
+    try:
+        with opened(file, float("inf")):
+            return True
+    except UserError:
+        return False
+
+
+def _places(command: Score, given: Sequence[Given], run: RunDirectory, root: Path) -> list[Path]:
+    """The files of the maps, after checking that everything the command writes may be written.
+
+    Raises:
+        UserError: something would be written over an input or over what is not ours.
+    """
+    settings = (run.config_file, run.given_file, run.split_file, run.log_file, *run.checkpoints.glob("*"))
+    guard = Guard([*(image.file for image in given), Path("/dev/fd/0"), *settings], command.overwrite)
+    if command.output is not None:
+        if command.output.suffix not in (".csv", ".json"):
+            raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
+        guard.require(command.output, "--output", lambda path: _begins(path, ROWS))
+    if command.maps is None:
+        return []
+    files = _map_files(command.maps, given)
+    for file in files:
+        guard.require(file, "--maps", _is_map)
+    if not command.overwrite:
+        for folder in {file.parent for file in files}:
+            data = [part for name in ("train", "test", "ground_truth") if os.path.isdir(part := root / name)]
+            if any(folder.resolve().is_relative_to(part.resolve()) for part in data) or _holds_images(folder):
+                raise UserError(
+                    f"`--maps`: {folder} is a folder of images; choose another, or add --overwrite to write there"
+                )
+    return files
+
+
+def _map_files(folder: Path, images: Sequence[Given]) -> list[Path]:
     """One .tiff per image in a folder, laid out as the images are.
 
     Raises:
-        UserError: two images differ only in their suffix, so that their maps would be one file.
+        UserError: two images differ only in their suffix, so that their maps would be one file, or a link in the
+            folder leads out of it.
     """
-    absolute = [path.absolute() for path in images]
+    # Without "..": with it a map would leave the folder.
+    absolute = [Path(os.path.abspath(i.name if str(i.file) == i.name else i.file.name)) for i in images]
     common = os.path.commonpath([path.parent for path in absolute])
     files = [(folder / path.relative_to(common)).with_suffix(".tiff") for path in absolute]
     ((file, count),) = Counter(files).most_common(1)
     if count > 1:
         raise UserError(f"`--maps`: expected images of different names, received {count} whose map would be {file}")
+    for parent in {file.parent for file in files}:
+        if not parent.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"`--maps`: {parent} leads out of {folder}; remove the link")
     return files
 
 
-def _write_map(file: Path, deviations: Tensor, image: Path) -> None:
+def _is_map(path: Path) -> bool:
+    """Whether a file is a deviation map of ours."""
+    from anomem.data.convert import opened
+
+    try:
+        with opened(path, float("inf")) as image:
+            return bool(getattr(image, "tag_v2", {}).get(270) == DESCRIPTION)
+    except UserError:
+        return False
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder holds images that are no maps of ours."""
+    from anomem.data import image_files
+
+    try:
+        return os.path.isdir(folder) and not all(_is_map(path) for path in image_files(folder))
+    except UserError:  # none in it
+        return False
+
+
+def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Whether a file is empty or begins as one of ours."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(4096)
+    except OSError:
+        return False
+    return not content or pattern.match(content) is not None
+
+
+def _write_map(file: Path, deviations: Tensor, image: Path, max_megapixels: float) -> None:
     """Write one deviation map [H, W] as float32, at the size of its image."""
     import torch.nn.functional as F
     from PIL import Image
 
-    from anomem.data import read_image
+    from anomem.data import upright_size
 
-    size = read_image(image).shape[1:]
+    size = upright_size(image, max_megapixels)
     resized = F.interpolate(deviations[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     buffer = io.BytesIO()
-    Image.fromarray(resized.numpy()).save(buffer, format="TIFF")
+    Image.fromarray(resized.numpy()).save(buffer, format="TIFF", description=DESCRIPTION)
     make_folder(file.parent)
     write_atomically(file, buffer.getvalue())
 
@@ -246,14 +573,27 @@ def _write_rows(output: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
         text = buffer.getvalue()
-    write_atomically(output, text.encode())
+    make_folder(output.parent)
+    # A name that is not UTF-8 has surrogates in it.
+    write_atomically(output, text.encode("utf-8", "backslashreplace"))
 
 
 def plot(command: Plot) -> None:
     """Draw the figures of a run and print their files."""
-    from anomem.plots.run import draw_figures
+    from anomem.plots.run import draw_figures, draw_fitted, figure_files
+    from anomem.plots.style import is_figure
+    from anomem.train.fitting import load_fitted_run
     from anomem.train.run import load_run
+    from anomem.train.rundir import RunDirectory
 
-    run, config, task, scorer = load_run(command.run)
-    for path in draw_figures(run.rows(), task, scorer, run.figures, config.run.seed):
+    guard = Guard(overwrite=command.overwrite)
+    for path in figure_files(RunDirectory(command.run).figures).values():
+        guard.require(path, "RUN", is_figure)
+    if RunDirectory(command.run).is_fitted():
+        run, _, task, detector = load_fitted_run(command.run)
+        drawn = draw_fitted(task, detector, run.figures)
+    else:
+        run, config, task, scorer = load_run(command.run)
+        drawn = draw_figures(run.rows(), task, scorer, run.figures, config.run.seed)
+    for path in drawn:
         print(path)

@@ -1,27 +1,33 @@
-"""The command `anomem`: train, evaluate, score, plot.
+"""The command `anomem`: fit, train, evaluate, score, plot.
 
-Exit codes: 0 done, 1 a fault of the program, 2 something the user can mend (one sentence on stderr), 130 interrupted,
-141 the reader of the output has closed it (`| head`).
+Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
+(one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
+(`| head`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anomem import __version__
-from anomem.cli import commands
-from anomem.cli.commands import Evaluate, Plot, Score, Train
 from anomem.errors import UserError
-from anomem.train.config import Preset, TrainConfig, load_config, preset
+from anomem.files import printable
+
+if TYPE_CHECKING:
+    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.train.config import TrainConfig
+
+WITHOUT_FILES = ("digits", "textures")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,55 +39,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks must not end a training.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Discard the rest of the buffer, so that Python does not complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
+            raise
+        _discard_output()
+        print(f"anomem: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return code
 
 
+def _discard_output() -> None:
+    """Drop the rest of the buffer, so that Python does not complain about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"anomem: warning: {printable(str(message).removeprefix('anomem: '))}", file=sys.stderr)
+
+
 def _run(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
+    if arguments[:1] == ["--version"]:
         print(f"anomem {__version__}")
         return 0
     try:
+        # They take seconds to import.
+        from anomem.cli import commands
+
         command = _parse(arguments)
-        if isinstance(command, Train):
+        if isinstance(command, commands.Train):
             commands.train(command)
-        elif isinstance(command, Evaluate):
+        elif isinstance(command, commands.Fit):
+            commands.fit(command)
+        elif isinstance(command, commands.Evaluate):
             commands.evaluate(command)
-        elif isinstance(command, Score):
-            commands.score(command)
+        elif isinstance(command, commands.Score):
+            return commands.score(command)
         else:
             commands.plot(command)
     except UserError as error:
-        print(f"anomem: {error}", file=sys.stderr)
+        print(f"anomem: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        training = "; `anomem train --resume DIR` goes on from the last checkpoint (see --run.checkpoint-every)"
-        print(f"anomem: interrupted{training if arguments[:1] == ['train'] else ''}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+            print(f"anomem: {printable(str(stop)) or 'interrupted'}", file=sys.stderr)
+        return 128 + int(getattr(stop, "signal", signal.SIGINT))
     except SystemExit as stop:  # tyro: help, or a wrong option
         return int(stop.code or 0)
     return 0
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot:
+    import tyro
+
+    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.train.config import TrainConfig
+
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
     kinds: Any = (
-        Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
+        Annotated[Fit, tyro.conf.subcommand("fit")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=Train(settings=start))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
-    about = "Anomaly detection with contrasted memories."
+    about = "Anomaly detection with contrasted memories. `anomem --version` prints the version."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Train | Evaluate | Score | Plot = tyro.cli(kinds, args=arguments, prog="anomem", description=about)
+            command: Fit | Train | Evaluate | Score | Plot = tyro.cli(
+                kinds, args=arguments, prog="anomem", description=about
+            )
     except SystemExit as stop:
         # tyro puts the error of a configuration into a box and exits; one sentence is enough.
         error: BaseException | None = stop
@@ -96,16 +136,29 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Score | Plot:
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
     """The settings that options change: those of a file, a preset, or the preset of the data set."""
+    from anomem.data import DATASETS
+    from anomem.train.config import TrainConfig, load_config, preset
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--preset", "--config", "--data.dataset"):
+    for name in ("--preset", "--config", "--data.dataset", "--data.root"):
         parser.add_argument(name, default=None)
     try:
         known, _ = parser.parse_known_args(arguments)
     except SystemExit:  # an option without its value: tyro says so better
         return TrainConfig()
+    dataset, root = vars(known)["data.dataset"], vars(known)["data.root"]
     if known.config is not None:
         if known.preset is not None:
             raise UserError("`--preset` and `--config` are both settings to start from: give one of them")
-        return load_config(TrainConfig, Path(known.config))
-    name = known.preset or vars(known)["data.dataset"] or "digits"
-    return preset(name) if name in get_args(Preset) else TrainConfig()
+        start = load_config(TrainConfig, Path(known.config))
+        dataset = dataset or start.data.dataset
+    else:
+        dataset = known.preset if dataset is None else dataset
+        dataset = dataset or ("digits" if root is None else "folder")
+        name = known.preset or dataset
+        start = preset(name) if name in DATASETS else TrainConfig()
+    if root is not None and dataset in WITHOUT_FILES:
+        raise UserError(
+            f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder"
+        )
+    return start

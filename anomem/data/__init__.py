@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from anomem.data.bundled import cifar10_task, cifar100_task, digits_task
 from anomem.data.config import DataConfig, Dataset
-from anomem.data.convert import read_image
+from anomem.data.convert import read_image, upright_size
 from anomem.data.custom import task_from_dataset
+from anomem.data.elpv import elpv
 from anomem.data.folder import ImageFiles, folder_task, image_files
 from anomem.data.images import Images, ImageSet, ResidentImages, StreamedImages
-from anomem.data.task import Task
+from anomem.data.task import Split, Task
 from anomem.data.textures import textures_task
 from anomem.validation import require_choice
 
@@ -22,12 +23,14 @@ __all__ = [
     "ImageSet",
     "Images",
     "ResidentImages",
+    "Split",
     "StreamedImages",
     "Task",
     "image_files",
     "load_task",
     "read_image",
     "task_from_dataset",
+    "upright_size",
 ]
 
 DATASETS: dict[str, Callable[[DataConfig], Task]] = {
@@ -36,14 +39,22 @@ DATASETS: dict[str, Callable[[DataConfig], Task]] = {
     "cifar10": cifar10_task,
     "cifar100": cifar100_task,
     "folder": folder_task,
+    "elpv": elpv,
 }
 
 
-def load_task(config: DataConfig) -> Task:
+def load_task(config: DataConfig, trained_on: Split | None = None) -> Task:
     """The task of a configuration, with its images on the CPU (`Task.to` moves them).
+
+    Args:
+        config: of the task.
+        trained_on: of a folder, the files an earlier run was trained on (`Task.trained_on`): they are trained on
+            again, and none of them is tested on, whatever was added to the folder since.
 
     Raises:
         UserError: an unknown data set or class, missing or unreadable files, one class only.
     """
     require_choice(config.dataset, "data.dataset", tuple(DATASETS))
+    if config.dataset == "folder":
+        return folder_task(config, trained_on)
     return DATASETS[config.dataset](config)

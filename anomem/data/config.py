@@ -8,9 +8,21 @@ from typing import Literal, get_args
 
 from anomem.validation import require, require_choice, require_count
 
-Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder"]
+Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv"]
 Defect = Literal["scratch", "blot", "cut_paste"]
 Anomalies = Literal["photographs", "defects", Defect]
+Levels = tuple[float, float]
+"""Values of black and white."""
+MEGAPIXELS = 178
+"""Default of `DataConfig.max_megapixels`; Pillow's own limit."""
+MOST = {
+    "image_size": 16384,
+    "train_patches": 10**6,
+    "test_patches": 10**6,
+    "workers": 256,
+    "max_megapixels": 10**6,
+}
+"""Upper bounds of settings, far above useful values: a larger one is a typing error that would fill the machine."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +34,15 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100 or folder. A task made in Python may have any name."""
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python
+    may have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
-    """The normal class by name or by index: "3", "brick", "airplane". A single folder in train/ needs no name."""
+    """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
+    none."""
     image_size: int | None = None
-    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder 128)."""
+    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder and elpv 128)."""
     outlier_ratio: float = 0.0
     """Labelled anomalies in training as a ratio of the normals; 0 is the one-class setting."""
     test_fraction: float = 0.3
@@ -43,6 +57,11 @@ class DataConfig:
     """textures: normal patches to test on; as many anomalous ones are added."""
     grey: bool = False
     """folder: read the images in grey."""
+    levels: Levels | None = None
+    """Values that become black and white in images of more than 8 bits: 0 4095 for a camera of 12 bits. None: 0 and
+    65535, in floating images 0 and 1. Values outside are clipped."""
+    max_megapixels: int = MEGAPIXELS
+    """Larger image files are refused: a small file can hold an image that fills the memory."""
     aligned: bool | None = None
     """Whether a position means the same in every image; None is the data set's own answer (textures: no)."""
     resident_megabytes: int = 2048
@@ -61,3 +80,15 @@ class DataConfig:
         require_count(self.test_patches, "data.test_patches", 1)
         require_count(self.resident_megabytes, "data.resident_megabytes", 0)
         require_count(self.workers, "data.workers", 0)
+        require_count(self.max_megapixels, "data.max_megapixels", 1)
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            require(value is None or value <= most, f"data.{name}", f"at most {most}", value)
+        seed = self.seed
+        require(isinstance(seed, int) and abs(seed) < 2**63, "data.seed", "an integer of 64 bits", seed)
+        for name in ("dataset", "root", "normal"):
+            value = getattr(self, name)
+            require(isinstance(value, str) and "\0" not in value, f"data.{name}", "a text without NUL", repr(value))
+        if self.levels is not None:
+            right = len(self.levels) == 2 and all(map(math.isfinite, self.levels)) and self.levels[0] < self.levels[1]
+            require(right, "data.levels", "two numbers, black < white", self.levels)

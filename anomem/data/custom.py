@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomem.data.config import DataConfig
+from anomem.data.config import DataConfig, Levels
 from anomem.data.convert import as_uint8, resize
 from anomem.data.images import Picked, ResidentImages, resident_or_streamed
 from anomem.data.task import Task, assemble, class_index, stratified_split, training_rows
@@ -22,18 +22,20 @@ class LabelledImages(Dataset[Tensor]):
     Args:
         dataset: see `task_from_dataset`.
         size: side in pixels, or None to keep the size, which must then be one for all.
+        levels: see `as_uint8`.
     """
 
-    def __init__(self, dataset: Any, size: int | None) -> None:
+    def __init__(self, dataset: Any, size: int | None, levels: Levels | None = None) -> None:
         self.dataset = dataset
         self.size = size
+        self.levels = levels
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
         """[C, H, W] uint8."""
-        return resize(as_uint8(self.dataset[index][0], f"dataset[{index}]")[None], self.size)[0]
+        return resize(as_uint8(self.dataset[index][0], f"dataset[{index}]", self.levels)[None], self.size)[0]
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -64,11 +66,12 @@ def task_from_dataset(
 
     Args:
         train: anything with a length whose item i is (image, label): a torchvision data set, a list of pairs. Images
-            are PIL images, arrays [H, W(, C)] or tensors [C, H, W]; floating pixels are in [0, 1].
+            are PIL images, arrays [H, W(, C)] or tensors [C, H, W]; floating pixels are in [0, 1], or in
+            `config.levels`. PIL images are treated as files are: upright, palettes as colours, no transparency.
         test: the same for testing; None splits `train` by `config.test_fraction` and seed. If `train` has one class
             only, all of it is trained on and the task has no test images.
-        config: `dataset` is a free name; `normal`, `outlier_ratio`, `image_size`, `seed`, `resident_megabytes` and
-            `workers` apply.
+        config: `dataset` is a free name; `normal`, `outlier_ratio`, `image_size`, `levels`, `seed`,
+            `resident_megabytes` and `workers` apply.
         classes: names by label; by default the data set's `classes`, else the labels as numbers.
         aligned: whether one position means the same thing in every image; `config.aligned` overrides it.
 
@@ -80,6 +83,10 @@ def task_from_dataset(
         >>> task = task_from_dataset(train_pairs, test_pairs, config=config)
         >>> task = dataclasses.replace(task, test_masks=masks)  # [T, H, W] bool; only to measure localisation
     """
+    for name, dataset in (("train", train), ("test", test)):
+        indexed = dataset is None or (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+        hint = "give the data set of a DataLoader: loader.dataset"
+        require(indexed, name, "a data set with a length, whose items have an index", type(dataset).__name__, hint)
     require(len(train) >= 2, "train", "at least two images", len(train))
     labels = labels_of(train)
     train_only = test is None and len(labels.unique()) == 1
@@ -103,7 +110,7 @@ def task_from_dataset(
 
     train_set, test_set = (
         resident_or_streamed(
-            Picked(LabelledImages(source, config.image_size), picked.tolist()),
+            Picked(LabelledImages(source, config.image_size, config.levels), picked.tolist()),
             config.resident_megabytes,
             config.workers,
         )
@@ -120,5 +127,6 @@ def task_from_dataset(
         [names[label] for label in test_labels.tolist()],
         test_labels != normal,
         aligned=aligned if config.aligned is None else config.aligned,
-        train_only=train_only,
+        any_test=train_only,
+        advice=lambda: "set `data.levels` to their values of black and white, if they have more than 8 bits",
     )

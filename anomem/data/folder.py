@@ -1,22 +1,32 @@
-"""Images in folders: `train/<normal>`, `test/<kind>` and, for localisation, `ground_truth/<kind>`."""
+"""Images in folders: the layouts of MVTec-AD, MVTec LOCO and VisA, with masks for localisation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomem.data.config import DataConfig
-from anomem.data.convert import read_image, read_mask, resize, resize_masks
+from anomem.data.config import MEGAPIXELS, DataConfig, Levels
+from anomem.data.convert import opened, read_image, read_mask, resize, resize_masks, upright_size
 from anomem.data.images import ResidentImages, resident_or_streamed
-from anomem.data.task import Task, assemble, class_index, generator, outlier_count
-from anomem.errors import UserError
+from anomem.data.task import Split, Task, assemble, generator, outlier_count, stratified_split
+from anomem.errors import ArgumentError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 GOOD = ("good", "normal", "ok")
+# What archives, network drives and Windows leave in folders, beside the names that begin with a dot.
+SERVICE = ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "$recycle.bin", "system volume information")
 
 
 class ImageFiles(Dataset[Tensor]):
@@ -26,6 +36,8 @@ class ImageFiles(Dataset[Tensor]):
         paths: the files.
         size: side in pixels, or (H, W); images are resized to it and the aspect ratio is not kept.
         grey: one channel instead of three.
+        levels: values of black and white in files of more than 8 bits; see `DataConfig.levels`.
+        max_megapixels: the most pixels a file may have, in millions.
 
     Example:
         >>> images = StreamedImages(ImageFiles(image_files(Path("photos")), size=128))
@@ -33,103 +45,283 @@ class ImageFiles(Dataset[Tensor]):
         ...     scorer(batch)  # [64, 3, 128, 128] uint8
     """
 
-    def __init__(self, paths: Sequence[Path], size: int | tuple[int, int], grey: bool = False) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: int | tuple[int, int],
+        grey: bool = False,
+        *,
+        levels: Levels | None = None,
+        max_megapixels: float = MEGAPIXELS,
+    ) -> None:
         self.paths = paths
         self.size = size
         self.grey = grey
+        self.levels = levels
+        self.max_megapixels = max_megapixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
         """[C, H, W] uint8."""
-        return resize(read_image(self.paths[index], self.grey)[None], self.size)[0]
+        image = read_image(self.paths[index], self.grey, levels=self.levels, max_megapixels=self.max_megapixels)
+        return resize(image[None], self.size)[0]
+
+
+class Listing(NamedTuple):
+    """The images of a layout, before the split."""
+
+    normal: str
+    """Name of the normal class."""
+    train: list[Path]
+    """Normal images to train on."""
+    test: list[tuple[Path, str, bool]]
+    """File, kind and whether it is anomalous."""
+    masks: Path | None
+    """Folder of the masks, one folder for each kind in it."""
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder in the order of their names; hidden files (macOS `._*`) are skipped.
+    """The image files of a folder in the order of their names; hidden ones (macOS `._*`) are skipped.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: no such folder, one that cannot be listed, or no image in it.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `data.root`")
-    found = [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    found = [path for path in found if not path.name.startswith(".")]
+    found = [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
         raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none; add some")
     return found
 
 
-def folder_task(config: DataConfig) -> Task:
-    """Images in folders with the layout of MVTec-AD.
+def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
+    """Images in folders with the layout of MVTec-AD, MVTec LOCO or VisA.
 
-    `train/<normal>` holds normal images. In `test` the folder named like the normal class (or "good", "normal", "ok")
-    holds normal images; every other folder is a kind of anomaly. With `outlier_ratio`, labelled anomalies are drawn
-    from `test` by seed and are not tested on. If there is a folder `ground_truth`, every anomalous image needs a mask:
-    `ground_truth/<kind>/<name>.png` or `<name>_mask.png`, where every pixel that is not black is anomalous.
+    `train/<normal>` holds normal images. In `test` the folders named like the normal class, or "good", "normal" or "ok"
+    in any case, hold normal images; every other folder is a kind of anomaly. Hidden and service folders are skipped.
+    With `outlier_ratio`, labelled anomalies are drawn from `test` by seed and are not tested on. If there is a folder
+    `ground_truth`, every anomalous image needs a mask: `ground_truth/<kind>/<name>.png` or `<name>_mask.png` (or .bmp,
+    .tif, …), or a folder `ground_truth/<kind>/<name>` of masks, as in MVTec LOCO; see `read_mask`.
 
-    Without a folder `test` the task has no test images: enough to train on and to score files with.
+    The layout of VisA is `Data/Images/{Normal,Anomaly}` with `Data/Masks/Anomaly`, split by `../split_csv/1cls.csv`
+    where there is one, else by `test_fraction` and seed.
+
+    A folder without `train` that holds images itself, or a folder "good", "normal" or "ok" of them, is one of normal
+    images; `test` and `ground_truth` may lie beside them.
+
+    Without test images the task is enough to train on and to score files with.
+
+    Args:
+        config: of the task.
+        trained_on: see `load_task`.
     """
     root, size = Path(config.root), 128 if config.image_size is None else config.image_size
-    normal = _normal_folder(root / "train", config.normal)
-    train = image_files(root / "train" / normal)
-    kinds = _subfolders(root / "test") if (root / "test").exists() else []
-    test = [(path, kind) for kind in kinds for path in image_files(root / "test" / kind)]
-    anomalous = [kind != normal and kind not in GOOD for _, kind in test]
-    anomalies = [i for i, is_anomaly in enumerate(anomalous) if is_anomaly]
-    wanted = outlier_count(len(train), config.outlier_ratio, len(anomalies))
-    order = torch.randperm(len(anomalies), generator=generator(config.seed))
-    labelled = {anomalies[i] for i in order[:wanted].tolist()}
-    kept = [i for i in range(len(test)) if i not in labelled]
-    files = [*train, *(test[i][0] for i in sorted(labelled))]
-    tested = [test[i][0] for i in kept]
+    layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
+    listing = layout(root, config, trained_on)
+    train, labelled = _split(listing, root, config, trained_on)
+    test = [entry for entry in listing.test if entry[0] not in labelled]
     masks = None
-    if test and (root / "ground_truth").is_dir():
-        blank = torch.zeros(size, size, dtype=torch.bool)
-        every = [_mask(root, *test[i], size) if anomalous[i] else blank for i in range(len(test))]
-        masks = torch.stack([every[i] for i in kept])
+    if test and listing.masks is not None:
+        masks = _masks(listing.masks, test, size, config.max_megapixels)
+    anomalous = [is_anomalous for _, _, is_anomalous in test]
+    name = f"{root.resolve().name} {listing.normal}"
+    if test and len(set(anomalous)) == 1:
+        missing = "anomalous" if not anomalous[0] else "normal"
+        warnings.warn(f"{name}: there are no {missing} test images, so that nothing can be measured", stacklevel=2)
 
+    files = [*train, *labelled]
     train_set, test_set = (
-        resident_or_streamed(ImageFiles(paths, size, config.grey), config.resident_megabytes, config.workers)
+        resident_or_streamed(
+            ImageFiles(paths, size, config.grey, levels=config.levels, max_megapixels=config.max_megapixels),
+            config.resident_megabytes,
+            config.workers,
+        )
         if paths
         else ResidentImages(torch.empty(0, 1 if config.grey else 3, size, size, dtype=torch.uint8))
-        for paths in (files, tested)
+        for paths in (files, [path for path, _, _ in test])
     )
     return assemble(
-        f"{root.name} {normal}",
-        normal,
+        name,
+        listing.normal,
         train_set,
         torch.arange(len(files)) < len(train),
         test_set,
-        [test[i][1] for i in kept],
-        torch.tensor([anomalous[i] for i in kept], dtype=torch.bool),
+        [kind for _, kind, _ in test],
+        torch.tensor(anomalous, dtype=torch.bool),
         aligned=config.aligned is not False,
         test_masks=masks,
-        test_paths=[str(path) for path in tested],
-        train_only=not test,
+        test_paths=[str(path) for path, _, _ in test],
+        trained_on=Split(*(tuple(_relative(path, root) for path in paths) for paths in (train, labelled))),
+        any_test=True,
+        advice=lambda: _advice(train[:16], config),
     )
 
 
-def _mask(root: Path, image: Path, kind: str, size: int) -> Tensor:
-    """[size, size] bool."""
-    folder = root / "ground_truth" / kind
-    for name in (f"{image.stem}.png", f"{image.stem}_mask.png"):
-        if (folder / name).is_file():
-            return resize_masks(read_mask(folder / name)[None], size)[0]
+def _is_flat(root: Path) -> bool:
+    """Whether a folder holds normal images without the folder `train`."""
+    if not os.path.isdir(root) or os.path.isdir(root / "train"):
+        return False
+    return _good_folder(root) is not None or any(p.suffix.lower() in SUFFIXES for p in _entries(root))
+
+
+def _good_folder(root: Path) -> Path | None:
+    """The only folder of a name for normal images, or None."""
+    found = [path for path in _entries(root) if path.name.casefold() in GOOD and os.path.isdir(path)]
+    return found[0] if len(found) == 1 else None
+
+
+def _flat(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
+    good = _good_folder(root)
+    normal = root.resolve().name if good is None else good.name
+    return _listing(root, normal, image_files(good or root))
+
+
+def _mvtec(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
+    normal = _normal_folder(root / "train", config.normal)
+    return _listing(root, normal, image_files(root / "train" / normal))
+
+
+def _listing(root: Path, normal: str, train: list[Path]) -> Listing:
+    """With the folders `test` and `ground_truth` of MVTec-AD, where they are there."""
+    kinds = _subfolders(root / "test") if os.path.isdir(root / "test") else []
+    good = {normal.casefold(), *GOOD}
+    test = [(path, kind, kind.casefold() not in good) for kind in kinds for path in image_files(root / "test" / kind)]
+    masks = root / "ground_truth"
+    return Listing(normal, train, test, masks if os.path.isdir(masks) else None)
+
+
+def _visa(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
+    images = root / "Data" / "Images"
+    masks = root / "Data" / "Masks"
+    table = root.absolute().parent / "split_csv" / "1cls.csv"
+    normals, anomalies = image_files(images / "Normal"), []
+    if os.path.isdir(images / "Anomaly"):
+        anomalies = image_files(images / "Anomaly")
+    if trained_on is not None:
+        known = set(trained_on.normal)
+        train = [path for path in normals if _relative(path, root) in known]
+    elif table.is_file():
+        try:
+            rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
+            names = {Path(row["image"]).name for row in rows if (row["object"], row["split"]) == (root.name, "train")}
+        except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
+            raise UserError(f"{table}: expected a table with object, split and image ({error})") from error
+        train = [path for path in normals if path.name in names]
+    else:
+        rows_to_train, _ = stratified_split(torch.zeros(len(normals)), config.test_fraction, config.seed)
+        train = [normals[i] for i in rows_to_train.tolist()]
+    kept = set(train)
+    test = [(path, "normal", False) for path in normals if path not in kept]
+    test += [(path, "Anomaly", True) for path in anomalies]
+    return Listing("normal", train, test, masks if os.path.isdir(masks) else None)
+
+
+def _split(listing: Listing, root: Path, config: DataConfig, trained_on: Split | None) -> tuple[list[Path], list[Path]]:
+    """Normal images and labelled anomalies to train on."""
+    anomalies = [path for path, _, is_anomalous in listing.test if is_anomalous]
+    if trained_on is None:
+        wanted = outlier_count(len(listing.train), config.outlier_ratio, len(anomalies))
+        order = torch.randperm(len(anomalies), generator=generator(config.seed))
+        return listing.train, [anomalies[i] for i in sorted(order[:wanted].tolist())]
+    found = {_relative(path, root): path for path in (*listing.train, *anomalies)}
+    for name in (*trained_on.normal, *trained_on.anomalous):
+        if name not in found:
+            raise UserError(f"{root / name}: the run was trained on this image, which is not there; put it back")
+    added = [path.name for path in listing.train if _relative(path, root) not in set(trained_on.normal)]
+    if added:
+        warnings.warn(
+            f"{root}: {len(added)} images were added since the run began and are not trained on: {_some(added)}",
+            stacklevel=2,
+        )
+    return [found[name] for name in trained_on.normal], [found[name] for name in trained_on.anomalous]
+
+
+def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: int, max_megapixels: float) -> Tensor:
+    """[T, size, size] bool."""
+    result = torch.zeros(len(test), size, size, dtype=torch.bool)
+    stems = Counter((kind, path.stem) for path, kind, is_anomalous in test if is_anomalous)
+    by_stem = {kind: _by_stem(folder / kind) for kind, _ in stems}
+    doubtful = []
+    for i, (image, kind, is_anomalous) in enumerate(test):
+        if not is_anomalous:
+            continue
+        if stems[kind, image.stem] > 1:
+            raise UserError(
+                f"{image}: expected images of different names, found {stems[kind, image.stem]} called {image.stem}, "
+                "which would share a mask; rename one"
+            )
+        height, width = upright_size(image, max_megapixels)
+        for file in _mask_files(folder / kind, by_stem[kind], image):
+            mask = read_mask(file, max_megapixels)
+            rows, columns = mask.shape
+            # The same up to the rounding of one side.
+            if abs(rows * width - columns * height) >= max(height, width):
+                raise UserError(
+                    f"{file}: expected a mask of the shape of its image, {width} × {height} when upright (by EXIF), "
+                    f"received {columns} × {rows}; draw it on the upright image"
+                )
+            result[i] |= resize_masks(mask[None], size)[0]
+        if bool(result[i].all()) or not bool(result[i].any()):
+            doubtful.append(f"{kind}/{image.name}")
+    if doubtful:
+        warnings.warn(
+            f"{folder}: masks of {len(doubtful)} anomalous images mark nothing or everything: {_some(doubtful)}",
+            stacklevel=2,
+        )
+    return result
+
+
+def _mask_files(folder: Path, by_stem: Mapping[str, Sequence[Path]], image: Path) -> Sequence[Path]:
+    """The mask of an image, or its masks where they lie in a folder of its name, as in MVTec LOCO."""
+    parts = folder / image.stem
+    if os.path.isdir(parts):
+        return image_files(parts)
+    found = [*by_stem.get(image.stem, ()), *by_stem.get(f"{image.stem}_mask", ())]
+    exact = [path for path in found if path.suffix.lower() not in (".jpg", ".jpeg")]
+    if len(exact) == 1:
+        return exact
+    names = f"{image.stem}.png or {image.stem}_mask.png"
+    if len(exact) > 1:
+        both = " and ".join(path.name for path in exact[:2])
+        raise UserError(f"{folder}: expected one mask of {image.name}, found {both}; remove one")
+    if found:
+        raise UserError(f"{found[0]}: a JPEG mask is blurred at its edges; save it as {names}")
     raise UserError(
-        f"{folder}: expected the mask of {image.name} as {image.stem}.png or {image.stem}_mask.png, found neither; "
+        f"{folder}: expected the mask of {image.name} as {names}, found neither; "
         "add it, or remove the folder ground_truth to go without masks"
     )
 
 
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The image files of a folder by their names without suffix; empty where there is no such folder."""
+    found: dict[str, list[Path]] = {}
+    for path in _entries(folder) if os.path.isdir(folder) else []:
+        if path.suffix.lower() in SUFFIXES:
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
 def _normal_folder(folder: Path, name: str) -> str:
+    """The folder of the normal class. "" and "0", the settings' defaults, stand for the only one."""
     found = _subfolders(folder)
-    return found[0] if len(found) == 1 else found[class_index(name, found)]
+    wanted = {name.casefold(), *(GOOD if name.casefold() in GOOD else ())}
+    same = [name] if name in found else [other for other in found if other.casefold() in wanted]
+    if len(same) == 1:
+        return same[0]
+    if name in ("", "0") and len(found) == 1:
+        return found[0]
+    raise ArgumentError(
+        "data.normal",
+        f"one of {', '.join(found)}, the folders in {folder}",
+        "no name" if name in ("", "0") else repr(name),
+        "name the normal class: --data.normal NAME",
+    )
 
 
 def _subfolders(folder: Path) -> list[str]:
-    found = [path.name for path in _entries(folder) if path.is_dir()] if folder.is_dir() else []
+    found = [path.name for path in _entries(folder) if os.path.isdir(path)] if os.path.isdir(folder) else []
     if not found:
         raise UserError(
             f"expected folders of images in {folder}, found none; the layout is train/<normal> and test/<kind>, "
@@ -139,5 +331,32 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Everything in a folder, in the order of names."""
-    return sorted(folder.iterdir())
+    """What is in a folder in the order of names, without hidden and service entries."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
+    return [folder / name for name in names if not name.startswith(".") and name.casefold() not in SERVICE]
+
+
+def _relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _advice(paths: Sequence[Path], config: DataConfig) -> str:
+    """What to do about training images that are nearly constant."""
+    if config.levels is not None:
+        return f"check `data.levels`, now {config.levels[0]:g} and {config.levels[1]:g}"
+    brightest = 0.0
+    for path in paths:
+        with opened(path, config.max_megapixels) as image:
+            if image.mode.startswith(("I", "F")):
+                brightest = max(brightest, float(np.asarray(image).max()))
+    if not brightest:
+        return "check that they show what they should, and that files of more than 8 bits are grey"
+    white = brightest if brightest <= 1 else 2 ** math.ceil(math.log2(brightest + 1)) - 1
+    return f"the brightest value in these files is {brightest:g}: try --data.levels 0 {white:g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -231,28 +231,41 @@ def resident_or_streamed(dataset: Dataset[Tensor], resident_megabytes: float, wo
     return ResidentImages(stack(dataset, range(count)))
 
 
-def channel_statistics(images: Images, count: int, at_most: int = 2048) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in [0, 1] units.
+class Statistics(NamedTuple):
+    """Of the channels of a set, in [0, 1] units."""
+
+    mean: tuple[float, ...]
+    """C means."""
+    std: tuple[float, ...]
+    """C standard deviations; a constant channel gets 1, so that dividing by it is safe."""
+    spread: float
+    """Width of the interval that holds all but the darkest and the brightest thousandth of the values."""
+
+
+def channel_statistics(images: Images, count: int, at_most: int = 2048) -> Statistics:
+    """Mean, standard deviation and spread of the channels.
 
     Args:
         images: the set.
         count: only the first so many are measured; at least one.
         at_most: measure no more than this, evenly spaced.
-
-    Returns:
-        C means and C standard deviations; a constant channel gets the deviation 1, so that dividing by it is safe.
     """
     order = torch.linspace(0, count - 1, min(count, at_most)).round().long()
     first = torch.zeros(images.channels, dtype=torch.float64)
     second, seen = torch.zeros_like(first), 0
+    histogram = torch.zeros(256, dtype=torch.int64)
     for batch, _ in images.batches(order, 256):
-        pixels = batch.cpu().double().div(255)
+        host = batch.cpu()
+        pixels = host.double().div(255)
         first += pixels.sum((0, 2, 3))
         second += pixels.square().sum((0, 2, 3))
         seen += pixels[:, 0].numel()
+        histogram += torch.bincount(host.flatten().int(), minlength=256)
     mean = first / seen
     std = (second / seen - mean.square()).clamp_min(0).sqrt()
-    return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
+    below = histogram.cumsum(0) / histogram.sum()
+    spread = int((below < 0.999).sum() - (below < 0.001).sum()) / 255
+    return Statistics(tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist()), spread)
 
 
 def _check(order: Tensor, batch_size: int, count: int) -> None:

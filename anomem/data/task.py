@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,18 @@ from anomem.data.config import DataConfig
 from anomem.data.images import Images, ImageSet, ResidentImages, channel_statistics
 from anomem.errors import ArgumentError, UserError
 from anomem.validation import require
+
+FLAT = 32 / 255
+"""Training images whose brightnesses span less than this are nearly constant."""
+
+
+class Split(NamedTuple):
+    """The files that a run was trained on, relative to the root of its data."""
+
+    normal: tuple[str, ...]
+    """Normal images."""
+    anomalous: tuple[str, ...]
+    """Labelled anomalies."""
 
 
 @dataclass
@@ -31,6 +45,7 @@ class Task:
         std: of each channel over training normals, > 0.
         aligned: whether a position means the same in every image.
         test_paths: file of each test image, or None.
+        trained_on: files of the training images, or None; `load_task` takes it to give the same split again.
 
     Example:
         >>> task = load_task(DataConfig("digits", normal="3"))
@@ -50,6 +65,7 @@ class Task:
     std: tuple[float, ...]
     aligned: bool
     test_paths: tuple[str, ...] | None = None
+    trained_on: Split | None = None
 
     def to(self, device: torch.device | str) -> Task:
         """The same task on another device: labels and masks moved, images delivered there."""
@@ -75,7 +91,9 @@ def assemble(
     aligned: bool,
     test_masks: Tensor | None = None,
     test_paths: Sequence[str] | None = None,
-    train_only: bool = False,
+    trained_on: Split | None = None,
+    any_test: bool = False,
+    advice: Callable[[], str] = lambda: "check what is in them",
 ) -> Task:
     """Check a task's parts and measure the channel statistics of its training normals.
 
@@ -90,7 +108,9 @@ def assemble(
         aligned: see `Task`.
         test_masks: [T, H, W] bool or None.
         test_paths: T files or None.
-        train_only: the task may have no test images.
+        trained_on: see `Task`.
+        any_test: the task may have no test images, or those of one class only.
+        advice: what to do about nearly constant training images.
 
     Raises:
         UserError: fewer than two training normals, or only one class among the test images.
@@ -102,13 +122,19 @@ def assemble(
             "add images or name another normal class"
         )
     anomalies = int(test_is_anomaly.sum())
-    if not train_only and anomalies in (0, len(test)):
+    if not any_test and anomalies in (0, len(test)):
         only = "normal" if anomalies == 0 else "anomalous"
         raise UserError(
             f"{name}: expected normal and anomalous test images, found {len(test)} of one class only ({only}); "
             "add test images of the other"
         )
-    mean, std = channel_statistics(train, normals)
+    mean, std, spread = channel_statistics(train, normals)
+    if spread < FLAT:
+        warnings.warn(
+            f"{name}: the training images are nearly constant: their brightnesses span {round(spread * 255)} of 255 "
+            f"levels; {advice()}",
+            stacklevel=2,
+        )
     return Task(
         name=name,
         normal=normal,
@@ -122,6 +148,7 @@ def assemble(
         std=std,
         aligned=aligned,
         test_paths=None if test_paths is None else tuple(test_paths),
+        trained_on=trained_on,
     )
 
 

@@ -26,6 +26,16 @@ def pixels(images: Images, order: Tensor | None = None) -> Tensor:
     return torch.cat(parts)
 
 
+def require_packages() -> None:
+    """Look for what `baselines` needs, before any work is done.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    with optional("the comparison with shallow baselines (left out by --no-baselines)"):
+        import sklearn  # noqa: F401
+
+
 def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tensor]:
     """Scores of the test images by kNN, one-class SVM, LOF and isolation forest, fitted to raw pixels of the normals.
 
@@ -42,10 +52,10 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
     Raises:
         UserError: scikit-learn is not installed.
     """
-    with optional("the comparison with shallow baselines"):
-        from sklearn.ensemble import IsolationForest
-        from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
-        from sklearn.svm import OneClassSVM
+    require_packages()
+    from sklearn.ensemble import IsolationForest
+    from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+    from sklearn.svm import OneClassSVM
 
     train, test = (x.flatten(1).numpy() for x in (_normals(task, seed, at_most), pixels(task.test)))
     neighbours = NearestNeighbors(n_neighbors=min(3, len(train))).fit(train)

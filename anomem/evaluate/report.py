@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +23,71 @@ from anomem.validation import require_choice
 Control = Literal["untrained", "one_prototype"]
 Metrics = dict[str, dict[str, float]]
 """Name of a score -> name of a measure -> number."""
+IMAGE_MEASURES = ("auroc", "average_precision", "fpr_at_95_tpr")
+PIXEL_MEASURES = ("pixel_auroc", "aupro")
+MEANINGS = {
+    "stage2": "radius of the heads trained on anomalies",
+    "detector": "distance from Gaussians fitted to the deviations of the training normals",
+    "plain": "deviation of the features from what the memory returns",
+    "prior": "plain, with the prototypes that normals have at each position",
+    "energy": "Hopfield energy of the features",
+    "detector/features": "control without memory: the same Gaussians on the features",
+}
+"""What each score is, as the table is explained; variants of "plain" are explained by their parts."""
+
+
+def explained(metrics: Mapping[str, Any]) -> list[str]:
+    """What the rows of a run's table mean, and which measures are missing and why; one line each.
+
+    Args:
+        metrics: the content of `metrics.json`.
+    """
+    scores = metrics["scores"]
+    default = "stage2" if "stage2" in scores else "detector"
+    lines = []
+    for name, meaning in MEANINGS.items():
+        if name in scores:
+            lines.append(f"{name}: {meaning}{'; what `anomem score` prints' if name == default else ''}")
+    if any(name.startswith("plain/") for name in scores):
+        lines.append(
+            "plain/DISTANCE-POOL: plain by another distance (cosine, l2) and another pooling of the positions (mean, "
+            "max, topk: the mean of the largest tenth, as score.top_fraction says)"
+        )
+    if metrics["controls"]:
+        lines.append("untrained, one_prototype: controls that should be worse; the same scores of another model")
+    if metrics["baselines"]:
+        lines.append("raw pixels: classical detectors on the pixels, without a network")
+    reasons: dict[str, list[str]] = {}
+    for measure, reason in metrics["missing"].items():
+        reasons.setdefault(reason, []).append(measure)
+    return lines + [f"not measured: {', '.join(measures)}: {reason}" for reason, measures in reasons.items()]
+
+
+def undefined_measures(task: Task) -> dict[str, str]:
+    """Measures that cannot be taken of a task's test images, and why.
+
+    Args:
+        task: on any device.
+
+    Returns:
+        Name of a measure -> the reason. Empty where all can be taken.
+    """
+    missing = {}
+    anomalies, images = int(task.test_is_anomaly.sum()), len(task.test)
+    if anomalies in (0, images):
+        only = "normal" if anomalies == 0 else "anomalous"
+        missing = dict.fromkeys(IMAGE_MEASURES, f"all {images} test images are {only}")
+    if task.test_masks is None:
+        reason = "there are no masks"
+    elif not bool(task.test_masks.any()):
+        reason = "no mask has an anomalous pixel"
+    else:
+        reason = "no mask has a normal pixel" if bool(task.test_masks.all()) else ""
+    if reason:
+        missing |= dict.fromkeys(PIXEL_MEASURES, reason)
+    elif find_spec("skimage") is None:
+        missing["aupro"] = "it needs the package scikit-image, which is not installed; pip install anomem[lab]"
+    return missing
 
 
 def image_metrics(scores: Mapping[str, Tensor], is_anomaly: Tensor) -> Metrics:
@@ -30,8 +96,13 @@ def image_metrics(scores: Mapping[str, Tensor], is_anomaly: Tensor) -> Metrics:
     Args:
         scores: name -> [T], higher is more anomalous.
         is_anomaly: [T] bool.
+
+    Returns:
+        Empty for every score where the test images are of one class only.
     """
     truth = is_anomaly.cpu()
+    if bool(truth.all()) or not bool(truth.any()):
+        return {name: {} for name in scores}
     return {
         name: {
             "auroc": auroc(values, truth),
@@ -52,17 +123,19 @@ def evaluate_scorer(scorer: Scorer, task: Task, augment: AugmentConfig, scored: 
         scored: the test images' scores and maps, if they are known already.
 
     Returns:
-        One entry per score; "plain" and "detector" have "pixel_auroc" and "aupro" too where the task has masks.
+        One entry per score, with the measures that are defined; "plain" and "detector" have "pixel_auroc" and "aupro"
+        too where the task has masks.
     """
     task = task.to(scorer.model.device)
     scored = scored or score_images(scorer, task.test)
     scores = {**scored.scores, "detector/features": feature_scores(scorer, task, augment)}
     metrics = image_metrics({**scores, **plain_variants(scorer, task.test)}, task.test_is_anomaly)
-    if task.test_masks is not None:
-        masks = task.test_masks.cpu()
-        for name, maps in scored.maps.items():
-            metrics[name]["pixel_auroc"] = pixel_auroc(maps, masks)
-            metrics[name]["aupro"] = aupro(maps, masks)
+    measures = {"pixel_auroc": pixel_auroc, "aupro": aupro}
+    missing = undefined_measures(task)
+    for name, maps in scored.maps.items():
+        for measure in PIXEL_MEASURES:
+            if measure not in missing and task.test_masks is not None:
+                metrics[name][measure] = measures[measure](maps, task.test_masks.cpu())
     return metrics
 
 
@@ -89,7 +162,7 @@ def report(
     controls: Mapping[str, Scorer] | None = None,
     with_baselines: bool = True,
 ) -> dict[str, Any]:
-    """The content of `metrics.json`.
+    """The content of `metrics.json`; "missing" says which measures are not defined, and why.
 
     Args:
         scorer: fitted.
@@ -108,6 +181,7 @@ def report(
         "test_images": len(task.test),
         "test_anomalies": int(task.test_is_anomaly.sum()),
         "alignment": scorer.detector.alignment,
+        "missing": undefined_measures(task),
         "scores": evaluate_scorer(scorer, task, augment, scored),
         "controls": {name: evaluate_scorer(control, task, augment) for name, control in (controls or {}).items()},
         "baselines": image_metrics(shallow, task.test_is_anomaly),

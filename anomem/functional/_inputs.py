@@ -73,9 +73,11 @@ def reference_memory(memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
 def kernel_memory(memory: Memory) -> Memory:
     """The memory as the operators take it: contiguous, beta on its device in the accumulation dtype."""
     keys, values, beta, scale, normalize = memory
-    if beta is not None:
+    if beta is None:
+        beta, scale = scalar(scale, keys)
+    else:
         beta = beta.to(device=keys.device, dtype=accumulator(keys))
-    return Memory(keys.contiguous(), None if values is None else values.contiguous(), beta, float(scale), normalize)
+    return Memory(keys.contiguous(), None if values is None else values.contiguous(), beta, scale, normalize)
 
 
 def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -101,16 +103,30 @@ def _autocast_is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def unit_inner_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def scalar(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
     """Split a number-or-tensor into what kernels take: (tensor in the accumulation dtype or None, number).
 
-    With a tensor the number is 1: kernels that scale multiply by both, the others read the tensor only.
+    With a tensor the number is 1: kernels that scale multiply by both, the others read the tensor only. A number that
+    varies under torch.compile (a schedule) becomes a tensor.
     """
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=accumulator(like)), 1.0
+    if _varies(value):
+        return like.new_ones((), dtype=accumulator(like)) * value, 1.0
     return None, float(value)
+
+
+def numbers(*values: float) -> list[Any]:
+    """The numbers; if one varies under torch.compile, all as 0-dim CPU tensors, which a `scheduled` overload takes."""
+    if any(_varies(value) for value in values):
+        return [torch.ones((), dtype=torch.float64) * value for value in values]
+    return [float(value) for value in values]
+
+
+def _varies(value: float) -> bool:
+    # An operator's float argument specialises the graph: every new number would compile it again.
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    return not has_static_value(value)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from anomem import backends
 from anomem.backends import Impl
-from anomem.functional._inputs import autocast_inputs, scalar, unit_inner_stride, without_autocast
-from anomem.ops.library import accumulator
+from anomem.functional._inputs import autocast_inputs, scalar, without_autocast
+from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.reference import info_nce_rows, nt_xent_rows
 from anomem.validation import (
     require,
@@ -104,7 +104,8 @@ def info_nce(
         rows: [R, d] or [G, R, d].
         columns: [C, d] or [G, C, d].
         positive: [R] int64, index of each row's column, the same in every group.
-        exclude: [R] int64, a column each row does not see (itself); None to see all.
+        exclude: [R] int64, a column each row does not see (itself); None to see all. A row that excludes its positive
+            is contrasted with its negatives alone (decoupled contrastive learning, Yeh et al. 2022).
         temperature: tau > 0, a number or a learned 0-dim tensor.
         reduction: "mean" over all groups and rows, "sum", or "none".
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
@@ -148,7 +149,10 @@ def info_nce(
         from anomem.ops import contrast
 
         learned, tau = scalar(temperature, rows)
-        loss = contrast.info_nce(left.contiguous(), right.contiguous(), positive, exclude, learned, tau, chosen)
+        hidden = None if exclude is None else exclude.contiguous()
+        loss = contrast.info_nce(
+            left.contiguous(), right.contiguous(), positive.contiguous(), hidden, learned, tau, chosen
+        )
     return _reduce(loss if grouped else loss[0], reduction)
 
 
@@ -253,7 +257,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(gradients[0], ctx.group), None  # type: ignore[no-untyped-call]
+        # The sum over many processes is not kept in half precision.
+        total: Tensor = _Scatter.apply(gradients[0].to(accumulator(gradients[0])), ctx.group)  # type: ignore[no-untyped-call]
+        return total.to(gradients[0].dtype), None
 
 
 class _Scatter(torch.autograd.Function):

@@ -50,7 +50,7 @@ def deviation(
         shrink=shrink,
         impl=impl,
     )
-    return normalize_rows(query, normalize).to(retrieved.dtype) - retrieved
+    return normalize_rows(query.to(accumulator(query)), normalize).to(retrieved.dtype) - retrieved
 
 
 def deviation_map(

@@ -11,11 +11,11 @@ from anomem.backends import Impl
 from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
+    numbers,
     reference_memory,
-    unit_inner_stride,
     without_autocast,
 )
-from anomem.ops.library import Memory, accumulator
+from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.reference import Normalize, normalize_rows
 from anomem.validation import require, require_count, require_number, require_tensor
 
@@ -94,9 +94,9 @@ def hopfield_retrieve(
     problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
     chosen = backends.choose(problem, impl)
     if chosen == "reference":
-        out, lse, entropy = _by_reference(query, memory, steps, float(shrink), return_entropy)
+        out, lse, entropy = _by_reference(query, memory, steps, shrink, return_entropy)
     elif operator == "shrink":
-        out, lse, entropy = _by_kernel(query, memory, steps, float(shrink), chosen)
+        out, lse, entropy = _by_kernel(query, memory, steps, numbers(shrink)[0], chosen)
     else:
         out, lse, entropy = _by_kernel(query, memory, steps, None, chosen)
     extras = ([lse] if return_lse else []) + ([entropy] if return_entropy and entropy is not None else [])
@@ -116,7 +116,7 @@ def _by_reference(
 
 
 def _by_kernel(
-    query: Tensor, memory: Memory, steps: int, shrink: float | None, backend: str
+    query: Tensor, memory: Memory, steps: int, shrink: float | Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`shrink` is None where neither shrinkage nor the entropy is wanted."""
     from anomem.ops import retrieve
@@ -126,8 +126,9 @@ def _by_kernel(
     memory = kernel_memory(memory)
     if steps > 1:
         # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.
-        state = normalize_rows(state, memory.normalize)
-        memory = memory._replace(keys=normalize_rows(memory.keys, memory.normalize), normalize="none")
+        dtype = accumulator(state)
+        state, keys = (normalize_rows(x.to(dtype), memory.normalize).to(x.dtype) for x in (state, memory.keys))
+        memory = memory._replace(keys=keys, normalize="none")
         for _ in range(steps - 1):
             state, _ = retrieve.retrieve(state, memory._replace(values=None), backend)
     entropy = None

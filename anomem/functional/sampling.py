@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anomem import backends, reference
 from anomem.backends import Impl
+from anomem.functional._inputs import numbers
 from anomem.ops.library import accumulator
 from anomem.validation import (
     require,
@@ -60,7 +61,9 @@ def gather_positions(
         groups=positions.shape[-1],
     )
     if backends.choose(problem, impl, part=part) == "reference":
-        return reference.gather_positions(feature_map, positions, normalize=normalize)
+        # In the accumulation dtype also without normalisation: gradients of repeated positions are summed in it.
+        vectors = reference.gather_positions(feature_map.to(accumulator(feature_map)), positions, normalize=normalize)
+        return vectors.to(feature_map.dtype)
     from anomem.ops import sampling
 
     return sampling.gather_positions(feature_map, positions.contiguous(), normalize)
@@ -106,7 +109,7 @@ def variance_hinge(
     else:
         from anomem.ops import sampling
 
-        loss = sampling.variance_hinge(grouped.contiguous(), float(gamma), float(eps))
+        loss = sampling.variance_hinge(grouped.contiguous(), *numbers(gamma, eps))
     if reduction == "mean":
         return loss.mean()
     return loss if x.dim() == 3 else loss[0]

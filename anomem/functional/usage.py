@@ -11,10 +11,9 @@ from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
     reference_memory,
-    unit_inner_stride,
     without_autocast,
 )
-from anomem.ops.library import accumulator
+from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.reference import MemoryDiagnostics, Normalize, weights_entropy
 from anomem.validation import require, require_tensor
 

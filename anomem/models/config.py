@@ -66,12 +66,16 @@ class ModelConfig:
         require_choice(self.stem, "stem", get_args(Stem))
         require(len(self.prototypes) > 0, "prototypes", "one number, or one per scale", "none")
         for count in self.prototypes:
-            require_count(count, "prototypes", 1)
+            require_count(count, "prototypes", 1, 2**20)
         if self.projection is not None:
-            require_count(self.projection, "projection", 1)
+            # The normalisation leaves a direction: of one number nothing, of two one of two values.
+            fewest = {"layer": 3, "l2": 2}.get(self.normalize, 1)
+            require_count(self.projection, "projection", fewest, 2**16)
         require_choice(self.normalize, "normalize", get_args(Normalize))
         if self.beta is not None:
             require_number(self.beta, "beta")
-        require_count(self.steps, "steps", 1)
+            right = 1e-6 <= self.beta <= 1e6
+            require(right, "beta", "a number > 0, from 1e-6 to 1e6, or None for 1/sqrt(d)", self.beta)
+        require_count(self.steps, "steps", 1, 1000)
         require_choice(self.scale_weights, "scale_weights", get_args(Weighting))
         require_choice(self.impl, "impl", get_args(Impl))

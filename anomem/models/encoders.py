@@ -47,6 +47,20 @@ class Encoder(nn.Module):
             self.train(training)
         return maps
 
+    def require_channels(self, channels: int) -> None:
+        """Check that the encoder takes images of a number of channels.
+
+        Raises:
+            ArgumentError: it does not.
+        """
+        try:
+            self._probe(channels)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            hint = "convert the images, or make it with another first layer"
+            expected = f"one for images of {channels} channels"
+            raise ArgumentError("encoder", expected, f"another ({reason})", hint) from error
+
     def _measure(self, maps: Sequence[Tensor]) -> None:
         self.channels = tuple(m.shape[1] for m in maps)
         self.sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
@@ -56,13 +70,14 @@ class NetworkEncoder(Encoder):
     """An encoder around any network that returns feature maps.
 
     For example torchvision's `create_feature_extractor` or timm's `features_only`. The network is trained in place;
-    parameters with `requires_grad=False` stay as they are. It receives images normalised by the mean and standard
-    deviation of the training images.
+    parameters with `requires_grad=False` stay as they are; with `freeze` all of it does, batch norms too. It receives
+    images normalised by the mean and standard deviation of the training images.
 
     Args:
         network: images [B, C, H, W] -> a list, tuple or dictionary of S maps [B, C_s, H_s, W_s], fine to coarse.
         image_size: (H, W) of the images.
         channels: C of the images.
+        freeze: whether it stays in eval mode and without gradients.
 
     Shape:
         [B, C, H, W] -> S maps [B, C_s, H_s, W_s].
@@ -76,9 +91,15 @@ class NetworkEncoder(Encoder):
         >>> run = train(preset("folder"), task=task, encoder=encoder)
     """
 
-    def __init__(self, network: nn.Module, image_size: tuple[int, int], channels: int = 3) -> None:
+    def __init__(
+        self, network: nn.Module, image_size: tuple[int, int], channels: int = 3, freeze: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
+        self.frozen = freeze
+        if freeze:
+            self.requires_grad_(False)
+            self.train(False)
         self.image_size = image_size
         maps = self._probe(channels)
         wrong = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in maps if not _is_map(m)]
@@ -86,6 +107,11 @@ class NetworkEncoder(Encoder):
         require(not wrong and len(maps) > 0, "network", expected, lambda: f"one that gives {wrong or 'none'}")
         self.names = tuple(f"scale{s}" for s in range(1, len(maps) + 1))
         self._measure(maps)
+
+    def train(self, mode: bool = True) -> NetworkEncoder:
+        """Training mode, unless it is frozen."""
+        super().train(mode and not self.frozen)
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of the network."""

@@ -167,13 +167,17 @@ def build_model(
         encoder: your own, used with its weights in place of the configuration's backbone.
 
     Raises:
-        ArgumentError: an encoder for images of another size, or numbers of prototypes for another number of scales.
+        ArgumentError: an encoder for images of another size or number of channels, or numbers of prototypes for another
+            number of scales.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        own = encoder is not None
         encoder = encoder or build_encoder(config, image_size, channels)
         fits = encoder.image_size == tuple(image_size)
         require(fits, "encoder", lambda: f"one for images of {tuple(image_size)}", encoder.image_size)
+        if own:
+            encoder.require_channels(channels)
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
         require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)

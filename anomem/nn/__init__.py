@@ -1,6 +1,13 @@
 """Drop-in layers over `anomem.functional`."""
 
 from anomem.nn.losses import ContrastedMemoryLoss, InfoNCELoss, NTXentLoss, VarianceHinge
-from anomem.nn.memory import HopfieldMemory
+from anomem.nn.memory import HopfieldMemory, from_hopfield_layer
 
-__all__ = ["ContrastedMemoryLoss", "HopfieldMemory", "InfoNCELoss", "NTXentLoss", "VarianceHinge"]
+__all__ = [
+    "ContrastedMemoryLoss",
+    "HopfieldMemory",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "VarianceHinge",
+    "from_hopfield_layer",
+]

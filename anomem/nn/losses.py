@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from anomem import functional as AF
@@ -21,32 +23,43 @@ from anomem.validation import (
 )
 
 
-class _Temperature(nn.Module):
-    """A temperature that is a constant, or learned through its logarithm so that it stays positive."""
+class _Contrast(nn.Module):
+    """A loss with a temperature: a constant, or learned through its logarithm so that it stays positive."""
 
-    def __init__(self, temperature: float, learned: bool) -> None:
+    log_temperature: nn.Parameter | None
+
+    def __init__(self, temperature: float, learned: bool, impl: Impl) -> None:
         super().__init__()
-        require_positive_number(temperature, "temperature")
-        require(
-            not isinstance(temperature, Tensor), "temperature", "a number", "a tensor", "use learn_temperature=True"
-        )
-        self.constant = float(temperature)
-        self.log_temperature = nn.Parameter(torch.empty(())) if learned else None
+        self.register_parameter("log_temperature", nn.Parameter(torch.empty(())) if learned else None)
+        self.impl: Impl = impl
+        self.temperature = temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """tau, to be read and set: a number, or with `learn_temperature` the exponential of the parameter."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        require_positive_number(value, "temperature")
+        require(not isinstance(value, Tensor), "temperature", "a number", "a tensor", "use learn_temperature=True")
+        self._temperature = float(value)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set a learned temperature back to the one it began with."""
+        """Set a learned temperature to the number that was set last."""
         if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, math.log(self.constant))
+            nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
-    def forward(self) -> float | Tensor:
-        return self.constant if self.log_temperature is None else self.log_temperature.exp()
+    def extra_repr(self) -> str:
+        """The temperature, for `print(module)`."""
+        return f"temperature={'learned' if self.log_temperature is not None else self._temperature}"
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(_Contrast):
     """NT-Xent of SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709).
 
-    Equals `lightly.loss.NTXentLoss(temperature)` without a memory bank
+    Stands where `lightly.loss.NTXentLoss` stood, with its arguments in their order and without a memory bank
     (https://docs.lightly.ai/self-supervised-learning/lightly.loss.html).
 
         criterion = NTXentLoss(temperature=0.2)
@@ -54,38 +67,47 @@ class NTXentLoss(nn.Module):
         criterion(z0, z1).backward()
 
     Args:
-        temperature: tau > 0; lightly's default of 0.5.
-        learn_temperature: make log tau a parameter.
+        temperature: tau > 0; lightly's default of 0.5. Read and set it as `criterion.temperature`.
+        memory_bank_size: 0; the two lines that replace a bank are in docs/MIGRATING.md.
         gather_distributed: contrast with the rows of all processes of `torch.distributed`'s default group, each of
             which passes the same B; the mean of their losses, which DDP's gradients are those of, is the loss of the
             joint batch. Without effect in a single process. See `anomem.functional.nt_xent_distributed`.
+        learn_temperature: make log tau a parameter.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
-        z0, z1 [B, d] or [G, B, d] -> 0-dim.
+        out0, out1 [B, d] or [G, B, d] -> 0-dim.
+
+    Raises:
+        ArgumentError: a wrong number, a memory bank, `gather_distributed` where torch has no `torch.distributed`; in
+            the call an empty batch, or groups of one pair.
     """
 
     def __init__(
         self,
         temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
         *,
         learn_temperature: bool = False,
-        gather_distributed: bool = False,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
-        self.temperature = _Temperature(temperature, learn_temperature)
+        super().__init__(temperature, learn_temperature, impl)
+        size = memory_bank_size if isinstance(memory_bank_size, int) else next(iter(memory_bank_size), 0)
+        require(size == 0, "memory_bank_size", "0", memory_bank_size, "docs/MIGRATING.md shows a loss over a bank")
+        available = not gather_distributed or dist.is_available()
+        require(available, "gather_distributed", "False", True, "this torch was built without torch.distributed")
         self.gather_distributed = gather_distributed
-        self.impl: Impl = impl
 
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Mean loss over all rows of both views."""
-        require_views(z0, "z0", z1, "z1")
+        require_views(out0, "out0", out1, "out1")
+        _require_a_batch(out0, "out0")
         loss = AF.nt_xent_distributed if self.gather_distributed else AF.nt_xent
-        return loss(z0, z1, temperature=self.temperature(), impl=self.impl)
+        return loss(out0, out1, temperature=self.temperature, impl=self.impl)
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(_Contrast):
     """The rectangular contrast: row i's column is i unless `positive` says otherwise (CLIP-, MoCo-type use).
 
     InfoNCE (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748), as in CLIP (https://arxiv.org/abs/2103.00020).
@@ -95,30 +117,40 @@ class InfoNCELoss(nn.Module):
         loss = (criterion(images, texts) + criterion(texts, images)) / 2
 
     Args:
-        temperature: tau > 0.
+        temperature: tau > 0. Read and set it as `criterion.temperature`.
         learn_temperature: make log tau a parameter.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         rows [(G,) R, d], columns [(G,) C, d], positive [R] -> 0-dim.
+
+    Raises:
+        ArgumentError: a wrong number; in the call no rows, or groups of one row without `positive`.
     """
 
     def __init__(self, temperature: float = 0.07, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
-        super().__init__()
-        self.temperature = _Temperature(temperature, learn_temperature)
-        self.impl: Impl = impl
+        super().__init__(temperature, learn_temperature, impl)
 
     def forward(
         self, rows: Tensor, columns: Tensor, positive: Tensor | None = None, exclude: Tensor | None = None
     ) -> Tensor:
         """Mean loss over all rows."""
+        require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
+        require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
         if positive is None:
-            require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
-            require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
+            _require_a_batch(rows, "rows")
             count = rows.shape[-2]
             require(columns.shape[-2] >= count, "columns", lambda: f"at least {count}, one for each row", columns)
             positive = torch.arange(count, device=rows.device)
-        return AF.info_nce(rows, columns, positive, exclude, temperature=self.temperature(), impl=self.impl)
+        require(rows.numel() > 0, "rows", "at least one row: the mean of no losses is NaN", rows)
+        return AF.info_nce(rows, columns, positive, exclude, temperature=self.temperature, impl=self.impl)
+
+
+def _require_a_batch(rows: Tensor, argument: str) -> None:
+    """Rows to take the mean of; groups of one row, whose loss is 0, are [B, d] with an axis too many."""
+    require(rows.numel() > 0, argument, "at least one row: the mean of no losses is NaN", rows)
+    contrasted = rows.dim() == 2 or rows.shape[1] > 1
+    require(contrasted, argument, "[B, d], or groups [G, B, d] of B ≥ 2 rows", rows, "one batch is x.squeeze(1)")
 
 
 class VarianceHinge(nn.Module):

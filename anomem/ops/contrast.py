@@ -1,6 +1,6 @@
 """NT-Xent and its rectangular form, one loss per row, with gradients to the un-normalised rows and the temperature.
 
-A forward returns the loss and what its backward wants (`anomem.reference.contrast` derives the gradients):
+A forward returns the loss and what its backward wants beside it (`anomem.reference.contrast` derives the gradients):
 
     Triton   lse of each row; the row scaled by a power of two to a length in [1, 2); and 1/norm, whose mantissa is
              that length's inverse
@@ -16,7 +16,15 @@ from torch import Tensor, autograd
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import accumulator, define, empty, empty_scalar, operator, with_known_signature
+from anomem.ops.library import (
+    accumulator,
+    define,
+    empty,
+    empty_scalar,
+    operator,
+    unit_inner_stride,
+    with_known_signature,
+)
 
 
 def _native_nt_xent_fake(
@@ -28,7 +36,14 @@ def _native_nt_xent_fake(
 
 
 def _native_nt_xent_backward_fake(
-    drows: Tensor, z: Tensor, z_pair: Tensor, inv_norm: Tensor, total: Tensor, temperature: Tensor | None, tau: float
+    drows: Tensor,
+    z: Tensor,
+    z_pair: Tensor,
+    rows: Tensor,
+    total: Tensor,
+    inv_norm: Tensor,
+    temperature: Tensor | None,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty(z, *z.shape), empty(z_pair, *z_pair.shape), empty_scalar(temperature, total)
 
@@ -42,10 +57,16 @@ def _triton_nt_xent_fake(
 
 
 def _triton_nt_xent_backward_fake(
-    drows: Tensor, unit: Tensor, inv_norm: Tensor, lse: Tensor, temperature: Tensor | None, tau: float
+    drows: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    unit: Tensor,
+    inv_norm: Tensor,
+    temperature: Tensor | None,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, rows, features = unit.shape
-    dz, dz_pair = (empty(unit, groups, rows // 2, features) for _ in range(2))
+    groups, count, features = unit.shape
+    dz, dz_pair = (empty(unit, groups, count // 2, features) for _ in range(2))
     return dz, dz_pair, empty_scalar(temperature, lse)
 
 
@@ -60,9 +81,10 @@ def _native_info_nce_backward_fake(
     dloss: Tensor,
     rows: Tensor,
     columns: Tensor,
+    loss: Tensor,
+    total: Tensor,
     inv_norm_rows: Tensor,
     inv_norm_columns: Tensor,
-    total: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
     temperature: Tensor | None,
@@ -82,11 +104,12 @@ def _triton_info_nce_fake(
 
 def _triton_info_nce_backward_fake(
     dloss: Tensor,
+    loss: Tensor,
+    lse: Tensor,
     unit_rows: Tensor,
     unit_columns: Tensor,
     inv_norm_rows: Tensor,
     inv_norm_columns: Tensor,
-    lse: Tensor,
     positive: Tensor,
     exclude: Tensor | None,
     temperature: Tensor | None,
@@ -103,8 +126,8 @@ define(
 )
 define(
     "native_nt_xent_bwd",
-    "(Tensor drows, Tensor z, Tensor z_pair, Tensor inv_norm, Tensor total, Tensor? temperature, float tau) -> "
-    "(Tensor dz, Tensor dz_pair, Tensor dtemperature)",
+    "(Tensor drows, Tensor z, Tensor z_pair, Tensor rows, Tensor total, Tensor inv_norm, Tensor? temperature, "
+    "float tau) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)",
     _native_nt_xent_backward_fake,
 )
 define(
@@ -115,7 +138,7 @@ define(
 )
 define(
     "triton_nt_xent_bwd",
-    "(Tensor drows, Tensor unit, Tensor inv_norm, Tensor lse, Tensor? temperature, float tau) -> "
+    "(Tensor drows, Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm, Tensor? temperature, float tau) -> "
     "(Tensor dz, Tensor dz_pair, Tensor dtemperature)",
     _triton_nt_xent_backward_fake,
 )
@@ -127,8 +150,8 @@ define(
 )
 define(
     "native_info_nce_bwd",
-    "(Tensor dloss, Tensor rows, Tensor columns, Tensor inv_norm_rows, Tensor inv_norm_columns, Tensor total, "
-    "Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
+    "(Tensor dloss, Tensor rows, Tensor columns, Tensor loss, Tensor total, Tensor inv_norm_rows, "
+    "Tensor inv_norm_columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
     "(Tensor drows, Tensor dcolumns, Tensor dtemperature)",
     _native_info_nce_backward_fake,
 )
@@ -140,8 +163,8 @@ define(
 )
 define(
     "triton_info_nce_bwd",
-    "(Tensor dloss, Tensor unit_rows, Tensor unit_columns, Tensor inv_norm_rows, Tensor inv_norm_columns, Tensor lse, "
-    "Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
+    "(Tensor dloss, Tensor loss, Tensor lse, Tensor unit_rows, Tensor unit_columns, Tensor inv_norm_rows, "
+    "Tensor inv_norm_columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
     "(Tensor drows, Tensor dcolumns, Tensor dtemperature)",
     _triton_info_nce_backward_fake,
 )
@@ -202,13 +225,15 @@ class _NTXent(autograd.Function):
         z, z_pair, temperature, ctx.tau, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, z_pair, temperature, *output[1:])
+        ctx.save_for_backward(z, z_pair, temperature, *output)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if drows is None:
             return None, None, None, None, None
-        z, z_pair, temperature, total, *kept = ctx.saved_tensors
+        z, z_pair, *saved = ctx.saved_tensors
+        z, z_pair = unit_inner_stride(z), unit_inner_stride(z_pair)
+        temperature, *kept = library.contiguous(saved)
         if library.wants_graph():
 
             def composite(z: Tensor, z_pair: Tensor, temperature: Tensor | None) -> Tensor:
@@ -219,7 +244,7 @@ class _NTXent(autograd.Function):
             return (*grads, None, None)
         views = (z, z_pair) if ctx.backend == "native" else ()
         dz, dz_pair, dtemperature = operator("nt_xent_bwd", ctx.backend)(
-            drows.contiguous(), *views, *kept, total, temperature, ctx.tau
+            drows.contiguous(), *views, *kept, temperature, ctx.tau
         )
         return dz, dz_pair, None if temperature is None else dtemperature, None, None
 
@@ -247,13 +272,13 @@ class _InfoNCE(autograd.Function):
         rows, columns, positive, exclude, temperature, ctx.tau, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, columns, positive, exclude, temperature, *output[1:])
+        ctx.save_for_backward(rows, columns, positive, exclude, temperature, *output)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return None, None, None, None, None, None, None
-        rows, columns, positive, exclude, temperature, total, *kept = ctx.saved_tensors
+        rows, columns, positive, exclude, temperature, *kept = library.contiguous(ctx.saved_tensors)
         if library.wants_graph():
 
             def composite(rows: Tensor, columns: Tensor, temperature: Tensor | None) -> Tensor:
@@ -267,7 +292,7 @@ class _InfoNCE(autograd.Function):
             return drows, dcolumns, None, None, dtemperature, None, None
         matrices = (rows, columns) if ctx.backend == "native" else ()
         drows, dcolumns, dtemperature = operator("info_nce_bwd", ctx.backend)(
-            dloss.contiguous(), *matrices, *kept, total, positive, exclude, temperature, ctx.tau
+            dloss.contiguous(), *matrices, *kept, positive, exclude, temperature, ctx.tau
         )
         return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None
 

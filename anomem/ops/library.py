@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from anomem.reference.retrieve import Normalize
+from anomem.reference.retrieve import in_forward_mode as in_forward_mode
 
 LIBRARY = torch.library.Library("anomem", "DEF")
 
@@ -53,16 +53,20 @@ class Memory(NamedTuple):
         return self.keys, self.values, self.beta, self.scale, NORMALIZE_CODES[self.normalize]
 
 
-def define(name: str, schema: str, fake: Fake) -> None:
+def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) -> None:
     """Declare `anomem::name`, and let it run `anomem.kernels.implementation` if it is an operator of Triton's.
 
     Args:
         name: "<backend>_<operator>_<fwd|bwd>".
         schema: arguments and results. It declares no mutation and no aliasing.
         fake: gives results of the right shape and dtype without values, from arguments as in the schema.
+        scheduled: float arguments that an overload `anomem::name.scheduled` takes as 0-dim CPU tensors, so that one
+            compiled graph serves all numbers.
     """
     LIBRARY.define(name + schema)
     torch.library.register_fake(f"anomem::{name}", fake, lib=LIBRARY)
+    if scheduled:
+        _define_scheduled(name, schema, fake, scheduled)
     if name.startswith("triton_"):
 
         def run(*args: Any) -> Any:
@@ -71,6 +75,27 @@ def define(name: str, schema: str, fake: Fake) -> None:
         # CPU tensors run in Triton's interpreter, which `anomem.backends` admits only when it is switched on.
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, run, key)
+
+
+def _define_scheduled(name: str, schema: str, fake: Fake, scheduled: Sequence[str]) -> None:
+    arguments = [argument.split()[-1] for argument in schema[1 : schema.index(")")].split(", ")]
+    positions = {arguments.index(argument) for argument in scheduled}
+    for argument in scheduled:
+        schema = schema.replace(f"float {argument}", f"Tensor {argument}")
+    LIBRARY.define(f"{name}.scheduled{schema}")
+    torch.library.register_fake(f"anomem::{name}.scheduled", fake, lib=LIBRARY)
+
+    def run(*args: Any) -> Any:
+        numbers = (arg.item() if i in positions else arg for i, arg in enumerate(args))
+        return getattr(torch.ops.anomem, name).default(*numbers)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"{name}.scheduled", run, key)
+
+
+def overload(packet: Any, *numbers: float | Tensor) -> Any:
+    """The `scheduled` overload of an operator where one of its numbers is a tensor, else the default one."""
+    return packet.scheduled if any(isinstance(number, Tensor) for number in numbers) else packet.default
 
 
 def operator(name: str, backend: str) -> Any:
@@ -95,6 +120,16 @@ def with_known_signature(function: Function) -> Function:
 def accumulator(tensor: Tensor) -> torch.dtype:
     """The dtype in which kernels accumulate and give losses: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def unit_inner_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def contiguous(tensors: Sequence[Any]) -> list[Any]:
+    """Saved tensors as the kernels read them: a saved-tensors hook may give back other strides than it was given."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,11 +165,6 @@ def vmap(
     ]  # [V, batch, ...] each
     outs = apply(*(x.flatten(0, 1).contiguous() for x in batched), *args[folded:])
     return tuple(out.unflatten(0, batched[0].shape[:2]) for out in outs), (0,) * len(outs)
-
-
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation (jvp, jacfwd, `forward_ad.dual_level`) is open."""
-    return forward_ad._current_level >= 0  # −1 when none is
 
 
 def wants_graph() -> bool:

@@ -45,7 +45,7 @@ def _image_obstacle() -> str | None:
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()
-    images = images_in(_path("_C_cuda.so"))
+    images = images_in(path_of("_C_cuda.so"))
     if any(image.runs_on(capability) for image in images):
         return None
     built = ", ".join(sorted(f"{'sm' if image.binary else 'PTX'}_{image.architecture}" for image in images))
@@ -82,15 +82,15 @@ def images_in(path: Path) -> set[Image]:
     return found
 
 
-def _path(file: str) -> Path:
+def path_of(file: str) -> Path:
+    """Where a library, "_C.so" or "_C_cuda.so", is looked for."""
     folder = os.environ.get("ANOMEM_LIBRARY")
     return (Path(folder).resolve() if folder else _PACKAGE) / file
 
 
 @functools.cache
 def _load(file: str, how: str) -> str | None:
-    folder = os.environ.get("ANOMEM_LIBRARY")
-    path = _path(file)
+    folder, path = os.environ.get("ANOMEM_LIBRARY"), path_of(file)
     if not path.exists():
         return f"ANOMEM_LIBRARY={folder}: no {file} in it" if folder else f"anomem/{file} is not built; {how}"
     expected = sources.digest(file, _PACKAGE.parent)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import NORMALIZE_CODES, Memory, accumulator, define, empty, operator, with_known_signature
+from anomem.ops.library import (
+    NORMALIZE_CODES,
+    Memory,
+    accumulator,
+    define,
+    empty,
+    operator,
+    unit_inner_stride,
+    with_known_signature,
+)
 
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
@@ -93,6 +102,7 @@ define(
     "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, float shrink) -> "
     "(Tensor out, Tensor lse, Tensor entropy)",
     _shrink_fake,
+    scheduled=("shrink",),
 )
 define(
     "native_shrink_bwd",
@@ -100,6 +110,7 @@ define(
     "float scale, int normalize, float shrink, Tensor out, Tensor lse, Tensor entropy) -> "
     "(Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
     _shrink_backward_fake,
+    scheduled=("shrink",),
 )
 
 
@@ -118,13 +129,13 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
     return result
 
 
-def shrink(query: Tensor, memory: Memory, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable retrieval with hard shrinkage (MemAE, Gong et al. 2019, Eqs. 6–9), by the native library.
 
     Args:
         query: as in `retrieve`.
         memory: as in `retrieve`.
-        threshold: of the weights; 0 keeps the softmax and only adds the entropy.
+        threshold: of the weights, a number or 0-dim on the CPU; 0 keeps the softmax and only adds the entropy.
 
     Returns:
         out [N, dv], lse [N] and entropy [N] of the weights in nats.
@@ -145,12 +156,13 @@ class _Retrieve(torch.autograd.Function):
         beta: Tensor | None,
         scale: float,
         normalize: int,
-        threshold: float | None,
+        threshold: float | Tensor | None,
         backend: str,
     ) -> tuple[Tensor, ...]:
         if threshold is None:
             return tuple(operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize))
-        return tuple(operator("shrink_fwd", backend)(query, keys, values, beta, scale, normalize, threshold))
+        forward = library.overload(operator("shrink_fwd", backend), threshold)
+        return tuple(forward(query, keys, values, beta, scale, normalize, threshold))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,22 +172,26 @@ class _Retrieve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, keys, values, beta, out, *extras = ctx.saved_tensors
+        query, *saved = ctx.saved_tensors
+        query, (keys, values, beta, out, *extras) = unit_inner_stride(query), library.contiguous(saved)
         if all(grad is None for grad in upstream):
             return None, None, None, None, None, None, None, None
         if library.wants_graph():
             inputs = (query, keys, values, beta)
+            needed = list(ctx.needs_input_grad[:4])
+            needed[2] &= upstream[0] is not None
             composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
-            grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:4], upstream)
+            grads = library.differentiable_gradients(composite, inputs, needed, upstream)
             return (*grads, None, None, None, None)
         dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
         dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
         name, threshold = ("retrieve_bwd", ()) if ctx.threshold is None else ("shrink_bwd", (ctx.threshold,))
-        dquery, dkeys, dvalues, dbeta = operator(name, ctx.backend)(
+        dquery, dkeys, dvalues, dbeta = library.overload(operator(name, ctx.backend), *threshold)(
             dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
         )
-        dvalues, dbeta = None if values is None else dvalues, None if beta is None else dbeta
-        return dquery, dkeys, dvalues, dbeta, None, None, None, None
+        # What does not depend on the values gives them no gradient, which an optimizer tells from zeros.
+        dvalues = None if values is None or upstream[0] is None else dvalues
+        return dquery, dkeys, dvalues, None if beta is None else dbeta, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -61,11 +61,13 @@ define(
     "native_variance_fwd",
     "(Tensor x, float gamma, float eps) -> (Tensor loss, Tensor mean, Tensor std)",
     _variance_fake,
+    scheduled=("gamma", "eps"),
 )
 define(
     "native_variance_bwd",
     "(Tensor dloss, Tensor x, Tensor mean, Tensor std, float gamma) -> Tensor",
     _variance_backward_fake,
+    scheduled=("gamma",),
 )
 
 
@@ -75,8 +77,8 @@ def gather_positions(feature_map: Tensor, positions: Tensor, normalize: bool) ->
     return out
 
 
-def variance_hinge(x: Tensor, gamma: float, eps: float) -> Tensor:
-    """Native variance hinge: [G, B, d] contiguous -> [G] in the accumulation dtype."""
+def variance_hinge(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> Tensor:
+    """Native variance hinge: [G, B, d] contiguous -> [G] in the accumulation dtype; gamma and eps may be 0-dim."""
     loss: Tensor = _Variance.apply(x, gamma, eps)[0]
     return loss
 
@@ -107,7 +109,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dout is None:
             return None, None, None
-        feature_map, out, positions, inv_norm = ctx.saved_tensors
+        feature_map, *saved = ctx.saved_tensors
+        out, positions, inv_norm = library.contiguous(saved)
         if library.wants_graph():
 
             def composite(feature_map: Tensor) -> Tensor:
@@ -131,8 +134,9 @@ class _Gather(torch.autograd.Function):
 @with_known_signature
 class _Variance(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, gamma: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        loss, mean, std = torch.ops.anomem.native_variance_fwd(x, gamma, eps)
+    def forward(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        forward = library.overload(torch.ops.anomem.native_variance_fwd, gamma, eps)
+        loss, mean, std = forward(x, gamma, eps)
         return loss, mean, std
 
     @staticmethod
@@ -147,7 +151,7 @@ class _Variance(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return None, None, None
-        x, mean, std = ctx.saved_tensors
+        x, mean, std = library.contiguous(ctx.saved_tensors)
         if library.wants_graph():
 
             def composite(x: Tensor) -> Tensor:
@@ -155,8 +159,8 @@ class _Variance(torch.autograd.Function):
 
             (gradient,) = library.differentiable_gradients(composite, (x,), (True,), (dloss,))
             return gradient, None, None
-        dx = torch.ops.anomem.native_variance_bwd(dloss.contiguous(), x, mean, std, ctx.gamma)
-        return dx, None, None
+        backward = library.overload(torch.ops.anomem.native_variance_bwd, ctx.gamma)
+        return backward(dloss.contiguous(), x, mean, std, ctx.gamma), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -94,18 +94,21 @@ def score_histograms(
 
 
 def _histogram(axes: Axes, name: str, scores: Tensor, is_anomaly: Tensor, bins: int) -> None:
-    area = auroc(scores, is_anomaly)
+    two_classes = bool(is_anomaly.any()) and not bool(is_anomaly.all())
+    area = f"AUROC {auroc(scores, is_anomaly):.3f}" if two_classes else "one class only"
     low, high = float(scores.min()), float(scores.quantile(0.99))
     edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64).tolist()
     clipped = scores.clamp_max(edges[-1])
     for label, colour, chosen in (("normal", NORMAL, ~is_anomaly), ("anomalous", ANOMALOUS, is_anomaly)):
+        if not bool(chosen.any()):
+            continue
         weights = [100 / int(chosen.sum())] * int(chosen.sum())
         # A pale area and a solid outline, so that both classes are visible where they overlap.
         values = clipped[chosen].tolist()
         name_of_class = f"{label} images"
         axes.hist(values, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.3, label=name_of_class)
         axes.hist(values, edges, weights=weights, histtype="step", color=colour, linewidth=1.4)
-    axes.set_title(f"{name}: AUROC {area:.3f}" if name != "anomaly score" else f"AUROC {area:.3f}")
+    axes.set_title(f"{name}: {area}" if name != "anomaly score" else area)
     axes.set_xlabel("anomaly score")
     axes.set_ylabel("share of the class per bin (%)")
     axes.margins(x=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent
+from anomem.plots.style import ANOMALOUS, HEAT, MUTED, NORMAL, figure, percent, plain
 from anomem.validation import require
 
 TILE = 1.15  # inches
@@ -25,6 +26,8 @@ def extremes(
     path: str | os.PathLike[str],
     *,
     kinds: Sequence[str] | None = None,
+    files: Sequence[str] | None = None,
+    score: str | None = None,
     masks: Tensor | None = None,
     count: int = 8,
 ) -> None:
@@ -37,6 +40,8 @@ def extremes(
         is_anomaly: [T] bool, the ground truth; it colours the frames.
         path: where to write.
         kinds: names to write over the images; "normal" and "anomaly" by default.
+        files: file of each image; its name is written too, a long one shortened in the middle.
+        score: name of the score, for the caption.
         masks: [T, H, W] bool, the ground truth; its outline is drawn over the map.
         count: images of each kind.
     """
@@ -52,13 +57,16 @@ def extremes(
     names = kinds or ["anomaly" if anomalous else "normal" for anomalous in is_anomaly.tolist()]
     width = max(3.2, count * TILE + 1.5)  # inches; a narrow figure has its caption in two lines
     space = " " if width > 6 else "\n"
-    with figure(path, width, 4 * TILE + 1.3) as fig:
+    with figure(path, width, 4 * TILE + (1.3 if files is None else 1.7)) as fig:
         grid = fig.subplots(4, count, squeeze=False)
         for half, title in enumerate(("most anomalous", "least anomalous")):
             for column, index in enumerate(chosen[half].tolist()):
                 picture, heat = grid[2 * half, column], grid[2 * half + 1, column]
                 _show(picture, images[index], ANOMALOUS if bool(is_anomaly[index]) else NORMAL)
-                picture.set_title(f"{names[index]}\n{float(scores[index]):.3g}", loc="center", fontsize=9)
+                lines = [plain(names[index]), f"{float(scores[index]):.3g}"]
+                if files is not None:
+                    lines.insert(1, plain(shortened(Path(files[index]).name)))
+                picture.set_title("\n".join(lines), loc="center", fontsize=9 if files is None else 8)
                 _overlay(heat, images[index], maps[index], limits)
                 if masks is not None and bool(masks[index].any()):
                     # Two pixels outside of the mask, so that a thin defect is not hidden by its own outline.
@@ -71,9 +79,21 @@ def extremes(
         bar.set_label("deviation from the memory")
         bar.outline.set_visible(False)
         fig.suptitle(
-            f"Name and score stand above each image;{space}frames: blue normal, orange anomalous.",
+            f"{title_of(files, score)} stand above each image;{space}frames: blue normal, orange anomalous.",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
+
+
+def title_of(files: Sequence[str] | None, score: str | None) -> str:
+    """What stands above the images, in words."""
+    return f"{'Name' if files is None else 'Name, file'} and {'score' if score is None else f'score ({score})'}"
+
+
+def shortened(name: str, length: int = 16) -> str:
+    """A file name of at most so many characters: its beginning and its end."""
+    if len(name) > length:
+        name = f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+    return name.encode(errors="replace").decode()
 
 
 def prototypes(

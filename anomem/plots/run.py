@@ -11,16 +11,24 @@ from torch import Tensor
 
 from anomem.data import Images, Task
 from anomem.errors import UserError
-from anomem.evaluate.baselines import baselines, pixels
+from anomem.evaluate.baselines import baselines, pixels, require_packages
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
-from anomem.scoring import Scorer, score_images
+from anomem.scoring import FittedDetector, Scorer, score_images
+
+
+def figure_files(folder: Path) -> dict[str, Path]:
+    """Name of each figure -> its file in a folder."""
+    names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
+    return {name: folder / f"{name}.png" for name in names}
 
 
 def draw_figures(
     rows: Sequence[Mapping[str, Any]], task: Task, scorer: Scorer, folder: Path, seed: int = 0
 ) -> list[Path]:
     """Loss curves, histograms, ROC against the baselines, extremes with maps, prototypes, t-SNE.
+
+    Where the test images are of one class only there is no ROC.
 
     Args:
         rows: of the run's log.
@@ -35,16 +43,20 @@ def draw_figures(
     Raises:
         UserError: a package that the figures need cannot be imported, or a file cannot be written.
     """
-    names = ("loss", "histograms", "roc", "extremes", "prototypes", "tsne")
-    paths = {name: folder / f"{name}.png" for name in names}
-    scored = score_images(scorer, task.test)
+    require_packages()
     is_anomaly = task.test_is_anomaly.cpu()
+    two_classes = bool(is_anomaly.any()) and not bool(is_anomaly.all())
+    paths = figure_files(folder)
+    if not two_classes:
+        del paths["roc"]
+    scored = score_images(scorer, task.test)
     best = "stage2" if "stage2" in scored.scores else "detector"
     try:
         loss_curves(rows, paths["loss"])
         score_histograms(scored.scores, is_anomaly, paths["histograms"])
-        everything = {**scored.scores, **baselines(task.to("cpu"), seed)}
-        roc_curves(everything, is_anomaly, paths["roc"], highlight=tuple(scored.scores))
+        if two_classes:
+            everything = {**scored.scores, **baselines(task.to("cpu"), seed)}
+            roc_curves(everything, is_anomaly, paths["roc"], highlight=tuple(scored.scores))
         extremes(
             pixels(task.test),
             scored.scores[best],
@@ -52,6 +64,8 @@ def draw_figures(
             is_anomaly,
             paths["extremes"],
             kinds=task.test_kinds,
+            files=task.test_paths,
+            score=best,
             masks=None if task.test_masks is None else task.test_masks.cpu(),
         )
         normals = task.train_is_normal.nonzero().flatten()
@@ -63,6 +77,41 @@ def draw_figures(
         tsne(stored, vectors[~is_anomaly], vectors[is_anomaly], paths["tsne"], seed=seed)
     except ImportError as error:
         raise UserError(f"the figures need a package that cannot be imported ({error}); install anomem[lab]") from error
+    return list(paths.values())
+
+
+def draw_fitted(task: Task, detector: FittedDetector, folder: Path) -> list[Path]:
+    """Histograms, ROC and extremes with maps of a fitted detector.
+
+    Where the test images are of one class only there is no ROC.
+
+    Args:
+        task: on the detector's device.
+        detector: fitted.
+        folder: of the figures; made if missing.
+
+    Returns:
+        The files.
+    """
+    is_anomaly = task.test_is_anomaly.cpu()
+    paths = {name: path for name, path in figure_files(folder).items() if name in ("histograms", "roc", "extremes")}
+    if bool(is_anomaly.all()) or not bool(is_anomaly.any()):
+        del paths["roc"]
+    found = detector.over(task.test)
+    score_histograms(found.scores, is_anomaly, paths["histograms"])
+    if "roc" in paths:
+        roc_curves(found.scores, is_anomaly, paths["roc"], highlight=(detector.lead,))
+    extremes(
+        pixels(task.test),
+        found.scores[detector.lead],
+        found.maps["local"],
+        is_anomaly,
+        paths["extremes"],
+        kinds=task.test_kinds,
+        files=task.test_paths,
+        score=detector.lead,
+        masks=None if task.test_masks is None else task.test_masks.cpu(),
+    )
     return list(paths.values())
 
 

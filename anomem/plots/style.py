@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anomem.errors import optional
-from anomem.files import make_folder, replacing
+from anomem.files import make_folder, printable, replacing
 
 with optional("drawing figures"):
     import matplotlib
@@ -51,6 +51,8 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "anomem",
 }
 FORMATS = (".png", ".pdf", ".svg")
+SOFTWARE = "anomem"
+"""Written into every .png."""
 
 
 @contextmanager
@@ -73,10 +75,21 @@ def figure(path: str | os.PathLike[str], width: float, height: float, gap: float
         fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=gap))
         yield fig
         # No date inside, so that equal figures are equal files.
-        metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(target.suffix)
+        metadata = {".png": {"Software": SOFTWARE}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
         make_folder(target.parent)
         with replacing(target) as temporary:
-            fig.savefig(temporary, format=target.suffix[1:], metadata=metadata)
+            fig.savefig(temporary, format=target.suffix[1:], metadata=metadata[target.suffix])
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a .png file was written here, so that it may be replaced."""
+    with path.open("rb") as file:
+        return b"Software\0" + SOFTWARE.encode() in file.read(4096)
+
+
+def plain(name: str) -> str:
+    """A name from outside as a label: no formula, and nothing that cannot be drawn."""
+    return printable(name).replace("$", r"\$")
 
 
 def shades(count: int) -> list[Any]:

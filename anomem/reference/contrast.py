@@ -13,6 +13,7 @@ excluded from row i:
 
     ds_ij = g_i (P_ij − [j = positive_i]),   du_i = (1/tau) Σ_j ds_ij v_j,   dv_j = (1/tau) Σ_i ds_ij u_i
 
+At the positive P_ij − 1 = −(1 − exp(−l_i)), exact where P_ij is close to 1; −1 where the row excludes its positive.
 The backward recomputes P from the saved lse: no [N, N] matrix is kept. Unit rows bound s by 1/tau, so a constant shift
 replaces the running maximum wherever exp(−2/tau) does not underflow. The gradient goes through u = z/|z| as in
 `anomem.reference.retrieve`.
@@ -63,7 +64,8 @@ def info_nce_rows(
         rows: [G, R, d].
         columns: [G, C, d].
         positive: [R] int64, the column that matches each row, the same in every group.
-        exclude: [R] int64, a column each row must not see (itself), or None.
+        exclude: [R] int64, a column each row must not see (itself), or None. A row that excludes its positive is
+            contrasted with its negatives alone (decoupled contrastive learning, Yeh et al. 2022).
         temperature: tau > 0.
 
     Returns:
@@ -77,13 +79,17 @@ def contrast_rows(
 ) -> Tensor:
     """Cross-entropy of the similarities of rows that are normalised already; shapes as in `info_nce_rows`."""
     similarity = unit_rows @ unit_columns.mT / temperature  # [G, R, C]
+    matched = similarity.gather(-1, positive.expand(similarity.shape[:-1]).unsqueeze(-1)).squeeze(-1)  # [G, R]
+    row, true = torch.arange(similarity.shape[-2], device=similarity.device), positive.new_ones((), dtype=torch.bool)
+    hidden = torch.zeros(similarity.shape[-2:], dtype=torch.bool, device=similarity.device)
+    hidden = hidden.index_put((row, positive), true)
     if exclude is not None:
-        row = torch.arange(similarity.shape[-2], device=similarity.device)
-        hidden = torch.zeros(similarity.shape[-2:], dtype=torch.bool, device=similarity.device)
-        hidden = hidden.index_put((row, exclude), torch.ones((), dtype=torch.bool, device=similarity.device))
-        similarity = similarity.masked_fill(hidden, -torch.inf)
-    index = positive.expand(similarity.shape[:-1]).unsqueeze(-1)  # [G, R, 1]
-    return torch.logsumexp(similarity, dim=-1) - similarity.gather(-1, index).squeeze(-1)
+        hidden = hidden.index_put((row, exclude), true)
+    # log(Σ negatives / positive). Of log(1 + Σ / positive) the softplus keeps the digits where the positive dominates;
+    # logsumexp minus positive, the difference of two nearly equal numbers, does not.
+    ratio = torch.logsumexp(similarity.masked_fill(hidden, -torch.inf), dim=-1) - matched
+    loss: Tensor = torch.nn.functional.softplus(ratio, threshold=40)
+    return loss if exclude is None else torch.where(positive == exclude, ratio, loss)
 
 
 def _opposite(batch: int, device: torch.device) -> Tensor:

@@ -76,9 +76,9 @@ def deviation_map(
     Returns:
         [B, H, W].
     """
-    height, width = feature_map.shape[2:]
+    batch, _, height, width = feature_map.shape
     query = feature_map.flatten(2).mT  # [B, HW, d]
     retrieval = hopfield_retrieve(
         query, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, log_prior=log_prior
     )
-    return distance(normalize_rows(query, normalize), retrieval.out, kind).reshape(-1, height, width)
+    return distance(normalize_rows(query, normalize), retrieval.out, kind).reshape(batch, height, width)

@@ -23,12 +23,18 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Normalize = Literal["layer", "l2", "none"]
 NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
 
 LAYER_EPS = 1e-5
 L2_EPS = 1e-12
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation (jvp, jacfwd, `forward_ad.dual_level`) is open."""
+    return forward_ad._current_level >= 0  # −1 when none is
 
 
 def layer_normalize(x: Tensor) -> Tensor:
@@ -40,6 +46,10 @@ def layer_normalize(x: Tensor) -> Tensor:
     Returns:
         [..., d].
     """
+    x = _shrunk(x)
+    if in_forward_mode():  # torch's layer_norm has no tangent of its tangent, and gives a wrong one
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + LAYER_EPS).sqrt()
     return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_EPS)
 
 
@@ -52,6 +62,7 @@ def l2_normalize(x: Tensor) -> Tensor:
     Returns:
         [..., d].
     """
+    x = _shrunk(x)
     length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
     # The norm has no derivative at zero. A where on both sides of it keeps a zero row's gradient at zero, in the
     # second derivative too.
@@ -59,6 +70,19 @@ def l2_normalize(x: Tensor) -> Tensor:
     safe = torch.where(nonzero, x, torch.ones_like(x))
     unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
     return torch.where(nonzero, unit, torch.zeros_like(unit))
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    """x [..., d]; rows so long that their squares may overflow are scaled down.
+
+    Neither normalisation depends on the factor: the constant 1e-5 is nothing beside the variance of such a row.
+    """
+    if x.dtype == torch.float16 or x.shape[-1] == 0:  # float16: squares are summed in float32
+        return x
+    power = 256 if x.dtype == torch.float64 else 32
+    peak = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)  # [..., 1]
+    is_long = (peak > 2.0 ** (power + 8)) & peak.isfinite()
+    return x * torch.where(is_long, 2.0**power / peak, torch.ones_like(peak))
 
 
 def normalize_rows(x: Tensor, normalize: Normalize) -> Tensor:

@@ -75,4 +75,4 @@ def variance_hinge(x: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
         [G].
     """
     deviation = torch.sqrt(x.var(dim=-2) + eps)  # [G, d]
-    return torch.relu(gamma - deviation).mean(dim=-1)
+    return torch.relu(-deviation + gamma).mean(dim=-1)  # gamma - deviation would specialise a compiled graph

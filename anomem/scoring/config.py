@@ -1,4 +1,4 @@
-"""ScoreConfig: how images are scored, as plain values, checked when it is made."""
+"""ScoreConfig and FillConfig: how images are scored, as plain values, checked when they are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from anomem.reference.deviation_map import Distance
 from anomem.scoring.detector import Alignment
-from anomem.validation import require, require_choice, require_count
+from anomem.scoring.fill import Fill
+from anomem.validation import require, require_choice, require_count, require_positive_number
 
 Pool = Literal["mean", "max", "topk"]
 ConfiguredAlignment = Literal["auto", Alignment]
@@ -27,6 +28,8 @@ class ScoreConfig:
     """Detector: one Gaussian per position, or one for all; "auto" asks the data set whether its images are aligned."""
     copies: int = 2
     """Lightly augmented copies of each training image to which the detector is fitted besides the image itself."""
+    detector_megabytes: int = 1024
+    """Limit of the detector's matrices, one per position; more are fitted to fewer channels, by a fixed projection."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0
@@ -37,5 +40,34 @@ class ScoreConfig:
         require_choice(self.pool, "score.pool", get_args(Pool))
         require(0 < self.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", self.top_fraction)
         require_choice(self.alignment, "score.alignment", get_args(ConfiguredAlignment))
-        require_count(self.copies, "score.copies", 0)
-        require_count(self.batch_size, "score.batch_size", 1)
+        require_count(self.copies, "score.copies", 0, 1000)
+        require_count(self.detector_megabytes, "score.detector_megabytes", 1)
+        require_count(self.batch_size, "score.batch_size", 1, 2**31)
+        require_count(self.seed, "score.seed", 0, 2**31)
+
+
+@dataclass(frozen=True)
+class FillConfig:
+    """Filled memories and their scores."""
+
+    method: Fill = "kmeans"
+    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random."""
+    prototypes: tuple[int | float, ...] = (1024,)
+    """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
+    beta_factor: float = 4.0
+    """beta in units of 1/sqrt(d)."""
+    top_fraction: float = 0.1
+    """Part of the positions, the largest distances first, whose mean is an image's distance."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.method, "fill.method", get_args(Fill))
+        require(len(self.prototypes) > 0, "fill.prototypes", "one number, or one per scale", "none")
+        for count in self.prototypes:
+            ratio = isinstance(count, float) and 0 < count < 1
+            whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+            require(ratio or whole, "fill.prototypes", "integers ≥ 1 or ratios in (0, 1)", count)
+        require_positive_number(self.beta_factor, "fill.beta_factor")
+        require(0 < self.top_fraction <= 1, "fill.top_fraction", "a part in (0, 1]", self.top_fraction)
+        require_count(self.batch_size, "fill.batch_size", 1)

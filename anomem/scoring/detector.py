@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,8 @@ from anomem.validation import require, require_choice
 
 ROUNDING = 1e-5
 """Relative difference up to which two float32 distances count as equal."""
+BLOCK = 1 << 22
+"""Numbers of a temporary while Gaussians are fitted: their positions are taken in blocks."""
 Alignment = Literal["per_position", "pooled"]
 Batches = Callable[[], Iterable[Sequence[Tensor]]]
 """Each call gives the same batches of S tensors [B, P_s, d_s]."""
@@ -25,10 +28,15 @@ class DeviationDetector(nn.Module):
     to the mean deviation of each image, for the image's distance. Each scale is divided by its standard deviation
     over the training images, or by its mean where the standard deviation is zero.
 
+    One Gaussian per position has d² numbers. Where all of them exceed a limit, the deviations are projected to fewer
+    channels first, by random orthonormal matrices that are kept with the detector (as PaDiM's random channels,
+    Defard et al. 2021).
+
     Args:
         positions: P_s = H_s·W_s of each scale.
         features: d_s of each scale.
         alignment: "per_position" or "pooled".
+        megabytes: limit of the whitening matrices; fitting takes three times as much.
 
     Shape:
         S tensors [B, P_s, d_s] -> scores [B].
@@ -42,12 +50,21 @@ class DeviationDetector(nn.Module):
     spread: Tensor
     map_spread: Tensor
 
-    def __init__(self, positions: Sequence[int], features: Sequence[int], alignment: Alignment) -> None:
+    def __init__(
+        self, positions: Sequence[int], features: Sequence[int], alignment: Alignment, megabytes: int = 1024
+    ) -> None:
         super().__init__()
         require_choice(alignment, "alignment", get_args(Alignment))
         self.alignment = alignment
         pooled = alignment == "pooled"
-        sizes = list(zip(positions, features, strict=True))
+        kept = list(features) if pooled else kept_features(positions, features, megabytes)
+        self.projected = kept != list(features)
+        generator = torch.Generator().manual_seed(0)
+        for s, (d, k) in enumerate(zip(features, kept, strict=True)):
+            if self.projected:
+                drawn = torch.randn(d, k, generator=generator, dtype=torch.float64)
+                self.register_buffer(f"projection{s}", torch.linalg.qr(drawn).Q.float())
+        sizes = list(zip(positions, kept, strict=True))
         self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in sizes])
         self.whole = nn.ModuleList([Gaussians(1, d) for _, d in sizes] if pooled else [])
         self.register_buffer("spread", torch.ones(len(sizes)))
@@ -65,7 +82,8 @@ class DeviationDetector(nn.Module):
         """
         local: list[MomentSums] = []
         whole: list[MomentSums] = []
-        for deviations in batches():
+        for unprojected in batches():
+            deviations = self._projected(unprojected)
             if not local:
                 count = [1 if self.alignment == "pooled" else x.shape[1] for x in deviations]
                 local = [MomentSums(p, x.shape[2], x.device) for p, x in zip(count, deviations, strict=True)]
@@ -81,8 +99,9 @@ class DeviationDetector(nn.Module):
 
     def _fit_spreads(self, batches: Batches) -> None:
         image, position = [], []
-        for deviations in batches():
-            maps = self.distances(deviations)
+        for unprojected in batches():
+            deviations = self._projected(unprojected)
+            maps = self._distances(deviations)
             image.append(torch.stack(self._image_distances(deviations, maps)))  # [S, B]
             position.append(torch.stack([m.mean(dim=1) for m in maps]))
         for buffer, values in ((self.spread, image), (self.map_spread, position)):
@@ -94,11 +113,21 @@ class DeviationDetector(nn.Module):
 
     def forward(self, deviations: Sequence[Tensor]) -> Tensor:
         """Image scores [B]; higher is more anomalous."""
-        distances = torch.stack(self._image_distances(deviations, self.distances(deviations)))
+        deviations = self._projected(deviations)
+        distances = torch.stack(self._image_distances(deviations, self._distances(deviations)))
         return (distances / self.spread[:, None]).sum(dim=0)
 
     def distances(self, deviations: Sequence[Tensor]) -> list[Tensor]:
         """Mahalanobis distance at every position: S tensors [B, P_s, d_s] -> S tensors [B, P_s]."""
+        return self._distances(self._projected(deviations))
+
+    def _projected(self, deviations: Sequence[Tensor]) -> list[Tensor]:
+        """S tensors [B, P_s, d_s] -> [B, P_s, kept]."""
+        if not self.projected:
+            return list(deviations)
+        return [x.float() @ self.get_buffer(f"projection{s}") for s, x in enumerate(deviations)]
+
+    def _distances(self, deviations: Sequence[Tensor]) -> list[Tensor]:
         return [gaussians(x) for gaussians, x in zip(self.local, deviations, strict=True)]
 
     def maps(self, deviations: Sequence[Tensor]) -> list[Tensor]:
@@ -111,6 +140,19 @@ class DeviationDetector(nn.Module):
         if self.alignment == "per_position":
             return [m.mean(dim=1) for m in maps]
         return [g(x.mean(dim=1, keepdim=True))[:, 0] for g, x in zip(self.whole, deviations, strict=True)]
+
+
+def kept_features(positions: Sequence[int], features: Sequence[int], megabytes: int) -> list[int]:
+    """Channels to which each scale is projected, so that Σ P_s k_s² float32 numbers fit; all where they fit already.
+
+    Args:
+        positions: P_s.
+        features: d_s.
+        megabytes: the limit.
+    """
+    numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
+    share = math.sqrt(min(1.0, megabytes * 2**18 / numbers))
+    return [max(1, int(d * share)) for d in features]
 
 
 class MomentSums:
@@ -142,19 +184,31 @@ class MomentSums:
         Args:
             x: [N, P, d].
         """
-        rows = x.transpose(0, 1).double()  # [P, N, d]
         if self.origin is None:
-            self.origin = rows.mean(dim=1, keepdim=True)
-        rows = rows - self.origin
-        square = rows.square().sum(dim=-1)  # [P, N]
+            self.origin = x.transpose(0, 1).double().mean(dim=1, keepdim=True)
         self.count += x.shape[0]
-        self.first += rows.sum(dim=1)
-        self.second += rows.mT @ rows
-        self.third += (square[..., None] * rows).sum(dim=1)
-        self.fourth += square.square().sum(dim=1)
+        for part in self.blocks(x.shape[0] * x.shape[2]):
+            rows = x[:, part].transpose(0, 1).double() - self.origin[part]  # [p, N, d]
+            square = rows.square().sum(dim=-1)  # [p, N]
+            self.first[part] += rows.sum(dim=1)
+            self.second[part] += rows.mT @ rows
+            self.third[part] += (square[..., None] * rows).sum(dim=1)
+            self.fourth[part] += square.square().sum(dim=1)
 
-    def gaussian(self) -> tuple[Tensor, Tensor, Tensor]:
+    def blocks(self, numbers: int) -> Iterator[slice]:
+        """The P positions in parts.
+
+        Args:
+            numbers: that a temporary has for each position.
+        """
+        positions, size = len(self.fourth), max(1, BLOCK // max(1, numbers))
+        return (slice(start, start + size) for start in range(0, positions, size))
+
+    def gaussian(self, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, shrunk covariance and shrinkage (Ledoit and Wolf 2004, Eqs. 5 to 14, as scikit-learn's).
+
+        Args:
+            part: of the P positions; all of them by default.
 
         Returns:
             mean [P, d], covariance [P, d, d], shrinkage [P] in [0, 1]; all float64.
@@ -165,20 +219,21 @@ class MomentSums:
         require(self.count >= 2 and self.origin is not None, "images", "at least two to fit a Gaussian", self.count)
         assert self.origin is not None
         n, features = self.count, self.first.shape[-1]
-        m = self.first / n  # [P, d]
-        covariance = self.second / n - m[:, :, None] * m[:, None, :]
+        first, second = self.first[part], self.second[part]
+        m = first / n  # [P, d]
+        covariance = second / n - m[:, :, None] * m[:, None, :]
         trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)  # [P]
         scale = trace / features
         frobenius = covariance.square().sum(dim=(-2, -1))
         # Σ |x − m|⁴ expanded in the raw sums.
         length = m.square().sum(dim=-1)
-        squares = self.second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        projected = (m[:, None, :] @ self.second @ m[:, :, None])[:, 0, 0]
+        squares = second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        projected = (m[:, None, :] @ second @ m[:, :, None])[:, 0, 0]
         fourth = (
-            self.fourth
+            self.fourth[part]
             + 4 * projected
             + 2 * length * squares
-            - 4 * (m * self.third).sum(dim=-1)
+            - 4 * (m * self.third[part]).sum(dim=-1)
             - 3 * n * length.square()
         )
         distance = (frobenius - trace * scale) / features  # of the covariance from a multiple of the identity
@@ -187,7 +242,7 @@ class MomentSums:
         shrinkage = shrinkage.clamp(0, 1)
         eye = torch.eye(features, dtype=torch.float64, device=m.device)
         shrunk = (1 - shrinkage)[:, None, None] * covariance + (shrinkage * scale)[:, None, None] * eye
-        return m + self.origin[:, 0], shrunk, shrinkage
+        return m + self.origin[part, 0], shrunk, shrinkage
 
 
 class Gaussians(nn.Module):
@@ -214,13 +269,28 @@ class Gaussians(nn.Module):
         self.register_buffer("whitening", torch.eye(features).repeat(positions, 1, 1))
 
     def fit(self, sums: MomentSums) -> None:
-        """Take mean and covariance from sums; a direction without variance gets the smallest one in float32."""
-        mean, covariance, _ = sums.gaussian()
-        floor = torch.finfo(torch.float32).eps * covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)
-        eye = torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
-        factor = torch.linalg.cholesky(covariance + floor[:, None, None] * eye)
-        self.mean.copy_(mean)
-        self.whitening.copy_(torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False))
+        """Take mean and covariance from sums; a direction without variance gets the smallest one in float32.
+
+        Raises:
+            ArgumentError: fewer than two rows, or values too large for a covariance.
+        """
+        for part in sums.blocks(sums.second.shape[-1] ** 2):
+            mean, covariance, _ = sums.gaussian(part)
+            level = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)
+            floor = torch.finfo(torch.float32).eps * level
+            eye = torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
+            factor, failed = torch.linalg.cholesky_ex(covariance + floor[:, None, None] * eye)
+            whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+            self.mean[part] = mean.float()
+            self.whitening[part] = whitening.float()
+            finite = self.mean[part].isfinite().all() & self.whitening[part].isfinite().all()
+            require(
+                bool(finite & (failed == 0).all()),
+                "images",
+                "deviations of which a covariance can be taken",
+                "NaN, infinity or numbers too large",
+                "the training has diverged: lower the learning rate",
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Mahalanobis distance of each row from its Gaussian."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, get_args
 
 import torch
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images
+from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
 from anomem.reference.deviation_map import Distance
 from anomem.scoring.config import Pool, ScoreConfig
 from anomem.scoring.detector import Alignment, DeviationDetector
 from anomem.scoring.prior import LocationPrior
 from anomem.validation import require, values_are_free
+
+SAME = 1e-6
+"""Relative difference up to which the scores of different images count as the same."""
 
 
 class Scored(NamedTuple):
@@ -57,7 +61,7 @@ class Scorer(nn.Module):
         self.head = head
         positions = [height * width for height, width in model.encoder.sizes]
         self.prior = LocationPrior(positions, [memory.prototypes.shape[0] for memory in model.memories])
-        self.detector = DeviationDetector(positions, model.features, alignment)
+        self.detector = DeviationDetector(positions, model.features, alignment, config.detector_megabytes)
         self.to(model.device)
         self.eval()
 
@@ -71,9 +75,20 @@ class Scorer(nn.Module):
         """Scores and maps of images [B, C, H, W], uint8 or float in [0, 1], of the training size.
 
         Raises:
-            ArgumentError: images of another shape or dtype; on a CPU also values outside of [0, 1].
+            ArgumentError: images of another shape or dtype; on a CPU also values outside of [0, 1], and scores that
+                are not finite.
+            UserError: out of memory.
         """
         self._check(images)
+        with enough_memory("score.batch_size"):
+            scored = self.unchecked(images)
+        if values_are_free(scored.scores["plain"]):
+            require_finite(scored.scores)
+        return scored
+
+    @torch.no_grad()
+    def unchecked(self, images: Tensor) -> Scored:
+        """As `forward`, without a look at the images and at the scores."""
         maps = self.model(images)
         deviations = self.model.deviations(maps)
         plain = self.model.distances(maps, self.config.distance)
@@ -129,6 +144,62 @@ class Scorer(nn.Module):
         return self.weighted(resized)
 
 
+def require_finite(scores: Mapping[str, Tensor]) -> None:
+    """Check that every score is a number.
+
+    Raises:
+        ArgumentError: NaN or infinity; the message names the score.
+    """
+    for name, values in scores.items():
+        bad = int((~values.isfinite()).sum())
+        require(
+            bad == 0,
+            f"scores[{name!r}]",
+            "finite numbers",
+            lambda bad=bad, values=values: f"{bad} of {len(values)} NaN or infinite",
+            "the model has diverged: train it with a lower learning rate",
+        )
+
+
+def useless_scores(scorer: Scorer, images: Images, at_most: int) -> str:
+    """What is wrong with the scores of the training images: some are not finite, or all are the same.
+
+    Scores of one or two different images may well be equal and are not judged.
+
+    Args:
+        scorer: fitted.
+        images: training images, on the scorer's device.
+        at_most: largest number of images to score, evenly spaced.
+
+    Returns:
+        "not finite (plain, detector)", or "" where nothing is wrong.
+    """
+    order = torch.linspace(0, len(images) - 1, min(len(images), at_most)).round().long()
+    parts: list[dict[str, Tensor]] = []
+    different: set[bytes] = set()
+    for batch, _ in images.batches(order, scorer.config.batch_size):
+        parts.append(scorer.unchecked(batch).scores)
+        for image in batch.cpu():
+            if len(different) < 3:
+                different.add(image.numpy().tobytes())
+    wrong: dict[str, list[str]] = {}
+    for name in scorer.names:
+        values = torch.cat([part[name] for part in parts]).double().cpu()
+        # A cosine is rounded in units of 1, however small the deviation.
+        unit = 1.0 if name in ("plain", "prior") and scorer.config.distance == "cosine" else 0.0
+        if not bool(values.isfinite().all()):
+            wrong.setdefault("not finite", []).append(name)
+        elif len(different) > 2 and float(values.max() - values.min()) <= SAME * max(unit, float(values.abs().max())):
+            wrong.setdefault("all the same", []).append(name)
+    return "; ".join(f"{fault} ({', '.join(names)})" for fault, names in wrong.items())
+
+
+def alignment_of(config: ScoreConfig, aligned: bool) -> Alignment:
+    """The detector's alignment: as configured, or by whether positions are comparable across images."""
+    automatic: Alignment = "per_position" if aligned else "pooled"
+    return automatic if config.alignment == "auto" else config.alignment
+
+
 def fit_scorer(
     model: AnoMem,
     images: Images,
@@ -150,10 +221,8 @@ def fit_scorer(
         config: of the scorer.
         head: of stage 2, or None.
     """
-    automatic: Alignment = "per_position" if aligned else "pooled"
-    alignment = automatic if config.alignment == "auto" else config.alignment
     model.eval()
-    scorer = Scorer(model, alignment, config, head)
+    scorer = Scorer(model, alignment_of(config, aligned), config, head)
     batches = normal_batches(images, is_normal, augment, config)
     scorer.prior.fit(model, (model.queries(model(x)) for x in batches(0)))
     scorer.detector.fit(lambda: (model.deviations(model(x)) for x in batches(config.copies)))
@@ -175,7 +244,7 @@ def fit_feature_detector(
     """
     batches = normal_batches(images, is_normal, augment, config)
     positions = [height * width for height, width in model.encoder.sizes]
-    detector = DeviationDetector(positions, model.features, alignment).to(model.device)
+    detector = DeviationDetector(positions, model.features, alignment, config.detector_megabytes).to(model.device)
     detector.fit(lambda: (model.queries(model(x)) for x in batches(config.copies)))
     return detector
 
@@ -242,11 +311,16 @@ def score_images(scorer: Scorer, images: Images) -> Scored:
     Args:
         scorer: fitted.
         images: on any device.
+
+    Raises:
+        ArgumentError: a score is not finite.
     """
     order, images = torch.arange(len(images)), images.to(scorer.model.device)
     parts = [scorer(batch) for batch, _ in images.batches(order, scorer.config.batch_size)]
+    scores = {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores}
+    require_finite(scores)
     return Scored(
-        {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
+        scores,
         {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
     )
 

@@ -1,26 +1,33 @@
 """Checkpoints: tensors in a safetensors file, plain values in the JSON file that names it.
 
-The JSON file is replaced last and atomically. A run killed at any moment leaves the old checkpoint or the new one.
+The JSON file is replaced last and atomically. A run killed at any moment leaves the old checkpoint or the new one. The
+JSON file holds a digest of the tensors, and one of its own values.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from anomem.data import Images
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
-from anomem.train.rundir import RunDirectory
+from anomem.train.config import TrainConfig, read_json, trained_settings
+from anomem.train.monitor import Monitor
+from anomem.train.rundir import STAGES, RunDirectory
+from anomem.train.stopping import Interrupted, Request
 from anomem.validation import shape_of
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
@@ -47,19 +54,32 @@ def save_checkpoint(
         about: plain values to save.
 
     Raises:
-        UserError: it cannot be written; the previous one is kept.
+        UserError: a tensor is not finite, or it cannot be written; the previous one is kept.
     """
+    bad = _not_finite(tensors)
+    if bad is not None:
+        raise UserError(
+            f"{name}: the values of `{bad}` are not finite after step {step}; "
+            f"lower --{'stage2.' if name == 'stage2' else ''}optimizer.learning-rate, or check the images"
+        )
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    file = f"{name}-{step:08d}.safetensors"
+    file = _tensor_file(name, step)
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write_atomically(directory / file, content)
-    note = {"format": FORMAT, "step": step, "tensors": file, "about": dict(about or {})}
-    write_atomically(directory / f"{name}.json", json.dumps(note, indent=2).encode())
+    note = {
+        "format": FORMAT,
+        "step": step,
+        "tensors": file,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "about": dict(about or {}),
+    }
+    note["digest"] = _digest(note)
+    write_atomically(directory / f"{name}.json", json.dumps(note, indent=2, allow_nan=False).encode())
     # The second pattern: temporary files of a process that was killed while it wrote.
     for old in (*directory.glob(f"{name}-*.safetensors"), *directory.glob(f".{name}-*.safetensors.*")):
         if old.name != file:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
@@ -70,26 +90,124 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
         name: of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is there but damaged.
+        UserError: the checkpoint is there but damaged, changed since it was written, or not finite.
     """
     note_file = directory / f"{name}.json"
+    note = _read_note(note_file)
+    if note is None:
+        return None
+    file = directory / note["tensors"]
+    anew = f"delete {note_file} to start this stage anew"
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != note["sha256"]:
+            raise UserError(
+                f"the checkpoint {file} is truncated or damaged (its digest is not the one it was written with); {anew}"
+            )
+        checkpoint = Checkpoint(note["step"], load(content), note["about"])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the checkpoint {file} is truncated or damaged ({error}); {anew}") from error
+    bad = _not_finite(checkpoint.tensors)
+    if bad is not None:
+        raise UserError(f"the checkpoint {file} is damaged (the values of `{bad}` are not finite); {anew}")
+    return checkpoint
+
+
+def saved_step(directory: Path, name: str) -> int | None:
+    """Steps that a checkpoint has done, without a look at its tensors; None where there is none.
+
+    Raises:
+        UserError: its JSON file is damaged.
+    """
+    note = _read_note(directory / f"{name}.json")
+    return None if note is None else int(note["step"])
+
+
+def _read_note(note_file: Path) -> dict[str, Any] | None:
+    """The JSON file of a checkpoint, checked; None where there is none."""
     if not note_file.exists():
         return None
+    anew = "delete it to start this stage anew"
     try:
-        note: dict[str, Any] = json.loads(note_file.read_text(encoding="utf-8"))
-        step, file, version = int(note["step"]), directory / str(note["tensors"]), int(note["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint {note_file} is damaged ({error}); delete it to start this stage anew"
-        ) from error
-    if version != FORMAT:
+        note = read_json(note_file)
+        note = note if isinstance(note, dict) else {}
+        digest = note.pop("digest", None)
+        intact = digest == _digest(note)
+    except (UserError, RecursionError) as error:
+        raise UserError(f"the checkpoint {note_file} is damaged ({error}); {anew}") from error
+    version, step, tensors = (note.get(name) for name in ("format", "step", "tensors"))
+    if version != FORMAT and isinstance(version, int):
         raise UserError(f"the checkpoint {note_file} has format {version}, expected {FORMAT}; train the run anew")
-    try:
-        return Checkpoint(step, load_file(file), dict(note.get("about", {})))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the checkpoint {file} is truncated or damaged ({error}); delete {note_file} to start this stage anew"
-        ) from error
+    if isinstance(step, int) and tensors != _tensor_file(note_file.stem, step):
+        raise UserError(f"the checkpoint {note_file} is damaged (its tensors are in {tensors}, not beside it); {anew}")
+    if version != FORMAT or not intact:
+        raise UserError(f"the checkpoint {note_file} is damaged (it was changed after it was written); {anew}")
+    checked: dict[str, Any] = note
+    return checked
+
+
+def provenance(directory: Path, name: str, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says about its origin, for `require_provenance`.
+
+    Args:
+        directory: of the checkpoints.
+        name: of the checkpoint.
+        config: of the run.
+
+    Returns:
+        "settings" it was trained with, and "after": the digests of the earlier stages' checkpoints.
+    """
+    return {"settings": trained_settings(config, name), "after": _digests_before(directory, name)}
+
+
+def require_provenance(directory: Path, name: str, config: TrainConfig, about: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to this run and was trained with its settings.
+
+    Args:
+        directory: of the checkpoints.
+        name: of the checkpoint.
+        config: of the run, as its file says now.
+        about: of the checkpoint.
+
+    Raises:
+        UserError: another run's checkpoint, or an edited setting, by name.
+    """
+    source, trained, current = directory / f"{name}.json", about.get("settings", {}), trained_settings(config, name)
+    for setting in sorted(trained.keys() & current.keys()):
+        if trained[setting] != current[setting]:
+            raise UserError(
+                f"the checkpoint {source} was trained with `{setting}` = {json.dumps(trained[setting])}, config.json "
+                f"says {json.dumps(current[setting])}; set it back, or train a new run"
+            )
+    before, after = _digests_before(directory, name), about.get("after", {})
+    for stage in sorted(before.keys() & after.keys()):
+        if before[stage] != after[stage]:
+            raise UserError(
+                f"the checkpoint {source} belongs to another run: it continued another {stage}; "
+                "delete it, then continue the run with `anomem train --resume`"
+            )
+
+
+def _digests_before(directory: Path, name: str) -> dict[str, str]:
+    """Stage -> digest of its tensors, for the stages before this checkpoint."""
+    notes = {stage: _read_note(directory / f"{stage}.json") for stage in STAGES if stage < name or name not in STAGES}
+    return {stage: note["sha256"] for stage, note in notes.items() if note is not None}
+
+
+def _tensor_file(name: str, step: int) -> str:
+    return f"{name}-{step:08d}.safetensors"
+
+
+def _digest(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor with NaN or infinity."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            return name
+    return None
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, source: Path) -> None:
@@ -102,7 +220,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, s
         source: the checkpoint, for messages.
 
     Raises:
-        UserError: a tensor is missing, superfluous or of another shape.
+        UserError: a tensor is missing, superfluous, of another shape or of another dtype.
     """
     current = module.state_dict()
     saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -115,7 +233,25 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, s
                 f"the checkpoint {source} is of another shape: `{prefix}{key}` expected {shape_of(value)}, "
                 f"received {shape_of(saved[key])}; use the configuration it was trained with"
             )
+        if value.dtype != saved[key].dtype:
+            raise UserError(
+                f"the checkpoint {source} is of another dtype: `{prefix}{key}` expected {value.dtype}, "
+                f"received {saved[key].dtype}; train a new run"
+            )
     module.load_state_dict(saved)
+
+
+def identity(images: Images) -> dict[str, Any]:
+    """What a resumed run compares the training images with: their number, and the names of streamed files.
+
+    The mean and the standard deviation of their channels are compared too; they are tensors of the model.
+    """
+    paths = getattr(getattr(images, "dataset", None), "paths", None)
+    names = None if paths is None else "\n".join("/".join(path.parts[-2:]) for path in paths)
+    return {
+        "count": len(images),
+        "names": None if names is None else hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+    }
 
 
 class StageState:
@@ -126,6 +262,8 @@ class StageState:
         modules: the trained ones, by name.
         optimizer: of their parameters.
         generator: the stage's only source of randomness besides the order of the images.
+        images: the training images; a resumed run must have the same.
+        config: of the run.
         run: its checkpoints are used; None writes no checkpoint.
     """
 
@@ -135,41 +273,91 @@ class StageState:
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
+        images: Images,
+        config: TrainConfig,
         run: RunDirectory | None,
     ) -> None:
         self.name, self.modules, self.optimizer, self.generator = name, modules, optimizer, generator
+        self.config = config
         self.directory = None if run is None else run.checkpoints
+        self.identity = identity(images) if run is not None else {}
+        self.saved = time.monotonic()
 
     def restore(self) -> int:
         """Load the checkpoint if there is one; returns the number of steps done.
 
         Raises:
-            UserError: the checkpoint is damaged, or of another model.
+            UserError: the checkpoint is damaged, of another model, of other settings or of other training images.
         """
         checkpoint = None if self.directory is None else load_checkpoint(self.directory, self.name)
         if checkpoint is None or self.directory is None:
             return 0
-        source = self.directory / f"{self.name}.json"
+        source, tensors = self.directory / f"{self.name}.json", checkpoint.tensors
+        require_provenance(self.directory, self.name, self.config, checkpoint.about)
+        self._require_same_images(checkpoint)
         for name, module in self.modules.items():
-            load_module(module, checkpoint.tensors, f"{name}.", source)
+            load_module(module, tensors, f"{name}.", source)
         for name, parameter in self._parameters():
-            momentum = checkpoint.tensors.get(f"momentum.{name}")
+            momentum = tensors.get(f"momentum.{name}")
             if momentum is not None:
+                if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
+                    raise UserError(
+                        f"the checkpoint {source} is damaged: `momentum.{name}` expected {shape_of(parameter)} "
+                        f"{parameter.dtype}, received {shape_of(momentum)} {momentum.dtype}; "
+                        "delete it to start this stage anew"
+                    )
                 # In the layout of the parameter (channels-last), as before the checkpoint was written.
                 buffer = torch.empty_like(parameter.detach()).copy_(momentum)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        self.generator.set_state(checkpoint.tensors["generator"])
+        try:
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint {source} has no state of the {self.generator.device.type} generator ({error}); "
+                "continue on the device it was trained on, or delete it to start this stage anew"
+            ) from error
         return checkpoint.step
 
-    def due(self, done: int, steps: int, every: int) -> bool:
-        """Whether the checkpoint is due: every `every` steps (0: never) and after the last one.
+    def _require_same_images(self, checkpoint: Checkpoint) -> None:
+        trained = checkpoint.about.get("images", self.identity)
+        difference = None
+        if trained != self.identity:
+            difference = f"{trained['count']} then, {self.identity['count']} now"
+            if trained["count"] == self.identity["count"]:
+                difference = "other files"
+        for statistic in ("mean", "std"):
+            then = checkpoint.tensors.get(f"model.{statistic}")
+            now = None if then is None else self.modules["model"].get_buffer(statistic).cpu()
+            if then is not None and now is not None and then.shape == now.shape and not torch.allclose(then, now):
+                difference = difference or "other pixels"
+        if difference is not None:
+            raise UserError(
+                f"the training images are not those the run began with ({difference}); "
+                "restore them, or train a new run in another directory"
+            )
+
+    def step_done(self, done: int, steps: int, monitor: Monitor, request: Request) -> None:
+        """Write the checkpoint where it is due: every so many minutes or steps, after the last step, before a stop.
 
         Args:
             done: steps done.
             steps: steps of the stage.
-            every: steps between checkpoints.
+            monitor: writes its rows up to this step first.
+            request: of a signal.
+
+        Raises:
+            Interrupted: a signal has asked to stop; the state is saved.
+            UserError: a weight is not finite, or the checkpoint cannot be written.
         """
-        return self.directory is not None and (done == steps or (every > 0 and done % every == 0))
+        run = self.config.run
+        minutes = (time.monotonic() - self.saved) / 60
+        by_steps = run.checkpoint_every > 0 and done % run.checkpoint_every == 0
+        by_time = 0 < run.checkpoint_minutes <= minutes
+        if self.directory is not None and (done == steps or by_steps or by_time or request.signal is not None):
+            monitor.flush()
+            self.save(done)
+        if request.signal is not None:
+            raise Interrupted(request.signal)
 
     def save(self, done: int) -> None:
         """Write everything that the stage needs to resume with identical bits.
@@ -186,7 +374,9 @@ class StageState:
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{name}"] = momentum
-        save_checkpoint(self.directory, self.name, done, {**tensors, "generator": self.generator.get_state()})
+        about = {**provenance(self.directory, self.name, self.config), "images": self.identity}
+        save_checkpoint(self.directory, self.name, done, {**tensors, "generator": self.generator.get_state()}, about)
+        self.saved = time.monotonic()
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names in the checkpoint, and parameters."""

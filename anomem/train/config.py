@@ -9,6 +9,8 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -18,12 +20,22 @@ from anomem.data import DataConfig
 from anomem.errors import UserError
 from anomem.models import ModelConfig
 from anomem.reference.contrast import Negatives
-from anomem.scoring import ScoreConfig
+from anomem.scoring import FillConfig, ScoreConfig
 from anomem.validation import require, require_choice, require_count, require_number, require_positive_number
 
 T = TypeVar("T")
-Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder"]
+Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv"]
 FirstPrototypes = Literal["normal", "features"]
+EXECUTION = frozenset(
+    (
+        "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
+        "run.device", "run.threads", "run.channels_last", "run.compile", "run.log_every", "run.checkpoint_every",
+        "run.checkpoint_minutes", "run.tensorboard",
+    )
+)  # fmt: skip
+"""Settings that may change between a run's parts: where and how it executes."""
+STEPS = 2**31
+"""Upper bound of steps and seeds: a permutation's seed holds both in 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,11 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require_positive_number(self.temperature, "loss.temperature")
+        require(1e-4 <= self.temperature <= 1e4, "loss.temperature", "a number from 1e-4 to 1e4", self.temperature)
         require_number(self.variance_weight, "loss.variance_weight")
-        require(self.variance_weight >= 0, "loss.variance_weight", "a number ≥ 0", self.variance_weight)
+        require(
+            0 <= self.variance_weight <= 1e6, "loss.variance_weight", "a number ≥ 0, up to 1e6", self.variance_weight
+        )
         require_choice(self.negatives, "loss.negatives", get_args(Negatives))
         require(0 < self.ratio <= 1, "loss.ratio", "a part of the positions in (0, 1]", self.ratio)
         require_count(self.max_positions, "loss.max_positions", 1)
@@ -76,14 +91,17 @@ class OptimizerConfig:
     """Largest gradient norm; None clips nothing."""
 
     def __post_init__(self) -> None:
-        require_count(self.steps, f"{self.section}.steps", 1)
+        require_count(self.steps, f"{self.section}.steps", 1, STEPS)
         enough = isinstance(self.batch_size, int) and self.batch_size >= 2
         hint = "the contrast needs another image"
         require(enough, f"{self.section}.batch_size", "an integer ≥ 2", self.batch_size, hint)
+        require_count(self.batch_size, f"{self.section}.batch_size", 2, STEPS)
         require_positive_number(self.learning_rate, f"{self.section}.learning_rate")
+        require(self.learning_rate <= 100, f"{self.section}.learning_rate", "a number up to 100", self.learning_rate)
         require(0 < self.momentum < 1, f"{self.section}.momentum", "a number in (0, 1)", self.momentum)
         require_number(self.weight_decay, f"{self.section}.weight_decay")
-        require(self.weight_decay >= 0, f"{self.section}.weight_decay", "a number ≥ 0", self.weight_decay)
+        decay = self.weight_decay
+        require(0 <= decay <= 100, f"{self.section}.weight_decay", "a number ≥ 0, up to 100", decay)
         require_count(self.warmup, f"{self.section}.warmup", 0)
         if self.clip is not None:
             require_positive_number(self.clip, f"{self.section}.clip")
@@ -117,9 +135,9 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         require_number(self.margin, "stage2.margin")
-        require(self.margin > 1, "stage2.margin", "a number > 1", self.margin)
-        require_count(self.hidden, "stage2.hidden", 1)
-        require_count(self.embedding, "stage2.embedding", 1)
+        require(1 < self.margin <= 1e4, "stage2.margin", "a number > 1, up to 1e4", self.margin)
+        require_count(self.hidden, "stage2.hidden", 1, 4096)
+        require_count(self.embedding, "stage2.embedding", 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -142,15 +160,21 @@ class RunConfig:
     """Compile the encoder."""
     log_every: int = 10
     """Steps between log rows."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints within a stage; 0 counts no minutes. One is written at the end of each stage."""
     checkpoint_every: int = 0
-    """Steps between checkpoints within a stage; 0 writes one at the end of each stage."""
+    """Steps between checkpoints within a stage, besides; 0 counts no steps."""
     tensorboard: bool = False
     """Also write TensorBoard logs."""
 
     def __post_init__(self) -> None:
+        require_count(self.seed, "run.seed", 0, STEPS)
         if self.threads is not None:
             require_count(self.threads, "run.threads", 1)
+            require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
         require_count(self.log_every, "run.log_every", 1)
+        require_number(self.checkpoint_minutes, "run.checkpoint_minutes")
+        require(self.checkpoint_minutes >= 0, "run.checkpoint_minutes", "a number ≥ 0", self.checkpoint_minutes)
         require_count(self.checkpoint_every, "run.checkpoint_every", 0)
 
 
@@ -188,7 +212,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice(self.prototypes_from, "prototypes_from", get_args(FirstPrototypes))
         require_number(self.synthetic_outliers, "synthetic_outliers")
-        require(self.synthetic_outliers >= 0, "synthetic_outliers", "a ratio ≥ 0", self.synthetic_outliers)
+        require(
+            0 <= self.synthetic_outliers <= 100, "synthetic_outliers", "a ratio from 0 to 100", self.synthetic_outliers
+        )
 
     @property
     def has_stage2(self) -> bool:
@@ -196,11 +222,44 @@ class TrainConfig:
         return self.stage2.enabled and (self.data.outlier_ratio > 0 or self.synthetic_outliers > 0)
 
 
+@dataclass(frozen=True)
+class FitConfig:
+    """A detector that is fitted without training: a frozen encoder, filled memories, a calibrated decision.
+
+    Example:
+        >>> config = FitConfig(data=DataConfig("folder", root="photos"), alpha=0.005)
+        >>> fit_run(config)
+    """
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(dataset="folder", normal=""))
+    """Images and their split."""
+    encoder: str = "auto"
+    """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained; auto takes efficientnet_lite0
+    where its weights are installed, else small."""
+    weights: str = "default"
+    """The encoder's own weights, a .safetensors or .pth file of them, or "none" for random ones: a control."""
+    scales: tuple[str, ...] = ()
+    """Scales by the encoder's own names or by stride; empty for the encoder's own choice."""
+    labels: str | None = None
+    """Folder of images with defects to learn from; DIR/anomalous where there is one."""
+    fill: FillConfig = field(default_factory=FillConfig)
+    """Filled memories and their scores."""
+    alpha: float = 0.01
+    """False-alarm rate of the verdict: about this part of normal images is called anomalous."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Execution."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.alpha < 1, "alpha", "a rate between 0 and 1", self.alpha)
+        require(self.encoder != "", "encoder", "a name", repr(self.encoder))
+
+
 def preset(name: str) -> TrainConfig:
     """The preset of a data set.
 
     digits and textures: the small encoder and a hundred-odd steps, seconds to minutes on a CPU. cifar10, cifar100:
-    the paper's setting (ResNet-18 and batches of 1024; 200 epochs of a class). folder: ResNet-18 on 128 pixels.
+    the paper's setting (ResNet-18 and batches of 1024; 200 epochs of a class). folder, elpv: the small encoder on 64
+    pixels with light augmentation; `anomem fit` is faster and, with a pretrained encoder, better.
 
     Args:
         name: as in `DataConfig.dataset`.
@@ -218,14 +277,18 @@ def preset(name: str) -> TrainConfig:
             augment=augment,
             optimizer=OptimizerConfig(steps=40, batch_size=64),
         )
-    folder = name == "folder"
+    if name in ("folder", "elpv"):
+        return TrainConfig(
+            data=DataConfig(dataset=name, normal="" if name == "folder" else "mono", image_size=64),
+            augment=AugmentConfig.light(),
+            optimizer=OptimizerConfig(batch_size=64),
+            run=RunConfig(checkpoint_every=100),
+        )
     return TrainConfig(
         data=DataConfig(dataset=name, normal="0"),
         augment=augment,
         model=ModelConfig(backbone="resnet18", prototypes=(256,)),
-        optimizer=OptimizerConfig(
-            steps=1000, batch_size=128 if folder else 1024, learning_rate=0.05 if folder else 0.1, warmup=50
-        ),
+        optimizer=OptimizerConfig(steps=1000, batch_size=1024, learning_rate=0.1, warmup=50),
         stage2=Stage2Config(optimizer=Stage2OptimizerConfig(steps=300)),
         run=RunConfig(channels_last=True, checkpoint_every=100),
     )
@@ -270,16 +333,66 @@ def load_config(kind: type[T], path: Path) -> T:
     Raises:
         UserError: no such file, no JSON, an unknown key or a wrong value.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"the configuration {path} is not JSON: {error}") from error
+    values = read_json(path)
     try:
         return from_dict(kind, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, or is not JSON (NaN and infinity are not).
+    """
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse)
+    # RecursionError: thousands of brackets. UnicodeDecodeError is a ValueError.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; restore the file, or train a new run") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around anything that reads a file: one that cannot be read becomes one sentence.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def trained_settings(config: TrainConfig, stage: str) -> dict[str, Any]:
+    """The settings on which the result of a stage depends, by dotted name; a checkpoint keeps and checks them.
+
+    Args:
+        config: of the run.
+        stage: "stage1", "stage2" or "scorer".
+    """
+    later = {"stage1": ("stage2", "score"), "stage2": ("score",)}.get(stage, ())
+    flat = {}
+    for section, values in to_dict(config).items():
+        if section not in later:
+            flat.update({section: values} if not isinstance(values, dict) else _dotted(section, values))
+    return {name: value for name, value in flat.items() if name not in EXECUTION}
+
+
+def _dotted(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{section}.{name}"
+        flat.update(_dotted(where, value) if isinstance(value, dict) else {where: value})
+    return flat
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a number")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

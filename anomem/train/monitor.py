@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ class _Late:
             self.copied = torch.cuda.Event()
             self.copied.record(torch.cuda.current_stream(values.device))
 
+    @property
+    def ready(self) -> bool:
+        """Whether reading them waits for nothing."""
+        return self.copied is None or self.copied.query()
+
     def read(self) -> list[float]:
         """The numbers."""
         if self.copied is not None:
@@ -49,7 +55,9 @@ class _Late:
 
 
 class Monitor:
-    """Logs one stage. The host reads the values of a row when the next one is due, so that logging never waits.
+    """Logs one stage. The host reads the values of a row when they have arrived, so that logging never waits.
+
+    The first step is shown as soon as it is done, with the expected time; only there the host waits for the device.
 
     Args:
         run: its log gets the rows; None writes no log.
@@ -60,7 +68,7 @@ class Monitor:
         quiet: show nothing.
 
     Raises:
-        UserError: a loss is not finite (noticed one row late), or TensorBoard is configured and not installed.
+        UserError: a loss is not finite, or TensorBoard is configured and not installed.
     """
 
     def __init__(
@@ -76,9 +84,13 @@ class Monitor:
         self.run, self.stage, self.start, self.steps, self.every = run, stage, start, steps, config.log_every
         self.quiet = quiet
         self.pending: tuple[dict[str, Any], tuple[str, ...], _Late] | None = None
+        self.estimated = False
         self.images = 0
         self.began = self.last = time.perf_counter()
-        self.writer = _tensorboard(run) if config.tensorboard and run is not None else None
+        self.writer = None
+        if config.tensorboard and run is not None:
+            with writing(run.tensorboard):
+                self.writer = tensorboard_writer()(str(run.tensorboard))
         if run is not None and start < steps:  # after a complete stage come the rows of the next one: keep those
             run.keep_rows(stage, start)
         self.display = None if quiet or not sys.stdout.isatty() else Display(stage, start, steps)
@@ -96,24 +108,31 @@ class Monitor:
                 self.flush()
         finally:
             if self.display is not None:
-                self.display.live.stop()
+                with suppress(OSError):
+                    self.display.live.stop()
             if self.writer is not None:
                 self.writer.close()
 
     def due(self, step: int, images: int) -> bool:
-        """Count a step as done; True when a row is due.
+        """Count a step as done; True when a row is due, or when the first step is to be shown.
 
         Args:
             step: 0 … steps − 1.
             images: training images in its batch.
         """
         self.images += images
+        if self.pending is not None and self.pending[2].ready:
+            self.flush()
         if self.display is not None:
             self.display.update(step + 1)
-        return (step + 1) % self.every == 0 or step + 1 == self.steps
+        return self._has_row(step + 1) or (step == self.start and not self.quiet)
+
+    def _has_row(self, done: int) -> bool:
+        """Whether the log gets a row after so many steps; the same in a resumed run."""
+        return done % self.every == 0 or done == self.steps
 
     def log(self, step: int, rate: float, values: Values) -> None:
-        """Queue the copy of a row's values to the host; they are read when the next row is due.
+        """Queue the copy of a row's values to the host; they are read when they have arrived.
 
         Args:
             step: 0 … steps − 1.
@@ -131,6 +150,8 @@ class Monitor:
         }
         self.pending = (row, tuple(values), _Late(torch.stack([v.detach().float() for v in values.values()])))
         self.images, self.last = 0, now
+        if self.pending[2].ready or step == self.start:
+            self.flush()
 
     def flush(self) -> None:
         """Read the values of the pending row and write it."""
@@ -144,26 +165,40 @@ class Monitor:
                 f"{self.stage}: the loss is not finite at step {row['step']} ({values['loss']}); check the images, "
                 f"or lower --{'stage2.' if self.stage == 'stage2' else ''}optimizer.learning-rate"
             )
-        if self.run is not None:
+        if self.run is not None and self._has_row(row["step"]):
             self.run.add_row({**row, **values})
-        if self.writer is not None:
+        if self.writer is not None and self._has_row(row["step"]):
             for name, value in {**values, "learning_rate": row["learning_rate"]}.items():
                 self.writer.add_scalar(f"{self.stage}/{name}", value, row["step"])
-        self._show(row, values)
+        try:
+            self._show(row, values)
+        except OSError:  # the terminal or the reader has gone: the training goes on, its log is in the run directory
+            self.quiet, self.display = True, None
 
     def _show(self, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
         terms = by_name(values)
         speed = f"{row['images_per_second']:.0f} images/s"
+        remaining = row["seconds"] / max(row["step"] - self.start, 1) * (self.steps - row["step"])
         if self.display is not None:
             self.display.terms = {name: numbers for name, numbers in terms.items() if name != "loss"}
             self.display.update(loss=f"loss {values['loss']:.3g}", speed=speed)
+            if not self.estimated and remaining >= 60:
+                self.display.live.console.print(f"{self.stage}: {self.steps} steps, about {duration(remaining)}")
         elif not self.quiet:
-            done, left = row["step"] - self.start, self.steps - row["step"]
-            remaining = row["seconds"] / max(done, 1) * left
             line = "  ".join(
                 f"{name} {' '.join(f'{v:.3g}' for v in numbers.values())}" for name, numbers in terms.items()
             )
-            print(f"{self.stage} {row['step']}/{self.steps}  {line}  {speed}  {remaining:.0f} s left", flush=True)
+            left = f"{'' if self.estimated else 'about '}{duration(remaining)} left"
+            print(f"{self.stage} {row['step']}/{self.steps}  {line}  {speed}  {left}", flush=True)
+        self.estimated = True
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class Display:
@@ -224,10 +259,17 @@ def by_name(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return grouped
 
 
-def _tensorboard(run: RunDirectory) -> Any:
+def tensorboard_writer() -> Any:
+    """The class that writes TensorBoard files.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(f"TensorBoard logs need the package tensorboard, which cannot be imported ({error})") from error
-    with writing(run.tensorboard):
-        return SummaryWriter(str(run.tensorboard))
+        raise UserError(
+            f"TensorBoard logs need the package tensorboard, which cannot be imported ({error}); install it, or leave "
+            "out --run.tensorboard"
+        ) from error
+    return SummaryWriter

@@ -45,7 +45,8 @@ class Views:
         """
         x = images.float() / 255
         normal = None if self.is_normal is None else self.is_normal[index]
-        outliers = round(self.synthetic * len(x))
+        # At least one, as with labelled anomalies: stage 2 learns nothing from a batch without.
+        outliers = max(1, round(self.synthetic * len(x))) if self.synthetic > 0 else 0
         if outliers:
             if normal is None:
                 normal = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -149,6 +150,8 @@ def memory_figures(model: AnoMem, sampled: Sequence[Tensor]) -> dict[str, Tensor
 def fill_memories(model: AnoMem, views: Tensor, is_normal: Tensor | None, generator: torch.Generator) -> None:
     """First prototypes from features of normal images, at every position of every scale.
 
+    A small batch without a normal image gives those of its anomalies: training moves them.
+
     Args:
         model: in training mode, so that the features equal those of the first step.
         views: [2B, C, H, W].
@@ -156,6 +159,7 @@ def fill_memories(model: AnoMem, views: Tensor, is_normal: Tensor | None, genera
         generator: source of randomness.
     """
     maps = model(views)
+    every = is_normal is None or not bool(is_normal.any())
     for query, memory in zip(model.queries(maps), model.memories, strict=True):
-        normals = query if is_normal is None else query[is_normal.repeat(2)]
+        normals = query if every or is_normal is None else query[is_normal.repeat(2)]
         memory.fill(normals.flatten(0, 1).float(), generator)

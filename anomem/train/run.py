@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from anomem import backends
 from anomem.data import Task, load_task
-from anomem.errors import UserError
+from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, DeviationHead, Encoder, build_model, describe
-from anomem.scoring import Scorer, fit_scorer
-from anomem.train.checkpoint import load_checkpoint, load_module, save_checkpoint
-from anomem.train.config import RunConfig, TrainConfig
-from anomem.train.rundir import RunDirectory
+from anomem.models.encoders import SMALL_IMAGE
+from anomem.scoring import Scorer, fit_scorer, useless_scores
+from anomem.scoring.detector import kept_features
+from anomem.scoring.scorer import alignment_of
+from anomem.train.checkpoint import (
+    load_checkpoint,
+    load_module,
+    provenance,
+    require_provenance,
+    save_checkpoint,
+    saved_step,
+)
+from anomem.train.config import FitConfig, RunConfig, TrainConfig
+from anomem.train.monitor import tensorboard_writer
+from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
+from anomem.train.stopping import Interrupted, stopping_at_once
 from anomem.validation import require
 
 SCORER = "scorer"
+PROBE = 256
+"""Largest number of training images whose scores decide whether a run is complete."""
 
 
 def train(
@@ -37,7 +54,9 @@ def train(
         The run directory.
 
     Raises:
-        UserError: the directory already holds a run, data are missing, or a setting does not fit the data.
+        UserError: the directory already holds a run or is being trained, data are missing, a setting does not fit the
+            data, or the trained model is useless.
+        Interrupted: a signal stopped the training; the state is saved.
 
     Example:
         >>> run = train(preset("digits"))
@@ -58,8 +77,9 @@ def train(
     # Task and model first: where one of them cannot be made, no folder is left behind.
     task = task or load_task(config.data)
     model = model_for(config, task, encoder)
-    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None])
-    _complete(run, config, task, model, quiet)
+    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None], task.trained_on)
+    with _stoppable(run), run.claimed():
+        _complete(run, config, task, model, quiet)
     return run.path
 
 
@@ -73,14 +93,20 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
         quiet: show nothing.
 
     Raises:
-        UserError: no run there, a damaged checkpoint, or a task or an encoder is missing.
+        UserError: no run there, one that is being trained, a damaged checkpoint, an edited setting, other training
+            images, or a task or an encoder is missing.
+        Interrupted: a signal stopped the training; the state is saved.
     """
     run, config = RunDirectory.open(path)
-    if load_checkpoint(run.checkpoints, SCORER) is None:
-        run.require_given("resume", task=task, encoder=encoder)
-        prepare(config)
-        task = task or load_task(config.data)
-        _complete(run, config, task, model_for(config, task, encoder), quiet)
+    if _finished(run, config):
+        return run.path
+    run.require_given("resume", task=task, encoder=encoder)
+    with _stoppable(run), run.claimed():
+        # Read again: the process that held the claim before may have finished the run.
+        if not _finished(run, config):
+            prepare(config)
+            task = task or load_task(config.data, run.split())
+            _complete(run, config, task, model_for(config, task, encoder), quiet)
     return run.path
 
 
@@ -92,23 +118,27 @@ def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
         encoder: one like that given to `train`, if any; the run's weights are loaded into it.
 
     Raises:
-        UserError: no run there, an unfinished one, a damaged checkpoint, or the encoder is missing.
+        UserError: no run there, an unfinished one, a checkpoint that is damaged, of another run or of other settings,
+            or the encoder is missing.
     """
     run, config = RunDirectory.open(path)
     run.require_given("load_scorer", encoder=encoder)
     checkpoint = load_checkpoint(run.checkpoints, SCORER)
     if checkpoint is None:
         raise UserError(f"the run {path} is not finished; continue it with `anomem train --resume {path}`")
+    about, source = checkpoint.about, run.checkpoints / f"{SCORER}.json"
+    require_provenance(run.checkpoints, SCORER, config, about)
     prepare(config)
-    about = checkpoint.about
-    channels = int(about["channels"])
-    height, width = about["image_size"]
+    try:
+        channels, (height, width) = int(about["channels"]), about["image_size"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {source} is damaged ({error}); delete it, then resume the run") from error
     # Mean and standard deviation of the images are among the tensors.
     model = build_model(config.model, (height, width), channels, [0.0] * channels, [1.0] * channels, encoder=encoder)
     model.to(device_of(config.run))
     head = head_for(config, model) if config.has_stage2 else None
     scorer = Scorer(model, about["alignment"], config.score, head)
-    load_module(scorer, checkpoint.tensors, "", run.checkpoints / f"{SCORER}.json")
+    load_module(scorer, checkpoint.tensors, "", source)
     return scorer
 
 
@@ -124,7 +154,9 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     run, config = RunDirectory.open(path)
     run.require_given("anomem.evaluate.report", task=None)
     scorer = load_scorer(path)
-    task = load_task(config.data)
+    for folder in (run.path, run.figures):
+        remove_leftovers(folder, older_than=3600)
+    task = load_task(config.data, run.split())
     if not len(task.test):
         raise UserError(
             f"the run {path} has no test images to measure: expected normal and anomalous ones in folders of "
@@ -133,8 +165,14 @@ def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     return run, config, task.to(device_of(config.run)), scorer
 
 
-def prepare(config: TrainConfig) -> None:
-    """Process-wide settings of a run."""
+def prepare(config: TrainConfig | FitConfig) -> None:
+    """Process-wide settings of a run, and a look for the packages it will need.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    if config.run.tensorboard:
+        tensorboard_writer()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
 
@@ -180,22 +218,26 @@ def train_task(
     if config.has_stage2:
         head = head_for(config, model)
         train_stage2(model, head, task.train, is_normal, config, run, quiet=quiet)
-    return fit_scorer(
-        model,
-        task.train,
-        task.train_is_normal,
-        aligned=task.aligned,
-        augment=config.augment,
-        config=config.score,
-        head=head,
-    )
+    if not quiet:
+        print(f"fitting the scores to {len(task.train)} images and {config.score.copies} copies of each", flush=True)
+    with enough_memory("--score.batch-size, --score.detector-megabytes or --data.image-size"):
+        return fit_scorer(
+            model,
+            task.train,
+            task.train_is_normal,
+            aligned=task.aligned,
+            augment=config.augment,
+            config=config.score,
+            head=head,
+        )
 
 
 def model_for(config: TrainConfig, task: Task, encoder: Encoder | None = None) -> AnoMem:
     """A fresh model for a task, on the device of the run, with your own encoder if one is given."""
     images = task.train
-    model = build_model(config.model, images.size, images.channels, task.mean, task.std, config.run.seed, encoder)
-    model.to(device_of(config.run))
+    with enough_memory("--model.prototypes, --model.projection or --data.image-size"):
+        model = build_model(config.model, images.size, images.channels, task.mean, task.std, config.run.seed, encoder)
+        model.to(device_of(config.run))
     for features in model.features:  # raises where the implementation cannot run, before anything is written
         backends.choose(backends.Problem("retrieve", model.device.type, torch.float32, features), config.model.impl)
     return model
@@ -210,14 +252,67 @@ def head_for(config: TrainConfig, model: AnoMem) -> DeviationHead:
     return head.to(model.device)
 
 
+def _finished(run: RunDirectory, config: TrainConfig) -> bool:
+    checkpoint = load_checkpoint(run.checkpoints, SCORER)
+    if checkpoint is not None:
+        require_provenance(run.checkpoints, SCORER, config, checkpoint.about)
+    return checkpoint is not None
+
+
+@contextmanager
+def _stoppable(run: RunDirectory) -> Iterator[None]:
+    """Around a training: a signal ends it with the sentence that says what was saved and how to continue."""
+    try:
+        with stopping_at_once():
+            yield
+    except KeyboardInterrupt as stop:
+        if not run.config_file.exists():
+            raise
+        state = "no checkpoint yet: it will begin anew"
+        for stage in STAGES:
+            with suppress(UserError):
+                step = saved_step(run.checkpoints, stage)
+                state = state if step is None else f"{stage} is saved up to step {step}"
+        command = f"anomem train --resume {shlex.quote(str(run.path))}"
+        raise Interrupted(getattr(stop, "signal", 2), f"stopped; {state}; continue with `{command}`") from None
+
+
+def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem) -> None:
+    """Print what decides the time and the memory of a run, before it begins."""
+    if config.model.backbone != "small" and config.model.stem == "auto" and max(task.train.size) <= SMALL_IMAGE:
+        print(f"stem: small, because images of up to {SMALL_IMAGE} pixels keep their resolution; standard is faster")
+    alignment = alignment_of(config.score, task.aligned)
+    positions = [height * width for height, width in model.encoder.sizes]
+    if alignment == "per_position":
+        kept = kept_features(positions, model.features, config.score.detector_megabytes)
+        numbers = sum(p * d**2 for p, d in zip(positions, kept, strict=True))
+        channels = "" if kept == model.features else f"; channels projected from {model.features} to {kept}"
+        print(f"detector: one Gaussian per position, {numbers * 12 / 1e9:.2g} GB while it is fitted{channels}")
+    stages = f"{config.optimizer.steps} steps"
+    if config.has_stage2:
+        stages += f", then {config.stage2.optimizer.steps} of stage 2"
+    every = f" and every {config.run.checkpoint_minutes:g} min" if config.run.checkpoint_minutes else ""
+    print(f"training: {stages}; checkpoints in {run.checkpoints} at the end of each stage{every}", flush=True)
+
+
 def _complete(run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem, quiet: bool) -> None:
     if not quiet:
         print(f"{task.name}: {len(task.train)} training images, {len(task.test)} test images")
-        print(describe(model), flush=True)
-    scorer = train_task(config, task.to(model.device), model, run, quiet=quiet)
+        print(describe(model))
+        _say_what_costs(run, config, task, model)
+    task = task.to(model.device)
+    scorer = train_task(config, task, model, run, quiet=quiet)
+    useless = useless_scores(scorer, task.train, PROBE)
+    if useless:
+        raise UserError(
+            f"the run {run.path} is not complete: the scores of its own training images are {useless}; the training "
+            "has diverged or collapsed: train a new run with a lower --optimizer.learning-rate (of stage 2: "
+            "--stage2.optimizer.learning-rate)"
+        )
     about = {
         "image_size": list(task.train.size),
         "channels": task.train.channels,
         "alignment": scorer.detector.alignment,
+        **provenance(run.checkpoints, SCORER, config),
     }
     save_checkpoint(run.checkpoints, SCORER, config.optimizer.steps, scorer.state_dict(), about)

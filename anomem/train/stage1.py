@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from anomem.data import Images
+from anomem.errors import enough_memory
 from anomem.models import AnoMem
 from anomem.train.batches import apply_gradients, autocast, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
@@ -29,6 +30,9 @@ from anomem.train.objective import (
     scale_criterion,
 )
 from anomem.train.rundir import RunDirectory
+from anomem.train.stopping import stopping_after_the_step
+
+MEMORY = "--optimizer.batch-size, --data.image-size or --loss.max-positions"
 
 
 def train_stage1(
@@ -51,7 +55,8 @@ def train_stage1(
         quiet: show nothing.
 
     Raises:
-        UserError: a damaged checkpoint, or a loss that is not finite.
+        UserError: a damaged checkpoint, a loss or a weight that is not finite, or out of memory.
+        Interrupted: a signal asked to stop; the state is saved if there is a run.
     """
     settings, seed = config.optimizer, config.run.seed
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -59,10 +64,14 @@ def train_stage1(
     criterion = scale_criterion(config.loss, config.model.impl)
     weights = [*model.encoder.parameters(), *model.projections.parameters()]
     optimizer = build_optimizer(settings, weights, model.memories.parameters())
-    state = StageState("stage1", {"model": model}, optimizer, generator, run)
+    state = StageState("stage1", {"model": model}, optimizer, generator, images, config, run)
     start = state.restore()
     model.train()
-    with Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet) as monitor:
+    with (
+        enough_memory(MEMORY),
+        Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet) as monitor,
+        stopping_after_the_step() as request,
+    ):
         # A batch is uint8 and on the device already: resident sets are indexed there, streamed ones copy from pinned
         # memory while the device still works on the step before.
         for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps):
@@ -85,10 +94,8 @@ def train_stage1(
             with record_function("anomem.optimizer"):
                 apply_gradients(optimizer, settings, step)
             if monitor.due(step, len(batch)):
-                # No `loss.item()`: it would wait for the device. The host reads these values one row later.
+                # No `loss.item()`: it would wait for the device. The host reads these values once they have arrived.
                 rate = learning_rate(settings, step)
                 monitor.log(step, rate, {"loss": loss, **terms, **memory_figures(model, sampled)})
-            if state.due(step + 1, settings.steps, config.run.checkpoint_every):
-                monitor.flush()
-                state.save(step + 1)
+            state.step_done(step + 1, settings.steps, monitor, request)
     model.eval()

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from anomem import functional as AF
 from anomem.data import Images
+from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
 from anomem.train.batches import apply_gradients, autocast, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
@@ -21,7 +22,10 @@ from anomem.train.config import TrainConfig
 from anomem.train.monitor import Monitor
 from anomem.train.objective import Views
 from anomem.train.rundir import RunDirectory
+from anomem.train.stopping import stopping_after_the_step
 from anomem.validation import require
+
+MEMORY = "--stage2.optimizer.batch-size or --data.image-size"
 
 
 def margin_objective(head: DeviationHead, deviations: list[Tensor], normal: Tensor, margin: float) -> Tensor:
@@ -60,7 +64,8 @@ def train_stage2(
 
     Raises:
         ArgumentError: normal images only and no synthetic outliers.
-        UserError: a damaged checkpoint, or a loss that is not finite.
+        UserError: a damaged checkpoint, a loss or a weight that is not finite, or out of memory.
+        Interrupted: a signal asked to stop; the state is saved if there is a run.
     """
     anomalies = is_normal is not None or config.synthetic_outliers > 0
     require(anomalies, "data.outlier_ratio", "labelled or synthetic anomalies for stage 2", "normal images only")
@@ -68,11 +73,15 @@ def train_stage2(
     generator = torch.Generator(model.device).manual_seed(seed + 1)
     views_of = Views(config, is_normal, generator)
     optimizer = build_optimizer(settings, head.parameters())
-    state = StageState("stage2", {"head": head}, optimizer, generator, run)
+    state = StageState("stage2", {"head": head}, optimizer, generator, images, config, run)
     start = state.restore()
     model.eval()
     head.train()
-    with Monitor(run, "stage2", start, settings.steps, config.run, quiet=quiet) as monitor:
+    with (
+        enough_memory(MEMORY),
+        Monitor(run, "stage2", start, settings.steps, config.run, quiet=quiet) as monitor,
+        stopping_after_the_step() as request,
+    ):
         # Uint8 and on the device already, as in stage 1.
         for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps):
             with record_function("anomem.augment"):
@@ -83,8 +92,10 @@ def train_stage2(
                     deviations = model.deviations(model(views))  # S × [B, P, d], at all positions
                 if step == 0:
                     # Under autocast, so that the unit of the deviations has the precision of training. The host waits
-                    # for it, once.
-                    head.fit_rms([[d[normal] for d in deviations]])
+                    # for it, once. A small batch may be without a normal image.
+                    normals = normal.cpu().nonzero().flatten()
+                    chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
+                    head.fit_rms([[d[chosen] for d in deviations]])
                 with record_function("anomem.margin"):
                     loss = margin_objective(head, deviations, normal, config.stage2.margin)
             with record_function("anomem.backward"):
@@ -92,9 +103,7 @@ def train_stage2(
             with record_function("anomem.optimizer"):
                 apply_gradients(optimizer, settings, step)
             if monitor.due(step, len(batch)):
-                # No `loss.item()`: it would wait for the device. The host reads the value one row later.
+                # No `loss.item()`: it would wait for the device. The host reads the value once it has arrived.
                 monitor.log(step, learning_rate(settings, step), {"loss": loss})
-            if state.due(step + 1, settings.steps, config.run.checkpoint_every):
-                monitor.flush()
-                state.save(step + 1)
+            state.step_done(step + 1, settings.steps, monitor, request)
     head.eval()

@@ -107,11 +107,12 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const Tensor& z, const Tensor& z_pair,
-                                                    const Tensor& inv_norm, const Tensor& total,
+                                                    const Tensor& loss, const Tensor& total, const Tensor& inv_norm,
                                                     const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair, temperature);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
   views.check_per_row(drows, "drows", z, rows);
+  views.check_per_row(loss, "rows", z, rows);
   views.check_per_row(inv_norm, "inv_norm", z, rows);
   views.check_per_row(total, "total", z, rows);
   const double value = value_of(temperature, tau);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const T
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features)}, views.sums);
   run(NtXentBackward{views.type, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
-                     drows.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
+                     drows.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
                      {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()}, tau_terms.mutable_data_ptr(),
                      workspace.mutable_data_ptr(), wave});
   // Each similarity counts in both of its rows.
@@ -143,13 +144,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns,
+                                                     const Tensor& loss, const Tensor& total,
                                                      const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
-                                                     const Tensor& total, const Tensor& positive,
-                                                     const OptionalTensor& exclude, const OptionalTensor& temperature,
-                                                     double tau) {
+                                                     const Tensor& positive, const OptionalTensor& exclude,
+                                                     const OptionalTensor& temperature, double tau) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   sides.check_per_row(dloss, "dloss", rows, r);
+  sides.check_per_row(loss, "loss", rows, r);
   sides.check_per_row(total, "total", rows, r);
   sides.check_per_row(inv_norm_rows, "inv_norm_rows", rows, r);
   sides.check_per_row(inv_norm_columns, "inv_norm_columns", rows, c);
@@ -158,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   Tensor workspace = empty({wave, info_nce_backward_workspace(r, c, sides.features)}, sides.sums);
   run(InfoNceBackward{sides.type, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
-                      dloss.const_data_ptr(), total.const_data_ptr(),
+                      dloss.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(),
                       {inv_norm_rows.const_data_ptr(), inv_norm_columns.const_data_ptr()},
                       positive.const_data_ptr<int64_t>(), optional_data<int64_t>(exclude),
                       {drows.mutable_data_ptr(), dcolumns.mutable_data_ptr()}, tau_terms.mutable_data_ptr(),

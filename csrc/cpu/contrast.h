@@ -30,11 +30,11 @@ struct NtXentBackward {
   Type type;
   int64_t groups, batch, features;
   double tau;
-  Rows view[2];                          // S [G, B, d] each
-  const void *dloss, *total, *inv_norm;  // T [G, 2B]
-  void* dview[2];                        // S [G, B, d], contiguous
-  void* tau_terms;                       // T [G, 2B], (1/tau) dU_i·u_i: the terms of the temperature's gradient
-  void* workspace;                       // T [wave, nt_xent_backward_workspace]
+  Rows view[2];                                 // S [G, B, d] each
+  const void *dloss, *loss, *total, *inv_norm;  // T [G, 2B]
+  void* dview[2];                               // S [G, B, d], contiguous
+  void* tau_terms;                              // T [G, 2B], (1/tau) dU_i·u_i: terms of the temperature's gradient
+  void* workspace;                              // T [wave, nt_xent_backward_workspace]
   int64_t wave;
 };
 
@@ -56,7 +56,7 @@ struct InfoNceBackward {
   int64_t groups, count[2], features;
   double tau;
   Rows side[2];                     // S [G, R, d] and [G, C, d]
-  const void *dloss, *total;        // T [G, R]
+  const void *dloss, *loss, *total;  // T [G, R]
   const void* inv_norm[2];          // T [G, R] and [G, C]
   const int64_t* positive;          // [R]
   Optional<const int64_t> exclude;  // [R]

@@ -2,11 +2,15 @@
 //
 // Grouped NT-Xent, l_i = lse_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau, on the upper triangle of the similarities: each
 // tile is exponentiated once a pass and serves the rows of both sides. With e_ij = exp(s_ij − shift),
-// dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j) − [j = i±B](dl_i + dl_j), a_i = dl_i exp(shift − lse_i).
+// dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j), a_i = dl_i exp(shift − lse_i), and at the positive j = i±B
+// W_ij = −(1 − P_ij) dl_i − (1 − P_ji) dl_j.
 //
-// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the
-// forward pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i − [j = positive_i] dl_i serves
-// both sides.
+// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the forward
+// pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i serves both sides; at the positive
+// W_ij = −(1 − P_ij) dl_i.
+//
+// The forward pass sums the negatives alone, and 1 − P of a positive comes from its loss: where the positive dominates
+// its row, P − 1 would be the difference of nearly equal numbers.
 #pragma once
 
 #include "cpu/contrast.h"
@@ -83,7 +87,7 @@ struct NtXentForwardRun {
     positive_terms(scale, features, unit(place).from(span.first, features), positives.packed(span.count), terms);
     for (int64_t i = 0; i < span.count; ++i) {
       const int64_t row = span.first + i;
-      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], rows == 2, loss + row, total + row);
+      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], false, loss + row, total + row);
     }
   }
 
@@ -122,6 +126,10 @@ struct NtXentBackwardRun {
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+  // dl_i (1 − P_ij) for the positive j.
+  T pull(int64_t group, int64_t i) const {
+    return dloss(group)[i] * missing_weight(static_cast<const T*>(arguments.loss)[group * rows + i]);
+  }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, kRowPadding, rows);
@@ -154,7 +162,7 @@ struct NtXentBackwardRun {
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, positive = row < batch ? row + batch : row - batch;
       const int64_t j = positive - column_span.first;
-      if (j >= 0 && j < column_span.count) w[i * kWeightsStride + j] -= dloss(group)[row] + dloss(group)[positive];
+      if (j >= 0 && j < column_span.count) w[i * kWeightsStride + j] = -pull(group, row) - pull(group, positive);
     }
     add_gradients(t, w, both, both, !diagonal);
   }
@@ -171,13 +179,11 @@ struct NtXentBackwardRun {
     const Span span(block, kRowPadding, rows);
     T* tau_terms = static_cast<T*>(arguments.tau_terms) + group * rows;
     const T* gradient = side(place).gradient;
-    // One pair: its loss is constant. Multiplying by 0 keeps NaN.
-    const T factor = rows == 2 ? T{0} : static_cast<T>(1 / arguments.tau);
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int side = i >= batch;
       S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
-      tau_terms[i] = unnormalize_gradient(gradient + i * padded_features, factor, x(group, i), inv_norm(group, i),
-                                          features, dx);
+      tau_terms[i] = unnormalize_gradient(gradient + i * padded_features, static_cast<T>(1 / arguments.tau),
+                                          x(group, i), inv_norm(group, i), features, dx);
     }
   }
 
@@ -237,7 +243,7 @@ struct InfoNceForwardRun {
   // Loss and total of one tile of rows.
   void reduce(int64_t group, int64_t place, int64_t index) const {
     const Span row_span(index, tile, rows);
-    const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
+    const Negatives keep{{rows, columns, arguments.exclude.data, !arguments.exclude.given}, arguments.positive};
     T sum[kLargestTile] = {}, peak[kLargestTile];
     for (auto& p : peak) p = kNoPeak<T>;
     for (int64_t j = 0; j < (columns + kLargestTile - 1) / kLargestTile; ++j) {
@@ -261,9 +267,7 @@ struct InfoNceForwardRun {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = first + i;
         const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
-        if (hidden) terms[i] = scale.fixed_shift ? T{0} : -T{INFINITY};
-        const bool only = visible() == 1 && !hidden;
-        finish_row(scale, sum[start + i], peak[start + i], terms[i], only, loss + row, total + row);
+        finish_row(scale, sum[start + i], peak[start + i], terms[i], hidden, loss + row, total + row);
       }
     }
   }
@@ -277,8 +281,6 @@ struct InfoNceForwardRun {
     }
     positive_terms(scale, features, unit(place, 0).from(first, features), positives.packed(count), terms);
   }
-
-  int64_t visible() const { return columns - (arguments.exclude.given); }
 
   void run() const {
     const int64_t blocks = (padded[0] + padded[1]) / kRowPadding, tiles = (rows + tile - 1) / tile;
@@ -355,10 +357,9 @@ struct InfoNceBackwardRun {
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, j = arguments.positive[row] - column_span.first;
       const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
-      if (j >= 0 && j < column_span.count && !hidden) w[i * kWeightsStride + j] -= dloss(group)[row];
-      // One visible column, the positive: the loss is constant. Multiplying by 0 keeps NaN.
-      if (columns - (arguments.exclude.given) == 1 && !hidden)
-        for (int64_t c = 0; c < column_span.count; ++c) w[i * kWeightsStride + c] *= 0;
+      if (j < 0 || j >= column_span.count) continue;
+      const T missing = missing_weight(static_cast<const T*>(arguments.loss)[group * rows + row]);
+      w[i * kWeightsStride + j] = -dloss(group)[row] * (hidden ? T{1} : missing);
     }
     add_gradients(t, w, left, right, true);
   }

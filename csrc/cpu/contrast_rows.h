@@ -21,18 +21,25 @@ ANOMEM_INLINE const S* row_of(const Rows& rows, int64_t group, int64_t i) {
   return static_cast<const S*>(rows.data) + group * rows.group_stride + i * rows.row_stride;
 }
 
+// |scale · x| in double, in which squares of floats stay within the range.
+template <class S>
+inline double length_of(const S* x, int64_t features, double scale) {
+  double lane[8] = {};
+  for (int64_t p = 0; p < features; ++p) {
+    const double value = scale * widen(x[p]);
+    lane[p % 8] += value * value;
+  }
+  return std::sqrt(((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7])));
+}
+
 // 1/|x|. 0 if |x| ≤ 1e-12: the row becomes zero. NaN for a row with a NaN or an infinity.
 template <class S>
 inline accumulator_t<S> inverse_norm(const S* x, int64_t features) {
-  // In double: squares of floats stay within its range.
-  double lane[8] = {};
-  for (int64_t p = 0; p < features; ++p) {
-    const double value = widen(x[p]);
-    lane[p % 8] += value * value;
+  const double length = length_of(x, features, 1);
+  if (!is_finite(length)) {
+    const double scale = shrinking_factor(x, features);
+    return scale == 0 ? NAN : static_cast<accumulator_t<S>>(scale / length_of(x, features, scale));
   }
-  const double length =
-      std::sqrt(((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7])));
-  if (length - length != 0) return NAN;
   return static_cast<accumulator_t<S>>(length <= 1e-12 ? 0.0 : 1.0 / length);
 }
 

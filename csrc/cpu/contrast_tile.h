@@ -17,8 +17,7 @@ constexpr int64_t kWeightsStride = kLargestTile + 16;
 
 // Logits are s · (factor + rest). The rounding of `factor` alone would shift every logit by 2^-24 of 1/tau.
 // - Fixed shift: logits are in base 2, factor + rest = log2(e) / tau.
-// - Running peak: logits are s / tau, rounded to T as in their lse. If one logit dominates a row, its P is then exactly
-//   1 and its gradient cancels exactly.
+// - Running peak: logits are s / tau, rounded to T as in their lse.
 template <class T>
 struct Scale {
   T factor, rest;
@@ -43,22 +42,26 @@ struct Scale {
   ANOMEM_INLINE vec<T> logit(vec<T> s) const { return multiply_add(s, broadcast(factor), s * broadcast(rest)); }
 };
 
-// Which similarities take part: `none` and `all` of a register block at (row, column), and the `mask` of one of its
-// rows.
+// Which similarities take part: `none` and `all` of a register block at (row, column), and the `mask` of one of its rows.
+
+// Of the rows of two joined views: each pair of rows once, without a row's positive at a distance of count / 2.
 struct UpperTriangle {
   int64_t count;
+  int64_t half() const { return count / 2; }
   template <class T>
   bool none(int64_t row, int64_t column) const {
     return column + Block<T>::kWidth <= row + 1;
   }
   template <class T>
   bool all(int64_t row, int64_t column) const {
-    return row + Block<T>::kHeight <= column && column + Block<T>::kWidth <= count;
+    const bool positives = column - row < half() + Block<T>::kHeight && half() < column - row + Block<T>::kWidth;
+    return row + Block<T>::kHeight <= column && column + Block<T>::kWidth <= count && !positives;
   }
   template <class T>
   ANOMEM_INLINE typename Simd<T>::bits mask(int64_t row, typename Simd<T>::bits column) const {
     typedef std::remove_reference_t<decltype(column[0])> index;
-    return (column > static_cast<index>(row)) & (column < static_cast<index>(row < count ? count : 0));
+    return (column > static_cast<index>(row)) & (column < static_cast<index>(row < count ? count : 0)) &
+           (column != static_cast<index>(row + half()));
   }
 };
 
@@ -87,6 +90,31 @@ struct Visible {
     const index last = static_cast<index>(row < rows ? columns : 0);
     if (everything || row >= rows) return column < last;
     return (column < last) & (column != static_cast<index>(hidden(row)));
+  }
+};
+
+// The visible columns without each row's positive.
+struct Negatives {
+  Visible visible;
+  const int64_t* positive;  // [rows]
+  template <class T>
+  bool none(int64_t, int64_t) const {
+    return false;
+  }
+  template <class T>
+  bool all(int64_t row, int64_t column) const {
+    if (!visible.all<T>(row, column)) return false;
+    for (int i = 0; i < Block<T>::kHeight; ++i) {
+      const int64_t j = positive[row + i];
+      if (j >= column && j < column + Block<T>::kWidth) return false;
+    }
+    return true;
+  }
+  template <class T>
+  ANOMEM_INLINE typename Simd<T>::bits mask(int64_t row, typename Simd<T>::bits column) const {
+    typedef std::remove_reference_t<decltype(column[0])> index;
+    const index own = static_cast<index>(row < visible.rows ? positive[row] : -1);
+    return visible.mask<T>(row, column) & (column != own);
   }
 };
 
@@ -216,9 +244,7 @@ void sum_with_peaks(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep
   }
 }
 
-// The positives' part of the sums of up to kRowPadding rows: exp(logit − shift) with a fixed shift, else the logit.
-// Packed rows and positives are multiplied in the order of `multiply`: if the positive dominates its row, the loss is
-// the difference of equal numbers and must be 0.
+// The positives of up to kRowPadding rows: exp(logit − shift) with a fixed shift, else the logit.
 template <class S, class T = accumulator_t<S>>
 void positive_terms(const Scale<T>& scale, int64_t features, const PackedRows<S>& rows, const PackedRows<S>& positives,
                     T* terms) {
@@ -248,17 +274,28 @@ ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T o
   *peak = top;
 }
 
-// Loss of one row, and its total, from which the backward pass computes P: the sum with a fixed shift, lse without one.
-// (A small sum is more exact than its logarithm.) With `only` the positive is the only term: the loss is exactly 0, or
-// NaN.
+// Loss of one row from the sum of its negatives, and its total, from which the backward pass computes P: the sum over all
+// visible columns with a fixed shift, lse without one. (A small sum is more exact than its logarithm.) The positive
+// is added here, by log(1 + negatives / positive): where it dominates its row, the loss is the small quotient.
+// With `hidden` the row does not see its positive.
 template <class T>
-inline void finish_row(const Scale<T>& scale, T sum, T peak, T positive_term, bool only, T* loss, T* total) {
-  const double term = positive_term, wide_sum = sum;
-  const double top = scale.fixed_shift ? 0.0 : static_cast<double>(peak);
-  const double positive = scale.fixed_shift ? std::log(term) : term - top;
-  const double all = only ? positive : std::log(wide_sum);
-  *total = scale.fixed_shift ? sum : static_cast<T>(top + all);
-  *loss = static_cast<T>(all - positive);
+inline void finish_row(const Scale<T>& scale, T negatives, T peak, T positive_term, bool hidden, T* loss, T* total) {
+  const double sum = negatives, term = positive_term;
+  if (scale.fixed_shift) {
+    *loss = static_cast<T>(hidden ? std::log(sum / term) : std::log1p(sum / term));
+    *total = hidden ? negatives : negatives + positive_term;
+    return;
+  }
+  const double ratio = static_cast<double>(peak) - term + std::log(sum);  // its logarithm
+  const double all = ratio > 0 ? ratio + std::log1p(std::exp(-ratio)) : std::log1p(std::exp(ratio));
+  *loss = static_cast<T>(hidden ? ratio : all);
+  *total = static_cast<T>(term + (hidden ? ratio : all));
+}
+
+// 1 − P of a row's positive, from the loss −log P. Exact where P is close to 1.
+template <class T>
+inline T missing_weight(T loss) {
+  return -std::expm1(-loss);
 }
 
 // Weights of rows (or columns) in the backward pass. With a fixed shift: the upstream gradient over the sum of

@@ -70,20 +70,12 @@ struct Exponentials {
   }
 };
 
-// The gradient of one row of scores. `p` holds the softmax up to its sum and becomes the weights that read the values.
-// `g` holds dP = dO Vᵀ and becomes dS (without beta).
+// The gradient of one row of scores. `p` holds the softmax up to its sum (the softmax itself for `shrinkage`) and
+// becomes the weights that read the values. `g` holds dP = dO Vᵀ and becomes dS (without beta).
 template <class T>
 inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
-  const T threshold = static_cast<T>(shrinkage.threshold);
-  vec<T> sums{}, products{};
-  for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    const vec<T> weight = count < kLanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
-    sums += weight;
-    products = multiply_add(weight, load(g + j), products);
-  });
-  const T scale = 1 / sum_lanes<T>(sums);
   if (shrinkage.entropy) {
-    scale_row(p, m, scale);
+    const T threshold = static_cast<T>(shrinkage.threshold);
     std::memcpy(softmax, p, m * sizeof(T));
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T{1};
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
@@ -94,6 +86,13 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
     });
     return;
   }
+  vec<T> sums{}, products{};
+  for_vectors<T>(m, [&](int64_t j, int64_t count) {
+    const vec<T> weight = count < kLanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
+    sums += weight;
+    products = multiply_add(weight, load(g + j), products);
+  });
+  const T scale = 1 / sum_lanes<T>(sums);
   const vec<T> mean_gradient = broadcast(sum_lanes<T>(products) * scale);
   for_vectors<T>(m, [&](int64_t j, int64_t) {
     const vec<T> weight = load(p + j) * scale;
@@ -132,7 +131,7 @@ class BackwardSlot {
         weights_(rows * score_stride_),
         gradient_(rows * score_stride_),
         dquery_(rows * key_stride_),
-        scores_(a.dbeta != nullptr ? rows * score_stride_ : 0),
+        scores_(keeps_scores() ? rows * score_stride_ : 0),
         packed_(packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
         neighbours_(kInPairs<S> ? rows * score_stride_ / 2 : 0),
         softmax_(a.shrinkage.entropy ? score_stride_ : 0) {}
@@ -153,17 +152,23 @@ class BackwardSlot {
       product_with(count, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
                    finish);
     };
-    if (dbeta == nullptr) score(weights_.data(), exponential);
-    else score(scores_.data(), Overwrite());
+    if (keeps_scores()) score(scores_.data(), Overwrite());
+    else score(weights_.data(), exponential);
     product(count, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), gradient_.data(),
             score_stride_, false);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_stride_;
-      if (dbeta != nullptr)
-        for_vectors<T>(m_, [&](int64_t j, int64_t) {
-          exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_stride_ + j));
-        });
-      if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
+      if (a_.shrinkage.entropy) {
+        // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
+        std::memcpy(p, scores_.data() + r * score_stride_, score_stride_ * sizeof(T));
+        scale_row(p, m_, 1 / exponentials(p, m_, beta).sum);
+      } else {
+        if (keeps_scores())
+          for_vectors<T>(m_, [&](int64_t j, int64_t) {
+            exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_stride_ + j));
+          });
+        if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
+      }
       score_gradient(p, gradient_.data() + r * score_stride_, m_, a_.shrinkage, a_.dlse.given ? dlse[first + r] : T{0},
                      a_.dentropy.given ? dentropy[first + r] : T{0}, softmax_.data());
       if (dbeta != nullptr)
@@ -191,6 +196,9 @@ class BackwardSlot {
   }
 
  private:
+  // Whether scores are needed beside the weights.
+  bool keeps_scores() const { return a_.dbeta != nullptr || a_.shrinkage.entropy; }
+
   const RetrieveBackward& a_;
   const GradientPanels<S>& panels_;
   int64_t m_, d_, dv_, score_stride_, key_stride_;

@@ -53,16 +53,54 @@ inline void scaled_copy(const From* x, int64_t n, accumulator_t<To> scale, To* t
       n, [&](int64_t i, int64_t count) { store_some(to + i, load_some(x + i, count) * scale, count); });
 }
 
-// 1/|x|, or 0 if |x| ≤ 1e-12: such a row becomes zero and passes no gradient. NaN stays NaN.
 template <class T>
-ANOMEM_INLINE T inverse_length(T squares) {
-  const T length = std::sqrt(squares);
+ANOMEM_INLINE bool is_finite(T x) {
+  return x - x == 0;
+}
+
+// For a row whose squares overflow: the power of two that brings its largest element to about 2^20. 0 if an element is
+// infinite or NaN: no factor helps.
+template <class S>
+inline accumulator_t<S> shrinking_factor(const S* x, int64_t n) {
+  using T = accumulator_t<S>;
+  T peak = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T size = std::abs(widen(x[i]));
+    if (!is_finite(size)) return 0;
+    peak = size > peak ? size : peak;
+  }
+  int exponent = 0;
+  std::frexp(peak, &exponent);
+  return std::ldexp(T{1}, 20 - exponent);
+}
+
+// Σ (scale · x)².
+template <class S>
+inline accumulator_t<S> sum_of_squares(const S* x, int64_t n, accumulator_t<S> scale) {
+  using T = accumulator_t<S>;
+  vec<T> squares{};
+  for_vectors<T>(n, [&](int64_t i, int64_t count) {
+    const vec<T> v = load_some(x + i, count) * scale;
+    squares = multiply_add(v, v, squares);
+  });
+  return sum_lanes<T>(squares);
+}
+
+// 1/|x|, or 0 if |x| ≤ 1e-12: such a row becomes zero and passes no gradient. NaN stays NaN; 0 for an infinite element.
+template <class S>
+inline accumulator_t<S> inverse_length(const S* x, int64_t n) {
+  using T = accumulator_t<S>;
+  const T length = std::sqrt(sum_of_squares(x, n, T{1}));
+  if (!is_finite(length))
+    if (const T scale = shrinking_factor(x, n); scale != 0) return scale / std::sqrt(sum_of_squares(x, n, scale));
   return length <= T{1e-12} ? T{0} : T{1} / length;
 }
 
-// y = norm(x), widened. Returns the factor on x (on x − mean for "layer"); the gradient needs it.
+// y = norm(x), widened. Returns the factor on x (on x − mean for "layer"); the gradient needs it. `eps` is added to the
+// variance for "layer".
 template <class S>
-inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accumulator_t<S>* y) {
+inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accumulator_t<S>* y,
+                                      accumulator_t<S> eps = 1e-5) {
   using T = accumulator_t<S>;
   T factor = 1;
   if (how == Normalize::kLayer) {
@@ -73,21 +111,21 @@ inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accu
       const vec<T> centred = keep_first<T>(load_some(x + i, count) - mean, count);
       squares = multiply_add(centred, centred, squares);
     });
-    factor = 1 / std::sqrt(sum_lanes<T>(squares) / static_cast<T>(d) + T{1e-5});
+    const T variance = sum_lanes<T>(squares) / static_cast<T>(d);
+    if (!is_finite(variance))
+      if (const T shrink = shrinking_factor(x, d); shrink != 0) {
+        scaled_copy(x, d, shrink, y);
+        // Beside the variance of a long row, of 2^-8 and more when shrunk, the constant is nothing.
+        return shrink * normalize_row<T>(y, d, how, y, T{1e-30});
+      }
+    factor = 1 / std::sqrt(variance + eps);
     const vec<T> scale = broadcast(factor);
     for_vectors<T>(d, [&](int64_t i, int64_t count) {
       store_some(y + i, (load_some(x + i, count) - mean) * scale, count);
     });
     return factor;
   }
-  if (how == Normalize::kL2) {
-    vec<T> squares{};
-    for_vectors<T>(d, [&](int64_t i, int64_t count) {
-      const vec<T> v = load_some(x + i, count);
-      squares = multiply_add(v, v, squares);
-    });
-    factor = inverse_length(sum_lanes<T>(squares));
-  }
+  if (how == Normalize::kL2) factor = inverse_length(x, d);
   scaled_copy(x, d, factor, y);
   return factor;
 }

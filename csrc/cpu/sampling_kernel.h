@@ -30,12 +30,7 @@ inline void gather_planes(const FeatureMap& map, int64_t image, const int64_t* p
 template <class S>
 inline accumulator_t<S> unit_row(const S* x, int64_t n, S* y) {
   using T = accumulator_t<S>;
-  vec<T> squares{};
-  for_vectors<T>(n, [&](int64_t c, int64_t some) {
-    const vec<T> v = load_some(x + c, some);
-    squares = multiply_add(v, v, squares);
-  });
-  const T inverse = inverse_length(sum_lanes<T>(squares));
+  const T inverse = inverse_length(x, n);
   for_vectors<T>(n, [&](int64_t c, int64_t some) { store_some(y + c, load_some(x + c, some) * inverse, some); });
   return inverse;
 }
@@ -85,22 +80,33 @@ inline void vector_gradient(const Scatter& a, int64_t row, int64_t begin, int64_
   });
 }
 
-// Channels begin … end of an NCHW map's gradient, from the vectors' gradients [n, end − begin]. Repeated positions add
-// up in their order.
+// The gradients [n, width] of repeated positions, added in their order to that of the first. The sums stay in T: in
+// bfloat16 a sum of ones would stop at 256. `first` [H·W] receives the index of each position's first vector.
+template <class T>
+inline void add_repeated(const int64_t* positions, int64_t count, int64_t width, T* gradients, Buffer<int64_t>& first,
+                         int64_t area) {
+  for (int64_t p = 0; p < area; ++p) first[p] = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t& at = first[positions[i]];
+    if (at < 0) at = i;
+    else add_scaled(gradients + i * width, width, T{1}, gradients + at * width);
+  }
+}
+
+// Channels begin … end of an NCHW map's gradient, from the vectors' gradients [n, end − begin]; `first` as in
+// add_repeated.
 template <class S>
 inline void scatter_planes(const Scatter& a, int64_t image, int64_t begin, int64_t end,
-                           const accumulator_t<S>* gradients) {
+                           const accumulator_t<S>* gradients, const Buffer<int64_t>& first) {
   const int64_t* positions = a.positions.of(image);
   for (int64_t c0 = begin; c0 < end; c0 += kPlaneBlock) {
     const int64_t planes = c0 + kPlaneBlock < end ? kPlaneBlock : end - c0;
     S* to = static_cast<S*>(a.dmap) + (image * a.channels + c0) * a.area;
     std::memset(to, 0, planes * a.area * sizeof(S));
     for (int64_t i = 0; i < a.positions.count; ++i) {
+      if (first[positions[i]] != i) continue;
       const auto* gradient = gradients + i * (end - begin) + c0 - begin;
-      for (int64_t c = 0; c < planes; ++c) {
-        S& sum = to[c * a.area + positions[i]];
-        sum = narrow<S>(widen(sum) + gradient[c]);
-      }
+      for (int64_t c = 0; c < planes; ++c) to[c * a.area + positions[i]] = narrow<S>(gradient[c]);
     }
   }
 }
@@ -108,17 +114,14 @@ inline void scatter_planes(const Scatter& a, int64_t image, int64_t begin, int64
 // The same for a channels-last map.
 template <class S>
 inline void scatter_rows(const Scatter& a, int64_t image, int64_t begin, int64_t end,
-                         const accumulator_t<S>* gradients) {
+                         const accumulator_t<S>* gradients, const Buffer<int64_t>& first) {
   using T = accumulator_t<S>;
   const int64_t width = end - begin;
   S* to = static_cast<S*>(a.dmap) + image * a.channels * a.area + begin;
   for (int64_t p = 0; p < a.area; ++p) std::memset(to + p * a.channels, 0, width * sizeof(S));
   for (int64_t i = 0; i < a.positions.count; ++i) {
-    S* sums = to + a.positions.of(image)[i] * a.channels;
-    const T* gradient = gradients + i * width;
-    for_vectors<T>(width, [&](int64_t c, int64_t some) {
-      store_some(sums + c, load_some(sums + c, some) + load_some(gradient + c, some), some);
-    });
+    const int64_t position = a.positions.of(image)[i];
+    if (first[position] == i) scaled_copy(gradients + i * width, width, T{1}, to + position * a.channels);
   }
 }
 
@@ -132,8 +135,10 @@ void compute(const Scatter& a) {
     Buffer<accumulator_t<S>> gradients(a.positions.count * (end - begin));
     for (int64_t i = 0; i < a.positions.count; ++i)
       vector_gradient<S>(a, i * a.batch + image, begin, end, gradients.data() + i * (end - begin));
-    if (a.channels_last) scatter_rows<S>(a, image, begin, end, gradients.data());
-    else scatter_planes<S>(a, image, begin, end, gradients.data());
+    Buffer<int64_t> first(a.area);
+    add_repeated(a.positions.of(image), a.positions.count, end - begin, gradients.data(), first, a.area);
+    if (a.channels_last) scatter_rows<S>(a, image, begin, end, gradients.data(), first);
+    else scatter_planes<S>(a, image, begin, end, gradients.data(), first);
   });
 }
 

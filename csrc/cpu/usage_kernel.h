@@ -61,9 +61,9 @@ class UsageChunk {
             false);
     std::memset(direction_.data(), 0, d_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
-      const T* retrieved = retrieved_.data() + r * retrieved_stride_;
-      const T inverse = inverse_length(dot_product(retrieved, retrieved, d_) * scale_[r] * scale_[r]);
-      add_scaled(retrieved, d_, scale_[r] * inverse, direction_.data());
+      T* retrieved = retrieved_.data() + r * retrieved_stride_;
+      scale_row(retrieved, d_, scale_[r]);
+      add_scaled(retrieved, d_, inverse_length(retrieved, d_), direction_.data());
     }
     for (int64_t j = 0; j < m_; ++j) sums.mass[j] += mass_[j];
     for (int64_t j = 0; j < d_; ++j) sums.direction[j] += direction_[j];

@@ -215,7 +215,7 @@ def test_a_run_keeps_each_row_and_fails_on_wrong_numbers(
     right, wrong = timed("retrieve_flash_forward half 256", "tied", {"64x64": 1.5, "128x64": None})
     monkeypatch.setattr(tune, "obstacle", lambda: None)
     monkeypatch.setattr(
-        tune.machine, "about", lambda device: {"device_name": "a GPU", "torch": "2", "triton": "3", "commit": "1"}
+        tune, "about", lambda device: {"device_name": "a GPU", "torch": "2", "triton": "3", "commit": "1"}
     )
     monkeypatch.setattr(tune, "plan", lambda device, options: [(READING, lambda one: iter([right, wrong]))])
     for status, code in ((rows.FAILED, 0), (rows.WRONG, 1)):

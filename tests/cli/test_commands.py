@@ -95,7 +95,7 @@ def test_evaluate(anomem: Command, finished: Path) -> None:
     assert f"{metrics['controls']['untrained']['plain']['auroc']:.4f}" in done.out
     assert "raw pixels: kNN-3" in done.out
     rows = list(csv.DictReader((finished / "scores.csv").open()))
-    assert {"image", "kind", "anomalous", "plain", "detector"} <= rows[0].keys()
+    assert {"path", "kind", "anomalous", "plain", "detector"} <= rows[0].keys()
     truth = torch.tensor([row["anomalous"] == "1" for row in rows])
     for name in ("plain", "detector"):
         assert auroc(torch.tensor([float(row[name]) for row in rows]), truth) == metrics["scores"][name]["auroc"]
@@ -122,7 +122,8 @@ def test_scores_of_a_folder_as_a_file(
     assert (done.code, done.out) == (0, f"5 scores written to {output}\n")
     rows = json.loads(output.read_text()) if suffix == "json" else list(csv.DictReader(output.open()))
     assert [row["path"] for row in rows] == [str(p) for p in pictures]
-    assert all(set(row) == {"path", "plain", "prior", "energy", "detector"} for row in rows)
+    names = ["path", "kind", "anomalous", "plain", "prior", "energy", "detector"]
+    assert all(list(row) == names for row in rows), "those of evaluate's scores.csv"
 
 
 def test_maps_lie_as_the_images_do(anomem: Command, finished: Path, pictures: list[Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 
-from anomem.data import DataConfig, StreamedImages, load_task, task_from_dataset
+from anomem.data import DataConfig, StreamedImages, load_task, read_image, task_from_dataset
 from anomem.data.convert import as_uint8
 from anomem.errors import ArgumentError, UserError
 
@@ -126,3 +128,43 @@ def test_a_side_no_image_has(size: int) -> None:
         task_from_dataset(pairs(), config=DataConfig("mine", normal="1", image_size=size))
     with pytest.raises(ArgumentError, match=f"`data.image_size`: expected an integer ≥ 1, received {size}"):
         load_task(DataConfig("digits", image_size=size))
+
+
+COLOURS = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "LA", "L", "1", "YCbCr"])
+def test_pil_images_are_treated_as_files_are(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(COLOURS).convert(mode)
+    pixels = as_uint8(image)
+    assert len(pixels) == (1 if mode in ("LA", "L", "1") else 3)
+    if mode in ("CMYK", "YCbCr"):
+        assert torch.equal(pixels, as_uint8(image.convert("RGB")))
+        return
+    image.save(tmp_path / "image.png")
+    assert torch.equal(pixels, read_image(tmp_path / "image.png", grey=len(pixels) == 1))
+
+
+def test_pil_images_are_turned_upright(tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.fromarray(COLOURS).save(tmp_path / "image.png", exif=orientation)
+    with Image.open(tmp_path / "image.png") as image:
+        assert torch.equal(as_uint8(image), read_image(tmp_path / "image.png"))
+        assert as_uint8(image).shape == (3, 8, 6)
+
+
+def test_levels_of_arrays() -> None:
+    config = DataConfig("mine", normal="1", levels=(100, 300))
+    task = task_from_dataset([(np.full((4, 4), v, np.int16), v % 2) for v in range(100, 300)], config=config)
+    order = torch.arange(len(task.train))
+    pixels = next(task.train.batches(order, len(order)))[0]
+    assert int(pixels.max()) - int(pixels.min()) > 200
+
+
+def test_a_loader_is_no_data_set() -> None:
+    loader = DataLoader(pairs(), batch_size=4)
+    with pytest.raises(ArgumentError, match=r"`train`: expected a data set .*received DataLoader; .*loader\.dataset"):
+        task_from_dataset(loader, config=CONFIG)
+    with pytest.raises(ArgumentError, match=r"`test`: expected a data set .*received DataLoader"):
+        task_from_dataset(pairs(), loader, config=CONFIG)

@@ -66,10 +66,11 @@ def test_bad_orders(images: Images) -> None:
 
 def test_channel_statistics(images: Images) -> None:
     values = torch.arange(7).double() / 255
-    mean, std = channel_statistics(images, 7)
+    mean, std, spread = channel_statistics(images, 7)
     assert mean == pytest.approx([float(values.mean())] * 2)
     assert std == pytest.approx([float(values.std(correction=0))] * 2)
-    mean, std = channel_statistics(images, 1)
+    assert spread == pytest.approx(6 / 255)
+    mean, std, _ = channel_statistics(images, 1)
     assert mean == (0.0, 0.0)
     assert std == (1.0, 1.0), "a constant channel must be safe to divide by"
 

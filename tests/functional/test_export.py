@@ -1,11 +1,17 @@
-"""torch.export: with "auto" a program of plain PyTorch at any size, with a named implementation its operator."""
+"""torch.compile: one graph for all numbers of a schedule.
+
+torch.export: with "auto" a program of plain PyTorch at any size, with a named implementation its operator."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from anomem import functional as AF
 from anomem import nn as ann
 from anomem.backends import Impl
 from anomem.ops import native
@@ -50,3 +56,45 @@ def test_a_named_implementation_is_kept() -> None:
     z, z_pair = draw(9, 64, seed=1), draw(9, 64, seed=2)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(z, z_pair), step(z, z_pair))
+
+
+POSITIVE = torch.arange(6)
+SCHEDULES: dict[str, Callable[[Impl, Tensor, float], Tensor]] = {
+    "nt_xent's temperature": lambda impl, x, t: AF.nt_xent(x, x.flip(0), temperature=t, impl=impl),
+    "info_nce's temperature": lambda impl, x, t: AF.info_nce(x, x.flip(0), POSITIVE, temperature=t, impl=impl),
+    "beta": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], beta=1 / t, impl=impl),
+    "beta of two steps": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], beta=t, steps=2, impl=impl),
+    "shrink": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], shrink=t / 9, impl=impl),
+    "gamma": lambda impl, x, t: AF.variance_hinge(x, gamma=2 + t, impl=impl),
+    "eps": lambda impl, x, t: AF.variance_hinge(x, gamma=2.0, eps=t / 9, impl=impl),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_graph_serves_every_number_of_a_schedule(name: str, impl: Impl) -> None:
+    """The first number gets a graph of its own."""
+    if impl == "native" and (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    function = SCHEDULES[name]
+    compiled = torch.compile(lambda x, t: function(impl, x, t), fullgraph=True, backend=graphs)
+    for i in range(10):
+        leaf = draw(6, 8).requires_grad_()
+        results = [one(leaf, 0.5 + 0.04 * i) for one in (compiled, lambda x, t: function(impl, x, t))]
+        slopes = [torch.autograd.grad(result.sum(), leaf)[0] for result in results]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*slopes)
+    assert graphs.frame_count <= 2
+
+
+def test_one_graph_serves_a_temperature_that_is_set() -> None:
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    criterion = ann.NTXentLoss()
+    compiled = torch.compile(criterion, fullgraph=True, backend=graphs)
+    for i in range(10):
+        criterion.temperature = 0.5 + 0.04 * i
+        torch.testing.assert_close(compiled(draw(6, 8), draw(6, 8, seed=1)), criterion(draw(6, 8), draw(6, 8, seed=1)))
+    assert graphs.frame_count <= 2

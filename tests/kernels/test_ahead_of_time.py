@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_every_tile_compiles_as_committed() -> None:
     result = run("--check")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -65,17 +65,16 @@ def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
 
 
 def test_faults_are_found() -> None:
-    from anomem.kernels.ahead_of_time import Row, faults, shipped
+    from anomem.kernels.ahead_of_time import MATRIX_INSTRUCTION, Row, faults, shipped
 
     sound, bad = {}, {}
     broken = (
-        {"loop_spills": 4}, {"serialised": True}, {"blocks": 0}, {"shared": 300 * 1024}, {"matrix": "none"},
-        {"scratch": 8}, {"products": 2.0},
+        {"loop_spills": 4}, {"serialised": True}, {"products": 2.0}, {"blocks": 0}, {"shared": 300 * 1024},
+        {"matrix": "none"}, {"scratch": 8},
     )  # fmt: skip
-    instruction = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
     for key, spec in shipped().items():
-        matrix = instruction[spec.architecture] if spec.matrix else "none"
-        sound[key] = Row(128, 0, 0, 4, matrix, 0, False, 0)
+        matrix = MATRIX_INSTRUCTION[spec.architecture] if spec.matrix else "none"
+        sound[key] = Row(128, 0, 0, 4, matrix, 0, False, 0, 0, 1.0, False)
     assert list(faults(sound, sound)) == []
     key = next(key for key, spec in shipped().items() if spec.matrix)
     for change in broken:
@@ -88,7 +87,7 @@ def test_faults_are_found() -> None:
     chained = {name: row._replace(chained=True) for name, row in sound.items()}
     on_100 = [key for key in sound if "sm_100" in key]
     assert [fault.partition(":")[0] for fault in faults(chained, sound)] == on_100
-    odd = next(key for key in shipped() if key.endswith("sm_90 odd"))
+    odd = next(key for key in shipped() if key.endswith("sm_90 odd"))  # known where the committed row has it
     serialised = sound | {odd: sound[odd]._replace(serialised=True)}
     assert len(list(faults(serialised, sound))) == 1
     assert list(faults(serialised, serialised)) == []

@@ -163,7 +163,10 @@ def test_nt_xent_of_65536_pairs(
     upstream = draw(1, 2 * batch, seed=3)
     with ends_of_grids(1, whole=("contrast_scaled_rows_kernel",)) as cut:
         loss, mine, scaled, inverse = contrast.nt_xent_forward(*rows.views, None, tau)
-        dz, dz_pair, _ = contrast.nt_xent_backward(upstream, scaled, inverse, lse.float()[None], None, tau)
+        cosines = torch.cosine_similarity(*(view[0].double() for view in rows.views), dim=-1)  # [B]
+        all_losses = lse - torch.cat([cosines, cosines]) / tau  # [2B]
+        totals = [x.float()[None] for x in (all_losses, lse)]
+        dz, dz_pair, _ = contrast.nt_xent_backward(upstream, *totals, scaled, inverse, None, tau)
     assert cut == ["contrast_forward_kernel", "contrast_backward_kernel"]
 
     def losses_and_slopes(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,14 +208,15 @@ def test_nt_xent_of_2_31_numbers(ends_of_grids: Ends, monkeypatch: pytest.Monkey
     def last_rows(z: Tensor, z_pair: Tensor) -> list[Tensor]:
         """All other rows stay zero, as if no program had been left out."""
         scaled, dz, dz_pair = promised(len(z), 2 * batch, features), promised(*z.shape), promised(*z.shape)
-        inverse, all_lse, upstream = (torch.zeros(len(z), 2 * batch) for _ in range(3))
+        inverse, all_losses, all_lse, upstream = (torch.zeros(len(z), 2 * batch) for _ in range(4))
         with ends_of_grids(2) as cut:
             first, second = slice(batch), slice(batch, None)
             scaled_rows(z, scaled[:, first], inverse[:, first], z_pair, scaled[:, second], inverse[:, second])
             loss, lse = losses(scaled, scaled, inverse, inverse, None, None, None, 0.2)
-            all_lse[-1, -TAIL:], upstream[-1, -TAIL:] = lse[-1, -TAIL:], 1.0
+            all_losses[-1, -TAIL:], all_lse[-1, -TAIL:] = loss[-1, -TAIL:], lse[-1, -TAIL:]
+            upstream[-1, -TAIL:] = 1.0
             matrices = (scaled, scaled, inverse, inverse)
-            gradient(JOINED, *matrices, all_lse, upstream, None, None, None, 0.2, dz, dz_pair, False)
+            gradient(JOINED, *matrices, all_losses, all_lse, upstream, None, None, None, 0.2, dz, dz_pair, False)
         assert cut == ["contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_backward_kernel"]
         return [x[-1, -TAIL:] for x in (loss, lse, scaled, inverse, dz_pair)]
 

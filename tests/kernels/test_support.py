@@ -102,7 +102,7 @@ def test_the_backend_gives_the_reason(gpu: Gpu) -> None:
 
 
 def test_images_of_the_cuda_module() -> None:
-    library = Path(native._path("_C_cuda.so"))
+    library = Path(native.path_of("_C_cuda.so"))
     if not library.exists():
         pytest.skip("the CUDA module was not built here")
     images = native.images_in(library)

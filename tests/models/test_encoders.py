@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.models import ModelConfig, build_encoder, build_model, describe, parameter_count
+from anomem.models import ModelConfig, NetworkEncoder, build_encoder, build_model, describe, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
         ({"prototypes": (8, 8)}, "prototypes", "3, one per scale"),
         ({"prototypes": ()}, "prototypes", "one number"),
         ({"prototypes": (8, 0)}, "prototypes", "≥ 1"),
-        ({"projection": 0}, "projection", "≥ 1"),
+        ({"projection": 0}, "projection", "≥ 3"),
         ({"normalize": "rms"}, "normalize", "layer"),
         ({"beta": float("nan")}, "beta", "finite"),
         ({"steps": 0}, "steps", "≥ 1"),
@@ -95,3 +96,23 @@ def test_description_counts_every_parameter() -> None:
     assert f"{parameter_count(model):,} parameters" in text.splitlines()[-1]
     assert "memory [5, 8]" in text
     assert "map [B, 32, 4, 4]" in text
+
+
+def test_a_frozen_network_does_not_move() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
+
+    class Maps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.layers(x)]
+
+    encoder = NetworkEncoder(Maps(), (8, 8), 1, freeze=True)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.train()
+    encoder(torch.rand(4, 1, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert NetworkEncoder(Maps(), (8, 8), 1).train().training

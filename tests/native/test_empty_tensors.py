@@ -107,11 +107,11 @@ def test_the_contrast_operators_without_features() -> None:
     assert nt_xent(draw(3, 4), draw(3, 4, seed=1), impl="native").isfinite()
     rows, total, inv_norm = operators.native_nt_xent_fwd(z, z, None, 0.2)
     assert torch.allclose(rows, torch.full((2, 6), 5.0).log())
-    dz, dz_pair, _ = operators.native_nt_xent_bwd(rows, z, z, inv_norm, total, None, 0.2)
+    dz, dz_pair, _ = operators.native_nt_xent_bwd(rows, z, z, rows, total, inv_norm, None, 0.2)
     assert dz.shape == dz_pair.shape == z.shape
     loss, total, *norms = operators.native_info_nce_fwd(z, z, positive, None, None, 0.2)
     assert torch.allclose(loss, torch.full((2, 3), 3.0).log())
-    drows, dcolumns, _ = operators.native_info_nce_bwd(loss, z, z, *norms, total, positive, None, None, 0.2)
+    drows, dcolumns, _ = operators.native_info_nce_bwd(loss, z, z, loss, total, *norms, positive, None, None, 0.2)
     assert drows.shape == dcolumns.shape == z.shape
 
 

@@ -32,7 +32,7 @@ def refused_retrievals() -> Iterator[Call]:
     yield operator, (query, prototypes[:, :3].contiguous(), None, *rest), "keys"
     yield operator, (query, prototypes.double(), None, *rest), "keys"
     yield operator, (query, prototypes.T.contiguous().T, None, *rest), "keys"
-    yield operator, (query, prototypes[:0], None, *rest), "at least one row"
+    yield operator, (query, prototypes[:0], None, *rest), "M >= 1"
     yield operator, (query, prototypes, prototypes[:3].contiguous(), *rest), "values"
     yield operator, (query, prototypes, None, None, 0.5, 3), "normalize"
 
@@ -44,13 +44,13 @@ def refused_contrasts() -> Iterator[Call]:
     yield forward, (z, z_pair[:1], None, 0.2), "z_pair"
     yield forward, (z, z_pair.double(), None, 0.2), "z_pair"
     yield forward, (z.mT.contiguous().mT, z_pair, None, 0.2), "unit stride"
-    yield backward, (rows, z, z_pair, inv_norm, total[:, :5], None, 0.2), "total"
-    yield backward, (rows, z, z_pair[:, :2], inv_norm, total, None, 0.2), "z_pair"
+    yield backward, (rows, z, z_pair, rows, total[:, :5], inv_norm, None, 0.2), "total"
+    yield backward, (rows, z, z_pair[:, :2], rows, total, inv_norm, None, 0.2), "z_pair"
     positive = torch.tensor([0, 4])
     yield (
         OPERATORS.native_info_nce_fwd,
         (draw(1, 2, 3), draw(1, 4, 3), positive, None, None, 0.2),
-        "index out of range",
+        "expected indices from 0 to 3, received 4",
     )
 
 
@@ -59,16 +59,20 @@ def refused_samples() -> Iterator[Call]:
     forward, backward = OPERATORS.native_gather_fwd, OPERATORS.native_gather_bwd
     vectors, inv_norm = forward(feature_map, torch.tensor([1, 2]), True)
     rest = ([2, 5, 3, 4], False, True)
-    yield forward, (feature_map, torch.tensor([12]), False), "out of range"
-    yield forward, (feature_map, torch.tensor([-1]), False), "out of range"
+    yield forward, (feature_map, torch.tensor([12]), False), "expected indices from 0 to 11, received 12"
+    yield forward, (feature_map, torch.tensor([-1]), False), "expected indices from 0 to 11, received -1"
     yield forward, (feature_map, torch.tensor([1], dtype=torch.int32), False), "positions"
     yield forward, (feature_map, torch.zeros(3, 1, dtype=torch.int64), False), "positions"
     yield forward, (feature_map[0], torch.tensor([1]), False), "map"
-    yield backward, (vectors, vectors, inv_norm, torch.tensor([1, 12]), *rest), "out of range"
-    yield backward, (vectors, vectors[:1], inv_norm, torch.tensor([1, 2]), *rest), "dout and out"
+    yield (
+        backward,
+        (vectors, vectors, inv_norm, torch.tensor([1, 12]), *rest),
+        "expected indices from 0 to 11, received 12",
+    )
+    yield backward, (vectors, vectors[:1], inv_norm, torch.tensor([1, 2]), *rest), "`out`"
     yield OPERATORS.native_variance_fwd, (rows[:, :1].contiguous(), 1.0, 1e-4), "x"
     yield OPERATORS.native_variance_fwd, (rows.transpose(1, 2), 1.0, 1e-4), "contiguous"
-    yield OPERATORS.native_variance_bwd, (torch.ones(2), rows, rows[:, 0, :4], rows[:, 0], 1.0), "mean and std"
+    yield OPERATORS.native_variance_bwd, (torch.ones(2), rows, rows[:, 0, :4], rows[:, 0], 1.0), "`mean`"
 
 
 def refused_maps_and_usages() -> Iterator[Call]:

@@ -19,6 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any("impl" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
         return
     implementations = metafunc.cls.implementations
+    if hasattr(metafunc.function, "of_the_operator"):
+        implementations = {one.name: one for one in reversed(implementations)}.values()
     if "dtype" in metafunc.fixturenames:
         faults = metafunc.cls.no_rows_fail if metafunc.function.__name__ == "test_no_rows" else {}
 

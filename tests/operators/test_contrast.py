@@ -14,7 +14,7 @@ from anomem import reference as R
 from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import info_nce, nt_xent
-from anomem.testing import assert_within_budget, compare, draw, gradients
+from anomem.testing import assert_within_budget, compare, draw, error, gradients
 from tests.operators.contract import (
     BF16,
     F16,
@@ -77,13 +77,9 @@ class TestNTXent(Contract):
         for temperature in (None, torch.tensor(0.3)):
             arguments = (z, z_pair, temperature, 0.2)
             yield forward, arguments
-            rows, *kept = forward(*arguments)
-            if impl == "native":
-                total, inv_norm = kept
-                yield backward, (torch.ones_like(rows), z, z_pair, inv_norm, total, temperature, 0.2)
-            else:
-                lse, unit, inv_norm = kept
-                yield backward, (torch.ones_like(rows), unit, inv_norm, lse, temperature, 0.2)
+            outputs = forward(*arguments)
+            inputs = (z, z_pair) if impl == "native" else ()
+            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, temperature, 0.2)
 
 
 class TestInfoNCE(Contract):
@@ -116,15 +112,13 @@ class TestInfoNCE(Contract):
         for exclude, temperature in ((None, None), ((positive + 1) % 5, torch.tensor(0.3))):
             rest = (positive, exclude, temperature, 0.2)
             yield forward, (rows, columns, *rest)
-            loss, first, *kept = forward(rows, columns, *rest)
-            if impl == "native":
-                yield backward, (torch.ones_like(loss), rows, columns, *kept, first, *rest)
-            else:
-                yield backward, (torch.ones_like(loss), *kept, first, *rest)
+            outputs = forward(rows, columns, *rest)
+            inputs = (rows, columns) if impl == "native" else ()
+            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, *rest)
 
 
 TAUS = [0.005, 0.022, 0.023, 0.2, 10.0]
-NATIVE_SHAPES = [(1, 1, 3), (1, 2, 5), (2, 3, 7), (1, 16, 33), (3, 65, 17), (2, 200, 40), (1, 300, 130), (16, 9, 64)]
+NATIVE_SHAPES = [(1, 1, 3), (4, 2, 5), (2, 3, 7), (1, 16, 33), (3, 65, 17), (2, 200, 40), (1, 300, 130), (16, 9, 64)]
 TRITON_SHAPES = [(1, 33, 40), (3, 7, 16), (1, 2, 16), (2, 1, 16)]
 MANY_TILES = [(1, 35, 128), (1, 6, 300), (1, 70, 16)]  # and slices of features
 
@@ -143,7 +137,7 @@ def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape
 # Triton: fewer pairs of fewer features, so that negatives are near. Where all losses are 0 the error is luck.
 @cases(
     "tau, n, d",
-    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 50, 8))},
+    {one: [(tau, n, d) for tau in (0.005, 0.022, 0.03, 0.07)] for one, n, d in ((NATIVE, 200, 40), (TRITON, 35, 8))},
 )
 def test_well_matched_pairs_within_budget(impl: Impl, tau: float, n: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
@@ -203,7 +197,7 @@ def test_the_lengths_of_the_rows_do_not_matter(impl: Impl, dtype: torch.dtype, l
 
 @cases(
     "scale, n",
-    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 35))},
+    {one: [(s, n) for s in (1e-30, 1e-9, 1.0, 1e18, 1e30)] for one, n in ((NATIVE, 70), (TRITON, 17))},
 )
 def test_bfloat16_rows_of_any_length_within_budget(impl: Impl, scale: float, n: int) -> None:
     """Products of bfloat16 read rows at a power of two, in which rows that are long or short must stay what they are.
@@ -489,3 +483,84 @@ def test_a_gradient_of_the_columns_from_half_of_the_rows_is_rejected(impl: Impl)
     inputs = [draw(1, 33, 16), draw(1, 40, 16, seed=1)]
     with pytest.raises(AssertionError, match="result 2: error"):
         compare(half, lambda a, b: R.info_nce_rows(a, b, torch.arange(33), None, 0.07), inputs)
+
+
+@cases("dtype, tau", {one: product((F32, BF16), (0.03, 0.07, 0.5)) for one in KERNELS})
+def test_a_converged_batch_within_budget(impl: Impl, dtype: torch.dtype, tau: float) -> None:
+    """Losses of 1e-6 and less, and gradients of P − 1 for P close to 1.
+
+    The rounding of a single logit decides a batch's error, so the errors of eight batches are added.
+    """
+    positive = torch.arange(9)
+    pairs = [(rows_of(impl, tau), plain_rows(tau))]
+    for exclude in (None, (positive + 1) % 9):
+        pairs.append(
+            (
+                lambda a, b, e=exclude: info_nce(a, b, positive, e, temperature=tau, reduction="none", impl=impl),
+                lambda a, b, e=exclude: R.info_nce_rows(a, b, positive, e, tau),
+            )
+        )
+    batches = 8
+    for kernel, reference in pairs:
+        actual, plain, units = [0.0] * 3, [0.0] * 3, [0.0] * 3
+        for seed in range(batches):
+            z, noise = draw(1, 9, 40, seed=2 * seed), draw(1, 9, 40, seed=2 * seed + 1)
+            inputs = [z.to(dtype), (z + 3e-3 * noise).to(dtype)]
+            exact = gradients(reference, [x.double() for x in inputs])
+            rounded = gradients(reference, inputs)
+            for i, result in enumerate(gradients(kernel, inputs)):
+                assert result.isfinite().all()
+                actual[i] += error(result.double(), exact[i])
+                plain[i] += error(rounded[i].to(result.dtype).double(), exact[i])
+                units[i] = torch.finfo(result.dtype).eps
+        for i in range(3):
+            assert actual[i] <= 2 * plain[i] + 4 * batches * units[i], f"result {i}: {actual[i]}, plain {plain[i]}"
+
+
+@cases("dtype, tau", {one: product((F32, BF16), (0.005, 0.03, 0.3)) for one in ALL})
+def test_losses_are_never_negative(impl: Impl, dtype: torch.dtype, tau: float) -> None:
+    unit = torch.linalg.qr(draw(32, 8))[0].mT
+    for seed in range(5):
+        z, z_pair = unit.to(dtype), (unit + 3e-3 * draw(8, 32, seed=seed)).to(dtype)
+        assert bool((nt_xent(z, z_pair, temperature=tau, reduction="none", impl=impl) >= 0).all())
+        assert bool((info_nce(z, z_pair, torch.arange(8), temperature=tau, reduction="none", impl=impl) >= 0).all())
+
+
+@cases("tau", {one: [(0.005,), (0.07,), (0.5,)] for one in ALL})
+def test_a_row_that_excludes_its_positive(impl: Impl, tau: float) -> None:
+    """Decoupled contrastive learning: the logarithm of the negatives' sum, minus the positive."""
+    positive = torch.tensor([0, 3, 2, 5])
+    exclude = torch.tensor([0, 3, 4, 5])  # the third row excludes another column
+
+    def decoupled(rows: Tensor, columns: Tensor) -> Tensor:
+        logits = R.l2_normalize(rows) @ R.l2_normalize(columns).mT / tau  # [G, R, C]
+        seen = torch.ones(4, 6, dtype=torch.bool).scatter(1, exclude[:, None], False)
+        negatives = torch.where(seen, logits, -torch.inf).logsumexp(-1)
+        return negatives - logits.gather(-1, positive.expand(2, 4)[..., None])[..., 0]
+
+    compare(
+        lambda a, b: info_nce(a, b, positive, exclude, temperature=tau, reduction="none", impl=impl),
+        decoupled,
+        [draw(2, 4, 16), draw(2, 6, 16, seed=1)],
+    )
+
+
+@cases("scale", {one: [(1e20,), (1e30,)] for one in ALL})
+def test_rows_whose_squares_overflow(impl: Impl, scale: float) -> None:
+    z, z_pair = views(1, 6, 16)
+    for dtype in (F32, BF16):
+        short, long = ([(x * factor).to(dtype) for x in (z, z_pair)] for factor in (1.0, scale))
+        torch.testing.assert_close(rows_of(impl)(*long), rows_of(impl)(*short), rtol=0.05, atol=0)
+    if impl != "reference":
+        check(impl, 0.2, [z * scale, z_pair])
+
+
+@each(*ALL)
+def test_indices_may_be_slices(impl: Impl) -> None:
+    rows, columns, index = draw(3, 8), draw(6, 8, seed=1), torch.arange(6)
+    positive, exclude = index[::2], index[1::2]
+    rows.requires_grad_()
+    (got,) = torch.autograd.grad(info_nce(rows, columns, positive, exclude, impl=impl), rows)
+    loss = info_nce(rows, columns, positive.contiguous(), exclude.contiguous(), impl=impl)
+    (expected,) = torch.autograd.grad(loss, rows)
+    assert torch.equal(got, expected)

@@ -125,3 +125,18 @@ def test_a_position_does_not_see_the_others(impl: Impl) -> None:
     feature_map, prototypes, order = draw(5, 6, 3, 3), draw(4, 6, seed=1), torch.randperm(5)
     expected = deviation_map(feature_map, prototypes, impl=impl)[order]
     torch.testing.assert_close(deviation_map(feature_map[order], prototypes, impl=impl), expected)
+
+
+@cases("shape", {one: [((0, 4, 2, 2),), ((2, 4, 0, 2),), ((2, 4, 2, 0),)] for one in ALL})
+def test_a_map_of_no_positions(impl: Impl, shape: tuple[int, ...]) -> None:
+    result = deviation_map(draw(*shape), draw(3, 4, seed=1), impl=impl)
+    assert result.shape == (shape[0], *shape[2:])
+
+
+@cases("normalize", {one: [("layer",), ("l2",)] for one in ALL})
+def test_features_whose_squares_overflow(impl: Impl, normalize: Any) -> None:
+    feature_map, prototypes = draw(2, 6, 3, 4), draw(4, 6, seed=1)
+    expected = deviation_map(feature_map * 2.0**20, prototypes, normalize=normalize, impl=impl)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        long = (feature_map * 2.0**70).contiguous(memory_format=layout)
+        torch.testing.assert_close(deviation_map(long, prototypes, normalize=normalize, impl=impl), expected)

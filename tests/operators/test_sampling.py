@@ -16,6 +16,7 @@ from anomem.functional import gather_positions, variance_hinge
 from anomem.testing import compare, draw, gradients
 from tests.operators.contract import (
     BF16,
+    F16,
     F32,
     F64,
     NATIVE,
@@ -249,3 +250,30 @@ def test_gather_and_variance_compile_into_one_graph(impl: Impl) -> None:
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     inputs = [draw(3, 7, 4, 4), positions_in(16, 5)]
     assert_same_values(gradients(compiled, inputs), gradients(chain, inputs), impl)
+
+
+@cases(
+    "dtype, per_image, layout",
+    {
+        one: product([t for t in (BF16, F16) if t in one.dtypes], (False, True), ("contiguous", "channels_last"))
+        for one in ALL
+    },
+)
+def test_gradients_of_repeated_positions_are_summed_in_float32(
+    impl: Impl, dtype: torch.dtype, per_image: bool, layout: str
+) -> None:
+    """A sum of ones kept in bfloat16 stops at 256, in float16 at 2048."""
+    positions = torch.zeros(2, 3000, dtype=torch.int64)
+    positions[:, 1::3] = 3
+    feature_map = LAYOUTS[layout](torch.ones(2, 5, 2, 2, dtype=dtype)).requires_grad_()
+    vectors = gather_positions(feature_map, positions if per_image else positions[0], impl=impl)
+    (gradient,) = torch.autograd.grad(vectors.sum(), feature_map)
+    assert torch.equal(gradient.flatten(2), torch.tensor([2000.0, 0, 0, 1000]).to(dtype).expand(2, 5, 4))
+
+
+@each(*ALL)
+def test_vectors_whose_squares_overflow_have_unit_length(impl: Impl) -> None:
+    for dtype, scale in ((F32, 1e25), (BF16, 1e25)):
+        feature_map = (draw(2, 6, 2, 2) * scale).to(dtype)
+        vectors = gather_positions(feature_map, torch.arange(4), normalize=True, impl=impl)
+        torch.testing.assert_close(vectors.float().norm(dim=-1), torch.ones(4, 2), rtol=0.01, atol=0)

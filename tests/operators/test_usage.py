@@ -68,3 +68,13 @@ def test_the_order_of_the_queries_does_not_matter(impl: Impl) -> None:
     expected = memory_diagnostics(query, prototypes, impl=impl)
     for got, same in zip(memory_diagnostics(query[torch.randperm(300)], prototypes, impl=impl), expected, strict=True):
         torch.testing.assert_close(got, same)
+
+
+@each(*ALL)
+def test_queries_whose_squares_overflow(impl: Impl) -> None:
+    query, prototypes = draw(50, 8), draw(9, 8, seed=1)
+    for normalize in ("layer", "l2"):
+        expected = memory_diagnostics(query * 2.0**20, prototypes, normalize=normalize, impl=impl)
+        got = memory_diagnostics(query * 2.0**70, prototypes, normalize=normalize, impl=impl)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)

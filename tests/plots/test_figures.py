@@ -205,3 +205,18 @@ def test_the_caption_of_two_images_is_whole(tmp_path: Path, seen: list[Figure]) 
     (drawn,) = seen
     (caption,) = (text for text in drawn.findobj(Text) if text.get_text().startswith("Name and score"))
     assert caption.get_window_extent(FigureCanvasAgg(drawn).get_renderer()).x1 < drawn.bbox.x1
+
+
+def test_files_and_the_score_are_named(tmp_path: Path, seen: list[Figure]) -> None:
+    files = [f"photos/part_{i:02d}_of_a_long_series.png" for i in range(COUNT)]
+    plots.extremes(IMAGES, SCORES, MAPS, IS_ANOMALY, tmp_path / "a.png", files=files, score="detector", count=2)
+    texts = [text.get_text() for text in seen[0].findobj(Text)]
+    first = int(SCORES.argmax())
+    assert f"anomaly\npart_{first:02d}…ries.png\n{float(SCORES[first]):.3g}" in texts
+    assert any(text.startswith("Name, file and score (detector) stand above each image") for text in texts)
+
+
+@pytest.mark.parametrize("anomalous", [True, False])
+def test_histograms_of_one_class(tmp_path: Path, seen: list[Figure], anomalous: bool) -> None:
+    plots.score_histograms(SCORES, torch.full((COUNT,), anomalous), tmp_path / "a.png")
+    assert seen[0].axes[0].get_title(loc="left") == "one class only"

@@ -239,6 +239,7 @@ def contrast_backward(call: Call) -> dict[str, float]:
     if not joined:
         call.rows("streamed", streamed)
         call.numbers("streamed_inverse", other)
+    call.numbers("loss", case.loss)
     call.numbers("lse", case.lse)
     call.numbers("upstream", upstream)
     if call.has("peak"):

@@ -7,6 +7,7 @@ import torch
 
 from anomem.errors import ArgumentError
 from anomem.scoring import DeviationDetector, Gaussians, MomentSums
+from anomem.scoring.detector import kept_features
 
 
 def sums_of(x: torch.Tensor, *sizes: int) -> MomentSums:
@@ -96,3 +97,47 @@ def test_two_images_are_in_units_of_their_distance(alignment: str) -> None:
     detector = DeviationDetector([4], [3], alignment)  # type: ignore[arg-type]
     detector.fit(lambda: [[images]])
     assert detector([images]).tolist() == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_memory_is_bounded_by_fewer_channels() -> None:
+    positions, features = [1024, 256], [64, 128]
+    numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
+    kept = kept_features(positions, features, 1)
+    assert sum(p * k**2 for p, k in zip(positions, kept, strict=True)) <= 2**18 < numbers
+    assert kept_features(positions, features, 1024) == features
+    detector = DeviationDetector(positions, features, "per_position", megabytes=1)
+    assert sum(buffer.numel() for name, buffer in detector.named_buffers() if "whitening" in name) <= 2**18
+    state = detector.state_dict()
+    assert state["projection0"].shape == (64, kept[0])
+    again = DeviationDetector(positions, features, "per_position", megabytes=1).state_dict()
+    assert torch.equal(state["projection1"], again["projection1"])
+
+
+@pytest.mark.parametrize("megabytes", [1, 1024])
+def test_a_projected_detector_finds_the_shifted_images(megabytes: int) -> None:
+    normal = [torch.randn(80, 300, 40)]
+    detector = DeviationDetector([300], [40], "per_position", megabytes)
+    assert detector.projected == (megabytes == 1)
+    detector.fit(lambda: [[x[:50] for x in normal], [x[50:] for x in normal]])
+    shifted = [normal[0] + 0.5]
+    assert detector(shifted).min() > detector(normal).max()
+    assert [m.shape for m in detector.maps(shifted)] == [(80, 300)]
+    assert [d.shape for d in detector.distances(shifted)] == [(80, 300)]
+
+
+def test_blocks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(30, 7, 5)
+    whole, parts = Gaussians(7, 5), Gaussians(7, 5)
+    whole.fit(sums_of(x))
+    monkeypatch.setattr("anomem.scoring.detector.BLOCK", 60)  # two positions at a time
+    parts.fit(sums_of(x))
+    torch.testing.assert_close(parts.whitening, whole.whitening)
+    torch.testing.assert_close(parts.mean, whole.mean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_deviations_no_covariance_can_be_taken_of(value: float) -> None:
+    x = torch.randn(10, 2, 3)
+    x[3, 1] = value
+    with pytest.raises(ArgumentError, match="`images`: expected deviations of which a covariance can be taken"):
+        Gaussians(2, 3).fit(sums_of(x))

@@ -49,7 +49,7 @@ def test_other_format(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "stage1", 2, {"a": torch.randn(1)})
     note = json.loads((tmp_path / "stage1.json").read_text())
     (tmp_path / "stage1.json").write_text(json.dumps({**note, "format": 99}))
-    with pytest.raises(UserError, match="format 99, expected 1"):
+    with pytest.raises(UserError, match="format 99, expected 2"):
         load_checkpoint(tmp_path, "stage1")
 
 

@@ -110,6 +110,14 @@ def test_resuming_asks_for_the_same_and_ends_alike(config: TrainConfig, task: Ta
     assert all(torch.equal(value, again.tensors[name]) for name, value in ended.tensors.items())
 
 
+def test_images_of_other_channels_are_refused_before_anything_is_written(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, run=replace(config.run, directory=str(tmp_path / "run")))
+    grey = task_from_dataset(FakeData(24, (1, 20, 28), num_classes=2), config=config.data)
+    with pytest.raises(ArgumentError, match="`encoder`: expected one for images of 1 channels"):
+        train(config, task=grey, encoder=encoder(), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_runs_of_the_command_line_say_nothing_of_it(tiny: TrainConfig) -> None:
     run = train(tiny, quiet=True)
     assert not (run / "given.json").exists()

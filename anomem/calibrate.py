@@ -1,0 +1,419 @@
+"""Measures and checks the implementations of an operator; `python -m anomem.calibrate` fills the file of this machine.
+
+`measure` times both passes of the reference and of kernels, in turns until the times separate. `check` compares a
+kernel with float64. Both draw inputs of their own with generators of their own: they change no random state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomem import backends, choice, reference, testing
+from anomem.backends import Problem
+from anomem.choice import Measured
+from anomem.ops import contrast, retrieve, sampling
+from anomem.ops import deviation_map as deviation_maps
+from anomem.ops import usage as usages
+from anomem.ops.library import Memory, accumulator
+
+Function = Callable[..., tuple[Tensor, ...]]
+SDPA = "SDPA"
+"""A rival of retrieval that is measured by the command, and no implementation: `auto` cannot take it."""
+_MOST_WORK, _MOST_COPIED = 2**27, 2**24
+_LEAST_ROWS = 256
+_MARGIN = 1.05
+"""A kernel is taken if the reference takes so many times as long."""
+_ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
+"""The fewest rounds; short calls take more of them, so that one disturbance of the machine does not decide."""
+_SECONDS = 0.25
+"""After so long no new round begins if there were enough."""
+_MOST_SECONDS = 1.0
+"""After so long none begins at all: the machine is busy."""
+
+
+def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bool = False) -> Measured | None:
+    """Time the reference and kernels on random inputs of a call's sizes, of a bounded part where it is large.
+
+    Args:
+        problem: the call.
+        training: both passes, or the forward pass alone.
+        kernels: names of implementations that can run it.
+        rivals: also time SDPA for a retrieval.
+
+    Returns:
+        The fastest implementation; the reference unless a kernel is ahead by a margin. None if nothing runs.
+    """
+    problem = bounded(problem)
+    inputs = inputs_of(problem)
+    functions = {name: function(problem.operator, name) for name in ("reference", *kernels)}
+    if rivals and problem.operator == "retrieve":
+        functions[SDPA] = _sdpa
+    calls: dict[str, Callable[[], object]] = {}
+    seconds: dict[str, list[float]] = {}
+    for name, one in functions.items():
+        call = _both_passes(one, inputs) if training else partial(_forward, one, inputs)
+        try:
+            for _ in range(2):  # the first compiles, allocates and starts threads
+                _timed(call, problem.device)
+        except Exception:  # out of memory, or whatever a compiler, a driver or a launch raises at this size
+            continue
+        calls[name], seconds[name] = call, []
+    if not calls:
+        return None
+    begin = time.perf_counter()
+    while not _done(seconds, time.perf_counter() - begin):
+        for name, call in calls.items():
+            seconds[name].append(_timed(call, problem.device))
+    times = {name: 1e3 * median(values) for name, values in seconds.items()}
+    best = min((name for name in times if name != SDPA), key=times.__getitem__)
+    if "reference" in times and times["reference"] < _MARGIN * times[best]:
+        best = "reference"
+    return Measured(best, times, _separate(seconds))
+
+
+def check(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str:
+    """Compare a kernel with float64 on a small problem, forward and backward.
+
+    Args:
+        operator: a name of `anomem.backends.OPERATORS`.
+        implementation: "native" or "triton".
+        device: "cpu" or "cuda".
+        dtype: of the inputs.
+        features: length of a row.
+
+    Returns:
+        "passed", or what came and what was expected.
+    """
+    why_not = backends.obstacle(operator, implementation, device, dtype, features)  # loads the library
+    if why_not is not None:
+        return why_not
+    # Ragged: several tiles of each axis, none of them full.
+    problem = Problem(operator, device, dtype, features, rows=130, columns=130 if operator == "nt_xent" else 70)
+    problem = problem._replace(groups=20 if operator == "gather" else 2 if operator not in _ONE_GROUP else 1)
+    if operator == "gather":
+        problem = problem._replace(rows=8)
+    inputs = inputs_of(problem)
+    try:
+        actual = _results(function(operator, implementation), inputs, operator)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler, a driver or a launch raises: the kernel does not run here
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    outputs = len(actual) if operator in choice.INFERENCE else len(actual) - sum(x.is_floating_point() for x in inputs)
+    plain_dtype = torch.float32 if dtype == torch.float64 else dtype
+    plain = _results(function(operator, "reference"), _converted(inputs, plain_dtype), operator)
+    exact = _results(function(operator, "reference"), _converted(inputs, torch.float64), operator)
+    for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
+        what = f"result {i}" if i < outputs else f"gradient {i - outputs}"
+        if result.shape != truth.shape:
+            return f"{what}: shape {list(result.shape)}, expected {list(truth.shape)}"
+        came = testing.error(result, truth) if bool(result.isfinite().all()) else float("nan")
+        unit = torch.finfo(result.dtype).eps
+        plain_error = testing.error(baseline, truth) * unit / torch.finfo(baseline.dtype).eps
+        # Twice the budget of the tests: this looks for broken kernels, on numbers that no test has seen.
+        budget = 4 * plain_error + 8 * unit
+        if not came <= budget:
+            return f"{what}: error {came:.3g} of the largest magnitude against float64, expected at most {budget:.3g}"
+    return choice.PASSED
+
+
+_ONE_GROUP = ("retrieve", "shrink", *choice.INFERENCE)
+
+
+def bounded(problem: Problem) -> Problem:
+    """The same problem with fewer groups, rows and then columns where it is too large to be timed in milliseconds."""
+    most = _MOST_COPIED if problem.operator in choice.COPIES else _MOST_WORK
+
+    def size(problem: Problem) -> int:
+        if problem.operator == "gather":
+            return problem.rows * problem.columns * problem.features  # the map, whose gradient is written
+        return choice.work(problem)
+
+    while size(problem) > most:
+        tied = problem.operator == "nt_xent"
+        if problem.groups > 1 and problem.operator != "gather":
+            problem = problem._replace(groups=(problem.groups + 1) // 2)
+        elif problem.rows > _LEAST_ROWS and (tied or problem.rows >= problem.columns // 16):
+            half = (problem.rows + 3) // 4 * 2
+            problem = problem._replace(rows=half, columns=half if tied else problem.columns)
+        elif problem.columns > _LEAST_ROWS and not tied:
+            problem = problem._replace(columns=(problem.columns + 1) // 2)
+        elif problem.rows > 2 and not tied:
+            problem = problem._replace(rows=(problem.rows + 1) // 2)
+        else:
+            break
+    return problem
+
+
+def inputs_of(problem: Problem) -> list[Tensor]:
+    """Random inputs of an operator; integer tensors among them are indices."""
+    operator, device, dtype, d, rows, columns, groups, _ = problem
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    def indices(count: int, below: int) -> Tensor:
+        return torch.randint(below, (count,), generator=generator, device=device)
+
+    if operator == "nt_xent":
+        return [draw(groups, max(rows // 2, 1), d), draw(groups, max(rows // 2, 1), d)]
+    if operator == "info_nce":
+        return [draw(groups, rows, d), draw(groups, columns, d), indices(rows, columns)]
+    if operator == "gather":
+        return [draw(rows, d, columns, 1), indices(groups, columns)]
+    if operator == "variance":
+        return [draw(groups, rows, d)]
+    if operator == "deviation_map":
+        return [draw(1, d, rows, 1), draw(columns, d)]
+    return [draw(rows, d), draw(columns, d)]
+
+
+def function(operator: str, implementation: str) -> Function:
+    """What `anomem.functional` computes with one implementation, without its checks."""
+    if implementation == "reference":
+        return partial(_BY_REFERENCE[operator])
+    return partial(_BY_KERNEL[operator], implementation)
+
+
+def _memory(prototypes: Tensor) -> Memory:
+    return Memory(prototypes, None, None, prototypes.shape[1] ** -0.5, "layer")
+
+
+def _shrink(prototypes: Tensor) -> float:
+    return 0.5 / prototypes.shape[0]
+
+
+def _retrieve_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(query)
+    found = reference.hopfield_retrieve(query.to(dtype), prototypes.to(dtype))
+    return found.out.to(query.dtype), found.lse
+
+
+def _shrink_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(query)
+    found = reference.hopfield_retrieve(query.to(dtype), prototypes.to(dtype), shrink=_shrink(prototypes))
+    return found.out.to(query.dtype), found.lse, reference.weights_entropy(found.weights)
+
+
+def _nt_xent_reference(z: Tensor, z_pair: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(z)
+    return (reference.nt_xent_rows(z.to(dtype), z_pair.to(dtype), 0.2),)
+
+
+def _info_nce_reference(rows: Tensor, columns: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(rows)
+    return (reference.info_nce_rows(rows.to(dtype), columns.to(dtype), positive, None, 0.1),)
+
+
+def _deviation_map_reference(feature_map: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(feature_map)
+    return (reference.deviation_map(feature_map.to(dtype), prototypes.to(dtype)),)
+
+
+def _usage_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(query)
+    found = reference.memory_diagnostics(query.to(dtype), prototypes.to(dtype))
+    return found.mass, found.entropy
+
+
+def _usage_kernel(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    _, mass, entropy, _ = usages.usage(query, _memory(prototypes))
+    return mass, entropy.mean()
+
+
+# Modules are named at the call, so that a test can put a wrong or slow kernel in the place of one.
+_BY_REFERENCE: dict[str, Function] = {
+    "retrieve": _retrieve_reference,
+    "shrink": _shrink_reference,
+    "nt_xent": _nt_xent_reference,
+    "info_nce": _info_nce_reference,
+    "gather": lambda feature_map, positions: (reference.gather_positions(feature_map, positions, normalize=True),),
+    "variance": lambda x: (reference.variance_hinge(x.to(accumulator(x))),),
+    "deviation_map": _deviation_map_reference,
+    "usage": _usage_reference,
+}
+_BY_KERNEL: dict[str, Function] = {
+    "retrieve": lambda impl, query, prototypes: retrieve.retrieve(query, _memory(prototypes), impl),
+    "shrink": lambda impl, query, prototypes: retrieve.shrink(query, _memory(prototypes), _shrink(prototypes)),
+    "nt_xent": lambda impl, z, z_pair: (contrast.nt_xent(z, z_pair, None, 0.2, impl),),
+    "info_nce": lambda impl, rows, columns, positive: (
+        contrast.info_nce(rows, columns, positive, None, None, 0.1, impl),
+    ),
+    "gather": lambda impl, feature_map, positions: (sampling.gather_positions(feature_map, positions, True),),
+    "variance": lambda impl, x: (sampling.variance_hinge(x, 1.0, 1e-4),),
+    "deviation_map": lambda impl, feature_map, prototypes: (
+        deviation_maps.deviation_map(feature_map, _memory(prototypes), "cosine", None),
+    ),
+    "usage": lambda impl, query, prototypes: _usage_kernel(query, prototypes),
+}
+
+
+def _sdpa(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    width = query.shape[-1:]
+    keys = F.layer_norm(prototypes, width)[None, None]
+    return (F.scaled_dot_product_attention(F.layer_norm(query, width)[None, None], keys, keys)[0, 0],)
+
+
+def _forward(one: Function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return one(*inputs)
+
+
+def _both_passes(one: Function, inputs: list[Tensor]) -> Callable[[], object]:
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def call() -> object:
+        result = one(*leaves)[0]
+        return torch.autograd.grad(result, wanted, torch.ones_like(result))
+
+    return call
+
+
+def _results(one: Function, inputs: list[Tensor], operator: str) -> list[Tensor]:
+    if operator in choice.INFERENCE:
+        return list(_forward(one, inputs))
+    return testing.gradients(one, inputs)
+
+
+def _converted(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+
+
+def _timed(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _done(seconds: dict[str, list[float]], passed: float) -> bool:
+    """Whether no further round is needed, `passed` seconds after the first began."""
+    rounds = len(next(iter(seconds.values())))
+    if passed >= _MOST_SECONDS:
+        return rounds > 0
+    long = all(sum(values) >= _ENOUGH_SECONDS for values in seconds.values())
+    enough = rounds >= _ENOUGH_ROUNDS or (rounds >= _ROUNDS and long)
+    return enough and (passed >= _SECONDS or _separate(seconds))
+
+
+def _separate(seconds: dict[str, list[float]]) -> bool:
+    """Whether the middle half of the fastest one's times lies below that of every other, and its least time too."""
+    ordered = sorted((sorted(values) for name, values in seconds.items() if name != SDPA), key=median)
+    if len(ordered) > 1 and len(ordered[0]) < _ROUNDS:
+        return False
+    best = ordered[0]
+    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0] for other in ordered[1:])
+
+
+def problems(device: str) -> Iterator[tuple[Problem, bool]]:
+    """The calls that the command measures, the most frequent first, with and without gradients."""
+    dtypes = (torch.float32, torch.bfloat16)
+    more = 1 if device == "cpu" else 4
+    for training in (True, False):
+        for d in (128, 64, 256):
+            for dtype in dtypes:
+                make = partial(Problem, device=device, dtype=dtype, features=d)
+                for groups, batch in ((8, 128), (8, 256), (16, 512), (4, 1024)):
+                    yield make("nt_xent", rows=2 * batch, columns=2 * batch, groups=groups * more), training
+                for rows, columns in ((1024, 64), (8192, 64), (8192, 512), (32768, 512), (8192, 2048)):
+                    yield make("retrieve", rows=rows * more, columns=columns), training
+                for rows in (512, 2048):
+                    yield make("info_nce", rows=rows * more, columns=rows * more), training
+                yield make("shrink", rows=8192 * more, columns=512), training
+                yield make("gather", rows=128 * more, columns=256, groups=64), training
+                yield make("variance", rows=128 * more, groups=64), training
+                if not training:
+                    yield make("deviation_map", rows=8192 * more, columns=512), training
+                    yield make("usage", rows=8192 * more, columns=512), training
+
+
+def fill(device: str, place: Path, seconds: float, report: Callable[[float, str], object]) -> dict[str, Measured]:
+    """Check and measure the usual calls and write the outcomes into a file.
+
+    Args:
+        device: "cpu" or "cuda".
+        place: the file.
+        seconds: no measurement begins after so long.
+        report: called with the part that is done, 0 to 1, and the name of the next call.
+
+    Returns:
+        What was measured.
+    """
+    start = time.monotonic()
+    found: dict[str, Measured] = {}
+    calls = list(problems(device))
+    for i, (problem, training) in enumerate(calls):
+        passed = (time.monotonic() - start) / seconds
+        name = choice.bucket_of(problem, training).name
+        report(max(passed, i / len(calls)), name)
+        if passed >= 1:
+            break
+        kernels = choice.candidates(problem)
+        measured = measure(problem, training, kernels, rivals=True) if kernels else None
+        if measured is not None and measured.separate:
+            found[name] = measured
+    checks = choice.outcomes(device)
+    choice.keep(place, device, choices=found, checks=checks)
+    return found
+
+
+def run(devices: Sequence[str], place: Path, seconds: float) -> None:
+    """`fill` with a progress bar, for each device."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.fields[device]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as progress:
+        for device in devices:
+            bar = progress.add_task("", total=1.0, device=device)
+
+            def report(done: float, name: str, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done, description=name)
+
+            fill(device, place, seconds, report)
+            progress.update(bar, completed=1.0, description=f"kept in {place}")
+    backends.forget()
+
+
+def positive(text: str) -> float:
+    """A finite number > 0 of the command line."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def devices() -> list[str]:
+    """The devices of this machine."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure this machine and keep the choices."""
+    parser = argparse.ArgumentParser(prog="python -m anomem.calibrate", description=main.__doc__)
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of measurements, for each device")
+    parser.add_argument("--output", type=Path, help="the file; the one that impl='auto' follows by default")
+    options: Any = parser.parse_args(arguments)
+    run(devices(), options.output or choice.path() or choice.default_path(), options.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

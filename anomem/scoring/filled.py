@@ -1,0 +1,394 @@
+"""Filling a model's memories from all normals, and the scores that suit a filled memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from anomem.models import AnoMem
+from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.detector import Alignment, Gaussians, MomentSums
+from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
+from anomem.scoring.labelled import pooled_deviations
+from anomem.validation import require, require_choice
+
+ImageBatches = Callable[[], Iterable[Tensor]]
+"""Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
+HELD_BYTES = 2**30
+"""Of features that are held instead of encoded again."""
+TOP_PART = 0.1
+"""Of the positions, the largest distances first: their mean is an image's distance."""
+
+
+class NormalQueries:
+    """The queries of normal images at all scales, which filling and fitting read three times.
+
+    They are encoded once and held where they fit, else encoded again each time.
+
+    Args:
+        model: put into eval mode.
+        batches: of normal images.
+        at_most: bytes to hold.
+
+    Yields:
+        For each batch S tensors [b, P_s, d_s].
+    """
+
+    def __init__(self, model: AnoMem, batches: ImageBatches, at_most: int = HELD_BYTES) -> None:
+        self.model, self.batches, self.at_most = model.eval(), batches, at_most
+        self._held: list[list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        if self._held is not None:
+            yield from self._held
+            return
+        held: list[list[Tensor]] | None = []
+        size = 0
+        for images in self.batches():
+            queries = [query.float() for query in self.model.queries(self.model(images))]
+            size += sum(query.nbytes for query in queries)
+            if held is not None:
+                held = [*held, queries] if size <= self.at_most else None
+            yield queries
+        self._held = held
+
+
+class FilledScale(NamedTuple):
+    """What one memory was filled with."""
+
+    name: str
+    """Of the scale."""
+    rows: int
+    """Features of normals seen."""
+    prototypes: int
+    """M."""
+    seconds: float
+    """Taken by the choice."""
+
+
+@torch.no_grad()
+def fill_memories(
+    model: AnoMem,
+    queries: Iterable[Sequence[Tensor]],
+    prototypes: Sequence[float],
+    method: Fill = "kmeans",
+    *,
+    seed: int = 0,
+    at_most: int = 400_000,
+) -> list[FilledScale]:
+    """Replace the prototypes of every memory by ones chosen among the features of all normals.
+
+    The memories change their size where M differs from what they have. Retrieval normalises prototypes as it normalises
+    queries, so the features are normalised before the choice.
+
+    Args:
+        model: its encoder is not changed.
+        queries: of all normals, `NormalQueries`; read once.
+        prototypes: one number for all scales, or one per scale: M, or a ratio in (0, 1) of the features. A number above
+            that of the features takes all of them.
+        method: see `fill_prototypes`.
+        seed: see `fill_prototypes`.
+        at_most: features held per scale; of more, a random choice.
+
+    Raises:
+        ArgumentError: no image, a wrong number, or memories with separate values, which could not be filled.
+    """
+    scales = len(model.memories)
+    wanted = list(prototypes) * scales if len(prototypes) == 1 else list(prototypes)
+    require(len(wanted) == scales, "prototypes", f"one number, or {scales}, one per scale", list(prototypes))
+    separate = any(memory.values is not None for memory in model.memories)
+    require(not separate, "separate_values", "False: a filled memory returns its prototypes", True)
+    collected = [FeatureRows(at_most, seed) for _ in range(scales)]
+    for of_batch in queries:
+        for rows, query, memory in zip(collected, of_batch, model.memories, strict=True):
+            rows.add(normalize_rows(query.flatten(0, 1).float(), memory.normalize))
+    filled = []
+    for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.memories, strict=True):
+        begin = time.perf_counter()
+        features = held.rows()
+        chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
+        memory.prototypes = nn.Parameter(chosen.to(memory.prototypes), requires_grad=memory.prototypes.requires_grad)
+        filled.append(FilledScale(name, held.seen, len(chosen), time.perf_counter() - begin))
+    return filled
+
+
+class FilledScores(NamedTuple):
+    """Scores and maps of B images; higher is more anomalous."""
+
+    scores: dict[str, Tensor]
+    """"plain", "local", "whole", "both" and "either" -> [B]; see `FilledScorer`."""
+    maps: dict[str, Tensor]
+    """"plain" and "local" -> [B, H, W] at the images' size."""
+    pooled: Tensor
+    """[B, 2·Σ d_s], mean of D and of abs(D) over positions, for `anomem.scoring.labelled`."""
+
+
+class FilledScorer(nn.Module):
+    """A frozen model with filled memories and what was fitted to its deviations; one retrieval per scale and image.
+
+    * "plain": Σ lambda_s top 1 − cos(z, HF(z)), where top is the mean over the largest tenth of the positions.
+    * "local": Mahalanobis distance of D(s) at every position, pooled by the top: local defects on aligned parts.
+    * "whole": Mahalanobis distance of the mean of D(s) over positions: another material, another object.
+    * "both": "plain" and "local", each relative to its mean and spread over the fitted normals, added.
+    * "either": the larger of "local" and "whole", each relative to its mean and spread.
+
+    Each scale of "local" and "whole" is divided by its spread over the fitted normals; so are the scales of the maps.
+
+    Args:
+        model: memories filled.
+        alignment: "per_position" fits one Gaussian per position, "pooled" one for all.
+        top_part: part of the positions that are pooled, in (0, 1]; at least one position.
+
+    Shape:
+        images [B, C, H, W] -> `FilledScores`.
+
+    Example:
+        >>> normals = NormalQueries(model, batches)
+        >>> fill_memories(model, normals, [1024])
+        >>> scorer = FilledScorer(model, "per_position")
+        >>> scorer.fit(normals)
+        >>> scores, maps, _ = scorer(images)
+    """
+
+    local_spread: Tensor
+    whole_spread: Tensor
+    map_spread: Tensor
+    plain_map_spread: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, model: AnoMem, alignment: Alignment, top_part: float = TOP_PART) -> None:
+        super().__init__()
+        require_choice(alignment, "alignment", ("per_position", "pooled"))
+        require(0 < top_part <= 1, "top_part", "a part in (0, 1]", top_part)
+        self.model, self.alignment, self.top_part = model, alignment, top_part
+        positions = [h * w for h, w in model.encoder.sizes]
+        widths = [memory.prototypes.shape[1] for memory in model.memories]
+        pooled = alignment == "pooled"
+        self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in zip(positions, widths, strict=True)])
+        self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
+        for name in ("local_spread", "whole_spread", "map_spread", "plain_map_spread"):
+            self.register_buffer(name, torch.ones(len(widths)))
+        self.register_buffer("centre", torch.zeros(3))  # of "plain", "local" and "whole"
+        self.register_buffer("spread", torch.ones(3))
+        self.to(model.mean.device)
+        self.eval()
+
+    @property
+    def lead(self) -> str:
+        """The score to look at first: "both" where positions are aligned, else "either"."""
+        return "both" if self.alignment == "per_position" else "either"
+
+    @torch.no_grad()
+    def fit(self, queries: Iterable[Sequence[Tensor]]) -> None:
+        """Fit Gaussians and spreads to normal images in two passes.
+
+        A Gaussian is nearer to the images it was fitted to than to others, the more so the fewer they are and the more
+        channels a scale has. The spreads are therefore those of each half of the images (every other one) under
+        Gaussians fitted to the other half, where a half is at least two; what scores new images is fitted to all.
+
+        Args:
+            queries: of all normals, `NormalQueries`; read twice.
+
+        Raises:
+            ArgumentError: fewer than two images.
+        """
+        halves = [_Moments(self.local, self.whole), _Moments(self.local, self.whole)]
+        seen = 0
+        for of_batch in queries:
+            deviations = self._deviations(of_batch)[1]
+            for i, half in enumerate(halves):
+                half.update([d[(i + seen) % 2 :: 2] for d in deviations])
+            seen += len(of_batch[0])
+        require(seen >= 2, "images", "at least two normals to fit a Gaussian", seen)
+        everything = halves[0].joined(halves[1])
+        judges = [half.gaussians() for half in (halves if seen >= 4 else [everything, everything])]
+        self._fit_spreads(queries, judges)
+        for gaussians, sums in zip([*self.local, *self.whole], everything.sums, strict=True):
+            assert isinstance(gaussians, Gaussians)
+            gaussians.fit(sums)
+
+    def _fit_spreads(self, queries: Iterable[Sequence[Tensor]], judges: Sequence[Sequence[Gaussians]]) -> None:
+        """From the distances of the images of one half as the other half's Gaussians give them."""
+        local, whole, means, plain_means, plain, seen = [], [], [], [], [], 0
+        scales = len(self.local)
+        for of_batch in queries:
+            cosines, deviations = self._deviations(of_batch)
+            plain.append(self._plain(cosines))
+            plain_means.append(torch.stack([c.mean(dim=1) for c in cosines]))
+            for i in range(2):
+                part = [d[(i + seen) % 2 :: 2] for d in deviations]
+                if not len(part[0]):
+                    continue
+                judge = judges[1 - i]
+                maps = [g(d) for g, d in zip(judge[:scales], part, strict=True)]
+                local.append(torch.stack([self._top(m) for m in maps]))
+                means.append(torch.stack([m.mean(dim=1) for m in maps]))
+                pairs = zip(judge[scales:], part, strict=True)
+                whole.append(torch.stack([g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in pairs]))
+            seen += len(of_batch[0])
+        for buffer, parts in (
+            (self.local_spread, local),
+            (self.whole_spread, whole),
+            (self.map_spread, means),
+            (self.plain_map_spread, plain_means),
+        ):
+            buffer.copy_(_spread(torch.cat(parts, dim=1)))
+        scores = [torch.cat(plain)]
+        for parts, spread in ((local, self.local_spread), (whole, self.whole_spread)):
+            scores.append((torch.cat(parts, dim=1) / spread[:, None]).sum(dim=0))
+        self.centre.copy_(torch.stack([x.mean() for x in scores]))
+        self.spread.copy_(torch.cat([_spread(x[None]) for x in scores]))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> FilledScores:
+        """See the class."""
+        return self.of_queries(self.model.queries(self.model(images)), (images.shape[2], images.shape[3]))
+
+    @torch.no_grad()
+    def of_queries(self, queries: Sequence[Tensor], size: tuple[int, int]) -> FilledScores:
+        """Scores and maps of images that are encoded already.
+
+        Args:
+            queries: S tensors [B, P_s, d_s].
+            size: (H, W) of the maps.
+        """
+        cosines, deviations = self._deviations(queries)
+        distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
+        plain = self._plain(cosines)
+        local = sum(self._top(d) / spread for d, spread in zip(distances, self.local_spread, strict=True))
+        whole = sum(d / spread for d, spread in zip(self._whole(deviations), self.whole_spread, strict=True))
+        assert isinstance(local, Tensor)
+        assert isinstance(whole, Tensor)
+        relative = (torch.stack([plain, local, whole]) - self.centre[:, None]) / self.spread[:, None]
+        both, either = relative[:2].sum(dim=0), relative[1:].amax(dim=0)
+        return FilledScores(
+            {"plain": plain, "local": local, "whole": whole, "both": both, "either": either},
+            {
+                "plain": self._map(cosines, self.plain_map_spread, size),
+                "local": self._map(distances, self.map_spread, size),
+            },
+            pooled_deviations(deviations),
+        )
+
+    @torch.no_grad()
+    def pooled_deviations(self, images: Tensor) -> Tensor:
+        """Mean of D and abs(D) over positions, for `anomem.scoring.labelled`: [B, 2·Σ d_s]."""
+        return pooled_deviations(self._deviations(self.model.queries(self.model(images)))[1])
+
+    def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
+        cosines, deviations = [], []
+        for query, memory in zip(queries, self.model.memories, strict=True):
+            z = normalize_rows(query.float(), memory.normalize)
+            d = memory.deviation(query).float()
+            cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))
+            deviations.append(d)
+        return cosines, deviations
+
+    def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
+        """Σ lambda_s top of the cosine distances: S tensors [B, P_s] -> [B]."""
+        pooled = [w * self._top(c) for w, c in zip(self.model.scale_weights, cosines, strict=True)]
+        return torch.stack(pooled).sum(dim=0)
+
+    def _top(self, distances: Tensor) -> Tensor:
+        """Mean over the largest: [B, P] -> [B]."""
+        count = max(1, int(distances.shape[1] * self.top_part))
+        return distances.topk(count, dim=1).values.mean(dim=1)
+
+    def _whole(self, deviations: Sequence[Tensor]) -> list[Tensor]:
+        """S tensors [B]."""
+        return [g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in zip(self.whole, deviations, strict=True)]
+
+    def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
+        result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
+        for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
+            small = (d / by).unflatten(1, (height, width))[:, None]
+            result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
+        return result
+
+
+class _Moments:
+    """The running sums of some images for the Gaussians of all scales: those of positions, then those of images."""
+
+    def __init__(self, local: Iterable[nn.Module], whole: Iterable[nn.Module]) -> None:
+        self.sums: list[MomentSums] = []
+        for gaussians in (*local, *whole):
+            assert isinstance(gaussians, Gaussians)
+            positions, features = gaussians.mean.shape
+            self.sums.append(MomentSums(positions, features, gaussians.mean.device))
+
+    def update(self, deviations: Sequence[Tensor]) -> None:
+        """Add images: S tensors [b, P_s, d_s]."""
+        scales = len(deviations)
+        if not len(deviations[0]):
+            return
+        for local, whole, d in zip(self.sums[:scales], self.sums[scales:], deviations, strict=True):
+            local.update(d if len(local.fourth) > 1 else d.flatten(0, 1)[:, None])
+            whole.update(d.mean(dim=1, keepdim=True))
+
+    def joined(self, other: _Moments) -> _Moments:
+        """The sums of both sets of images."""
+        result = _Moments([], [])
+        for one, two in zip(self.sums, other.sums, strict=True):
+            result.sums.append(join_moments(one, two))
+        return result
+
+    def gaussians(self) -> list[Gaussians]:
+        """Fitted to these images."""
+        found = []
+        for sums in self.sums:
+            gaussians = Gaussians(*sums.first.shape).to(sums.first.device)
+            gaussians.fit(sums)
+            found.append(gaussians)
+        return found
+
+
+def join_moments(one: MomentSums, two: MomentSums) -> MomentSums:
+    """The sums of both sets of rows, relative to the first one's origin."""
+    if one.origin is None or two.origin is None:
+        return two if one.origin is None else one
+    shift = (two.origin - one.origin)[:, 0]  # [P, d]; a row x of the second becomes x + shift
+    n, length = two.count, shift.square().sum(dim=1)
+    trace = two.second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)  # [P], Σ |x|²
+    inner = (two.first * shift).sum(dim=1)  # Σ x·shift
+    product = (two.second @ shift[:, :, None])[:, :, 0]  # [P, d], Σ (x·shift) x
+    joint = copy.copy(one)
+    joint.count = one.count + n
+    joint.first = one.first + two.first + n * shift
+    cross = two.first[:, :, None] * shift[:, None, :]
+    joint.second = one.second + two.second + cross + cross.mT + n * shift[:, :, None] * shift[:, None, :]
+    # |x + s|² (x + s) and |x + s|⁴ expanded.
+    joint.third = (
+        one.third
+        + two.third
+        + 2 * product
+        + length[:, None] * two.first
+        + (trace + 2 * inner + n * length)[:, None] * shift
+    )
+    quadratic = (shift * product).sum(dim=1)  # Σ (x·shift)²
+    joint.fourth = (
+        one.fourth
+        + two.fourth
+        + 4 * quadratic
+        + n * length.square()
+        + 4 * (two.third * shift).sum(dim=1)
+        + 2 * length * trace
+        + 4 * length * inner
+    )
+    return joint
+
+
+def _spread(distances: Tensor) -> Tensor:
+    """Standard deviation over images [S, N] -> [S]; the mean where nothing spreads, 1 where that is 0 too."""
+    require(distances.shape[1] >= 2, "images", "at least two normals to fit a Gaussian", distances.shape[1])
+    spread, typical = distances.std(dim=1), distances.mean(dim=1).abs()
+    instead = torch.where(typical > 0, typical, torch.ones_like(typical))
+    return torch.where(spread > 1e-5 * typical, spread, instead)  # less is rounding in float32

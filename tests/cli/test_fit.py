@@ -1,0 +1,128 @@
+"""The command line of fitted detectors: fit, score with verdicts, evaluate against rivals, plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from anomem.cli import main
+from anomem.evaluate.fitted import join_maps
+from tests.cli.conftest import Outcome
+from tests.train.test_fitting import parts, write
+
+Command = Callable[..., Outcome]
+OPTIONS = (
+    "--encoder=efficientnet_lite0", "--weights=none", "--data.image-size=64", "--run.device=cpu", "--alpha=0.1",
+    "--scales", "block3", "block5", "--fill.prototypes", "32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos") / "parts"
+    write(root / "good", parts(20))
+    write(root / "test" / "good", parts(12, 1))
+    write(root / "test" / "spot", parts(12, 2, defect=True))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fitted") / "run"
+    assert main(["fit", str(photos), *OPTIONS, "--run.directory", str(path), "--quiet"]) == 0
+    return path
+
+
+def test_fit_says_what_it_chose(anomem: Command, photos: Path, tmp_path: Path) -> None:
+    done = anomem("fit", photos, *OPTIONS, "--run.directory", tmp_path / "run")
+    assert done.code == 0, done.err
+    for line in ("20 normal images at 64×64", "encoder: efficientnet_lite0, frozen", "kmeans", "score: both",
+                 "too few normals", "cross-fitted: no proof", "images/s", "next: anomem score --run"):  # fmt: skip
+        assert line in done.out, line
+
+
+def test_score_prints_verdicts(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
+    done = anomem("score", photos / "test" / "spot", "--run", run)
+    assert done.code == 0, done.err
+    rows = [line.split("\t") for line in done.out.splitlines()]
+    assert [row[2] for row in rows] == ["anomalous"] * 12
+    assert all(float(row[1]) == pytest.approx(1 / 21, rel=1e-5) for row in rows)
+    # Another rate, without a new fit.
+    strict = anomem("score", photos / "test" / "good", "--run", run, "--alpha", "0.9")
+    assert "anomalous" in strict.out
+    table = tmp_path / "scores.csv"
+    maps = tmp_path / "maps"
+    done = anomem("score", photos / "test" / "spot", "--run", run, "--output", table, "--maps", maps)
+    assert done.code == 0, done.err
+    written = list(csv.DictReader(table.open()))
+    assert {"both", "plain", "local", "p_value", "verdict"} <= written[0].keys()
+    assert {row["verdict"] for row in written} == {"anomalous"}
+    with Image.open(maps / "00.tiff") as image:
+        assert image.size == (64, 64)
+
+
+def test_an_alpha_that_cannot_be_promised(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
+    picture = photos / "test" / "good" / "00.png"
+    done = anomem("score", picture, "--run", run, "--alpha", "0.01")
+    assert (done.code, "0.01 needs 99 normals" in done.err) == (2, True)
+    done = anomem("score", picture, "--run", run, "--alpha", "2")
+    assert (done.code, "between 0 and 1" in done.err) == (2, True)
+    # Its own alpha is out of reach: scores and p-values, no verdict, and a sentence that says so.
+    few = tmp_path / "few"
+    assert anomem("fit", photos, *OPTIONS[:-6], *OPTIONS[-5:], "--alpha=0.01", "--run.directory", few).code == 0
+    done = anomem("score", picture, "--run", few)
+    assert done.code == 0
+    assert done.out.split("\t")[2] == "-"
+    assert "no verdicts: 20 calibration normals cannot promise" in done.err
+
+
+def test_evaluate_and_plot(anomem: Command, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    done = anomem("evaluate", copy)
+    assert done.code == 0, done.err
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert metrics["scores"]["both"]["auroc"] > 0.95
+    assert set(metrics["same_encoder"]) == {
+        "PatchCore, max", "PatchCore, top tenth", "PaDiM, max", "PaDiM, top tenth",
+    }  # fmt: skip
+    assert set(metrics["baselines"]) == {"kNN-3", "PCA-64 residual", "brightness"}
+    assert metrics["verdict"]["found"] == 12
+    for text in ("promised: about 10.00%", "12 of 12 anomalies found", "same encoder: PaDiM, max", "pixels: kNN-3"):
+        assert text in done.out, text
+    drawn = anomem("plot", copy)
+    assert [Path(line).stem for line in drawn.out.splitlines()] == ["histograms", "roc", "extremes"]
+    refused = anomem("evaluate", copy, "--controls", "untrained")
+    assert (refused.code, "was not trained" in refused.err) == (2, True)
+
+
+def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, photos: Path, tmp_path: Path) -> None:
+    picture = photos / "test" / "good" / "00.png"
+    for arguments, sentence in (
+        (("fit",), "expected a folder of good images"),
+        (("fit", tmp_path), "expected folders of images"),
+        (("fit", photos, "--data.dataset", "digits"), "reads no folder"),
+        (("fit", photos, "--run.directory", run), "already holds a run"),
+        (("fit", photos, "--alpha", "0"), "between 0 and 1"),
+        (("fit", photos, "--encoder", "resnet_of_nobody"), "one of torchvision's"),
+        (("fit", photos, *OPTIONS[:1], "--weights", tmp_path / "none.pth"), "there is no file of weights"),
+        (("train", "--resume", run), "holds a fitted detector"),
+        (("score", picture, "--run", run, "--by", "energy"), "expected one of plain"),
+        (("score", picture, "--run", finished, "--alpha", "0.1"), "is not calibrated"),
+    ):
+        done = anomem(*arguments)
+        assert (done.code, done.err.count("\n")) == (2, 1), (arguments, done.err)
+        assert sentence in done.err, done.err
+
+
+def test_joined_maps_lie_at_the_finest_positions() -> None:
+    joined = join_maps([torch.ones(2, 16, 3), 2 * torch.ones(2, 4, 5)], [(4, 4), (2, 2)])
+    assert joined.shape == (2, 16, 8)
+    assert torch.equal(joined[..., 3:], 2 * torch.ones(2, 16, 5))

@@ -1,0 +1,227 @@
+"""Fitted detectors: from good images to verdicts, saved and loaded, with labels, few images, or without weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anomem.data import DataConfig
+from anomem.errors import ArgumentError, UserError
+from anomem.scoring import FillConfig
+from anomem.train import FitConfig, RunConfig, fit, fit_run, fitting, load_detector, load_scorer, resume, save_detector
+from anomem.train.fitting import load_fitted_run, resolved
+
+needs_labels = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+# Random weights: what is tested does not depend on them, and the package of weights may not be there.
+CONFIG = FitConfig(
+    data=DataConfig(dataset="folder", normal="", image_size=64),
+    encoder="efficientnet_lite0",
+    weights="none",
+    scales=("block3", "block5"),
+    fill=FillConfig(prototypes=(32,)),
+    run=RunConfig(device="cpu"),
+)
+
+
+def parts(count: int, seed: int = 0, defect: bool = False) -> Tensor:
+    """Noisy images [count, 3, 64, 64] uint8 of one part, with a bright spot if they are defective."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.linspace(0, 1, 64)
+    clean = torch.where(x < 0.5, 0.7 - x, 0.4 + 0.3 * torch.sin(40 * x)).expand(3, 64, 64)
+    images = clean + 0.03 * torch.randn(count, 3, 64, 64, generator=source)
+    if defect:
+        images[:, :, 8:24, 40:56] = 0.95
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def write(folder: Path, images: Tensor) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(np.ascontiguousarray(image.movedim(0, -1).numpy())).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_good_images_to_verdicts() -> None:
+    detector = fit(parts(60), alpha=0.05, config=CONFIG)
+    good, bad = detector(parts(30, 1)), detector(parts(10, 2, defect=True))
+    assert bad.verdicts is not None
+    assert bool(bad.verdicts.all())
+    assert good.verdicts is not None
+    assert int(good.verdicts.sum()) <= 6
+    assert bad.maps["local"].shape == (10, 64, 64)
+    inside, outside = bad.maps["local"][:, 8:24, 40:56].mean(), bad.maps["local"][:, 40:].mean()
+    assert float(inside) > float(outside)
+    assert bool((bad.p_values <= 0.05).all())
+    assert detector.lead == "both"
+    assert fit(parts(60), alpha=0.05, aligned=False, config=CONFIG).lead == "either"
+
+
+def test_another_alpha_and_another_score() -> None:
+    detector = fit(parts(24), alpha=0.1, config=CONFIG)
+    images = parts(4, 2, defect=True)
+    for name in detector.names:
+        found = detector(images, by=name)
+        assert torch.equal(found.p_values, detector.calibration.p_values(name, found.scores[name]))
+    with pytest.raises(ArgumentError, match=r"alpha.*at least 0\.04"):
+        detector(images, alpha=0.01)
+    with pytest.raises(ArgumentError, match="by"):
+        detector(images, by="energy")
+
+
+def test_few_normals_give_no_silent_verdict() -> None:
+    detector = fit(parts(8), alpha=0.01, config=CONFIG)
+    found = detector(parts(2, 3))
+    assert found.verdicts is None
+    assert "cannot promise a false-alarm rate of 1.00%" in detector.calibration.promise(detector.alpha)
+    assert detector.calibration.held == "cross"
+    for count in (1, 2):
+        with pytest.raises(UserError, match="at least"):
+            fit(parts(count), config=CONFIG)
+
+
+def test_held_out_images_are_not_fitted() -> None:
+    """Changing a calibration image changes its score and nothing of the fit."""
+    images = parts(100)
+    before = fit(images, alpha=0.04, config=CONFIG)
+    assert before.calibration.held == "split"
+    held = fitting.fit_detector.__globals__["hold_out"](100, 0.04, 0)[1][0].calibrate
+    images[held[0]] = 255 - images[held[0]]
+    after = fit(images, alpha=0.04, config=CONFIG)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+    assert float(after.calibration.scores["plain"][-1]) > float(before.calibration.scores["plain"][-1])
+
+
+def test_images_of_any_kind_and_size() -> None:
+    images = parts(12)
+    arrays = [np.ascontiguousarray(image.movedim(0, -1).numpy()) for image in images]
+    pictures = [Image.fromarray(array).resize((80, 72)) for array in arrays]
+    detector = fit(pictures, alpha=0.2, config=CONFIG)
+    large = torch.nn.functional.interpolate(parts(3, 1).float(), (90, 70)).to(torch.uint8)
+    found = detector(large)
+    assert found.maps["plain"].shape == (3, 90, 70)
+    close = detector(large.float() / 255).scores["plain"]
+    torch.testing.assert_close(close, found.scores["plain"], rtol=0.1, atol=0.01)
+    with pytest.raises(ArgumentError, match=r"\[B, 3, H, W\]"):
+        detector(torch.zeros(1, 1, 64, 64, dtype=torch.uint8))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    detector, images = fit(parts(20), alpha=0.1, config=CONFIG), parts(3, 4, defect=True)
+    save_detector(detector, tmp_path / "run")
+    again = load_detector(tmp_path / "run")
+    for one, other in zip(detector(images), again(images), strict=True):
+        if isinstance(one, dict):
+            assert all(torch.equal(values, other[name]) for name, values in one.items())
+        else:
+            assert torch.equal(one, other)
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {
+        "detector.json",
+        "detector-00000000.safetensors",
+    }
+    with pytest.raises(UserError, match="already holds a run"):
+        save_detector(detector, tmp_path / "run")
+    with pytest.raises(UserError, match="given its task from Python"):
+        load_fitted_run(tmp_path / "run")
+    for function in (load_scorer, resume):
+        with pytest.raises(UserError, match="holds a fitted detector"):
+            function(tmp_path / "run")
+
+
+@needs_labels
+def test_labelled_defects_decide(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    write(root, parts(20))
+    write(root / "anomalous", parts(4, 9, defect=True))
+    folder = fit(root, alpha=0.1, config=CONFIG)
+    memory = fit(parts(20), alpha=0.1, defects=parts(4, 9, defect=True), config=CONFIG)
+    for detector in (folder, memory):
+        assert detector.lead == "labelled"
+        assert bool(detector(parts(5, 2, defect=True)).verdicts.all())  # type: ignore[union-attr]
+    save_detector(memory, tmp_path / "run")
+    images = parts(2, 4)
+    assert torch.equal(load_detector(tmp_path / "run")(images).p_values, memory(images).p_values)
+
+
+@pytest.mark.parametrize("layout", [".", "good", "train/good", "train/normal"])
+def test_folders_of_good_images(tmp_path: Path, layout: str) -> None:
+    write(tmp_path / "data" / layout, parts(6))
+    config = replace(CONFIG, data=replace(CONFIG.data, root=str(tmp_path / "data")))
+    config = replace(config, run=RunConfig(directory=str(tmp_path / "run"), device="cpu"), alpha=0.2)
+    run = fit_run(config, quiet=True)
+    assert load_detector(run).calibration.count == 6
+    with pytest.raises(UserError, match="no test images"):
+        load_fitted_run(run)
+
+
+def test_without_weights_the_small_encoder_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fitting, "pretrained_available", lambda: False)
+    monkeypatch.setattr(fitting, "SMALL_STEPS", 2)
+    root = write(tmp_path / "photos", parts(8)).parent / "photos"
+    config = FitConfig(data=DataConfig("folder", root=str(root), normal="", image_size=32), alpha=0.2)
+    run = fit_run(replace(config, run=RunConfig(directory=str(tmp_path / "run"), device="cpu")))
+    said = capsys.readouterr().out
+    assert "pip install 'anomem[pretrained]'" in said
+    assert "small, trained here" in said
+    assert load_detector(run)(parts(2)).scores["plain"].shape == (2,)
+
+
+def test_what_is_chosen() -> None:
+    assert resolved(FitConfig(encoder="small")).data.image_size == 64
+    assert resolved(FitConfig(encoder="resnet18")).data.image_size == 128
+    for wrong in ({"alpha": 0.0}, {"alpha": 1.0}, {"encoder": ""}):
+        with pytest.raises(ArgumentError):
+            FitConfig(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"prototypes": (0,)}, {"prototypes": (1.5,)}, {"method": "best"}, {"top_fraction": 0.0}):
+        with pytest.raises(ArgumentError, match="fill"):
+            FillConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_failed_fit_leaves_nothing_to_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path / "photos", parts(6))
+    config = replace(CONFIG, data=replace(CONFIG.data, root=str(root)), alpha=0.2)
+    config = replace(config, run=RunConfig(directory=str(tmp_path / "run"), device="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "fit_detector", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit_run(config, quiet=True)
+    with pytest.raises(ArgumentError, match="scales"):
+        fit_run(replace(config, scales=("nope",)), quiet=True)
+    assert fit_run(config, quiet=True) == tmp_path / "run"
+
+
+def test_unaligned_where_gaussians_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomem.scoring import fitted
+
+    monkeypatch.setattr(fitted, "GAUSSIAN_BYTES", 1000)
+    assert fit(parts(6), alpha=0.2, config=CONFIG).scorer.alignment == "pooled"
+
+
+def test_images_too_many_to_hold_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomem.scoring import fitted
+
+    held = fit(parts(10), alpha=0.2, config=CONFIG)
+    plain = fitted.EncodedImages
+    monkeypatch.setattr(fitted, "EncodedImages", lambda *arguments: plain(*arguments, at_most=0))
+    encoded = fit(parts(10), alpha=0.2, config=CONFIG)
+    torch.testing.assert_close(held.calibration.scores, encoded.calibration.scores, rtol=1e-2, atol=1e-2)
+
+
+def test_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    snippet = text.split("<!-- run by tests/train/test_fitting.py -->\n```python\n")[1].split("```")[0]
+    given = {"images": parts(60), "new_images": parts(3, 1)}
+    # With random weights: the package of weights may not be there.
+    code = snippet.replace("alpha=0.05", "alpha=0.05, config=config")
+    values = {**given, "config": CONFIG}
+    exec(code, values)
+    assert values["verdicts"].shape == (3,)
