@@ -203,8 +203,9 @@ def contrast_forward(call: Call) -> dict[str, float]:
         shift, total, matched = call.result("partial")
         largest = shift.max(0)
         total = (total * np.exp((shift - largest) / TAU)).sum(0)
-        lse, matched = largest / TAU + np.log(total), matched.sum(0)
-        loss = lse - matched / TAU
+        positive = matched.sum(0) / TAU
+        lse = np.logaddexp(largest / TAU + np.log(total), positive)  # the sums are those of the negatives
+        loss = lse - positive
     else:
         lse, loss = call.result("lse"), call.result("loss")
     allowed = TF32 if call.constants["PRECISION"] == "tf32" else EXACT  # products of halves are exact

@@ -18,7 +18,7 @@ from tests.ptx.tensor_memory import TensorMemory
 from tests.ptx.warpgroup import WarpGroup
 
 _LONGEST = 4_000_000  # instructions of a block
-_WHOLE_WARPS = ("shfl", "mma", "ldmatrix", "stmatrix", "wgmma", "elect")
+_WHOLE_WARPS = ("shfl", "redux", "mma", "ldmatrix", "stmatrix", "wgmma", "elect")
 
 
 class Block(TensorMemory, WarpGroup, MatrixUnit):

@@ -384,3 +384,20 @@ class Threads:
         source = {"bfly": lane ^ by, "idx": by & 31, "down": lane + by, "up": lane - by}[words[2]]
         source = np.where((source >= 0) & (source < 32), source, lane)
         self.put(operands[0].split("|")[0], np.take_along_axis(x, source, axis=1).reshape(-1), mask)
+
+    def do_redux(self, words: Words, operands: Operands, mask: Array) -> None:
+        """redux.sync: one value for all lanes of a warp."""
+        kind = words[-1]
+        x = self.value(operands[1], kind).reshape(self.warps, 32)
+        x = np.abs(x) if "abs" in words else x
+        functions: dict[str, Any] = {
+            "add": np.add,
+            "min": np.fmin,
+            "max": np.fmax,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+        }
+        if "NaN" in words:
+            functions |= {"min": np.minimum, "max": np.maximum}
+        total = functions[words[2]].reduce(x, axis=1)
+        self.put(operands[0], np.repeat(total, 32).astype(DTYPES[kind]), mask)
