@@ -10,7 +10,7 @@ them in ahead_of_time.json under Triton's minor version; `--check` compiles agai
 - a serialised wgmma (ptxas C7510 to C7519), unless the committed row has it too;
 - more than 512 columns of tensor memory;
 - a matrix instruction that is not the architecture's (HMMA, HGMMA on sm_90, tcgen05 on sm_100), if the kernel
-  multiplies matrices, or another number of multiplications in its loops than the committed row;
+  multiplies matrices, or more multiplications in its loops than the tile has;
 - two products that add to one accumulator in a loop on sm_100, where Triton may lose one of them (triton#10821);
 - more shared memory than the tile table says, since tiles are chosen by it at run time;
 - scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from anomem.kernels import contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
+from anomem.kernels import TRITON_FOR_10, contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
 from anomem.kernels.primitives import Memory
 from anomem.kernels.tile_search import Fixed, Launched, Site, using
 from anomem.kernels.tile_table import ARCHITECTURES, INTERPRETED, TABLE, Tile, tiles_of
@@ -353,9 +353,10 @@ def spec_of(launch: Launch, architecture: int, tile: Tile, matrix: bool) -> Spec
 
 @functools.cache
 def shipped() -> dict[str, Spec]:
-    """Everything that is compiled, by the key of its committed row."""
+    """Everything that is compiled, by the key of its committed row; without the architecture that `support` refuses."""
     specs: dict[str, Spec] = {}
-    for architecture in ARCHITECTURES:
+    refused = (100,) if tuple(map(int, version().split("."))) < TRITON_FOR_10 else ()
+    for architecture in sorted({*ARCHITECTURES} - {*refused}):
         launches = [*table_launches(architecture)]
         if architecture not in _IN_BRIEF:
             launches += [*pass_launches(), *variant_launches(architecture)]
@@ -412,7 +413,8 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     serialised = re.search(r"\bC751\d\b", log) is not None
     scratch = sum(getattr(compiled.metadata, f"{kind}_scratch_size") or 0 for kind in ("global", "profile"))
     executed = loops.multiplications(spec.tile.warps)
-    products = round(executed / multiplications(spec), 3) if executed and spec.matrix else 1.0
+    expected = multiplications(spec) if executed and spec.matrix else []
+    products = 1.0 if not expected or executed in expected else round(executed / expected[0], 3)
     return Row(
         registers, spills, shared, blocks, matrix, columns, serialised, scratch,
         loops.spills if spills else 0, products, chains_products(compiled.asm["ttir"]),
@@ -459,25 +461,30 @@ class Loops:
         return total
 
 
-def multiplications(spec: Spec) -> int:
-    """Of one turn of every loop of a tile."""
+def multiplications(spec: Spec) -> list[int]:
+    """Of one turn of every loop of a tile; several numbers where ptxas may unroll a loop over slices."""
     constants = spec.constants
     name = spec.kernel.__name__
+    width = constants.get("FEATURES", constants.get("D"))
+    unrolled = range(1, -(-width // constants["BLOCK_D"]) + 1)
     if name == "contrast_forward_kernel":
-        return constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"]
+        return [constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"] * times for times in unrolled]
     if name == "contrast_backward_kernel":
-        return constants["BLOCK_X"] * constants["BLOCK_Y"] * (constants["BLOCK_D"] + constants["BLOCK_OUT"])
+        score = constants["BLOCK_X"] * constants["BLOCK_Y"]
+        return [score * (constants["BLOCK_D"] * times + constants["BLOCK_OUT"]) for times in unrolled]
+    if name == "retrieve_resident_kernel":
+        score = constants["BLOCK_N"] * constants["BLOCK_M"] * constants["BLOCK_D"]
+        return [score * times for times in range(2, 2 * unrolled.stop)] + [score]  # one of two loops may disappear
     keys = constants["BLOCK_D"]
-    values = constants.get("BLOCK_DV", keys)
+    values = constants["BLOCK_DV"]
     per_score = {
         "retrieve_flash_forward_kernel": keys + values,
-        "retrieve_resident_kernel": keys + values,
         "retrieve_flash_query_gradient_kernel": 2 * keys + values,
         "retrieve_flash_prototype_sums_kernel": (2 * keys + 2 * values, 2 * keys + values, keys + values)[
             constants.get("PART", 0)
         ],
     }
-    return constants["BLOCK_N"] * constants["BLOCK_M"] * per_score[name]
+    return [constants["BLOCK_N"] * constants["BLOCK_M"] * per_score[name]]
 
 
 def chains_products(ttir: str) -> bool:
@@ -520,7 +527,7 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
             yield f"{key}: spills in its loop, {row.loop_spills} instructions ({row.spills} bytes)"
         if row.serialised and not (before is not None and before.serialised):
             yield f"{key}: ptxas serialises its wgmma (C7510 to C7519)"
-        if row.products != (1.0 if before is None else before.products):
+        if row.products != 1.0:
             yield f"{key}: executes {row.products} times the products of its tile"
         if row.chained and spec.architecture == 100:
             yield f"{key}: two products add to one accumulator, of which Triton may lose one on sm_100"

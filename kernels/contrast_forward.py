@@ -174,7 +174,7 @@ def contrast_forward_kernel(
         tl.store(partial + 2 * part + at, matched, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "splits"])
+@triton.jit(do_not_specialize=["count", "row_count", "splits"])
 def contrast_add_splits_kernel(
     partial,  # [3, splits, G · R] float32
     positive,  # [R] int64, or None as in `contrast_forward_kernel`

@@ -298,6 +298,8 @@ def backward(
     if normalize or arithmetic == "tf32":
         unit = rows.normalized(query, normalize, out=dquery, precision=arithmetic)
 
+    two_sums = values is None and architecture_of(query.device) == 100
+
     def prototype_sums(part: int, width: int) -> Tensor:
         def run(tile: Tile) -> Launched:
             tiles = cdiv(prototypes, tile.rows)
@@ -305,8 +307,7 @@ def backward(
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
             compiled = retrieve_flash_prototype_sums_kernel[(tiles, parts)](
                 unit, keys, values, beta, dout, lse, delta, partials, count, prototypes, span, unit.stride(0), scale,
-                PART=part, TWO_SUMS=values is None and architecture_of(query.device) == 100,
-                BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
+                PART=part, TWO_SUMS=two_sums, BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
             )  # fmt: skip
             return Launched(compiled, partials)
 

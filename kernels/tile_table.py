@@ -59,6 +59,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
     ("retrieve_flash_forward", "half", 128): {
         80: (Tile(64, 64, 4, 2, 56), Tile(128, 64, 8, 2, 64)),
+        86: (Tile(64, 32, 4, 2, 44),),
         90: (Tile(64, 64, 4, 2, 80), Tile(64, 128, 4, 2, 144)),
         100: (Tile(64, 64, 4, 2, 81), Tile(64, 128, 4, 2, 145)),
     },

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +20,7 @@ from anomem.ops import (
 )
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_FATBIN = (0xBA55ED50).to_bytes(4, "little")
 _HOW = "run `make build` (needs a C++ compiler and ninja)"
 
 
@@ -33,8 +36,50 @@ def obstacle(device: str) -> str | None:
     if device == "cuda":
         if torch.version.cuda is None:
             return "this torch has no CUDA"
-        return _load("_C_cuda.so", "run `make build` where nvcc and a CUDA build of torch are")
+        return _load("_C_cuda.so", "run `make build` where nvcc and a CUDA build of torch are") or _image_obstacle()
     return f"the native library has no kernels for {device} tensors"
+
+
+def _image_obstacle() -> str | None:
+    """Why the CUDA module has no machine code for the current GPU, or None."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    images = images_in(path_of("_C_cuda.so"))
+    if any(image.runs_on(capability) for image in images):
+        return None
+    built = ", ".join(sorted(f"{'sm' if image.binary else 'PTX'}_{image.architecture}" for image in images))
+    name = "{}.{}".format(*capability)
+    return f"the CUDA module has code for {built}, none for this GPU's compute capability {name}; rebuild it there"
+
+
+class Image(NamedTuple):
+    """One program in a CUDA library."""
+
+    binary: bool
+    """Machine code, or PTX that the driver compiles."""
+    architecture: int
+    """Such as 90 for capability 9.0."""
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Machine code runs on later minor versions of its architecture, PTX on every later one."""
+        if self.binary:
+            return self.architecture // 10 == capability[0] and self.architecture % 10 <= capability[1]
+        return self.architecture <= 10 * capability[0] + capability[1]
+
+
+def images_in(path: Path) -> set[Image]:
+    """The programs in a CUDA library, read from the headers that nvcc writes before them."""
+    content, found, at = path.read_bytes(), set(), 0
+    while (at := content.find(_FATBIN, at)) >= 0:
+        header, size = struct.unpack_from("<HQ", content, at + 6)
+        at += header
+        end = at + size
+        while at < end:
+            kind, header, size = struct.unpack_from("<HxxIQ", content, at)
+            found.add(Image(kind == 2, *struct.unpack_from("<I", content, at + 28)))
+            at += header + size
+    return found
 
 
 def path_of(file: str) -> Path:

@@ -61,8 +61,15 @@ def test_every_step_runs_a_program_with_options_that_it_has(machine: Path) -> No
     assert status == 0
     assert "FAILED" not in summary
     programs = [call[1:] for call in calls if call[0] == "-m" and call[1].startswith("benchmarks.")]
-    expected = ["run", "run", "profile_training", "run", "tune", "run"]
+    # First what is right, then five cases, then the suites.
+    touched = [call for call in calls if call[:2] == ["-m", "benchmarks.touch"]]
+    assert [call[-1] for call in touched] == ["native", "native", "triton", "triton"][-len(touched) :]
+    expected = [*["run"] * 5, "run", "run", "tune", "profile_training", "run", "run"]
     assert [name for name, *_ in programs if name != "benchmarks.touch"] == [f"benchmarks.{name}" for name in expected]
+    suite = importlib.import_module("benchmarks.suites").suite("kernels", "cuda")
+    for line in (line for name, *line in programs if "--filter" in line):
+        wanted = line[line.index("--filter") + 1]
+        assert [case for case in suite.cases if wanted in case.title], wanted
     for name, *line in programs:
         options = importlib.import_module(name).Options
         assert dataclasses.is_dataclass(tyro.cli(options, args=line))
@@ -70,6 +77,27 @@ def test_every_step_runs_a_program_with_options_that_it_has(machine: Path) -> No
     files = [word for word in tests if word.startswith("tests/")]
     assert files
     assert all((ROOT / file).exists() for file in files)
+
+
+def test_only_races_in_kernels_of_this_library_are_failures(machine: Path) -> None:
+    line = "========= Error: Race reported between Write access at {} and Read access"
+    for kernel, failed in (
+        ("cutlass_80_tensorop", 0),
+        ("void anomem::entry<Softmax>", 1),
+        ("retrieve_resident_kernel", 1),
+    ):
+        (machine / "python").write_text(
+            PYTHON.replace(
+                "exit 0\n",
+                f"""
+case "$*" in *benchmarks.touch*triton*) echo '{line.format(kernel)}' ;; esac
+exit 0
+""",
+            )
+        )
+        status, summary, _ = run(machine)
+        assert status == failed, summary
+        assert ("races in kernels of this library" in summary) == bool(failed)
 
 
 def test_without_what_the_suites_need_it_says_so(machine: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from anomem import functional as AF
 from anomem import nn as ann
-from tests.stand_in.calls import CALLS, Call
+from tests.stand_in.calls import CALLS, TRITON, Call
 from tests.stand_in.recording import Entry, of, recorded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # which have schemes of their own
@@ -46,6 +46,25 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         with recorded() as replayed:
             graph.replay()
         assert work_of(replayed, "replayed") == work
+
+
+@pytest.mark.parametrize("rows", [304, 303], ids=["a multiple of 16", "odd"])
+@pytest.mark.parametrize("name", TRITON)
+def test_a_capture_at_a_new_number_of_rows_compiles_nothing(name: str, rows: int) -> None:
+    """A kernel that were compiled anew for counts that divide by 16, or do not, would be loaded in the capture."""
+    function, shapes = TRITON[name]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        Call(function, shapes, torch.bfloat16)()
+        # Groups, features and the size of a memory stay.
+        fixed = 1 if name.startswith("retrieve") else len(shapes)
+        changed = [(*shape[:-2], shape[-2] + rows - 300, shape[-1]) if shape else () for shape in shapes[:fixed]]
+        changed += shapes[fixed:]
+        other = Call(function, changed, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with recorded() as entries, torch.cuda.graph(graph, stream=side):
+        other()
+    assert not of(entries, "fault")
 
 
 @pytest.mark.parametrize(

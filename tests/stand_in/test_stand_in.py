@@ -25,14 +25,20 @@ pytestmark = [
 ]
 
 
-def run(*arguments: str) -> None:
-    """pytest in a process whose GPUs are the stand-ins."""
+def run(*arguments: str, **variables: str) -> None:
+    """pytest in a process whose GPUs are the stand-ins, with further environment variables."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "tests.stand_in.must_be_there", *arguments]
     # A worker's own settings must not reach the inner run.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(
-        command, cwd=ROOT, env={**outer, **build()}, capture_output=True, text=True, check=False, timeout=590
+        command,
+        cwd=ROOT,
+        env={**outer, **build(), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=590,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
@@ -40,6 +46,11 @@ def run(*arguments: str) -> None:
 @pytest.mark.parametrize("cases", ["refusal", "launch", "range", "training", "counting"])
 def test_cases(cases: str) -> None:
     run(f"tests/stand_in/{cases}_cases.py")
+
+
+@pytest.mark.parametrize("capability", ["75", "86", "120"])
+def test_other_gpus(capability: str) -> None:
+    run("tests/stand_in/capability_cases.py", ANOMEM_STAND_IN_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize("folder", ["tests/kernels", "tests/cuda"])

@@ -167,14 +167,38 @@ void own(void* pointer, std::size_t bytes, int device) {
   state().blocks[static_cast<char*>(pointer)] = {bytes, device};
 }
 
-int attribute(int which) {  // those of an H100, as far as torch and Triton ask
+int capability() {
+  static const char* text = std::getenv("ANOMEM_STAND_IN_CAPABILITY");
+  static const int value = text == nullptr ? 90 : std::atoi(text);
+  return value;
+}
+
+namespace {
+
+int shared_per_processor() {
+  switch (capability()) {
+    case 75: return 64 << 10;
+    case 80: return 164 << 10;
+    case 86:
+    case 89:
+    case 120: return 100 << 10;
+    default: return 228 << 10;
+  }
+}
+
+}  // namespace
+
+int shared_opt_in() { return capability() == 75 ? 64 << 10 : shared_per_processor() - (1 << 10); }
+
+int attribute(int which) {  // those of an H100 but for its capability, as far as torch and Triton ask
+  const bool small = shared_per_processor() <= 100 << 10;
   switch (which) {
-    case cudaDevAttrComputeCapabilityMajor: return 9;
-    case cudaDevAttrComputeCapabilityMinor: return 0;
+    case cudaDevAttrComputeCapabilityMajor: return capability() / 10;
+    case cudaDevAttrComputeCapabilityMinor: return capability() % 10;
     case cudaDevAttrMultiProcessorCount: return kProcessors;
     case cudaDevAttrWarpSize: return 32;
     case cudaDevAttrMaxThreadsPerBlock: return kThreads;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return small ? 1536 : 2048;
     case cudaDevAttrMaxBlocksPerMultiprocessor: return 32;
     case cudaDevAttrMaxBlockDimX: return kBlockXY;
     case cudaDevAttrMaxBlockDimY: return kBlockXY;
@@ -185,8 +209,8 @@ int attribute(int which) {  // those of an H100, as far as torch and Triton ask
     case cudaDevAttrMaxRegistersPerBlock: return 65536;
     case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
     case cudaDevAttrMaxSharedMemoryPerBlock: return kSharedBlock;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return kSharedOptIn;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return 228 << 10;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return shared_opt_in();
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return shared_per_processor();
     case cudaDevAttrL2CacheSize: return 50 << 20;
     case cudaDevAttrClockRate: return 1980000;        // kHz
     case cudaDevAttrMemoryClockRate: return 2619000;  // kHz

@@ -24,7 +24,6 @@ constexpr int kDevices = 2;
 constexpr std::size_t kMemory = std::size_t{80} << 30;  // bytes of each GPU
 constexpr int kProcessors = 132;
 constexpr int kSharedBlock = 48 << 10;   // bytes of shared memory that a block has by default
-constexpr int kSharedOptIn = 227 << 10;  // at most, with cudaFuncSetAttribute
 
 /// One line of the log.
 struct Entry {
@@ -104,6 +103,10 @@ int device_of(const void* pointer);
 /// An allocation of a GPU or of pinned memory.
 void own(void* pointer, std::size_t bytes, int device);
 int attribute(int which);
+/// Compute capability times ten: of an H100, or from the environment variable ANOMEM_STAND_IN_CAPABILITY, such as 86.
+int capability();
+/// Bytes of shared memory that a block has at most, with cudaFuncSetAttribute.
+int shared_opt_in();
 
 void note(std::string kind, std::string what, std::size_t bytes = 0);
 void log(const Entry& entry);

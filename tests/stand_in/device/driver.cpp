@@ -66,7 +66,7 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) 
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
   const bool known = which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-  if (!known || value > kSharedOptIn) return CUDA_ERROR_INVALID_VALUE;
+  if (!known || value > shared_opt_in()) return CUDA_ERROR_INVALID_VALUE;
   reinterpret_cast<Function*>(function)->shared_limit[current_device()] = value;
   return CUDA_SUCCESS;
 }

@@ -74,14 +74,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->maxThreadsPerBlock = attribute(cudaDevAttrMaxThreadsPerBlock);
   attributes->maxDynamicSharedSizeBytes = kSharedBlock;
   attributes->numRegs = 32;
-  attributes->binaryVersion = attributes->ptxVersion = 90;
+  attributes->binaryVersion = attributes->ptxVersion = capability();
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int value) {
   Function* function = function_of(host);
   if (function == nullptr) return remember(cudaErrorInvalidDeviceFunction);
   if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > kSharedOptIn) return remember(cudaErrorInvalidValue);
+    if (value > shared_opt_in()) return remember(cudaErrorInvalidValue);
     function->shared_limit[current_device()] = value;
   }
   return cudaSuccess;
@@ -108,6 +108,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->uuid.bytes[0] = static_cast<char>(device + 1);
   properties->totalGlobalMem = kMemory;
   properties->major = attribute(cudaDevAttrComputeCapabilityMajor);
+  properties->minor = attribute(cudaDevAttrComputeCapabilityMinor);
   properties->multiProcessorCount = kProcessors;
   properties->warpSize = attribute(cudaDevAttrWarpSize);
   properties->maxThreadsPerBlock = attribute(cudaDevAttrMaxThreadsPerBlock);
@@ -120,7 +121,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->regsPerBlock = attribute(cudaDevAttrMaxRegistersPerBlock);
   properties->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
   properties->sharedMemPerBlock = kSharedBlock;
-  properties->sharedMemPerBlockOptin = kSharedOptIn;
+  properties->sharedMemPerBlockOptin = shared_opt_in();
   properties->sharedMemPerMultiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   properties->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
   properties->memoryBusWidth = attribute(cudaDevAttrGlobalMemoryBusWidth);
