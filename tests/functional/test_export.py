@@ -62,18 +62,21 @@ POSITIVE = torch.arange(6)
 SCHEDULES: dict[str, Callable[[Impl, Tensor, float], Tensor]] = {
     "nt_xent's temperature": lambda impl, x, t: AF.nt_xent(x, x.flip(0), temperature=t, impl=impl),
     "info_nce's temperature": lambda impl, x, t: AF.info_nce(x, x.flip(0), POSITIVE, temperature=t, impl=impl),
-    "beta": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], beta=1 / t, impl=impl),
+    "beta": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], beta=t, impl=impl),
     "beta of two steps": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], beta=t, steps=2, impl=impl),
-    "shrink": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], shrink=t / 9, impl=impl),
-    "gamma": lambda impl, x, t: AF.variance_hinge(x, gamma=2 + t, impl=impl),
-    "eps": lambda impl, x, t: AF.variance_hinge(x, gamma=2.0, eps=t / 9, impl=impl),
+    "shrink": lambda impl, x, t: AF.hopfield_retrieve(x, x[:4], shrink=t, impl=impl),
+    "gamma": lambda impl, x, t: AF.variance_hinge(x, gamma=t, impl=impl),
+    "eps": lambda impl, x, t: AF.variance_hinge(x, gamma=2.0, eps=t, impl=impl),
 }
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_graph_serves_every_number_of_a_schedule(name: str, impl: Impl) -> None:
-    """The first number gets a graph of its own."""
+    """The first number gets a graph of its own.
+
+    The function takes the number as it comes: torch 2.11 compiles arithmetic on a number once per value.
+    """
     if impl == "native" and (reason := native.obstacle("cpu")) is not None:
         pytest.skip(reason)
     torch.compiler.reset()
@@ -82,7 +85,7 @@ def test_one_graph_serves_every_number_of_a_schedule(name: str, impl: Impl) -> N
     compiled = torch.compile(lambda x, t: function(impl, x, t), fullgraph=True, backend=graphs)
     for i in range(10):
         leaf = draw(6, 8).requires_grad_()
-        results = [one(leaf, 0.5 + 0.04 * i) for one in (compiled, lambda x, t: function(impl, x, t))]
+        results = [one(leaf, 0.05 + 0.02 * i) for one in (compiled, lambda x, t: function(impl, x, t))]
         slopes = [torch.autograd.grad(result.sum(), leaf)[0] for result in results]
         torch.testing.assert_close(*results)
         torch.testing.assert_close(*slopes)
