@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -114,7 +115,21 @@ class FittedDetector(nn.Module):
             require(images.is_floating_point(), "images", "uint8, or float in [0, 1]", images.dtype)
             if size != model_size:
                 images = nn.functional.interpolate(images, model_size, mode="bilinear", antialias=True)
-        found = self.scorer.of_queries(self.model.queries(self.model(images.to(self.model.device))), size)
+        return self.of_queries(self.model.queries(self.model(images.to(self.model.device))), size, alpha, by)
+
+    @torch.no_grad()
+    def of_queries(
+        self, queries: Sequence[Tensor], size: tuple[int, int], alpha: float | None = None, by: str | None = None
+    ) -> Verdicts:
+        """`forward` of images that are encoded already.
+
+        Args:
+            queries: S tensors [B, P_s, d_s].
+            size: (H, W) of the maps.
+            alpha: as `forward`.
+            by: as `forward`.
+        """
+        found = self.scorer.of_queries(queries, size)
         scores = self.scores_of(found)
         if values_are_free(scores["plain"]):
             require_finite(scores)
@@ -133,14 +148,18 @@ class FittedDetector(nn.Module):
     def over(self, images: Images, alpha: float | None = None) -> Verdicts:
         """`forward` over a whole set, in batches; on the CPU."""
         order, images = torch.arange(len(images)), images.to(self.model.device)
-        parts = [self(batch, alpha) for batch, _ in images.batches(order, self.batch_size)]
-        verdicts = [part.verdicts for part in parts if part.verdicts is not None]
-        return Verdicts(
-            {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
-            torch.cat([part.p_values for part in parts]).cpu(),
-            torch.cat(verdicts).cpu() if verdicts else None,
-            {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
-        )
+        return joined([self(batch, alpha) for batch, _ in images.batches(order, self.batch_size)])
+
+
+def joined(parts: Sequence[Verdicts]) -> Verdicts:
+    """The verdicts of several batches as those of one set, on the CPU."""
+    verdicts = [part.verdicts for part in parts if part.verdicts is not None]
+    return Verdicts(
+        {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
+        torch.cat([part.p_values for part in parts]).cpu(),
+        torch.cat(verdicts).cpu() if verdicts else None,
+        {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
+    )
 
 
 class EncodedImages:
@@ -150,25 +169,35 @@ class EncodedImages:
         model: put into eval mode.
         images: on any device.
         batch_size: images per forward pass.
-        at_most: bytes to hold; beyond them images are encoded again each time.
+        at_most: bytes to hold, 1 GiB by default; beyond them images are encoded again each time.
     """
 
-    def __init__(self, model: AnoMem, images: Images, batch_size: int, at_most: int = HELD_BYTES) -> None:
+    def __init__(self, model: AnoMem, images: Images, batch_size: int, at_most: int | None = None) -> None:
         self.model, self.images, self.batch_size = model.eval(), images.to(model.device), batch_size
+        self.order = torch.arange(len(images))
         per_image = sum(h * w * d * 4 for (h, w), d in zip(model.encoder.sizes, model.features, strict=True))
         self.held: list[Tensor] | None = None
-        if per_image * len(images) <= at_most:
-            parts = list(self._encoded(torch.arange(len(images))))
+        if per_image * len(images) <= (HELD_BYTES if at_most is None else at_most):
+            parts = list(self._encoded(self.order))
             self.held = [torch.cat(of_scale) for of_scale in zip(*parts, strict=True)] if parts else []
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     @torch.no_grad()
     def _encoded(self, rows: Tensor) -> Iterator[list[Tensor]]:
         for batch, _ in self.images.batches(rows, self.batch_size):
             yield [query.float() for query in self.model.queries(self.model(batch))]
 
-    def rows(self, rows: Tensor) -> _Rows:
-        """The images of some rows [n] int64, which may be iterated several times."""
-        return _Rows(self, rows)
+    def part(self, rows: Tensor) -> EncodedImages:
+        """Some of the images [n] int64 as a set of their own; nothing is encoded or copied."""
+        found = copy.copy(self)
+        found.order = self.order[rows]
+        return found
+
+    def rows(self, rows: Tensor | None = None) -> _Rows:
+        """The images of some rows [n] int64, or all, which may be iterated several times."""
+        return _Rows(self, self.order if rows is None else self.order[rows])
 
 
 class _Rows:
@@ -203,7 +232,7 @@ class FitReport(NamedTuple):
 
 def fit_detector(
     model: AnoMem,
-    images: Images,
+    images: Images | EncodedImages,
     is_normal: Tensor,
     *,
     aligned: bool,
@@ -215,7 +244,7 @@ def fit_detector(
 
     Args:
         model: its encoder is left as it is.
-        images: normals, and labelled defects if there are any.
+        images: normals, and labelled defects if there are any; encoded by this model already, or not.
         is_normal: [N] bool.
         aligned: whether a position means the same in every image.
         config: of filling and scores.
@@ -231,7 +260,7 @@ def fit_detector(
     require(
         len(normals) >= FEWEST, "images", f"at least {FEWEST} normals: two to fit and one to calibrate", len(normals)
     )
-    encoded = EncodedImages(model, images, config.batch_size)
+    encoded = images if isinstance(images, EncodedImages) else EncodedImages(model, images, config.batch_size)
     alignment: Alignment = "per_position" if aligned and _gaussian_bytes(model) <= GAUSSIAN_BYTES else "pooled"
     held, folds = hold_out(len(normals), alpha, seed)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
