@@ -47,12 +47,12 @@ class Split(NamedTuple):
     """The other cells with a certain defect."""
 
 
-def load_cells(kind: str, size: int | None = 128) -> Cells:
+def load_cells(kind: str, size: int | tuple[int, int] | None = 128) -> Cells:
     """The cells of one type.
 
     Args:
         kind: "mono" or "poly", the silicon's crystals.
-        size: side in pixels; None keeps 300.
+        size: side in pixels, or (H, W); None keeps 300.
 
     Raises:
         UserError: `elpv-dataset` is not installed.

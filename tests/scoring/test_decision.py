@@ -123,9 +123,16 @@ def test_cross_fitting_where_there_are_few(normals: int) -> None:
     assert everyone == list(range(normals)), "each normal calibrates once"
 
 
-def test_one_normal_is_told() -> None:
-    with pytest.raises(ArgumentError, match="two normals: one to fit and one to calibrate"):
-        hold_out(1, 0.01)
+def test_one_normal_calibrates_nothing() -> None:
+    assert hold_out(1, 0.01) == ("cross", [])
+    nobody = Calibration({"x": torch.zeros(0)}, {"x": torch.zeros(0)}, "cross")
+    assert nobody.p_values("x", torch.tensor([-1.0, 1e9])).tolist() == [1.0, 1.0]
+    assert nobody.promise(0.5).startswith("nothing: the only normal image is fitted")
+    for ask in (lambda: nobody.anomalous("x", torch.zeros(1), 0.99), lambda: nobody.pixel_threshold("x", 0.99)):
+        with pytest.raises(ArgumentError, match="alpha"):
+            ask()
+    with pytest.raises(ArgumentError, match="at least one normal"):
+        hold_out(0, 0.01)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 1.5, math.nan])
