@@ -172,7 +172,7 @@ def _evaluate_fitted(command: Evaluate) -> None:
         raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
     run, config, task, detector = load_fitted_run(command.run)
     _guard_results(run, command.overwrite)
-    found = detector.over(task.test)
+    found = detector.over(task.test, maps=task.test_masks is not None)
     _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
     metrics = report(detector, task, config, found, with_baselines=command.baselines)
     run.write_metrics(metrics)
@@ -371,11 +371,13 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
 
     def decide(p_values: list[float]) -> list[str]:
         assert command.fdr is not None
-        needed = math.ceil(len(p_values) * calibration.least_alpha / command.fdr - 1e-9)
+        count = len(p_values)
+        needed = math.ceil(count * calibration.least_alpha / command.fdr - 1e-9)
         if needed > 1:
+            allowed = "none" if needed > count else f"either none or at least {needed}"
             print(
-                f"anomem: with {calibration.count} calibration normals, --fdr {command.fdr:g} can call any of "
-                f"{len(p_values)} images anomalous only where at least {needed} are at once",
+                f"anomem: --fdr {command.fdr:g} with {calibration.count} calibration normals can call {allowed} of "
+                f"{count} images anomalous",
                 file=sys.stderr,
             )
         return _verdicts(benjamini_hochberg(torch.tensor(p_values, dtype=torch.float64), command.fdr))
@@ -430,8 +432,9 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
             continue
         columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
         for place, i in enumerate(pixels):
-            row = {name: values[place] for name, values in columns.items()}
-            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
+            row = {"path": given[i].name, "kind": None, "anomalous": None}
+            row |= {name: values[place] for name, values in columns.items()}
+            rows.append(row)
             if maps:
                 try:
                     _write_map(maps[i], deviations[place].cpu(), given[i].file, files)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.data import Task
-from anomem.evaluate.baselines import pixels
 from anomem.evaluate.metrics import aupro, pixel_auroc
 from anomem.evaluate.report import PIXEL_MEASURES, image_metrics, undefined_measures
 from anomem.scoring.detector import Gaussians, MomentSums
@@ -41,10 +40,10 @@ def report(
         detector: fitted.
         task: on any device.
         config: of the run.
-        found: of the test images, if it is known already.
+        found: of the test images, if it is known already; with maps where there are masks.
         with_baselines: also measure PatchCore and PaDiM on the same encoder, and pixels.
     """
-    found = found or detector.over(task.test)
+    found = found or detector.over(task.test, maps=task.test_masks is not None)
     missing = undefined_measures(task)
     scores = image_metrics(found.scores, task.test_is_anomaly)
     if task.test_masks is not None and "pixel_auroc" not in missing:
@@ -202,15 +201,16 @@ def pixel_baselines(task: Task, side: int = 64) -> dict[str, Tensor]:
     """
     normals = task.train_is_normal.cpu().nonzero().flatten()
     means, rows = [], []
-    for of_set in (pixels(task.train, normals), pixels(task.test)):
-        images = of_set
-        means.append(images.mean(dim=(1, 2, 3)))
-        small = (
-            F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            if max(task.test.size) > side
-            else images
-        )
-        flat = small.flatten(1)
+    for images, order in ((task.train, normals), (task.test, torch.arange(len(task.test)))):
+        parts, of_image = [], []
+        for uint8, _ in images.batches(order, 32):  # large images are not held at their size
+            batch = uint8.cpu().float().div_(255)
+            of_image.append(batch.mean(dim=(1, 2, 3)))
+            if max(images.size) > side:
+                batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
+            parts.append(batch.flatten(1))
+        flat = torch.cat(parts)
+        means.append(torch.cat(of_image))
         rows.append((flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True).clamp_min(1e-6))
     train, test = rows
     near = torch.cdist(test, train).topk(min(3, len(train)), dim=1, largest=False).values.mean(dim=1)

@@ -153,10 +153,20 @@ class FittedDetector(nn.Module):
             return found.scores
         return {**found.scores, LABELLED: self.labels(found.pooled, found.scores[self.scorer.lead])}
 
-    def over(self, images: Images, alpha: float | None = None) -> Verdicts:
-        """`forward` over a whole set, in batches; on the CPU."""
+    def over(self, images: Images, alpha: float | None = None, maps: bool = True) -> Verdicts:
+        """`forward` over a whole set, in batches; on the CPU.
+
+        Args:
+            images: of the size that was fitted.
+            alpha: as `forward`.
+            maps: keep the maps of all images, which are as large as the images.
+        """
         order, images = torch.arange(len(images)), images.to(self.model.device)
-        return joined([self(batch, alpha) for batch, _ in images.batches(order, self.batch_size)])
+        parts = []
+        for batch, _ in images.batches(order, self.batch_size):
+            found = self(batch, alpha)
+            parts.append(found if maps else found._replace(maps={}))
+        return joined(parts)
 
 
 def joined(parts: Sequence[Verdicts]) -> Verdicts:
