@@ -24,7 +24,8 @@ from anomem.evaluate.fitted import encoder_baselines, pixel_baselines
 from anomem.evaluate.metrics import auroc
 from anomem.models import AnoMem
 from anomem.scoring import Calibration, FillConfig, FilledScorer, fill_memories, fit_detector
-from anomem.scoring.fitted import EncodedImages
+from anomem.scoring.fitted import FEW, EncodedImages
+from anomem.scoring.fitted import ROWS as ENOUGH
 from anomem.train import FitConfig, preset
 from anomem.train.fitting import model_to_fit, resolved
 from benchmarks.accuracy.settings import one_prototype, trained, untrained
@@ -106,7 +107,7 @@ def task_of(cut: Cut, size: int) -> Task:
     return cells_task(cells_of(cut.kind, size), cut.kind, config)
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=6)
 def encoded(kind: str, size: int, weights: str) -> tuple[EncodedImages, float]:
     """All cells of one type as the frozen encoder gives them, and CPU seconds per cell."""
     config = resolved(FitConfig(data=DataConfig(dataset="elpv", normal=kind), weights=weights), quiet=True)
@@ -136,7 +137,8 @@ def fitted(everything: EncodedImages, normals: Tensor, fill: FillConfig) -> Fill
     model: AnoMem = everything.model
     for memory, features in zip(model.memories, model.features, strict=True):
         memory.beta = fill.beta_factor / features**0.5
-    queries = everything.rows(normals)
+    few = len(normals) < FEW
+    queries = everything.with_copies(normals, ENOUGH, 0) if few else everything.rows(normals)
     fill_memories(model, queries, fill.prototypes, fill.method)
     scorer = FilledScorer(model, "per_position", fill.top_fraction)
     scorer.fit(queries)
@@ -221,6 +223,22 @@ def resampled(cut: Cut, setting: Setting) -> list[Found]:
     ]
 
 
+def few_normals(cut: Cut, setting: Setting) -> list[Found]:
+    """Fits to 1, 4 and 16 normals: the mean of three draws of them."""
+    everything, _ = encoded(cut.kind, setting.size, setting.weights)
+    found = []
+    for count in (1, 4, 16):
+        parts = []
+        for draw in range(3):
+            generator = torch.Generator().manual_seed(draw)
+            order = torch.randperm(len(cut.split.train), generator=generator)
+            scorer = fitted(everything, cut.split.train[order[:count]], setting.fill)
+            scored = [scorer.of_queries(queries, (1, 1)).scores[scorer.lead] for queries in everything.rows(cut.test)]
+            parts.append(auroc(torch.cat(scored), cut.is_defect))
+        found.append(Found(f"{scorer.lead}, {count} normal{'s' if count > 1 else ''}", sum(parts) / len(parts)))
+    return found
+
+
 def from_scratch(cut: Cut, setting: Setting) -> list[Found]:
     """The preset's small encoder on 64 pixels: trained, without a gradient step, and with M = 1."""
     config = preset("elpv")
@@ -251,6 +269,7 @@ FIRST: dict[str, Setting] = {
 }
 THEN: dict[str, Setting] = {
     "100 splits": Setting(resampled, RESAMPLED),
+    "few-shot": Setting(few_normals),
     "1% labelled": Setting(judged, labels=0.01),
     "10% labelled": Setting(judged, labels=0.1),
     "verdict, 192 px": Setting(judged, size=LARGE),
@@ -326,8 +345,8 @@ def main(options: Options) -> None:
     path = options.results / ROWS
     done = set() if options.again else {(r.kind, r.seed, r.setting) for r in rows.read(path, CellRow)}
     for group in (FIRST, THEN, LAST):
-        for kind in TYPES:
-            for seed in options.seeds:
+        for seed in options.seeds:
+            for kind in TYPES:
                 for name, setting in group.items():
                     wanted = name in options.settings if options.settings else name not in ONCE or seed == 0
                     if not wanted or (kind, seed, name) in done:
