@@ -15,6 +15,7 @@ from anomem.evaluate.baselines import baselines, pixels, require_packages
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
 from anomem.scoring import FittedDetector, Scorer, score_images
+from anomem.scoring.decision import normals_needed
 
 SHOWN = 8
 """Images of the most and of the least anomalous ones."""
@@ -101,7 +102,10 @@ def draw_fitted(task: Task, detector: FittedDetector, folder: Path) -> list[Path
     if bool(is_anomaly.all()) or not bool(is_anomaly.any()):
         del paths["roc"]
     found = detector.over(task.test, maps=False)
-    score_histograms(found.scores, is_anomaly, paths["histograms"])
+    calibration, alpha = detector.calibration, detector.alpha
+    decides = calibration.count >= normals_needed(alpha)
+    lines = {name: calibration.threshold(name, alpha) for name in found.scores} if decides else None
+    score_histograms(found.scores, is_anomaly, paths["histograms"], thresholds=lines)
     if "roc" in paths:
         roc_curves(found.scores, is_anomaly, paths["roc"], highlight=(detector.lead,))
     order = found.scores[detector.lead].argsort(descending=True, stable=True)
@@ -120,6 +124,8 @@ def draw_fitted(task: Task, detector: FittedDetector, folder: Path) -> list[Path
         score=detector.lead,
         masks=None if task.test_masks is None else task.test_masks.cpu()[rows],
         count=count,
+        unit="distance from normal deviations",
+        threshold=calibration.pixel_threshold("local", alpha) if decides else None,
     )
     return list(paths.values())
 

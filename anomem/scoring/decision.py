@@ -155,9 +155,20 @@ class Calibration:
             ArgumentError: as `anomalous`.
         """
         self.check(alpha)
-        maxima = _named(self.maxima or {}, name, "map")
-        rank = math.ceil((len(maxima) + 1) * (1 - alpha) - 1e-9)
-        return float(maxima[min(rank, len(maxima)) - 1])
+        return _quantile(_named(self.maxima or {}, name, "map"), alpha)
+
+    def threshold(self, name: str, alpha: float = 0.01) -> float:
+        """The score above which `anomalous` says yes.
+
+        Args:
+            name: of the score.
+            alpha: false-alarm rate.
+
+        Raises:
+            ArgumentError: as `anomalous`.
+        """
+        self.check(alpha)
+        return _quantile(_named(self.scores, name, "score"), alpha)
 
     def check(self, alpha: float) -> None:
         """Raise `ArgumentError` where an alpha needs more calibration normals than there are."""
@@ -236,6 +247,12 @@ def benjamini_hochberg(p_values: Tensor, rate: float = 0.05) -> Tensor:
     if not len(passed):
         return torch.zeros(count, dtype=torch.bool, device=p_values.device)
     return p_values.double() <= ranked[passed[-1]]
+
+
+def _quantile(values: Tensor, alpha: float) -> float:
+    """The ceil((n + 1)(1 − alpha))-th smallest of n sorted values."""
+    rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
+    return float(values[min(rank, len(values)) - 1])
 
 
 def _sorted(scores: Tensor, argument: str) -> Tensor:

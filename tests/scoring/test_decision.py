@@ -78,6 +78,14 @@ def test_pixel_threshold_is_the_verdict_on_the_largest_pixel() -> None:
         assert torch.equal(found.anomalous("x", new, alpha), new > found.pixel_threshold("x", alpha))
 
 
+def test_threshold_is_where_the_verdict_changes() -> None:
+    scores = torch.randn(150, generator=torch.Generator().manual_seed(3)).double()
+    found = Calibration({"x": scores})
+    new = torch.linspace(-4, 4, 4001).double()
+    for alpha in (0.01, 0.05, 0.3):
+        assert torch.equal(found.anomalous("x", new, alpha), new > found.threshold("x", alpha))
+
+
 def test_how_many_normals_an_alpha_needs() -> None:
     assert [normals_needed(a) for a in (0.5, 0.1, 0.05, 0.01, 0.001)] == [1, 9, 19, 99, 999]
     assert normals_needed(0.03) == 33
