@@ -26,6 +26,8 @@ from anomem.reference.retrieve import (
     l2_normalize,
     layer_normalize,
     normalize_rows,
+    retrieval_logits,
+    retrieval_weights,
     shrink_weights,
     weights_entropy,
 )
@@ -53,6 +55,8 @@ __all__ = [
     "memory_diagnostics",
     "normalize_rows",
     "nt_xent_rows",
+    "retrieval_logits",
+    "retrieval_weights",
     "sample_positions",
     "scale_weights",
     "shrink_weights",
