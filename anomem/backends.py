@@ -40,8 +40,10 @@ OPERATORS = (
     "variance",
     "deviation_map",
     "usage",
+    "nearest",
+    "read",
 )
-_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce")
+_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce", "nearest", "read")
 _NATIVE_CUDA_OPERATORS = ("retrieve", "gather", "variance", "deviation_map")
 
 
@@ -180,6 +182,8 @@ AUTO: tuple[Rule, ...] = (
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
+_ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
+_CHUNKS = "scores in chunks of 24 MiB that stay in the second-level cache (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
     Rule(
         "nt_xent",
@@ -188,6 +192,10 @@ RULES: tuple[Rule, ...] = (
         Where(_MEASURED, columns=1024, most_features=256),
         "at least 2.3 times as fast as eager PyTorch on every processor measured (AMD family 26; Intel family 6, AMX)",
     ),
+    Rule("nearest", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
+    Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("info_nce", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("retrieve", "cuda", "triton", Where(_HALF, most_features=128, scores=2**22), _TRAFFIC),

@@ -34,6 +34,11 @@ using Rough = T;
 template <class T>
 constexpr T kSlack = sizeof(T) == 4 ? T{3e-5} : T{6e-14};
 
+template <class T>
+inline T larger_or_nan(T a, T b) {
+  return a != a || b <= a ? a : b;
+}
+
 // |x − x'|.
 template <class T>
 inline T rounding_length(const T* x, int64_t d) {
@@ -98,8 +103,8 @@ class CandidatePanels {
       normalize_row(prototypes + j * stride, d, how, row);
       rough.set(j, row, T{1});
       const T length = std::sqrt(dot_product(row, row, d)), lost = rounding_length(row, d);
-      if (!(length <= longest_)) longest_ = length;  // keeps a NaN
-      if (!(lost <= most_lost_)) most_lost_ = lost;
+      longest_ = larger_or_nan(longest_, length);
+      most_lost_ = larger_or_nan(most_lost_, lost);
     }
     rough.pack_columns(count, packed_.data());
   }
@@ -142,8 +147,7 @@ class Offsets {
 
   void set(int64_t j, T offset) {
     data_[j] = offset;
-    const T size = std::abs(offset);
-    if (offset != -T{INFINITY} && !(size <= largest_)) largest_ = size;  // keeps a NaN
+    if (offset != -T{INFINITY}) largest_ = larger_or_nan(largest_, std::abs(offset));
   }
 
   T largest() const { return largest_; }  // absolute, of all but −inf

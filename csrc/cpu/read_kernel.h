@@ -99,7 +99,7 @@ void read_of_all(const Read& a, int64_t bank, const Memory& memory, const Candid
   using T = accumulator_t<S>;
   const int64_t d = a.features, n = a.query.count, m = a.prototypes;
   const ReadRows<S> rows(a, bank);
-  const ReadPanels<S, S> panels(memory);
+  const ReadPanels<S> panels(memory);  // values are not rounded: the residual is a small difference
   const T* bias = a.bias.given ? static_cast<const T*>(a.bias.data) + bank * m : nullptr;
   const int64_t chunk = kCandidateRows, score_stride = padded_stride<T>(round_up(m, kGroups));
   const int64_t read_stride = padded_stride<T>(d);
@@ -127,9 +127,7 @@ void read_of_all(const Read& a, int64_t bank, const Memory& memory, const Candid
         rows.entropy[first + r] = std::log(row.sum) - row.weighted / row.sum;
         scale[r] = 1 / row.sum;
       }
-      const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_stride);
-      product(count, d, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
-              read.data(), read_stride, false);
+      product(count, d, m, scores.data(), score_stride, 1, panels.values(), read.data(), read_stride, false);
       for (int64_t r = 0; r < count; ++r)
         rows.set_read(first + r, query[r], read.data() + r * read_stride, scale[r]);
     }

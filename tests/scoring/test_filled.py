@@ -188,6 +188,7 @@ def test_top_by_hand() -> None:
 
 def test_plain_is_the_models_cosine_distance() -> None:
     found, images = scorer("per_position"), spotted(3)
+    found.top_k = None  # as the model reads
     with torch.no_grad():
         distances = found.model.distances(found.model(images), "cosine")
         expected = sum(w * found._top(d.flatten(1)) for w, d in zip(found.model.scale_weights, distances, strict=True))
