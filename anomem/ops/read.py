@@ -196,25 +196,27 @@ def _read_backward(
     composite = _composite(scale, normalize, top_k, nearest, deviation)
     dtype = accumulator(query)
     dquery = torch.empty_like(query, memory_format=torch.contiguous_format)
-    shared = [x.detach().to(dtype) for x in (keys, beta, bias) if x is not None]
-    sums = [torch.zeros_like(x) for x in shared]
-    used = [i for i, grad in enumerate(grads) if grad.dim() > 1]
-
-    def outputs_used(block: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        left = iter(given)
-        optional = (None if x is None else next(left) for x in (keys, beta, bias))
-        outputs = composite(block, *optional)
-        return tuple(outputs[i] for i in used)
-
+    shared = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (keys, beta, bias)]
+    present = [x for x in shared if x is not None]
+    sums = [torch.zeros_like(x) for x in present]
     rows = max(1, BLOCK_SCORES // (keys.shape[0] * keys.shape[1]))
-    with torch.autocast(query.device.type, enabled=False):
+    # Not torch.func.vjp: it refuses to run under saved-tensors hooks.
+    with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
         for first in range(0, query.shape[1], rows):
             part = slice(first, first + rows)
-            # Not torch.autograd.grad: the operator may be called below autograd's dispatch.
-            pullback = torch.func.vjp(outputs_used, query.detach()[:, part].to(dtype), *shared)[1]
-            dblock, *gradients = pullback(tuple(grads[i][:, part].to(dtype) for i in used))
-            dquery[:, part] = dblock
-            for total, gradient in zip(sums, gradients, strict=True):
+            block = query.detach()[:, part].to(dtype).requires_grad_()
+            used = [
+                (out, grad[:, part]) for out, grad in zip(composite(block, *shared), grads, strict=True) if grad.dim() > 1
+            ]
+            gradients = torch.autograd.grad(
+                [out for out, _ in used],
+                [block, *present],
+                [grad.to(out.dtype) for out, grad in used],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            dquery[:, part] = gradients[0]
+            for total, gradient in zip(sums, gradients[1:], strict=True):
                 total += gradient
     given = iter(sums)
     dkeys = next(given).to(keys.dtype)

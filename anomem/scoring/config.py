@@ -56,7 +56,7 @@ class FillConfig:
     """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
     beta_factor: float = 4.0
     """beta in units of 1/sqrt(d)."""
-    top_k: int | None = 16
+    top_k: int | None = 8
     """Prototypes that a feature reads, those with the largest scores, at most 32; all when None, which is slower."""
     top_fraction: float = 0.1
     """Part of the positions, the largest distances first, whose mean is an image's distance."""

@@ -23,8 +23,9 @@ ImageBatches = Callable[[], Iterable[Tensor]]
 """Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
 HELD_BYTES = 2**30
 """Of features that are held instead of encoded again."""
-TOP_K = 16
-"""Prototypes that a feature of a filled memory reads: on solar cells within .001 of AUROC of reading all."""
+TOP_K = 8
+"""Prototypes that a feature of a filled memory reads: within .0006 of AUROC of reading all, on four splits of solar
+cells."""
 TOP_PART = 0.1
 """Of the positions, the largest distances first: their mean is an image's distance."""
 
@@ -314,9 +315,16 @@ class FilledScorer(nn.Module):
         """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
         result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
         for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
-            small = (d / by).unflatten(1, (height, width))[:, None]
-            result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
+            # Two products: torch's upsampling is several times slower.
+            rows, columns = (_bilinear(*sides, d) for sides in zip(size, (height, width), strict=True))
+            result += rows @ ((d / by).unflatten(1, (height, width)) @ columns.T)
         return result
+
+
+def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
+    """The matrix [large, small] of linear interpolation along one axis (align_corners=False)."""
+    each = torch.eye(small, dtype=like.dtype, device=like.device)[None]
+    return nn.functional.interpolate(each, size=large, mode="linear", align_corners=False)[0].T
 
 
 def _read(query: Tensor, memory: HopfieldMemory, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -45,12 +45,15 @@ inline T rounding_length(const T* x, int64_t d) {
   if constexpr (!kInPairs<Rough<T>>) {
     return 0;
   } else {
-    T squares = 0;
-    for (int64_t p = 0; p < d; ++p) {
-      const T lost = x[p] - to_float(to_bfloat16(x[p]));
-      squares += lost * lost;
-    }
-    return std::sqrt(squares);
+    vec<T> squares{};
+    for_vectors<T>(d, [&](int64_t p, int64_t count) {
+      Bfloat16 rounded[kLanes<T>];
+      const vec<T> exact = load_some(x + p, count);
+      store(rounded, exact);
+      const vec<T> lost = exact - load(rounded);
+      squares = multiply_add(lost, lost, squares);
+    });
+    return std::sqrt(sum_lanes<T>(squares));
   }
 }
 

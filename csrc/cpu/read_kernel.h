@@ -55,15 +55,38 @@ struct ReadRows {
 template <class S, class T = accumulator_t<S>>
 inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, const int64_t* columns, int64_t k, T* r) {
   const int64_t d = panels.features();
-  T sum = 0, weighted = 0;
-  std::memset(r, 0, d * sizeof(T));
-  for (int64_t i = 0; i < k; ++i) {
-    const T shifted = keys[0] - keys[i], e = std::exp(shifted);  // a key is a score with its sign changed
-    sum += e;
-    weighted += e == 0 ? T{0} : e * shifted;
-    if (e != 0) add_scaled(panels[columns[i]], d, e, r);
+  T e[kMostCandidates];
+  vec<T> sums{}, products{};
+  for_vectors<T>(k, [&](int64_t i, int64_t count) {
+    const vec<T> shifted = keys[0] - load_some(keys + i, count);  // a key is a score with its sign changed
+    const vec<T> weight = keep_first<T>(exp_or_zero(shifted), count);
+    store_some(e + i, weight, count);
+    sums += weight;
+    products += weight == vec<T>{} ? vec<T>{} : weight * shifted;
+  });
+  // Four vectors of r stay in registers while the prototypes pass.
+  for (int64_t first = 0; first < d; first += 4 * kLanes<T>) {
+    const int64_t left = d - first;
+    if (left >= 4 * kLanes<T>) {
+      vec<T> total[4] = {};
+      for (int64_t i = 0; i < k; ++i) {
+        const T* m = panels[columns[i]] + first;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) total[v] = multiply_add(load(m + v * kLanes<T>), broadcast(e[i]), total[v]);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) store(r + first + v * kLanes<T>, total[v]);
+      continue;
+    }
+    for_vectors<T>(left, [&](int64_t p, int64_t count) {
+      vec<T> total{};
+      for (int64_t i = 0; i < k; ++i)
+        total = multiply_add(load_some(panels[columns[i]] + first + p, count), broadcast(e[i]), total);
+      store_some(r + first + p, total, count);
+    });
   }
-  return {sum, -keys[0] + std::log(sum), weighted};
+  const T sum = sum_lanes<T>(sums);
+  return {sum, -keys[0] + std::log(sum), sum_lanes<T>(products)};
 }
 
 template <class S>

@@ -62,9 +62,18 @@ class TestRead(Contract):
         arguments = (query, prototypes, beta, 0.5, bias[None], 1, 2, True, True)
         yield getattr(torch.ops.anomem, f"{impl}_read"), arguments
         yield getattr(torch.ops.anomem, f"{impl}_read"), (query, prototypes, None, 0.5, None, 1, 0, False, False)
-        if impl == "native":
-            grads = [draw(1, 5, 6), *(draw(1, 5) for _ in range(3)), draw(0), *(draw(1, 5) for _ in range(2))]
-            yield torch.ops.anomem.reference_read_bwd, (grads, *arguments)
+
+    def test_the_shapes_of_gradients_are_known(self) -> None:
+        """The backward calls autograd, so only its fake can be checked below autograd."""
+        query, prototypes = (x[None] for x in self.inputs(5))
+        bias, beta = self.parameters()
+        grads = [draw(1, 5, 6), *(draw(1, 5) for _ in range(3)), draw(0), *(draw(1, 5) for _ in range(2))]
+        operator = torch.ops.anomem.reference_read_bwd.default
+        for learned, added in ((beta, bias[None]), (None, None)):
+            arguments = (grads, query, prototypes, learned, 0.5, added, 1, 2, True, True)
+            given = [x.shape for x in operator(*arguments)]
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+                assert [x.shape for x in operator(*arguments)] == given
 
 
     def test_saved_tensors_may_come_back_in_another_layout(self, impl: Impl) -> None:
