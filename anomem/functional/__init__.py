@@ -12,13 +12,17 @@ preference, for one call of a larger computation: an operator without such a ker
 from anomem.functional.contrast import gather_rows, info_nce, nt_xent, nt_xent_distributed
 from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.nearest import k_center, nearest
+from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import gather_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, margin_loss, sample_positions, scale_weights
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, margin_loss, sample_positions, scale_weights
 
 __all__ = [
     "MemoryDiagnostics",
+    "MemoryRead",
+    "Nearest",
     "contrasted_memory_loss",
     "deviation",
     "deviation_map",
@@ -26,10 +30,13 @@ __all__ = [
     "gather_rows",
     "hopfield_retrieve",
     "info_nce",
+    "k_center",
     "margin_loss",
     "memory_diagnostics",
+    "nearest",
     "nt_xent",
     "nt_xent_distributed",
+    "read_memory",
     "sample_positions",
     "scale_weights",
     "variance_hinge",

@@ -239,7 +239,7 @@ def fit_detector(
     def fitted(rows: Tensor) -> tuple[FittedDetector, list[FilledScale]]:
         queries = encoded.rows(rows)
         filled = fill_memories(model, queries, config.prototypes, config.method, seed=seed)
-        scorer = FilledScorer(model, alignment, config.top_fraction)
+        scorer = FilledScorer(model, alignment, config.top_fraction, config.top_k)
         scorer.fit(queries)
         labels = None
         if len(defects):
@@ -288,7 +288,7 @@ def restored_detector(
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)
-    scorer = FilledScorer(model, about["alignment"], config.top_fraction)
+    scorer = FilledScorer(model, about["alignment"], config.top_fraction, config.top_k)
     labels = None
     if "detector.labels.weight" in tensors:
         labels = FewLabels(len(tensors["detector.labels.weight"]) - 1).to(model.device)

@@ -140,7 +140,7 @@ def filled(config: FillConfig, train: EncodedImages, test: EncodedImages) -> tup
     begin = time.process_time()
     everything = train.rows(torch.arange(len(train.images)))
     fill_memories(train.model, everything, config.prototypes, config.method)
-    scorer = FilledScorer(train.model, "per_position", config.top_fraction)
+    scorer = FilledScorer(train.model, "per_position", config.top_fraction, config.top_k)
     scorer.fit(everything)
     seconds = time.process_time() - begin
     parts = [scorer.of_queries(queries, (1, 1)).scores for queries in test.rows(torch.arange(len(test.images)))]
