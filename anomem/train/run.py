@@ -17,6 +17,7 @@ from anomem.models.encoders import SMALL_IMAGE
 from anomem.scoring import Scorer, fit_scorer, useless_scores
 from anomem.scoring.detector import kept_features
 from anomem.scoring.scorer import alignment_of
+from anomem.train.balance import few_labels
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -216,6 +217,9 @@ def train_task(
     train_stage1(model, task.train, is_normal, config, run, quiet=quiet)
     head = None
     if config.has_stage2:
+        advice = None if is_normal is None else few_labels(is_normal)
+        if advice is not None and not quiet:
+            print(advice, flush=True)
         head = head_for(config, model)
         train_stage2(model, head, task.train, is_normal, config, run, quiet=quiet)
     if not quiet:
