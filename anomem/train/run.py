@@ -26,6 +26,7 @@ from anomem.train.checkpoint import (
     saved_step,
 )
 from anomem.train.config import FitConfig, RunConfig, TrainConfig
+from anomem.train.execution import settled
 from anomem.train.monitor import tensorboard_writer
 from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
 from anomem.train.stage1 import train_stage1
@@ -209,10 +210,7 @@ def train_task(
         quiet: show nothing.
     """
     is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
-    if config.run.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.run.compile:
-        model.encoder.compile()
+    config = settled(config, model.device)
     train_stage1(model, task.train, is_normal, config, run, quiet=quiet)
     head = None
     if config.has_stage2:
