@@ -1,9 +1,10 @@
 """`python -m benchmarks.profile_training`: where the time of a training step goes, against plain PyTorch.
 
 Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
-settings: "eager" with every operator in plain PyTorch (impl="reference"), "anomem" as the library runs it, and the
-"usual pipeline", plain PyTorch on views that `DataLoader` workers make image by image with torchvision. The phases are
-the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a picture of the bars.
+settings: "eager" with every operator in plain PyTorch (impl="reference"), float32 and contiguous, "anomem" as the
+library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make image by image with
+torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a
+picture of the bars.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from anomem.augment import AugmentConfig
 from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
+from anomem.train.batches import Batch
+from anomem.train.execution import settled
+from anomem.train.rows import Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
 from benchmarks.harness.measure import peak_bytes
@@ -63,8 +67,10 @@ class Options:
     """Steps before, each time the loop is started; at least 1."""
     workers: int = 2
     """Processes of the usual pipeline."""
-    bf16: bool | None = None
-    """Encoder under bfloat16 autocast; on a GPU when not given."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of this library's bar; the others are float32."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Likewise; the others are contiguous."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-steps.jsonl when not given."""
     out: str = "runs/profile"
@@ -79,11 +85,8 @@ def main(options: Options) -> int:
         return 2
     backbone = options.backbone or ("resnet18" if device == "cuda" else "small")
     batch = options.batch or (1024 if device == "cuda" else 128)
-    bf16 = device == "cuda" if options.bf16 is None else options.bf16
-    settings = {"backbone": backbone, "batch": batch, "side": options.side, "bf16": bf16, "workers": options.workers}
-    title = (
-        f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels, {'bfloat16' if bf16 else 'float32'}"
-    )
+    settings = {"backbone": backbone, "batch": batch, "side": options.side, "workers": options.workers}
+    title = f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels"
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     # More than a run of the loop takes: at the end of an epoch workers would start with empty queues.
@@ -91,15 +94,16 @@ def main(options: Options) -> int:
     resident = ResidentImages(pixels.to(device))
     usual = UsualImages(pixels, device, options.workers)
 
-    def pipeline(name: str, impl: str, images: Images) -> Pipeline:
-        return Pipeline(name, config_of(backbone, impl, batch, device, bf16), images, options.warmup)
+    def pipeline(name: str, impl: str, images: Images, precision: str, memory_format: str) -> Pipeline:
+        config = config_of(backbone, impl, batch, device, precision, memory_format)
+        return Pipeline(name, config, images, options.warmup)
 
     alternating = [
-        pipeline("eager", "reference", resident),
-        pipeline(f"anomem ({options.impl})", options.impl, resident),
+        pipeline("eager", "reference", resident, "float32", "contiguous"),
+        pipeline(f"anomem ({options.impl})", options.impl, resident, options.precision, options.memory_format),
     ]
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
-    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual)]
+    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
     found: list[Step] = []
     for group, rounds in ((alternating, ROUNDS), (alone, 1)):
         say(", ".join(each.name for each in group))
@@ -113,9 +117,11 @@ def main(options: Options) -> int:
                 Step(
                     pipeline=each.name,
                     title=title,
-                    config=settings,
+                    config={**settings, **each.executed()},
                     about=rows.about(device),
                     seconds_per_step=seconds,
+                    # Of the workers nothing is known.
+                    cpu_seconds_per_step=None if each in alone and options.workers else median(each.cpu_seconds),
                     milliseconds=each.milliseconds(),
                     peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
                     images_per_second=batch / seconds,
@@ -136,12 +142,15 @@ def main(options: Options) -> int:
     return 0
 
 
-def config_of(backbone: str, impl: str, batch: int, device: str, bf16: bool) -> TrainConfig:
+def config_of(
+    backbone: str, impl: str, batch: int, device: str, precision: str = "auto", memory_format: str = "auto"
+) -> TrainConfig:
     """The settings of a pipeline: the library's defaults but for these."""
+    run = RunConfig(device=device, precision=precision, memory_format=memory_format, log_every=10**9)
     return TrainConfig(
         model=ModelConfig(backbone=backbone, impl=impl),
         optimizer=OptimizerConfig(batch_size=batch),
-        run=RunConfig(device=device, bf16=bf16, log_every=10**9),
+        run=run,
         prototypes_from="normal",  # the loop is started several times and would fill the memories each time
     )
 
@@ -170,13 +179,20 @@ class Pipeline:
         self.device = config.run.device
         self.seconds: list[float] = []
         """Of a step, the mean of each round."""
+        self.cpu_seconds: list[float] = []
+        """Processor time of all threads of the process, likewise."""
         self.phases: list[dict[str, float]] = []
         """Seconds of each phase in a step, the mean of each round."""
         model: AnoMem = build_model(config.model, images.size, images.channels, MEAN, STD)
         self.model = model.to(self.device)
 
-    def train(self, steps: int) -> list[float]:
-        """Run the loop; the times at which its first measured step begins and its last one ends."""
+    def executed(self) -> dict[str, str]:
+        """Precision and memory format of the loop."""
+        run = settled(self.config, torch.device(self.device)).run
+        return {"precision": run.precision, "memory_format": run.memory_format}
+
+    def train(self, steps: int) -> StampedImages:
+        """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
         stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
         # One step more, whose batch is asked for when the last measured step ends.
         optimizer = replace(self.config.optimizer, steps=self.warmup + steps + 1)
@@ -184,12 +200,13 @@ class Pipeline:
         views = UsualViews if isinstance(self.images, UsualImages) else stage1.Views
         with mock.patch.object(stage1, "Views", views):
             stage1.train_stage1(self.model, stamped, None, config, quiet=True)
-        return stamped.times
+        return stamped
 
     def measure(self, steps: int, trace: Path) -> None:
         """One round: the loop without the profiler, then with it; its trace goes to a file."""
-        begin, end = self.train(steps)
-        self.seconds.append((end - begin) / steps)
+        stamped = self.train(steps)
+        for marks, into in ((stamped.times, self.seconds), (stamped.cpu_times, self.cpu_seconds)):
+            into.append((marks[1] - marks[0]) / steps)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
         with profile(activities=activities) as profiler:
             self.train(steps)
@@ -259,6 +276,7 @@ class StampedImages:
         self.device = device
         self.stamps = {first, last}
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
         self.count = 0
 
     @property
@@ -286,6 +304,7 @@ class StampedImages:
                 if self.device == "cuda":
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
+                self.cpu_times.append(time.process_time())
             self.count += 1
             batch = next(source, None)
             if batch is None:
@@ -364,14 +383,15 @@ class UsualViews:
         config: not used.
         is_normal: None.
         generator: not used.
+        seed: not used.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator) -> None:
+    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator, seed: int) -> None:
         pass
 
-    def __call__(self, views: Tensor, index: Tensor, count: int) -> tuple[Tensor, None]:
+    def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:
         """The views as they came."""
-        return views, None
+        return batch.images, None
 
 
 def show(title: str, found: list[Step]) -> None:
@@ -381,6 +401,7 @@ def show(title: str, found: list[Step]) -> None:
     lines = [(phase, *(number(row.milliseconds.get(phase, 0.0)) for row in found)) for phase in phases]
     lines.append(("sum of phases", *(number(sum(row.milliseconds.values())) for row in found)))
     lines.append(("step without the profiler", *(number(1e3 * row.seconds_per_step) for row in found)))
+    lines.append(("processor time", *(number(1e3 * (row.cpu_seconds_per_step or 0)) for row in found)))
     lines.append(("images/s", *(f"{row.images_per_second:.0f}" for row in found)))
     lines.append(("peak MiB of the loop", *(f"{row.peak_bytes / 2**20:.1f}" for row in found)))
     table(title, columns, lines)

@@ -119,18 +119,14 @@ def train(command: Train) -> None:
     """Train a new run, or continue one."""
     from anomem.train import run
 
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"expected one process, received WORLD_SIZE={processes}: a run is trained by one process on one device; "
-            "start it without torchrun"
-        )
     if command.resume is None:
         path = run.train(command.settings, quiet=command.quiet)
     else:
         if command.settings != preset("digits") or command.config or command.preset:
             raise UserError("`--resume` goes on with the settings of the run: give no others")
         path = run.resume(command.resume, quiet=command.quiet)
+    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun's speaks
+        return
     following = f"anomem evaluate {path}, or anomem score --run {path} FILES"
     print(path if command.quiet else f"run written to {path}; next: {following}")
 

@@ -11,7 +11,7 @@ at a time instead of W.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group = Union[ProcessGroup, DeviceMesh, tuple[DeviceMesh, int | str]]
+    Group: TypeAlias = ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str]
 
 
 def group_of(group: Group | None) -> ProcessGroup | None:
@@ -306,7 +306,8 @@ class _Gather(torch.autograd.Function):
         # torch 2.14 renamed it, and warns about the name it had before.
         gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
         everyone = gather(rows.contiguous()[None], 0, group or dist.group.WORLD)
-        return functional.wait_tensor(everyone)
+        result: Tensor = functional.wait_tensor(everyone)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -325,7 +326,8 @@ class _Scatter(torch.autograd.Function):
         ctx.group = group
         scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
         total = scatter(everyone.contiguous(), "sum", 0, group or dist.group.WORLD)
-        return functional.wait_tensor(total)[0]
+        result: Tensor = functional.wait_tensor(total)[0]
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -341,7 +343,8 @@ class _Sum(torch.autograd.Function):
 
         ctx.group = group
         total = functional.all_reduce(values.contiguous(), "sum", group or dist.group.WORLD)
-        return functional.wait_tensor(total)
+        result: Tensor = functional.wait_tensor(total)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -396,7 +399,7 @@ class _Ring(torch.autograd.Function):
                     total += gradient
 
         with torch.enable_grad():
-            add(_own(*leaves, number, positive, exclude, impl), leaves, totals)
+            add(_own(leaves[0], leaves[1], leaves[2], number, positive, exclude, impl), leaves, totals)
         block = columns.contiguous()
         collected = torch.zeros_like(block, dtype=accumulator(block))
         for hop in range(1, world):
@@ -408,7 +411,8 @@ class _Ring(torch.autograd.Function):
                 add(term, [leaves[0], passing, leaves[1], leaves[2]], [totals[0], collected, totals[1], totals[2]])
         collected = _passed_on(collected, counts[rank], group)  # home
         d_rows, d_columns, d_tau = totals
-        assert d_rows is not None and d_columns is not None
+        assert d_rows is not None
+        assert d_columns is not None
         d_tau = None if d_tau is None else d_tau.to(tau.dtype)
         return d_rows.to(rows.dtype), (d_columns + collected).to(columns.dtype), d_tau, *[None] * 6
 

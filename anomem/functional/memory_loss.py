@@ -108,9 +108,9 @@ def contrasted_memory_loss(
             loss = loss + nt_xent(views, retrieved, temperature=temperature, impl=impl, part=True)
     if negatives != "image":
         # Within an image: nothing is exchanged. The mean over the processes is the mean over the images.
-        left, right = (_by_image(x, symmetric) for x in (views, retrieved))
         weight = z.shape[1] * world / images
-        loss = loss + weight * nt_xent(left, right, temperature=temperature, impl=impl, part=True)
+        ours, theirs = (_by_image(x, symmetric) for x in (views, retrieved))
+        loss = loss + weight * nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
     if world > 1:
         return loss, variance_hinge_distributed(retrieved, gamma=variance_gamma, process_group=group, counts=counts)
     return loss, variance_hinge(retrieved, gamma=variance_gamma, impl=impl, part=True)

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """0 … steps − 1."""
     images: Tensor
     """[m, C, H, W] uint8 on the device of the set."""
-    index: Tensor
+    indices: Tensor
     """[m], which training images these are."""
     place_of: Mapping[int, int]
     """Place in the whole batch -> place here."""
@@ -35,9 +35,9 @@ class Batch(NamedTuple):
         """The images at consecutive places of the whole batch, which are consecutive here."""
         return self.images[self._slice(places)]
 
-    def index_at(self, places: range) -> Tensor:
+    def indices_at(self, places: range) -> Tensor:
         """Which training images are at consecutive places of the whole batch."""
-        return self.index[self._slice(places)]
+        return self.indices[self._slice(places)]
 
     def runs(self, places: Sequence[int]) -> list[Tensor]:
         """The images at any places, as slices: an index would have to be sent to the device."""

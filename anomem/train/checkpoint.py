@@ -30,7 +30,7 @@ from anomem.train.rundir import STAGES, RunDirectory
 from anomem.train.stopping import Interrupted, Request
 from anomem.validation import shape_of
 
-FORMAT = 3
+FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
@@ -313,8 +313,8 @@ class StageState:
                 buffer = torch.empty_like(parameter.detach())
                 buffer.copy_(sharded_as(momentum.to(parameter.device), parameter))
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        for name, parameter, mean in self.average.pairs:
-            saved = self._tensor(checkpoint, f"average.{name}", parameter, source)
+        for name, _, mean in self.average.pairs:
+            saved = self._tensor(checkpoint, f"average.{name}", mean, source)
             if saved is not None:
                 mean.copy_(sharded_as(saved.to(mean.device), mean))
         return checkpoint.step
@@ -382,10 +382,8 @@ class StageState:
         self.saved = time.monotonic()
         if self.network is not None:
             self.network.gather()
-        momenta = {
-            f"momentum.{name}": self.optimizer.state.get(p, {}).get("momentum_buffer") for name, p in self._parameters()
-        }
-        others = {name: whole(value) for name, value in momenta.items() if value is not None}
+        momenta = ((name, self.optimizer.state.get(p, {}).get("momentum_buffer")) for name, p in self._parameters())
+        others = {f"momentum.{name}": whole(value) for name, value in momenta if value is not None}
         others.update({f"average.{name}": whole(mean) for name, _, mean in self.average.pairs})
         if not self.ranks.first:
             return

@@ -32,7 +32,8 @@ MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
-        "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel", "loss.ring", "run.log_every", "run.checkpoint_every",
+        "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel",
+        "loss.ring", "run.log_every", "run.checkpoint_every",
         "run.checkpoint_minutes", "run.tensorboard", "alpha", "labels", "weights", "fill.batch_size",
     )
 )  # fmt: skip
@@ -405,11 +406,16 @@ def trained_settings(config: TrainConfig | FitConfig, stage: str) -> dict[str, A
         stage: "stage1", "stage2", "scorer" or "detector".
     """
     later = {"stage1": ("stage2", "score"), "stage2": ("score",)}.get(stage, ())
-    flat = {}
+    flat = flat_settings(config)
+    return {name: value for name, value in flat.items() if name not in EXECUTION and name.split(".")[0] not in later}
+
+
+def flat_settings(config: TrainConfig | FitConfig) -> dict[str, Any]:
+    """All settings by dotted name."""
+    flat: dict[str, Any] = {}
     for section, values in to_dict(config).items():
-        if section not in later:
-            flat.update({section: values} if not isinstance(values, dict) else _dotted(section, values))
-    return {name: value for name, value in flat.items() if name not in EXECUTION}
+        flat.update({section: values} if not isinstance(values, dict) else _dotted(section, values))
+    return flat
 
 
 def _dotted(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def multiplies_bf16(device: str) -> bool:
     if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     # Newer than the oldest supported torch.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

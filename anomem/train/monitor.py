@@ -16,13 +16,12 @@ from torch import Tensor
 from anomem.errors import UserError
 from anomem.files import writing
 from anomem.train.config import RunConfig
-from anomem.train.ranks import Ranks
+from anomem.train.ranks import ONE, Ranks
 from anomem.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-ONE = Ranks()
 Values = Mapping[str, Tensor]
 """Name -> 0-dim tensor. Names are "loss" or "term/scale", as TensorBoard groups them."""
 
@@ -155,11 +154,8 @@ class Monitor:
             "learning_rate": rate,
             "images_per_second": round(self.images / max(now - self.last, 1e-9), 1),
         }
-        self.pending = (
-            row,
-            tuple(values),
-            _Late(self.ranks.mean(torch.stack([v.detach().float() for v in values.values()]))),
-        )
+        numbers = self.ranks.mean(torch.stack([value.detach().float() for value in values.values()]))
+        self.pending = (row, tuple(values), _Late(numbers))
         self.images, self.last = 0, now
         if self.pending[2].ready or step == self.start:
             self.flush()

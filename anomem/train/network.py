@@ -112,7 +112,8 @@ def with_joint_batch_norm(module: nn.Module) -> nn.Module:
     torch's `SyncBatchNorm` runs on GPUs only.
     """
     if next(module.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     for part in module.modules():
         for name, child in part.named_children():
             if isinstance(child, _BatchNorm):
@@ -133,6 +134,12 @@ class JointBatchNorm(nn.Module):
         [B, C, …] -> [B, C, …].
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor
+
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
         self.eps, self.momentum, self.track_running_stats = norm.eps, norm.momentum, norm.track_running_stats
@@ -150,7 +157,7 @@ class JointBatchNorm(nn.Module):
         if weight is None:
             weight, bias = (value.expand(x.shape[1]) for value in x.new_tensor([1.0, 0.0], dtype=torch.float32))
         mean, variance, count = _joint_statistics(x.detach())
-        if self.training and self.track_running_stats and running_mean is not None:
+        if self.training and self.track_running_stats and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 part = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

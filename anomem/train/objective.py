@@ -16,10 +16,8 @@ from anomem.nn import ContrastedMemoryLoss
 from anomem.train.batches import Batch
 from anomem.train.config import LossConfig, TrainConfig
 from anomem.train.execution import layout_of
-from anomem.train.ranks import Ranks
+from anomem.train.ranks import ONE, Ranks
 from anomem.train.rows import AUGMENT, BLOCK, OUTLIERS, Rows, blocks, seed_of
-
-ONE = Ranks()
 
 
 class Views:
@@ -51,7 +49,7 @@ class Views:
             outliers come last.
         """
         x = batch.at(rows.images).float().mul_(1 / 255)
-        normal = None if self.is_normal is None else self.is_normal[batch.index_at(rows.images)]
+        normal = None if self.is_normal is None else self.is_normal[batch.indices_at(rows.images)]
         if rows.synthetic:
             if normal is None:
                 normal = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -234,4 +232,6 @@ def _distinct(count: int, below: int, generator: torch.Generator) -> Tensor:
         return order[torch.arange(count) % below]
     # A permutation of all features of a large batch would be larger than the batch.
     drawn = torch.randint(below, (2 * count + 64,), generator=generator, device=generator.device).unique()
-    return drawn[torch.randperm(len(drawn), generator=generator, device=generator.device)[:count]].cpu()
+    order = torch.randperm(len(drawn), generator=generator, device=generator.device)[:count]
+    found: Tensor = drawn[order].cpu()
+    return found

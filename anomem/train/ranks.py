@@ -1,7 +1,7 @@
 """The processes of a training: who they are, what they agree on, and how one that fails ends the job.
 
-`torchrun --nproc-per-node N -m anomem train …` starts them; torch.distributed connects them, with gloo on CPUs and NCCL on
-GPUs. Only the first writes the run directory and the terminal.
+`torchrun --nproc-per-node N -m anomem train …` starts them; torch.distributed connects them, with gloo on CPUs and NCCL
+on GPUs. Only the first writes the run directory and the terminal.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ class Ranks:
                         f"`{name}`: expected the same in every process, received {everyone[0].get(name)!r} in rank 0 "
                         f"and {other.get(name)!r} in rank {rank}"
                     )
+
+
+ONE = Ranks()
 
 
 @contextmanager

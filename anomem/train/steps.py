@@ -190,7 +190,7 @@ class Stage1Step:
         flags = torch.zeros(chunks[0].batch + chunks[0].synthetic, device=self.model.device)
         for rows in chunks:
             piece = rows.images
-            own = 1.0 if self.is_normal is None else self.is_normal[batch.index_at(piece)].float()
+            own = 1.0 if self.is_normal is None else self.is_normal[batch.indices_at(piece)].float()
             flags[piece.start : piece.stop] = own
         return self.ranks.mean(flags) > 0
 
