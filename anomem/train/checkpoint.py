@@ -385,8 +385,12 @@ class StageState:
         momenta = ((name, self.optimizer.state.get(p, {}).get("momentum_buffer")) for name, p in self._parameters())
         others = {f"momentum.{name}": whole(value) for name, value in momenta if value is not None}
         others.update({f"average.{name}": whole(mean) for name, _, mean in self.average.pairs})
-        if not self.ranks.first:
-            return
+        if self.ranks.first:
+            self._write(done, others)
+        self.ranks.wait()  # a process that left now would end the job
+
+    def _write(self, done: int, others: Mapping[str, Tensor]) -> None:
+        assert self.directory is not None
         tensors = {
             f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()
         }

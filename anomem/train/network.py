@@ -7,6 +7,7 @@ replicated: their gradients are averaged in one message. Without other processes
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -56,9 +57,11 @@ class Network:
                         fully_shard(stage)
             fully_shard(self.encoder)  # type: ignore[arg-type]
         elif trained:
-            self.call = nn.parallel.DistributedDataParallel(
-                self.encoder, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            replicas = nn.parallel.DistributedDataParallel
+            # torch 2.14 renamed it, and warns about the name it had before.
+            renamed = "forward_sync_buffers" in inspect.signature(replicas.__init__).parameters
+            buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            self.call = replicas(self.encoder, gradient_as_bucket_view=True, **buffers)
 
     def __call__(self, views: Tensor) -> list[Tensor]:
         """S maps [2B, C_s, H_s, W_s] of views [2B, C, H, W] in [0, 1]."""

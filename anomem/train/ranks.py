@@ -75,6 +75,11 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [int(number) for number in found]
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            self.largest(0)
+
     def on_first(self, function: Callable[[], T]) -> T:
         """What the first process finds, in all of them; what the user must mend is raised in all, said in one.
 
@@ -135,9 +140,26 @@ def joined(device: str) -> Iterator[Ranks]:
         UserError: the environment does not say where the others are, they do not come, or one of them has ended.
     """
     count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1" or (dist.is_available() and dist.is_initialized()):
-        yield Ranks.current()
-        return
+    ours = count != "1" and not (dist.is_available() and dist.is_initialized())
+    if ours:
+        _connect(count, device)
+    ranks = Ranks.current()
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if ranks.count == 1 or not _is_of_another(error):
+            raise
+        if not ranks.first:
+            raise SystemExit(2) from error
+        raise UserError(
+            "another process of the job has ended or does not answer; continue with the same command and --resume RUN"
+        ) from error
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _connect(count: str, device: str) -> None:
     missing = [name for name in ADDRESS if not os.environ.get(name)]
     if missing:
         raise UserError(
@@ -152,21 +174,6 @@ def joined(device: str) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot connect the {count} processes of the job: {reason}") from error
-    ranks = Ranks.current()
-    try:
-        yield ranks
-        dist.barrier()
-    except RuntimeError as error:
-        if not _is_of_another(error):
-            raise
-        if not ranks.first:
-            raise SystemExit(2) from error
-        raise UserError(
-            "another process of the job has ended or does not answer; what was saved is in the run directory: continue "
-            "with the same command and `--resume`"
-        ) from error
-    finally:
-        dist.destroy_process_group()
 
 
 def local_device(device: str) -> str:

@@ -86,7 +86,7 @@ def train(
         _require_an_image_each(config, len(task.train), ranks)
         trained_on = task.trained_on
         run = RunDirectory(ranks.on_first(lambda: RunDirectory.create(config, given, trained_on).path))
-        with _stoppable(run), _claimed(run, ranks):
+        with _stoppable(run, ranks), _claimed(run, ranks):
             _complete(run, config, task, model, quiet, ranks)
     return run.path
 
@@ -111,7 +111,7 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
     run.require_given("resume", task=task, encoder=encoder)
     with joined(config.run.device) as ranks:
         ranks.require_same(flat_settings(config))
-        with _stoppable(run), _claimed(run, ranks):
+        with _stoppable(run, ranks), _claimed(run, ranks):
             # Read again: the process that held the claim before may have finished the run.
             if not ranks.on_first(lambda: _finished(run, config)):
                 prepare(config)
@@ -283,12 +283,14 @@ def _finished(run: RunDirectory, config: TrainConfig) -> bool:
 
 
 @contextmanager
-def _stoppable(run: RunDirectory) -> Iterator[None]:
+def _stoppable(run: RunDirectory, ranks: Ranks = ONE) -> Iterator[None]:
     """Around a training: a signal ends it with the sentence that says what was saved and how to continue."""
     try:
         with stopping_at_once():
             yield
     except KeyboardInterrupt as stop:
+        if not ranks.first:
+            raise SystemExit(128 + int(getattr(stop, "signal", 2))) from None
         if not run.config_file.exists():
             raise
         state = "no checkpoint yet: it will begin anew"
