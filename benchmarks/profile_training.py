@@ -12,11 +12,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -32,6 +32,7 @@ from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
+from anomem.train.profiling import Event, seconds_of_phases
 from anomem.train.rows import Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
@@ -41,10 +42,6 @@ from benchmarks.report.tables import number
 
 ROUNDS = 5
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-RANGES = "anomem."
-"""First part of the names of the loop's ranges; the rest is the phase."""
-LAST = "optimizer"
-"""The phase that ends a step."""
 
 
 @dataclass(frozen=True)
@@ -218,47 +215,6 @@ class Pipeline:
         """Phase -> time in a step, the median over the rounds."""
         names = dict.fromkeys(name for phases in self.phases for name in phases)
         return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
-
-
-class Event(NamedTuple):
-    """One event of a profile on the host's side; times in microseconds."""
-
-    name: str
-    start: float
-    end: float
-    on_gpu: float = 0.0
-    """Time of the kernels and copies that it launched itself."""
-
-    @classmethod
-    def of(cls, event: Any) -> Event:
-        """From an event of `torch.profiler`, which lists a range's copy on the GPU among its kernels."""
-        kernels = (kernel.duration for kernel in event.kernels if not kernel.name.startswith(RANGES))
-        return cls(event.name, event.time_range.start, event.time_range.end, sum(kernels))
-
-
-def seconds_of_phases(events: Sequence[Event], warmup: int, steps: int, *, on_gpu: bool) -> dict[str, float]:
-    """Seconds of each of the loop's ranges in one step.
-
-    On a CPU the time of the range. On a GPU the time of the kernels and copies launched during the range by any thread,
-    because autograd launches the backward pass from its own thread.
-
-    Args:
-        events: of a profile of the loop.
-        warmup: steps not counted, at least 1.
-        steps: counted after them.
-        on_gpu: whether the time is the GPU's.
-
-    Returns:
-        Phase -> seconds, in the order of a step.
-    """
-    ranges = sorted((event for event in events if event.name.startswith(RANGES)), key=lambda event: event.start)
-    ends = [one.end for one in ranges if one.name == RANGES + LAST]
-    ranges = [one for one in ranges if ends[warmup - 1] <= one.start < ends[warmup + steps - 1]]
-    microseconds = dict.fromkeys((one.name for one in ranges), 0.0)
-    for one in ranges:
-        inside = (event.on_gpu for event in events if one.start <= event.start < one.end) if on_gpu else ()
-        microseconds[one.name] += sum(inside) if on_gpu else one.end - one.start
-    return {name.removeprefix(RANGES): total / steps / 1e6 for name, total in microseconds.items()}
 
 
 class StampedImages:

@@ -50,6 +50,7 @@ def _one(rank: int, count: int, folder: str, function: Callable[..., None], argu
 
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)
     code = 0
     try:
         store = f"file://{folder}/store"

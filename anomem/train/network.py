@@ -61,7 +61,7 @@ class Network:
             # torch 2.14 renamed it, and warns about the name it had before.
             renamed = "forward_sync_buffers" in inspect.signature(replicas.__init__).parameters
             buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.call = replicas(self.encoder, gradient_as_bucket_view=True, **buffers)
+            self.call = replicas(self.encoder, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
 
     def __call__(self, views: Tensor) -> list[Tensor]:
         """S maps [2B, C_s, H_s, W_s] of views [2B, C, H, W] in [0, 1]."""

@@ -105,16 +105,20 @@ class Ranks:
         found: T = answer[0]
         return found
 
+    def all(self, mine: T) -> list[T]:
+        """What each process has, in all of them, in order of rank."""
+        everyone: list[Any] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(everyone, mine)
+        return everyone
+
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Check that all processes train with the same settings.
 
         Raises:
             UserError: in the first process, names a setting. The others leave without a word.
         """
-        if self.count == 1:
-            return
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, dict(settings))
+        everyone = self.all(dict(settings))
         for rank, other in enumerate(everyone):
             for name in everyone[0].keys() | other.keys():
                 if everyone[0].get(name) != other.get(name):
@@ -130,11 +134,12 @@ ONE = Ranks()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
     """Around a training: the processes that torchrun has started are connected; one alone needs nothing.
 
     Args:
         device: `run.device`; "cpu" or a GPU decides what connects them.
+        wait: how long a process waits for the others; one that has ended is noticed at once on CPUs.
 
     Raises:
         UserError: the environment does not say where the others are, they do not come, or one of them has ended.
@@ -142,7 +147,7 @@ def joined(device: str) -> Iterator[Ranks]:
     count = os.environ.get("WORLD_SIZE", "1")
     ours = count != "1" and not (dist.is_available() and dist.is_initialized())
     if ours:
-        _connect(count, device)
+        _connect(count, device, wait)
     ranks = Ranks.current()
     try:
         yield ranks
@@ -159,7 +164,7 @@ def joined(device: str) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _connect(count: str, device: str) -> None:
+def _connect(count: str, device: str, wait: timedelta) -> None:
     missing = [name for name in ADDRESS if not os.environ.get(name)]
     if missing:
         raise UserError(
@@ -170,7 +175,7 @@ def _connect(count: str, device: str) -> None:
         raise UserError("this torch was built without torch.distributed; train without torchrun")
     on_gpus = device != "cpu" and torch.cuda.is_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=WAIT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot connect the {count} processes of the job: {reason}") from error

@@ -25,7 +25,7 @@ from anomem.train.checkpoint import (
     save_checkpoint,
     saved_step,
 )
-from anomem.train.config import FitConfig, RunConfig, TrainConfig, flat_settings
+from anomem.train.config import FitConfig, RunConfig, TrainConfig, flat_settings, read_json
 from anomem.train.execution import settled
 from anomem.train.monitor import tensorboard_writer
 from anomem.train.ranks import ONE, Ranks, joined, local_device
@@ -186,6 +186,17 @@ def prepare(config: TrainConfig | FitConfig) -> None:
         tensorboard_writer()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+
+
+def device_named(path: Path) -> str:
+    """`run.device` of a run, trained or fitted.
+
+    Raises:
+        UserError: no run there, or a damaged configuration.
+    """
+    values = read_json(RunDirectory(path).config_file) if RunDirectory(path).config_file.exists() else {}
+    run = values.get("run") if isinstance(values, dict) else None
+    return str(run.get("device", "auto")) if isinstance(run, dict) else "auto"
 
 
 def device_of(config: RunConfig) -> torch.device:
