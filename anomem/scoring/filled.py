@@ -308,7 +308,7 @@ class FilledScorer(nn.Module):
 
     def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
         """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
-        result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
+        result = torch.zeros(distances[0].shape[0], *size, device=distances[0].device)  # len() would fix B in an export
         for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
             small = (d / by).unflatten(1, (height, width))[:, None]
             result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
