@@ -94,10 +94,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu-export.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for path in options.runs for row in measured(path, options.seconds)]
-    options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for row in rows:
-        say(f"{row['run']} {row['format']} batch {row['batch']}: {row['p50']:.2f} ms, p99 {row['p99']:.2f} ms")
+    rows: list[dict[str, Any]] = []
+    for path in options.runs:
+        new = measured(path, options.seconds)
+        for row in new:
+            say(f"{row['run']} {row['format']} batch {row['batch']}: {row['p50']:.2f} ms, p99 {row['p99']:.2f} ms")
+        rows += new
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,12 @@ ALLOWED: dict[str, set[str]] = {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
+    "report": {
+        "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
+    },
     "cli": {
         "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "export", "files", "functional",
-        "models", "nn", "plots", "reference", "scoring", "train", "validation",
+        "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",

@@ -1,4 +1,4 @@
-"""Commands that take a run elsewhere: export."""
+"""Commands that take a run elsewhere: export, report."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ class Export:
     """Replace an existing file."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML file about a run: figures, a threshold to drag, curves, images with heat maps, training."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    output: Path | None = None
+    """The .html file; RUN/report.html when not given."""
+    baselines: bool = True
+    """Also show the baselines; they are fitted anew."""
+    device: str | None = None
+    """In place of the run's: cpu, cuda or cuda:N."""
+    root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
+    """Folder of the run's images where they have moved."""
+    overwrite: bool = False
+    """Replace a file that is no report."""
+
+
 def export(command: Export) -> None:
     """Export a run and print what was written, how it was checked and how it is loaded."""
     from anomem.export import export_run
@@ -62,3 +80,18 @@ def export(command: Export) -> None:
     print(f"checked: {done.parity.sentence()}; {about['images_of']}")
     print(f"load it: {about['load']}")
     print(f"written to {done.file}, described in {done.metadata_file}")
+
+
+def report(command: Report) -> None:
+    """Write the report of a run and print its file."""
+    from anomem.report import report_run
+
+    written = report_run(
+        command.run,
+        command.output,
+        device=command.device,
+        root=command.root,
+        with_baselines=command.baselines,
+        overwrite=command.overwrite,
+    )
+    print(f"written to {written} ({written.stat().st_size / 1e6:.1f} MB); open it in a browser")
