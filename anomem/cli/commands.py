@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from anomem.data import ImageFiles, Task
     from anomem.models import AnoMem
+    from anomem.train.ranks import Ranks
     from anomem.train.rundir import RunDirectory
 
 STREAM_LIMIT = 2**30  # bytes of an image or of a list of names on standard input
@@ -53,6 +55,8 @@ class Train:
     """Go on with the run in this directory; its own settings are used."""
     quiet: bool = False
     """Print only the run directory."""
+    profile: int | None = None
+    """Train no run: print where the time of so many steps goes, and write a trace of them."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
@@ -122,18 +126,23 @@ def train(command: Train) -> None:
     """Train a new run, or continue one."""
     from anomem.train import run
 
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"expected one process, received WORLD_SIZE={processes}: a run is trained by one process on one device; "
-            "start it without torchrun"
-        )
+    if command.profile is not None:
+        from anomem.train.profiling import profile_steps
+
+        if command.resume is not None:
+            raise UserError("`--profile` trains no run: leave out --resume, and give the run's config.json as --config")
+        found = profile_steps(command.settings, command.profile)
+        if found is not None:
+            print(f"{found.table()}\ntrace of {command.profile} steps in {found.trace}; open it in ui.perfetto.dev")
+        return
     if command.resume is None:
         path = run.train(command.settings, quiet=command.quiet)
     else:
         if command.settings != preset("digits") or command.config or command.preset:
             raise UserError("`--resume` goes on with the settings of the run: give no others")
         path = run.resume(command.resume, quiet=command.quiet)
+    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun's speaks
+        return
     following = f"anomem evaluate {path}, or anomem score --run {path} FILES"
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
@@ -285,12 +294,21 @@ def score(command: Score) -> int:
     Returns:
         The exit code: 1 where some of the images could not be scored, which are listed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
-        failures: list[str] = []
-        given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
-        if not given and not failures:
-            raise UserError("`paths`: expected image files or folders of them, received none")
-        rows = _score(command, given, failures) if given else []
+    from anomem.train.ranks import joined
+    from anomem.train.run import device_named
+
+    # The processes of a job score in their own time, and meet at the end only.
+    with joined(device_named(command.run), wait=timedelta(days=7)) as ranks:
+        with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
+            failures: list[str] = []
+            if ranks.count > 1 and any(str(path) == "-" or _is_stream(path) for path in command.paths):
+                raise UserError("`paths`: expected files or folders for a job of several processes, received a stream")
+            given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
+            if not given and not failures:
+                raise UserError("`paths`: expected image files or folders of them, received none")
+            rows = _score(command, given, failures, ranks) if given else []
+        if not ranks.first:
+            return 0
     if not rows and len(failures) == 1:
         raise UserError(failures[0])
     for failure in failures:
@@ -351,6 +369,7 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     run, config = RunDirectory.open_fitted(command.run)
     detector = load_detector(command.run)
     by = _chosen(command.by, detector.lead, detector.names)
+    first = os.environ.get("RANK", "0") == "0"
     calibration, alpha = detector.calibration, command.alpha or detector.alpha
     if command.fdr is not None:
         if command.alpha is not None:
@@ -359,10 +378,10 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     elif command.alpha is not None:
         check_alpha(command.alpha, "--alpha")
         calibration.check(command.alpha)
-    elif calibration.count < normals_needed(detector.alpha):
+    elif calibration.count < normals_needed(detector.alpha) and first:
         advice = "; see --alpha" if calibration.count else ""
         print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}{advice}", file=sys.stderr)
-    if command.maps is not None and calibration.count >= normals_needed(alpha):
+    if first and command.maps is not None and calibration.count >= normals_needed(alpha):
         name = "plain" if by == "plain" else "local"
         threshold = calibration.pixel_threshold(name, alpha)
         print(
@@ -404,11 +423,16 @@ def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
     return by or default
 
 
-def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[dict[str, Any]]:
-    """Score the images that can be read and name the others in `failures`. Returns the rows."""
+def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: Ranks) -> list[dict[str, Any]]:
+    """Score the images that can be read and name the others in `failures`, each process its share of them.
+
+    Returns:
+        The rows; in other processes than the first their own.
+    """
     import torch
 
     from anomem.data import ImageFiles
+    from anomem.train.rows import shares
 
     judge, run, config = _judge(command)
     maps = _places(command, given, run, Path(config.data.root))
@@ -422,9 +446,10 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
     )
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
-    for start in range(0, len(given), judge.batch_size):
+    share = shares(len(given), ranks.count)[ranks.index]
+    for start in range(share.start, share.stop, judge.batch_size):
         pixels: dict[int, Tensor] = {}
-        for i in range(start, min(start + judge.batch_size, len(given))):
+        for i in range(start, min(start + judge.batch_size, share.stop)):
             try:
                 pixels[i] = files[i]
             except UserError as error:
@@ -441,8 +466,17 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
                     _write_map(maps[i], deviations[place].cpu(), given[i].file, files)
                 except UserError as error:
                     failures.append(str(error))
-            if command.output is None and judge.decide is None:
+            if command.output is None and judge.decide is None and ranks.count == 1:
                 _print_row(row, judge.shown)
+    if ranks.count > 1:
+        listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
+        parts = ranks.all((rows, listed))
+        if not ranks.first:
+            return rows
+        rows = [row for part, _ in parts for row in part]
+        failures.extend(name for _, names in parts for name in names if name not in failures)
+        for row in rows if command.output is None and judge.decide is None else ():
+            _print_row(row, judge.shown)
     if judge.decide is not None and rows:
         for row, verdict in zip(rows, judge.decide([row["p_value"] for row in rows]), strict=True):
             row["verdict"] = verdict

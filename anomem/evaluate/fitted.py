@@ -53,11 +53,7 @@ def report(
                 scores[name]["aupro"] = aupro(maps, task.test_masks.cpu())
     same_encoder, on_pixels = {}, {}
     if with_baselines:
-        normals = task.train_is_normal.cpu().nonzero().flatten()
-        train, test = (
-            EncodedImages(detector.model, images, detector.batch_size, at_most=0) for images in (task.train, task.test)
-        )
-        same_encoder = encoder_baselines(train.part(normals), test, config.run.seed)
+        same_encoder = baselines_on_the_encoder(detector, task, config.run.seed)
         on_pixels = pixel_baselines(task)
     return {
         "task": task.name,
@@ -130,6 +126,21 @@ def explained(metrics: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
+def baselines_on_the_encoder(detector: FittedDetector, task: Task, seed: int = 0) -> dict[str, Tensor]:
+    """PatchCore and PaDiM on a detector's encoder: see `encoder_baselines`.
+
+    Args:
+        detector: fitted.
+        task: its normal training images are fitted, its T test images scored.
+        seed: of the coreset.
+    """
+    normals = task.train_is_normal.cpu().nonzero().flatten()
+    train, test = (
+        EncodedImages(detector.model, images, detector.batch_size, at_most=0) for images in (task.train, task.test)
+    )
+    return encoder_baselines(train.part(normals), test, seed)
+
+
 def encoder_baselines(train: EncodedImages, test: EncodedImages, seed: int = 0) -> dict[str, Tensor]:
     """PatchCore and PaDiM on the encoder's two finest scales, fitted to all normals.
 

@@ -336,7 +336,7 @@ def fit_detector(
         if len(rows) < FEW:
             queries = encoded.with_copies(rows, ROWS, seed)
         filled = fill_memories(model, queries, config.prototypes, config.method, seed=seed)
-        scorer = FilledScorer(model, alignment, config.top_fraction * _tile_share(model))
+        scorer = FilledScorer(model, alignment, config.top_fraction * _tile_share(model), config.top_k)
         scorer.fit(queries)
         labels = None
         if len(defects):
@@ -425,7 +425,7 @@ def restored_detector(
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)
-    scorer = FilledScorer(model, about["alignment"], config.top_fraction * _tile_share(model))
+    scorer = FilledScorer(model, about["alignment"], config.top_fraction * _tile_share(model), config.top_k)
     labels = None
     if "detector.labels.weight" in tensors:
         labels = FewLabels(len(tensors["detector.labels.weight"]) - 1).to(model.device)

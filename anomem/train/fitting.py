@@ -146,13 +146,17 @@ def save_detector(detector: FittedDetector, path: str | os.PathLike[str]) -> Non
         _save(detector, run, config)
 
 
-def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
+def load_detector(path: str | os.PathLike[str], *, device: str | None = None) -> FittedDetector:
     """The detector of a run, on the run's device; neither images nor the encoder's weights are needed.
+
+    Args:
+        path: the run directory.
+        device: another one than the run's.
 
     Raises:
         UserError: no such run there, or a damaged one.
     """
-    run, config = RunDirectory.open_fitted(Path(path))
+    run, config = RunDirectory.open_fitted(Path(path), device=device)
     checkpoint = load_checkpoint(run.checkpoints, DETECTOR)
     if checkpoint is None:
         raise UserError(f"the run {path} is not finished; delete it and fit again")
@@ -171,15 +175,22 @@ def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
     return detector
 
 
-def load_fitted_run(path: Path) -> tuple[RunDirectory, FitConfig, Task, FittedDetector]:
+def load_fitted_run(
+    path: Path, *, device: str | None = None, root: str | None = None
+) -> tuple[RunDirectory, FitConfig, Task, FittedDetector]:
     """A run of `fit` with its task and detector, on the run's device.
+
+    Args:
+        path: the run directory.
+        device: another one than the run's.
+        root: another folder of images than the run's.
 
     Raises:
         UserError: as `load_detector`, or the data are missing or have no test images.
     """
-    run, config = RunDirectory.open_fitted(path)
+    run, config = RunDirectory.open_fitted(path, device=device, root=root)
     run.require_given("anomem.evaluate.fitted.report", task=None)
-    detector = load_detector(path)
+    detector = load_detector(path, device=device)
     task = load_task(config.data, run.split(), fewest=1)
     if not len(task.test):
         raise UserError(
