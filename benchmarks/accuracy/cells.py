@@ -141,7 +141,7 @@ def fitted(everything: EncodedImages, normals: Tensor, fill: FillConfig) -> Fill
     few = len(normals) < FEW
     queries = everything.with_copies(normals, ENOUGH, 0) if few else everything.rows(normals)
     fill_memories(model, queries, fill.prototypes, fill.method)
-    scorer = FilledScorer(model, "per_position", fill.top_fraction)
+    scorer = FilledScorer(model, "per_position", fill.top_fraction, fill.top_k)
     scorer.fit(queries)
     return scorer
 
