@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -295,7 +296,7 @@ def score(command: Score) -> int:
     if not rows:
         raise UserError("none of the images could be scored")
     if failures:
-        print(f"anomem: {len(failures)} could not be scored, {len(rows)} images were", file=sys.stderr)
+        print(f"anomem: {len(rows)} images were scored, with {len(failures)} failures", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -370,6 +371,7 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
     import torch
 
     from anomem.data import ImageFiles
+    from anomem.data.folder import warn_of_unused_range
 
     judge, run, config = _judge(command)
     maps = _places(command, given, run, Path(config.data.root))
@@ -380,6 +382,8 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
         levels=config.data.levels,
         max_megapixels=command.max_megapixels or config.data.max_megapixels,
     )
+    if config.data.levels is None:
+        warn_of_unused_range(files.paths, files.max_megapixels)
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
     for start in range(0, len(given), judge.batch_size):
@@ -394,6 +398,10 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
         columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
         for place, i in enumerate(pixels):
             row = {name: values[place] for name, values in columns.items()}
+            unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+            if unfit:
+                failures.append(f"{given[i].name}: its score {unfit[0]} is not finite: not scored")
+                continue
             rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
             if maps:
                 try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomem.data.config import MEGAPIXELS, DataConfig, Levels
-from anomem.data.convert import opened, read_image, read_mask, resize, resize_masks, upright_size
+from anomem.data.convert import (
+    levels_for,
+    opened,
+    read_image,
+    read_mask,
+    resize,
+    resize_masks,
+    unused_range,
+    upright_size,
+)
 from anomem.data.images import ResidentImages, resident_or_streamed
-from anomem.data.task import Split, Task, assemble, generator, outlier_count, stratified_split
+from anomem.data.task import FLAT, Split, Task, assemble, generator, outlier_count, stratified_split
 from anomem.errors import ArgumentError, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 GOOD = ("good", "normal", "ok")
@@ -132,6 +144,8 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
         warnings.warn(f"{name}: there are no {missing} test images, so that nothing can be measured", stacklevel=2)
 
     files = [*train, *labelled]
+    if config.levels is None:
+        warn_of_unused_range(train, config.max_megapixels, FLAT)  # darker ones are nearly constant: `assemble` says so
     train_set, test_set = (
         resident_or_streamed(
             ImageFiles(paths, size, config.grey, levels=config.levels, max_megapixels=config.max_megapixels),
@@ -243,7 +257,7 @@ def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: int, max_
     result = torch.zeros(len(test), size, size, dtype=torch.bool)
     stems = Counter((kind, path.stem) for path, kind, is_anomalous in test if is_anomalous)
     by_stem = {kind: _by_stem(folder / kind) for kind, _ in stems}
-    doubtful = []
+    doubtful, mostly, marked = [], 0, 0
     for i, (image, kind, is_anomalous) in enumerate(test):
         if not is_anomalous:
             continue
@@ -263,11 +277,19 @@ def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: int, max_
                     f"received {columns} × {rows}; draw it on the upright image"
                 )
             result[i] |= resize_masks(mask[None], size)[0]
+            marked += 1
+            mostly += 0.5 < float(mask.float().mean()) < 1
         if bool(result[i].all()) or not bool(result[i].any()):
             doubtful.append(f"{kind}/{image.name}")
     if doubtful:
         warnings.warn(
             f"{folder}: masks of {len(doubtful)} anomalous images mark nothing or everything: {_some(doubtful)}",
+            stacklevel=2,
+        )
+    if mostly > marked / 2:
+        warnings.warn(
+            f"{folder}: {mostly} of {marked} masks mark more than half of their image as defect: white marks defects; "
+            "invert the masks if black does",
             stacklevel=2,
         )
     return result
@@ -358,5 +380,28 @@ def _advice(paths: Sequence[Path], config: DataConfig) -> str:
                 brightest = max(brightest, float(np.asarray(image).max()))
     if not brightest:
         return "check that they show what they should, and that files of more than 8 bits are grey"
-    white = brightest if brightest <= 1 else 2 ** math.ceil(math.log2(brightest + 1)) - 1
-    return f"the brightest value in these files is {brightest:g}: try --data.levels 0 {white:g}"
+    return f"the brightest value in these files is {brightest:g}: try {levels_for(brightest)}"
+
+
+def warn_of_unused_range(paths: Sequence[Path], max_megapixels: float = MEGAPIXELS, darkest: float = 0) -> None:
+    """Warn where files of 16 bits use less than half of their range, which 8 bits of it would hardly tell apart.
+
+    Args:
+        paths: of images; a few of them are opened.
+        max_megapixels: of an image.
+        darkest: share of the range below which nothing is said.
+    """
+
+    def opened_ones() -> Iterator[Image.Image]:
+        for path in paths[:: max(1, len(paths) // 8)][:8]:
+            with suppress(UserError), opened(path, max_megapixels) as image:
+                if image.mode.startswith("I") and image.format != "PPM":  # which tells its own range
+                    yield image
+
+    brightest = unused_range(opened_ones())
+    if brightest is not None and brightest >= darkest * 65535:
+        warnings.warn(
+            f"{paths[0].parent}: images of 16 bits whose brightest value is {brightest:g} of 65535 keep "
+            f"{max(1, round(brightest / 257))} of 256 levels of grey: set their range, {levels_for(brightest)}",
+            stacklevel=3,
+        )

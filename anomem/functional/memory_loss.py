@@ -28,7 +28,7 @@ def contrasted_memory_loss(
     temperature: float | Tensor = 0.2,
     negatives: Negatives = "image",
     symmetric: bool = True,
-    variance_gamma: float = 1.0,
+    variance_gamma: float | Tensor = 1.0,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """L_COM and L_V of one scale (AnoMem Eqs. 2 to 4): means over the n sampled positions.
@@ -47,7 +47,8 @@ def contrasted_memory_loss(
         negatives: "image" (other images at the same position), "position" (other positions of the same image) or the
             sum of "both".
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
-        variance_gamma: target standard deviation of the variance term; 1 for raw, 1/sqrt(d) for unit vectors.
+        variance_gamma: target standard deviation of the variance term, as gamma of `variance_hinge`; 1 for raw,
+            1/sqrt(d) for unit vectors.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`. Parts for which the named one
             has no kernel choose by "auto".
 

@@ -102,14 +102,14 @@ def test_two_images_are_in_units_of_their_distance(alignment: str) -> None:
 def test_memory_is_bounded_by_fewer_channels() -> None:
     positions, features = [1024, 256], [64, 128]
     numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
-    kept = kept_features(positions, features, 1)
+    kept = kept_features(positions, features, 3)
     assert sum(p * k**2 for p, k in zip(positions, kept, strict=True)) <= 2**18 < numbers
-    assert kept_features(positions, features, 1024) == features
-    detector = DeviationDetector(positions, features, "per_position", megabytes=1)
+    assert kept_features(positions, features, 3072) == features
+    detector = DeviationDetector(positions, features, "per_position", megabytes=3)
     assert sum(buffer.numel() for name, buffer in detector.named_buffers() if "whitening" in name) <= 2**18
     state = detector.state_dict()
     assert state["projection0"].shape == (64, kept[0])
-    again = DeviationDetector(positions, features, "per_position", megabytes=1).state_dict()
+    again = DeviationDetector(positions, features, "per_position", megabytes=3).state_dict()
     assert torch.equal(state["projection1"], again["projection1"])
 
 
