@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anomem.data import Dataset
-from anomem.errors import UserError
+from anomem.errors import ArgumentError, UserError
 from anomem.files import Guard, make_folder, printable, write_atomically
 from anomem.train.config import FitConfig, TrainConfig, preset
 
@@ -384,6 +384,28 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
     )
     if config.data.levels is None:
         warn_of_unused_range(files.paths, files.max_megapixels)
+
+    def judged(pixels: dict[int, Tensor]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Number, row and deviations [H, W] of the images that have a score."""
+        if not pixels:
+            return
+        try:
+            columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
+        except ArgumentError as error:  # the fault of one image: each is judged alone
+            if len(pixels) == 1:
+                failures.extend(f"{given[i].name}: {error}" for i in pixels)
+                return
+            for i, image in pixels.items():
+                yield from judged({i: image})
+            return
+        for place, i in enumerate(pixels):
+            row = {name: values[place] for name, values in columns.items()}
+            unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+            if unfit:
+                failures.append(f"{given[i].name}: its score {unfit[0]} is not finite")
+            else:
+                yield i, row, deviations[place]
+
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
     for start in range(0, len(given), judge.batch_size):
@@ -393,19 +415,11 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
                 pixels[i] = files[i]
             except UserError as error:
                 failures.append(str(error).replace(str(given[i].file), given[i].name))
-        if not pixels:
-            continue
-        columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
-        for place, i in enumerate(pixels):
-            row = {name: values[place] for name, values in columns.items()}
-            unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-            if unfit:
-                failures.append(f"{given[i].name}: its score {unfit[0]} is not finite: not scored")
-                continue
+        for i, row, deviation in judged(pixels):
             rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
             if maps:
                 try:
-                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files.max_megapixels)
+                    _write_map(maps[i], deviation.cpu(), given[i].file, files.max_megapixels)
                 except UserError as error:
                     failures.append(str(error))
             if command.output is None:

@@ -130,6 +130,9 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
         trained_on: see `load_task`.
     """
     root, size = Path(config.root), 128 if config.image_size is None else config.image_size
+    if not os.path.isdir(root):
+        found = "which is a file" if root.is_file() else "which is not there"
+        raise UserError(f"expected a folder of images at {root}, {found}; create it or set `data.root`")
     layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
     listing = layout(root, config, trained_on)
     train, labelled = _split(listing, root, config, trained_on)

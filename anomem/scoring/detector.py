@@ -279,8 +279,11 @@ class Gaussians(nn.Module):
         """
         for part in sums.blocks(sums.second.shape[-1] ** 2):
             mean, covariance, _ = sums.gaussian(part)
-            level = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)
-            floor = torch.finfo(torch.float32).eps * level
+            eps = torch.finfo(torch.float32).eps
+            # Features are of the order of 1: what differs by less than their rounding is equal. Identical images have
+            # no variance at all, and distances in units of it would overflow.
+            level = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(eps)
+            floor = eps * level
             eye = torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
             factor, failed = torch.linalg.cholesky_ex(covariance + floor[:, None, None] * eye)
             whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)

@@ -266,7 +266,7 @@ def test_scores_that_are_not_finite_are_no_scores(
     files = [mixed / name for name in ("0.png", "1.tiff", "2.bmp")]
     done = anomem("score", *files, "--run", finished, "--output", tmp_path / "s.json")
     assert done.code == 1
-    assert done.err.splitlines()[0] == f"anomem: {files[1]}: its score plain is not finite: not scored"
+    assert done.err.splitlines()[0] == f"anomem: {files[1]}: its score plain is not finite"
     rows = json.loads((tmp_path / "s.json").read_text())
     assert [row["path"] for row in rows] == [str(files[0]), str(files[2])]
     refused = anomem("evaluate", finished, "--no-baselines")

@@ -99,6 +99,17 @@ def test_two_images_are_in_units_of_their_distance(alignment: str) -> None:
     assert detector([images]).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
+@pytest.mark.parametrize("alignment", ["per_position", "pooled"])
+def test_identical_images_leave_finite_distances(alignment: str) -> None:
+    """Their variance is zero: whatever differs is far away, and not infinitely far."""
+    image = torch.randn(1, 4, 3)
+    for normal in (image, torch.zeros_like(image)):
+        detector = DeviationDetector([4], [3], alignment)  # type: ignore[arg-type]
+        detector.fit(lambda normal=normal: [[normal.expand(5, -1, -1)]])  # type: ignore[misc]
+        near, far = detector([torch.cat([normal, normal + 100])]).tolist()
+        assert near < 1 < 1e6 < far < 1e15
+
+
 def test_memory_is_bounded_by_fewer_channels() -> None:
     positions, features = [1024, 256], [64, 128]
     numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
