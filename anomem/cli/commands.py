@@ -379,7 +379,8 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
         check_alpha(command.alpha, "--alpha")
         calibration.check(command.alpha)
     elif calibration.count < normals_needed(detector.alpha) and first:
-        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+        advice = "; see --alpha" if calibration.count else ""
+        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}{advice}", file=sys.stderr)
     if first and command.maps is not None and calibration.count >= normals_needed(alpha):
         name = "plain" if by == "plain" else "local"
         threshold = calibration.pixel_threshold(name, alpha)
