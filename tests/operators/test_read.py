@@ -75,7 +75,6 @@ class TestRead(Contract):
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
                 assert [x.shape for x in operator(*arguments)] == given
 
-
     def test_saved_tensors_may_come_back_in_another_layout(self, impl: Impl) -> None:
         """The gradient is plain PyTorch's, whose products may differ in the last bit."""
         inputs = [*self.inputs(6), *self.parameters()]
