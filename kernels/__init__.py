@@ -5,9 +5,10 @@ no kernel: the first call of an operator loads the operator's file.
 
 The files
     `retrieve`      chooses among `retrieve_flash`, `retrieve_resident` and `retrieve_chunked`; `rows` normalises
+    `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward`, `contrast_backward`, and for long rows
+                    and exact float32 `contrast_chunked`
     `nearest`       the nearest prototypes and greedy k-center, by the products of `retrieve_chunked`
     `read`          the read of a filled memory, by the same and by `nearest`
-    `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward` and `contrast_backward`
     `primitives`    loads, products, softmax and sizes that these share
     `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
@@ -43,7 +44,7 @@ class Operator(NamedTuple):
 
 
 _CONTRAST_FORWARD = ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel")
-_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_row_gradient_kernel")
+_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_chunked_weights_kernel", "contrast_row_gradient_kernel")
 OPERATORS = {
     "anomem::triton_retrieve_fwd": Operator(
         "retrieve",
@@ -63,6 +64,7 @@ OPERATORS = {
             "row_constant_kernel",
             "retrieve_flash_prototype_sums_kernel",
             "retrieve_flash_query_gradient_kernel",
+            "retrieve_chunked_weights_kernel",
             "retrieve_chunked_softmax_backward_kernel",
             "row_normalize_backward_kernel",
         ),
@@ -81,7 +83,7 @@ OPERATORS = {
 }
 
 # Longer rows do not fit into the registers of one block, where the row normalisation keeps them.
-LONGEST_ROW = {"retrieve": 2048, "nearest": 2048, "read": 2048, "nt_xent": 1024, "info_nce": 1024}
+LONGEST_ROW = {"retrieve": 2048, "nearest": 2048, "read": 2048, "nt_xent": 4096, "info_nce": 4096}
 _CONTRASTS = ("nt_xent", "info_nce")
 OLDEST_CAPABILITY = (8, 0)
 TRITON_FOR_10 = (3, 8)

@@ -28,6 +28,8 @@ from anomem.reference.retrieve import (
     l2_normalize,
     layer_normalize,
     normalize_rows,
+    retrieval_logits,
+    retrieval_weights,
     shrink_weights,
     weights_entropy,
 )
@@ -60,6 +62,8 @@ __all__ = [
     "normalize_rows",
     "nt_xent_rows",
     "read_memory",
+    "retrieval_logits",
+    "retrieval_weights",
     "sample_positions",
     "scale_weights",
     "shrink_weights",

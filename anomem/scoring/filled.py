@@ -313,7 +313,7 @@ class FilledScorer(nn.Module):
 
     def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
         """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
-        result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
+        result = torch.zeros(distances[0].shape[0], *size, device=distances[0].device)  # len() would fix B in an export
         for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
             # Two products: torch's upsampling is several times slower.
             rows, columns = (_bilinear(*sides, d) for sides in zip(size, (height, width), strict=True))
