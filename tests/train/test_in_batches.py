@@ -39,9 +39,8 @@ def images(count: int) -> dict[str, np.ndarray]:
 
 
 def snippet(run: Path, dataset: Any) -> dict[str, Any]:
-    (block,) = README.read_text(encoding="utf-8").split("<!-- run by tests/train/test_in_batches.py -->\n```python\n")[
-        1:
-    ]
+    mark = "<!-- run by tests/train/test_in_batches.py -->\n```python\n"
+    (block,) = README.read_text(encoding="utf-8").split(mark)[1:]
     source = block[: block.index("```")].replace('"runs/mine"', repr(str(run)))
     given = {"dataset": dataset, "torch": torch, "Path": Path, "load_scorer": load_scorer}
     exec(compile(source, "README", "exec"), given)
