@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -30,7 +31,7 @@ from anomem.train.config import FitConfig, TrainConfig, preset
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anomem.data import Task
+    from anomem.data import ImageFiles, Task
     from anomem.models import AnoMem
     from anomem.train.ranks import Ranks
     from anomem.train.rundir import RunDirectory
@@ -97,6 +98,8 @@ class Score:
     run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
     alpha: float | None = None
     """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
+    fdr: float | None = None
+    """Fitted run: instead, of the images called anomalous let at most this part be normal, over all that are given."""
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
@@ -178,7 +181,7 @@ def _evaluate_fitted(command: Evaluate) -> None:
         raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
     run, config, task, detector = load_fitted_run(command.run)
     _guard_results(run, command.overwrite)
-    found = detector.over(task.test)
+    found = detector.over(task.test, maps=task.test_masks is not None)
     _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
     metrics = report(detector, task, config, found, with_baselines=command.baselines)
     run.write_metrics(metrics)
@@ -328,6 +331,8 @@ class Judge(NamedTuple):
     """Images [B, C, H, W] -> columns of the table, and maps [B, H, W]."""
     shown: tuple[str, ...]
     """Columns that are printed."""
+    decide: Callable[[list[float]], list[str]] | None = None
+    """All p-values -> verdicts, where they depend on each other."""
 
 
 def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
@@ -341,6 +346,8 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
     run, config = RunDirectory.open(command.run)
     if command.alpha is not None:
         raise UserError(f"`--alpha`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
+    if command.fdr is not None:
+        raise UserError(f"`--fdr`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
     scorer = load_scorer(command.run)
     by = _chosen(command.by, "detector" if scorer.head is None else "stage2", scorer.names)
 
@@ -353,28 +360,60 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
 
 
 def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
-    from anomem.scoring.decision import normals_needed
+    import torch
+
+    from anomem.scoring.decision import benjamini_hochberg, check_alpha, normals_needed
     from anomem.train.fitting import load_detector
     from anomem.train.rundir import RunDirectory
 
     run, config = RunDirectory.open_fitted(command.run)
     detector = load_detector(command.run)
     by = _chosen(command.by, detector.lead, detector.names)
-    if command.alpha is not None:
-        detector.calibration.check(command.alpha)
-    elif detector.calibration.count < normals_needed(detector.alpha) and os.environ.get("RANK", "0") == "0":
-        print(f"anomem: no verdicts: {detector.calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"
+    calibration, alpha = detector.calibration, command.alpha or detector.alpha
+    if command.fdr is not None:
+        if command.alpha is not None:
+            raise UserError("`--fdr`: expected one of --alpha and --fdr, received both")
+        check_alpha(command.fdr, "--fdr")
+    elif command.alpha is not None:
+        check_alpha(command.alpha, "--alpha")
+        calibration.check(command.alpha)
+    elif calibration.count < normals_needed(detector.alpha) and first:
+        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+    if first and command.maps is not None and calibration.count >= normals_needed(alpha):
+        name = "plain" if by == "plain" else "local"
+        threshold = calibration.pixel_threshold(name, alpha)
+        print(
+            f"anomem: maps above {threshold:.6g} are anomalous pixels: at most {alpha:.2%} of normal images have any",
+            file=sys.stderr,
+        )
+
+    def decide(p_values: list[float]) -> list[str]:
+        assert command.fdr is not None
+        count = len(p_values)
+        needed = math.ceil(count * calibration.least_alpha / command.fdr - 1e-9)
+        if needed > 1:
+            allowed = "none" if needed > count else f"either none or at least {needed}"
+            print(
+                f"anomem: --fdr {command.fdr:g} with {calibration.count} calibration normals can call {allowed} of "
+                f"{count} images anomalous",
+                file=sys.stderr,
+            )
+        return _verdicts(benjamini_hochberg(torch.tensor(p_values, dtype=torch.float64), command.fdr))
 
     def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
         found = detector(images, command.alpha, by)
-        verdicts = ["-"] * len(images)
-        if found.verdicts is not None:
-            verdicts = ["anomalous" if yes else "normal" for yes in found.verdicts.tolist()]
+        verdicts = ["-"] * len(images) if found.verdicts is None else _verdicts(found.verdicts)
         values = {name: numbers.tolist() for name, numbers in found.scores.items()}
         maps = found.maps["plain" if by == "plain" else "local"]
         return {**values, "p_value": found.p_values.tolist(), "verdict": verdicts}, maps
 
-    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict")), run, config
+    together = None if command.fdr is None else decide
+    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict"), together), run, config
+
+
+def _verdicts(anomalous: Tensor) -> list[str]:
+    return ["anomalous" if yes else "normal" for yes in anomalous.tolist()]
 
 
 def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
@@ -400,6 +439,7 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
         [image.file for image in given],
         judge.model.encoder.image_size,
         grey=judge.model.mean.shape[0] == 1,
+        letterbox=config.data.letterbox,
         levels=config.data.levels,
         max_megapixels=command.max_megapixels or config.data.max_megapixels,
     )
@@ -417,14 +457,15 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
             continue
         columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
         for place, i in enumerate(pixels):
-            row = {name: values[place] for name, values in columns.items()}
-            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
+            row = {"path": given[i].name, "kind": None, "anomalous": None}
+            row |= {name: values[place] for name, values in columns.items()}
+            rows.append(row)
             if maps:
                 try:
-                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files.max_megapixels)
+                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files)
                 except UserError as error:
                     failures.append(str(error))
-            if command.output is None and ranks.count == 1:
+            if command.output is None and judge.decide is None and ranks.count == 1:
                 _print_row(row, judge.shown)
     if ranks.count > 1:
         listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
@@ -433,8 +474,13 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
             return rows
         rows = [row for part, _ in parts for row in part]
         failures.extend(name for _, names in parts for name in names if name not in failures)
-        for row in rows if command.output is None else ():
+        for row in rows if command.output is None and judge.decide is None else ():
             _print_row(row, judge.shown)
+    if judge.decide is not None and rows:
+        for row, verdict in zip(rows, judge.decide([row["p_value"] for row in rows]), strict=True):
+            row["verdict"] = verdict
+            if command.output is None:
+                _print_row(row, judge.shown)
     if command.output is not None and rows:
         _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
@@ -585,15 +631,14 @@ def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
     return not content or pattern.match(content) is not None
 
 
-def _write_map(file: Path, deviations: Tensor, image: Path, max_megapixels: float) -> None:
+def _write_map(file: Path, deviations: Tensor, image: Path, files: ImageFiles) -> None:
     """Write one deviation map [H, W] as float32, at the size of its image."""
-    import torch.nn.functional as F
     from PIL import Image
 
     from anomem.data import upright_size
+    from anomem.data.frame import unframed
 
-    size = upright_size(image, max_megapixels)
-    resized = F.interpolate(deviations[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    resized = unframed(deviations[None], upright_size(image, files.max_megapixels), files.letterbox)[0]
     buffer = io.BytesIO()
     Image.fromarray(resized.numpy()).save(buffer, format="TIFF", description=DESCRIPTION)
     make_folder(file.parent)

@@ -19,13 +19,17 @@ from anomem.functional.distributed import (
     variance_hinge_distributed,
 )
 from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.nearest import k_center, nearest
+from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import gather_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, margin_loss, sample_positions, scale_weights
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, margin_loss, sample_positions, scale_weights
 
 __all__ = [
     "MemoryDiagnostics",
+    "MemoryRead",
+    "Nearest",
     "contrasted_memory_loss",
     "deviation",
     "deviation_map",
@@ -34,10 +38,13 @@ __all__ = [
     "hopfield_retrieve",
     "info_nce",
     "info_nce_distributed",
+    "k_center",
     "margin_loss",
     "memory_diagnostics",
+    "nearest",
     "nt_xent",
     "nt_xent_distributed",
+    "read_memory",
     "rows_per_process",
     "sample_positions",
     "scale_weights",

@@ -33,8 +33,8 @@ EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
         "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel",
-        "loss.ring", "run.log_every", "run.checkpoint_every",
-        "run.checkpoint_minutes", "run.tensorboard", "alpha", "labels", "weights", "fill.batch_size",
+        "loss.ring", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.tensorboard",
+        "alpha", "labels", "calibration", "weights", "fill.batch_size",
     )
 )  # fmt: skip
 """Settings that may change after a part of a run: where and how it executes, and the rate of the verdict."""
@@ -272,6 +272,11 @@ class FitConfig:
     """Scales by the encoder's own names or by stride; empty for the encoder's own choice."""
     labels: str | None = None
     """Folder of images with defects to learn from; DIR/anomalous where there is one."""
+    calibration: str | None = None
+    """Folder of other good images that set the false-alarm rate; a part of DIR when not given."""
+    tile: int | None = None
+    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded; None for the whole image
+    at once."""
     fill: FillConfig = field(default_factory=FillConfig)
     """Filled memories and their scores."""
     alpha: float = 0.01
@@ -282,6 +287,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         require(0 < self.alpha < 1, "alpha", "a rate between 0 and 1", self.alpha)
         require(self.encoder != "", "encoder", "a name", repr(self.encoder))
+        if self.tile is not None:
+            require_count(self.tile, "tile", 1)
+            hint = "tiles are cut from images of that size"
+            require(self.data.image_size is not None, "data.image_size", "height and width", "none", hint)
 
 
 def preset(name: str) -> TrainConfig:

@@ -17,6 +17,7 @@ from anomem.models.encoders import SMALL_IMAGE
 from anomem.scoring import Scorer, fit_scorer, useless_scores
 from anomem.scoring.detector import kept_features
 from anomem.scoring.scorer import alignment_of
+from anomem.train.balance import few_labels
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -121,18 +122,19 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
     return run.path
 
 
-def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
+def load_scorer(path: Path, *, encoder: Encoder | None = None, device: str | None = None) -> Scorer:
     """The scorer of a finished run, on the run's device; the training data are not needed.
 
     Args:
         path: the run directory.
         encoder: one like that given to `train`, if any; the run's weights are loaded into it.
+        device: another one than the run's.
 
     Raises:
         UserError: no run there, an unfinished one, a checkpoint that is damaged, of another run or of other settings,
             or the encoder is missing.
     """
-    run, config = RunDirectory.open(path)
+    run, config = RunDirectory.open(path, device=device)
     run.require_given("load_scorer", encoder=encoder)
     checkpoint = load_checkpoint(run.checkpoints, SCORER)
     if checkpoint is None:
@@ -153,18 +155,22 @@ def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
     return scorer
 
 
-def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
+def load_run(
+    path: Path, *, device: str | None = None, root: str | None = None
+) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     """A finished run with its task and scorer, on the run's device.
 
     Args:
         path: the run directory.
+        device: another one than the run's.
+        root: another folder of images than the run's.
 
     Raises:
         UserError: as `load_scorer`, or the data are missing or have no test images.
     """
-    run, config = RunDirectory.open(path)
+    run, config = RunDirectory.open(path, device=device, root=root)
     run.require_given("anomem.evaluate.report", task=None)
-    scorer = load_scorer(path)
+    scorer = load_scorer(path, device=device)
     for folder in (run.path, run.figures):
         remove_leftovers(folder, older_than=3600)
     task = load_task(config.data, run.split())
@@ -248,6 +254,9 @@ def _train_and_fit(
     train_stage1(model, task.train, is_normal, config, run, quiet=not loud)
     head = None
     if config.has_stage2:
+        advice = None if is_normal is None else few_labels(is_normal)
+        if advice is not None and not quiet:
+            print(advice, flush=True)
         head = head_for(config, model)
         train_stage2(model, head, task.train, is_normal, config, run, quiet=not loud)
     if not Ranks.current().first:

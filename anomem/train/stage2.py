@@ -16,6 +16,7 @@ from anomem import functional as AF
 from anomem.data import Images
 from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
+from anomem.train.balance import balanced
 from anomem.train.batches import Average, apply_gradients, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
@@ -72,6 +73,7 @@ def train_stage2(
     """
     anomalies = is_normal is not None or config.synthetic_outliers > 0
     require(anomalies, "data.outlier_ratio", "labelled or synthetic anomalies for stage 2", "normal images only")
+    images, is_normal = balanced(images, is_normal)  # half of a batch are labelled anomalies, where there are any
     ranks = Ranks.current()
     config = settled(config, model.device)
     settings, seed = config.stage2.optimizer, config.run.seed
