@@ -151,6 +151,8 @@ def fit(command: Fit) -> None:
     """Fit a detector and write a run directory."""
     from anomem.train.fitting import fit_run
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a fit takes seconds and runs in one process: start it without torchrun")
     config = command.settings
     if command.folder is not None:
         if config.data.dataset != "folder":
