@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet torch torchvision
 	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja packaging
-	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,peers,pretrained,elpv]'
+	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,export,peers,pretrained,elpv]'
 	@touch $@
 
 build: anomem/_C.so anomem/_C_cuda.so

@@ -58,11 +58,13 @@ from anomem.kernels import (
     contrast_chunked,
     contrast_forward,
     contrast_rows,
+    nearest,
     retrieve,
     retrieve_chunked,
     retrieve_flash,
     rows,
 )
+from anomem.kernels import read as memory_read
 from anomem.kernels.primitives import Memory
 from anomem.kernels.tile_search import Fixed, Launched, Site, using
 from anomem.kernels.tile_table import ARCHITECTURES, INTERPRETED, TABLE, Tile, tiles_of
@@ -243,6 +245,19 @@ def chunked_calls(prototypes: int) -> None:
     retrieve_chunked.backward(query, empty(100), query, memory, query, empty(100, 2))
 
 
+def nearest_calls(prototypes: int) -> None:
+    """The nearest prototypes and k-center in bfloat16."""
+    matrix = empty(100, 128, dtype=torch.bfloat16)
+    nearest.nearest(matrix[None], empty(1, prototypes, 128, dtype=torch.bfloat16), 4)
+    nearest.k_center(matrix, 1, 0)
+
+
+def read_calls(prototypes: int) -> None:
+    """The read of the largest scores in bfloat16, with bias and beta."""
+    query, keys = empty(1, 100, 128, dtype=torch.bfloat16), empty(1, prototypes, 128, dtype=torch.bfloat16)
+    memory_read.read(query, keys, empty(), 1.0, empty(1, prototypes), rows.LAYER.value, 4, False, True)
+
+
 def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
     """(kind, tile, launch) of every tile of the table, with all that a call can have.
 
@@ -330,13 +345,15 @@ def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
         *((row_calls, "row", width, (rows.rows_per_block(width), width)) for width in (64, 256, 2048)),
         *((contrast_row_calls, "contrast", width, (rows.rows_per_block(width), width)) for width in (128, 4096)),
         *((chunked_calls, "retrieve_chunked_softmax", M, retrieve_chunked.block_of_scores(M)) for M in (64, 4096)),
+        (nearest_calls, "nearest", 1024, retrieve_chunked.block_of_scores(1024)),
+        (read_calls, "read", 1024, retrieve_chunked.block_of_scores(1024)),
     )
     for calls, prefix, size, block in passes:
         with recording() as launches:
             calls(size)
         for launch in launches:
             if launch.kernel.__name__.startswith(prefix):
-                yield "bf16", Tile(*block, warps=4, stages=3, shared=1), launch
+                yield "bf16", Tile(*block, warps=4, stages=3, shared=2), launch
     with recording() as launches:
         exact_calls(64)
     for launch in launches:

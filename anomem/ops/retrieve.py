@@ -134,7 +134,7 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
     Returns:
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
-    out, lse, *_ = _Retrieve.apply(query, *memory.operands, None, backend)
+    out, lse, *_ = library.apply(_Retrieve, query, *memory.operands, None, backend)
     return out, lse
 
 
@@ -149,7 +149,7 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
     Returns:
         out [N, dv], lse [N] and entropy [N] of the weights in nats.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, threshold, "native")
+    result: tuple[Tensor, Tensor, Tensor] = library.apply(_Retrieve, query, *memory.operands, threshold, "native")
     return result
 
 
