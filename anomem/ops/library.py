@@ -6,6 +6,7 @@ Triton kernels; csrc/ registers the native ones.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -53,6 +54,12 @@ class Memory(NamedTuple):
         return self.keys, self.values, self.beta, self.scale, NORMALIZE_CODES[self.normalize]
 
 
+@functools.cache
+def _kernels() -> Any:
+    """`anomem.kernels`, which needs Triton."""
+    return importlib.import_module("anomem.kernels")
+
+
 def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) -> None:
     """Declare `anomem::name`, and let it run `anomem.kernels.implementation` if it is an operator of Triton's.
 
@@ -68,9 +75,10 @@ def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) ->
     if scheduled:
         _define_scheduled(name, schema, fake, scheduled)
     if name.startswith("triton_"):
+        operator = f"anomem::{name}"
 
         def run(*args: Any) -> Any:
-            return importlib.import_module("anomem.kernels").implementation(f"anomem::{name}")(*args)
+            return _kernels().implementation(operator)(*args)
 
         # CPU tensors run in Triton's interpreter, which `anomem.backends` admits only when it is switched on.
         for key in ("CPU", "CUDA"):
