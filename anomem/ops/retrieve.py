@@ -26,6 +26,7 @@ from anomem.ops.library import (
 
 KEPT_BYTES = 64 << 20
 """Most memory of the weights that one call on a CPU keeps for its backward pass; it recomputes the others."""
+_LEAST_KEPT = 126
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
 
@@ -168,13 +169,16 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
 def _kept(query: Tensor, memory: Memory) -> int:
     """Queries whose weights are kept for the backward pass: 12 NMd flops instead of 14, for N·M elements.
 
-    None under a compiler, whose graphs serve other sizes; and none where the gradient of beta needs the scores.
+    None in small calls and under a compiler, whose graphs serve other sizes; none where the gradient of beta needs the
+    scores.
     """
     if query.device.type != "cpu" or memory.beta is not None or torch.compiler.is_compiling():
         return 0
     if torch._C._are_functorch_transforms_active():  # vmap would give each element its part of the weights
         return 0
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
+        return 0
+    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64:
         return 0
     row = _kept_stride(memory.keys.shape[0]) * query.element_size()
     return min(query.shape[0], KEPT_BYTES // row)
