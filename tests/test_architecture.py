@@ -149,7 +149,7 @@ FLOORS = [
         set(WORDS),
         {
             "arguments", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline", "kernels",
-            "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+            "library_product", "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
         },
     ),
     Floor(

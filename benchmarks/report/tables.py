@@ -330,9 +330,8 @@ def commits(abouts: Iterable[dict[str, object]]) -> str:
 def machine_line(about: dict[str, object]) -> str:
     """Device and versions."""
     cuda = f", CUDA {about['cuda']}, Triton {about['triton']}" if about["cuda"] else ""
-    threads = (
-        "1 thread (processor time)" if about["threads"] == 1 and not about["cuda"] else f"{about['threads']} threads"
-    )
+    alone = about["threads"] == 1 and not about["cuda"]
+    threads = "1 thread, processor time" if alone else f"{about['threads']} threads"
     return f"{about['device_name']}, {threads}, torch {about['torch']}{cuda}."
 
 
