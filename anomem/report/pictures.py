@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def heat(values: Tensor, low: float, high: float) -> str:
     """A map [H, W] as a transparent PNG on a scale that all images share."""
     from PIL import Image
 
-    size = [min(n, HEAT_SIDE) for n in values.shape]
+    size = (min(values.shape[0], HEAT_SIDE), min(values.shape[1], HEAT_SIDE))
     small = F.adaptive_avg_pool2d(values[None].float(), size)[0]
     level = ((small - low) / max(high - low, 1e-30)).clamp(0, 1)
     # 64 levels in a palette make a file a third as large.
@@ -52,7 +53,7 @@ def heat(values: Tensor, low: float, high: float) -> str:
 
 
 def _colour(level: float) -> tuple[int, int, int, int]:
-    for (low, start), (high, end) in zip(HEAT[:-1], HEAT[1:], strict=True):
+    for (low, start), (high, end) in itertools.pairwise(HEAT):
         if level <= high:
             part = (level - low) / (high - low)
             mixed = [round(a + part * (b - a)) for a, b in zip(start, end, strict=True)]
