@@ -17,7 +17,7 @@ import anomem
 from anomem.data import Task
 from anomem.errors import UserError, optional
 from anomem.evaluate.baselines import baselines
-from anomem.evaluate.fitted import encoder_baselines, pixel_baselines, verdict_metrics
+from anomem.evaluate.fitted import baselines_on_the_encoder, pixel_baselines, verdict_metrics
 from anomem.evaluate.metrics import auroc, average_precision, fpr_at_tpr
 from anomem.files import Guard, make_folder, write_atomically
 from anomem.models import AnoMem
@@ -110,7 +110,7 @@ def _fitted(path: Path, device: str | None, root: str | None, with_baselines: bo
     said = detector.over(task.test)
     rivals = {}
     if with_baselines:
-        rivals = {**encoder_baselines(detector, task, config.run.seed), **pixel_baselines(task)}
+        rivals = {**baselines_on_the_encoder(detector, task, config.run.seed), **pixel_baselines(task)}
     return Found(
         config, task, detector.model, detector.batch_size, said.scores, said.maps["local"], detector.lead,
         detector.calibration, said.p_values, [], rivals, verdict_metrics(detector, said, task.test_is_anomaly),

@@ -41,7 +41,7 @@ def heat(values: Tensor, low: float, high: float) -> str:
     """A map [H, W] as a transparent PNG on a scale that all images share."""
     from PIL import Image
 
-    size = (min(values.shape[0], HEAT_SIDE), min(values.shape[1], HEAT_SIDE))
+    size = min(values.shape[0], HEAT_SIDE), min(values.shape[1], HEAT_SIDE)
     small = F.adaptive_avg_pool2d(values[None].float(), size)[0]
     level = ((small - low) / max(high - low, 1e-30)).clamp(0, 1)
     # 64 levels in a palette make a file a third as large.
