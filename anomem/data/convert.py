@@ -145,7 +145,7 @@ def unused_range(images: Iterable[Any]) -> float | None:
     for image in images:
         mode = getattr(image, "mode", None)
         of_pillow = isinstance(mode, str)
-        if not of_pillow or mode.startswith("I"):
+        if not isinstance(mode, str) or mode.startswith("I"):
             values = np.asarray(image)
             if values.dtype == np.uint16 or (of_pillow and values.dtype.kind == "i"):
                 brightest.append(float(values.max(initial=0)))
