@@ -467,7 +467,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise _wrong(hint, value, where)
         return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(hint, value, where) from None
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is not bool and value is True)):
         raise _wrong(hint, value, where)
     return value

@@ -15,7 +15,7 @@ from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, DeviationHead, Encoder, build_model, describe
 from anomem.models.encoders import SMALL_IMAGE
 from anomem.scoring import NormalQueries, Scorer, fill_memories, fit_scorer, useless_scores
-from anomem.scoring.detector import kept_features
+from anomem.scoring.detector import BYTES, kept_features
 from anomem.scoring.scorer import alignment_of
 from anomem.train.balance import few_labels
 from anomem.train.checkpoint import (
@@ -349,7 +349,7 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
         kept = kept_features(positions, model.features, config.score.detector_megabytes)
         numbers = sum(p * d**2 for p, d in zip(positions, kept, strict=True))
         channels = "" if kept == model.features else f"; channels projected from {model.features} to {kept}"
-        print(f"detector: one Gaussian per position, {numbers * 12 / 1e9:.2g} GB while it is fitted{channels}")
+        print(f"detector: one Gaussian per position, {numbers * BYTES / 1e9:.2g} GB while it is fitted{channels}")
     stages = (
         f"{config.optimizer.steps} steps" if config.optimizer.steps else "none, memories are filled from all normals"
     )
