@@ -202,6 +202,10 @@ def vmap(
     size = info.batch_size
     if any(dim is not None for dim in in_dims[folded:]):
         pairs = list(zip(args, in_dims, strict=True))
+        if size == 0:  # one call with zeros tells the shapes
+            zeros = (a if dim is None else a.new_zeros(_without(a.shape, dim)) for a, dim in pairs)
+            outs = apply(*zeros)
+            return tuple(out.new_empty(0, *out.shape) for out in outs), (0,) * len(outs)
         results = [apply(*(a if dim is None else a.select(dim, i) for a, dim in pairs)) for i in range(size)]
         stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
@@ -211,6 +215,10 @@ def vmap(
     ]  # [V, batch, ...] each
     outs = apply(*(x.flatten(0, 1).contiguous() for x in batched), *args[folded:])
     return tuple(out.unflatten(0, batched[0].shape[:2]) for out in outs), (0,) * len(outs)
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != dim]
 
 
 def wants_graph() -> bool:
