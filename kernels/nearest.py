@@ -158,7 +158,7 @@ def nearest(x: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for bank, of_bank in enumerate(prototypes):
         rows = x[bank if x.shape[0] > 1 else 0]
         offset = of_bank.float().square().sum(dim=1) / -2
-        for chunk in chunks(x.shape[1], of_bank.shape[0], x.shape[2], x.dtype):
+        for chunk in chunks(rows, of_bank.shape[0]):
             part = rows[chunk]
             select(
                 product(part, of_bank.mT), offset, None, 1.0, part, of_bank,

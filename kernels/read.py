@@ -154,7 +154,7 @@ def _read_bank(
     lengths = keys.square().sum(dim=1) / -2 if nearest else None
     block_n, block_m = block_of_scores(prototypes)
     block = rows.rows_per_block(width)
-    for chunk in chunks(count, prototypes, width, torch.float32):
+    for chunk in chunks(query, prototypes):
         unit = rows.normalized(query[chunk].float(), normalize)  # [R, d] float32
         scores = product(unit, keys.mT)  # [R, M]
         length = scores.shape[0]
