@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
+    "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "report": {
         "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
     },
@@ -63,7 +64,7 @@ LAZY = {
     "sklearn", "skimage", "matplotlib", "tensorboard", "triton", "PIL", "scipy", "onnx", "onnxscript", "onnxruntime",
     "openvino", "jinja2", "pyod", "anomalib",
 }  # fmt: skip
-LAZY_EXCEPTIONS = {"triton": {"kernels"}, "matplotlib": {"plots"}}
+LAZY_EXCEPTIONS = {"sklearn": {"sklearn"}, "triton": {"kernels"}, "matplotlib": {"plots"}}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -155,8 +156,9 @@ FLOORS = [
         "csrc/cpu",
         set(WORDS),
         {
-            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline", "kernels",
-            "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
+            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "rows", "simd",
+            "softmax", "types",
         },
     ),
     Floor(
