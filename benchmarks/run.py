@@ -30,9 +30,10 @@ DISTURBED = 0.1
 class Options:
     """What is measured, and for how long."""
 
-    suite: Literal["smoke", "kernels", "grid", "training", "scaling"] = "kernels"
-    """smoke: every operator, small; kernels: every operator at its sizes in training; grid: retrieval and contrast over
-    a grid of sizes, with torch.compile; training: the loss of each scale; scaling: sweeps."""
+    suite: Literal["smoke", "kernels", "grid", "training", "scaling", "small"] = "kernels"
+    """smoke: every operator, small; small: eight queries a call; kernels: every operator at its sizes in training;
+    grid: retrieval and contrast over a grid of sizes, with torch.compile; training: the loss of each scale; scaling:
+    sweeps."""
     device: Literal["cpu", "cuda"] | None = None
     """A GPU if there is one, when not given."""
     filter: str = ""

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "cpu/library_product.h"
 #include "cpu/memory.h"
+#include "cpu/nearest.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -59,6 +61,15 @@ inline FeatureMap map_of(const Tensor& map) {
 
 inline Queries queries_of(const Tensor& query) { return {query.const_data_ptr(), query.size(0), query.stride(0)}; }
 
+// Rows [1 or L, N, d] beside the banks [L, M, d] of a memory.
+inline BankRows bank_rows_of(const Tensor& rows, const char* argument, const Tensor& banks, const char* of_banks) {
+  check_shape(banks, of_banks, {Axis("L", 1), Axis("M", 1), Axis("d", 1)});
+  check_operand(banks, of_banks, rows, rows.scalar_type(), {"L", "M", "d"});
+  check_shape(rows, argument, {rows.dim() == 3 && rows.size(0) == 1 ? 1 : banks.size(0), "N", banks.size(2)});
+  check_unit_stride(rows, argument);
+  return {rows.const_data_ptr(), rows.size(0), rows.size(1), rows.stride(0), rows.stride(1)};
+}
+
 // Kernels read through an index unchecked, so every value must lie in [0, size).
 inline void check_indices(const Tensor& index, const char* argument, int64_t size) {
   const int64_t* values = index.const_data_ptr<int64_t>();
@@ -70,14 +81,16 @@ inline void check_indices(const Tensor& index, const char* argument, int64_t siz
 // The memory of a call whose queries have `features` features.
 inline Memory memory_of(const Tensor& queries, int64_t features, const Tensor& keys, const OptionalTensor& values,
                         const OptionalTensor& beta, double scale, int64_t normalize) {
-  check_memory(queries, features, keys, values, beta, accumulator(type_of(queries, "query")), normalize);
+  const Type type = type_of(queries, "query");
+  check_memory(queries, features, keys, values, beta, accumulator(type), normalize);
   return {keys.const_data_ptr(),
           optional_data(values),
           keys.size(0),
           features,
           values ? values->size(1) : features,
           static_cast<Normalize>(normalize),
-          scale * value_of(beta, 1)};
+          scale * value_of(beta, 1),
+          takes_library_products(type, queries.numel() / features, keys.size(0), features)};
 }
 
 }  // namespace anomem::cpu
