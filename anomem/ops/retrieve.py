@@ -215,8 +215,9 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
-    """(out, lse), with a threshold (out, lse, entropy), where weights are kept (out, lse, weights), by Triton (out, lse,
-    normaliser)."""
+    """(out, lse); with a threshold (out, lse, entropy), with kept weights (out, lse, weights), by Triton (out, lse,
+    normaliser).
+    """
 
     @staticmethod
     def forward(
