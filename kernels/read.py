@@ -159,7 +159,7 @@ def _read_bank(
     result: tuple[Tensor, ...],
 ) -> None:
     out, residual, cosine, distance, index, entropy, lse = result
-    width, prototypes = query.shape[1], keys.shape[0]
+    (count, width), prototypes = query.shape, keys.shape[0]
     keys = rows.normalized(keys.float(), normalize)  # [M, d] float32
     lengths = keys.square().sum(dim=1) / -2 if nearest else None
     block_n, block_m = block_of_scores(prototypes)
