@@ -48,8 +48,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": {
         "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
     },
+    "drift": {"errors", "validation"},
     "cli": {
-        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "export", "files", "functional",
+        "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files", "functional",
         "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
     },
     "demo": {
