@@ -158,8 +158,9 @@ FLOORS = [
         "csrc/cpu",
         set(WORDS),
         {
-            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline", "kernels",
-            "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
+            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "rows", "simd",
+            "softmax", "types",
         },
     ),
     Floor(
