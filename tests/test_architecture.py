@@ -46,12 +46,13 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
     "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "report": {
-        "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
+        "__init__", "data", "drift", "errors", "evaluate", "files", "models", "reference", "scoring", "train",
+        "validation",
     },
     "drift": {"errors", "validation"},
     "cli": {
-        "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files", "functional",
-        "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
+        "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files",
+        "functional", "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
