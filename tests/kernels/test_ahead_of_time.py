@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,9 +81,14 @@ def test_what_differs_from_its_row_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert len(sample) == len(set(sample)) == max(ahead_of_time.SAMPLE, len(places))
 
     compiled: list[str] = []
-    monkeypatch.setattr(ahead_of_time.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(ahead_of_time, "committed_rows", lambda: {ahead_of_time.version(): rows})
-    monkeypatch.setattr(ahead_of_time, "compile_all", lambda keys, processes: compiled.extend(keys) or {})
+
+    def compile_all(keys: list[str], processes: int) -> dict[str, ahead_of_time.Row]:
+        compiled.extend(keys)
+        return {}
+
+    monkeypatch.setattr(ahead_of_time, "compile_all", compile_all)
     ahead_of_time.main(["--check"])
     assert set(compiled) == {*sample, changed, lost}
     compiled.clear()
@@ -162,8 +168,8 @@ def test_faults_are_found() -> None:
     fewer = sound | {key: sound[key]._replace(blocks=3)}
     assert [fault for fault in faults(fewer, sound) if "committed 4" in fault]
     known = {name: row._replace(digest="same") for name, row in sound.items()}
-    (found,) = faults(known, known | {key: known[key]._replace(registers=126)})
-    assert "registers 128, committed 126" in found
+    (differing,) = faults(known, known | {key: known[key]._replace(registers=126)})
+    assert "registers 128, committed 126" in differing
     assert list(faults(known, known | {key: known[key]._replace(registers=126, digest="another")})) == []
     missing = {name: row for name, row in sound.items() if name != key}
     assert list(faults(missing, sound)) == []  # not compiled now
