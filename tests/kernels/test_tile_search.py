@@ -183,7 +183,7 @@ REFERENCES = {
             [(33, 24), (70, 24), (70, 40)],
             "retrieve_flash_forward retrieve_flash_query_gradient retrieve_flash_prototype_sums",
         ),
-        ("retrieve", [(33, 260), (5, 260)], "retrieve_resident"),
+        ("retrieve", [(33, 260), (5, 260)], "retrieve_resident retrieve_chunked_weights"),
         ("nt_xent", [(2, 33, 24), (2, 33, 24)], "contrast_forward contrast_backward"),
         ("info_nce", [(1, 33, 24), (1, 70, 24)], "contrast_forward contrast_backward"),
     ],
