@@ -40,8 +40,10 @@ OPERATORS = (
     "variance",
     "deviation_map",
     "usage",
+    "nearest",
+    "read",
 )
-_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce")
+_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce", "nearest", "read")
 _NATIVE_CUDA_OPERATORS = ("retrieve", "gather", "variance", "deviation_map")
 
 
@@ -199,6 +201,8 @@ _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithme
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
 _SMALL = "its fixed cost is below that of plain PyTorch's many operators (1.3 to 9 times as fast on AMD family 25)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
+_ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
+_CHUNKS = "scores in chunks of 24 MiB that stay in the second-level cache (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
     *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS),
     Rule(
@@ -208,6 +212,10 @@ RULES: tuple[Rule, ...] = (
         Where(_MEASURED, columns=1024, most_features=256),
         "at least 2.3 times as fast as eager PyTorch on every processor measured (AMD family 26; Intel family 6, AMX)",
     ),
+    Rule("nearest", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
+    Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("info_nce", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("retrieve", "cuda", "triton", Where(_HALF, most_features=128, scores=2**22), _TRAFFIC),

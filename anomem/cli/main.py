@@ -1,4 +1,4 @@
-"""The command `anomem`: fit, train, evaluate, score, plot.
+"""The command `anomem`: fit, train, evaluate, score, plot, export, report.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
 (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
@@ -25,6 +25,7 @@ from anomem.files import printable
 
 if TYPE_CHECKING:
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.elsewhere import Export, Report
     from anomem.train.config import TrainConfig
 
 WITHOUT_FILES = ("digits", "textures")
@@ -76,7 +77,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     try:
         # They take seconds to import.
-        from anomem.cli import commands
+        from anomem.cli import commands, elsewhere
 
         command = _parse(arguments)
         if isinstance(command, commands.Train):
@@ -87,6 +88,10 @@ def _run(arguments: list[str]) -> int:
             commands.evaluate(command)
         elif isinstance(command, commands.Score):
             return commands.score(command)
+        elif isinstance(command, elsewhere.Export):
+            elsewhere.export(command)
+        elif isinstance(command, elsewhere.Report):
+            elsewhere.report(command)
         else:
             commands.plot(command)
     except UserError as error:
@@ -101,10 +106,11 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report:
     import tyro
 
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.elsewhere import Export, Report
     from anomem.train.config import TrainConfig
 
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
@@ -114,12 +120,14 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
     )
     about = "Anomaly detection with contrasted memories. `anomem --version` prints the version."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Fit | Train | Evaluate | Score | Plot = tyro.cli(
+            command: Fit | Train | Evaluate | Score | Plot | Export | Report = tyro.cli(
                 kinds, args=arguments, prog="anomem", description=about
             )
     except SystemExit as stop:

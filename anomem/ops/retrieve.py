@@ -37,6 +37,13 @@ def _retrieve_fake(
     return empty(query, query.shape[0], width), empty(query, query.shape[0], dtype=accumulator(query))
 
 
+def _triton_retrieve_fake(
+    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _retrieve_fake(query, keys, values, beta, scale, normalize)
+    return out, lse, empty(query, query.shape[0], 2, dtype=accumulator(query))
+
+
 def _retrieve_backward_fake(
     dout: Tensor,
     dlse: Tensor | None,
@@ -48,6 +55,7 @@ def _retrieve_backward_fake(
     normalize: int,
     out: Tensor,
     lse: Tensor,
+    normaliser: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dvalues = empty(keys, 0) if values is None else empty(values, *values.shape)
     return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, library.empty_scalar(beta, query)
@@ -106,8 +114,9 @@ define(
 )
 define(
     "triton_retrieve_fwd",
-    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> (Tensor out, Tensor lse)",
-    _retrieve_fake,
+    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> "
+    "(Tensor out, Tensor lse, Tensor normaliser)",
+    _triton_retrieve_fake,
 )
 define(
     "native_retrieve_bwd",
@@ -118,7 +127,7 @@ define(
 define(
     "triton_retrieve_bwd",
     "(Tensor dout, Tensor? dlse, Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, "
-    "Tensor out, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
+    "Tensor out, Tensor lse, Tensor normaliser) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
     _retrieve_backward_fake,
 )
 define(
@@ -162,8 +171,8 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
     kept = _kept(query, memory) if backend == "native" else 0
-    result: tuple[Tensor, ...] = library.apply(_Retrieve, query, *memory.operands, None, backend, kept)
-    return result[0], result[1]
+    out, lse, *_ = library.apply(_Retrieve, query, *memory.operands, None, backend, kept)
+    return out, lse
 
 
 def _kept(query: Tensor, memory: Memory) -> int:
@@ -205,7 +214,10 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
-    """(out, lse), with a threshold (out, lse, entropy), and where weights are kept (out, lse, weights)."""
+    """(out, lse) and what only the backward pass reads; with a threshold (out, lse, entropy).
+
+    That is the normaliser of Triton, and the weights that the native library keeps.
+    """
 
     @staticmethod
     def forward(
@@ -229,17 +241,16 @@ class _Retrieve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend, ctx.kept = inputs
-        if ctx.kept:
-            ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
+        if ctx.threshold is None:
+            ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(query, keys, values, beta, *output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        upstream = upstream[:2] if ctx.threshold is None else upstream
         query, *saved = ctx.saved_tensors
         query, (keys, values, beta, out, *extras) = unit_inner_stride(query), library.contiguous(saved)
-        if ctx.kept:
-            upstream = upstream[:2]
         if all(grad is None for grad in upstream):
             return (None,) * 9
         if library.wants_graph():

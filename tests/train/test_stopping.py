@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ from anomem.train.run import _finished
 from anomem.train.stopping import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_as_in_a_terminal() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored, and a training leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, stage: Any, step: int, action: Callable[[], object]) -> None:
