@@ -38,6 +38,8 @@ class Options:
     """A GPU if there is one, when not given."""
     filter: str = ""
     """Only cases whose title contains this."""
+    only: tuple[str, ...] = ()
+    """Names of the implementations to measure; all when not given."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-<suite>.jsonl when not given, none for smoke."""
     resume: bool = True
@@ -83,7 +85,7 @@ def main(options: Options) -> int:
         except ValueError as error:
             say(f"--base: {error}")
             return 2
-        runner = Runner(chosen, device, bounds, base, known)
+        runner = Runner(chosen, device, bounds, base, known, options.only)
         with Bar(len(cases)) as bar:
             for case in cases:
                 for row in runner.run(case, bar.note):
