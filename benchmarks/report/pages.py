@@ -7,15 +7,9 @@ from pathlib import Path
 
 from benchmarks.report import accuracy, cells, counts, export, tables
 
-<<<<<<< HEAD
-PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md")
-SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS
-_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-=======
 PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md", "docs/EXPORT.md")
 SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS | export.SECTIONS
-_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
->>>>>>> f616651081ddbe79fa51cc3b0b3f19f12462140b
+_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(text: str, results: Path) -> str:

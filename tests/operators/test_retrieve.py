@@ -286,7 +286,7 @@ def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch:
         monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", most)
         saved: list[Tensor] = []
         query, prototypes = draw(260, 40, dtype=dtype, seed=1), draw(70, 40, dtype=dtype, seed=2)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             hopfield_retrieve(query.requires_grad_(), prototypes, impl=impl)
         kept = [x for x in saved if x.shape[-1] == 96]
         assert sum(x.nbytes for x in kept) == min(most, 260 * 96 * dtype.itemsize)
