@@ -14,7 +14,17 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.nearest import memory_scores, select
-from anomem.kernels.primitives import LOG2E, block_of, cdiv, device_of, finite_shift, load_rows, score_scale, store_rows
+from anomem.kernels.primitives import (
+    LOG2E,
+    block_of,
+    cdiv,
+    device_of,
+    finite_shift,
+    launch_kernel,
+    load_rows,
+    score_scale,
+    store_rows,
+)
 from anomem.kernels.retrieve_chunked import block_of_scores, chunks, product, scratch_offsets
 
 
@@ -84,8 +94,9 @@ def read_finish_kernel(
     q = load_rows(query, queries, D, N, D, BLOCK_D)  # [BLOCK, BLOCK_D]
     r = load_rows(read, queries, D, N, D, BLOCK_D) / tl.load(total + queries, mask=queries < N, other=1.0)[:, None]
     difference = q - r
-    lengths = tl.maximum(tl.sqrt_rn(tl.sum(q * q, axis=1)), 1e-12) * tl.maximum(tl.sqrt_rn(tl.sum(r * r, axis=1)), 1e-12)
+    length, read_length = tl.sqrt_rn(tl.sum(q * q, axis=1)), tl.sqrt_rn(tl.sum(r * r, axis=1))  # [BLOCK]
     tl.store(residual + queries, tl.sqrt_rn(tl.sum(difference * difference, axis=1)), mask=queries < N)
+    lengths = tl.maximum(length, 1e-12) * tl.maximum(read_length, 1e-12)
     tl.store(cosine + queries, 1.0 - tl.sum(q * r, axis=1) / lengths, mask=queries < N)
     store_rows(out, difference if DEVIATION else r, queries, D, N, D, BLOCK_D)
 
@@ -153,14 +164,12 @@ def _read_bank(
     lengths = keys.square().sum(dim=1) / -2 if nearest else None
     block_n, block_m = block_of_scores(prototypes)
     block = rows.rows_per_block(width)
-    for chunk in chunks(count, prototypes, width, torch.float32):
+    for chunk in chunks(count, prototypes, width, torch.float32, query.device):
         unit = rows.normalized(query[chunk].float(), normalize)  # [R, d] float32
         scores = product(unit, keys.mT)  # [R, M]
         length = scores.shape[0]
         if lengths is not None:
-            select(
-                scores, lengths, None, 1.0, unit, keys, index=index[chunk, None], distance=distance[chunk, None]
-            )
+            select(scores, lengths, None, 1.0, unit, keys, index=index[chunk, None], distance=distance[chunk, None])
         least = least_index = None
         if top_k > 0:
             largest, places = scores.new_empty(length, top_k), index.new_empty(length, top_k)
@@ -168,11 +177,11 @@ def _read_bank(
             least, least_index = largest[:, -1].contiguous(), places[:, -1].contiguous()
         total = scores.new_empty(length)
         with device_of(query):
-            read_softmax_kernel[(cdiv(length, block_n),)](
+            launch_kernel(read_softmax_kernel, (cdiv(length, block_n),),
                 scores, bias, beta, least, least_index, total, entropy[chunk], lse[chunk],
                 length, prototypes, scale, block_n, block_m,
             )  # fmt: skip
-            read_finish_kernel[(cdiv(length, block),)](
+            launch_kernel(read_finish_kernel, (cdiv(length, block),),
                 unit, torch.mm(scores, keys), total, out[chunk], residual[chunk], cosine[chunk],
                 length, deviation, width, block, block_of(width),
             )  # fmt: skip

@@ -44,12 +44,15 @@ ALLOWED: dict[str, set[str]] = {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
+    "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "report": {
-        "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
+        "__init__", "data", "drift", "errors", "evaluate", "files", "models", "reference", "scoring", "train",
+        "validation",
     },
+    "drift": {"errors", "validation"},
     "cli": {
-        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "export", "files", "functional",
-        "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
+        "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files",
+        "functional", "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
@@ -63,7 +66,7 @@ LAZY = {
     "sklearn", "skimage", "matplotlib", "tensorboard", "triton", "PIL", "scipy", "onnx", "onnxscript", "onnxruntime",
     "openvino", "jinja2", "pyod", "anomalib",
 }  # fmt: skip
-LAZY_EXCEPTIONS = {"triton": {"kernels"}, "matplotlib": {"plots"}}
+LAZY_EXCEPTIONS = {"sklearn": {"sklearn"}, "triton": {"kernels"}, "matplotlib": {"plots"}}
 
 
 def modules() -> list[tuple[str, Path]]:

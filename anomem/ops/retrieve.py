@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anomem import reference
 from anomem.ops import library
@@ -171,8 +172,8 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
     kept = _kept(query, memory) if backend == "native" else 0
-    out, lse, *_ = library.apply(_Retrieve, query, *memory.operands, None, backend, kept)
-    return out, lse
+    result: tuple[Tensor, ...] = library.apply(_Retrieve, query, *memory.operands, None, backend, kept)
+    return result[0], result[1]
 
 
 def _kept(query: Tensor, memory: Memory) -> int:
@@ -214,10 +215,7 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
-    """(out, lse) and what only the backward pass reads; with a threshold (out, lse, entropy).
-
-    That is the normaliser of Triton, and the weights that the native library keeps.
-    """
+    """(out, lse), and with a threshold the entropy, where weights are kept these, by Triton the normaliser."""
 
     @staticmethod
     def forward(
@@ -241,14 +239,14 @@ class _Retrieve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend, ctx.kept = inputs
+        if ctx.kept or ctx.backend == "triton":  # weights and normaliser are for the backward pass alone
+            ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
-        if ctx.threshold is None:
-            ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(query, keys, values, beta, *output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        upstream = upstream[:2] if ctx.threshold is None else upstream
+        upstream = upstream[:2] if ctx.kept or ctx.backend == "triton" else upstream
         query, *saved = ctx.saved_tensors
         query, (keys, values, beta, out, *extras) = unit_inner_stride(query), library.contiguous(saved)
         if all(grad is None for grad in upstream):
@@ -257,7 +255,10 @@ class _Retrieve(torch.autograd.Function):
             inputs = (query, keys, values, beta)
             needed = list(ctx.needs_input_grad[:4])
             needed[2] &= upstream[0] is not None
-            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
+            kept = None
+            if ctx.threshold is not None:
+                kept = _above_threshold(query, keys, beta, ctx.scale, ctx.normalize, ctx.threshold)
+            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold, kept)
             grads = library.differentiable_gradients(composite, inputs, needed, upstream)
             return (*grads, None, None, None, None, None)
         dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
@@ -281,13 +282,33 @@ class _Retrieve(torch.autograd.Function):
         return library.vmap(_Retrieve.apply, 1, info, in_dims, args)
 
 
-def _composite(scale: float, normalize: int, threshold: float | None) -> Callable[..., tuple[Tensor, ...]]:
+def _above_threshold(
+    query: Tensor, keys: Tensor, beta: Tensor | None, scale: float, normalize: int, threshold: float | Tensor
+) -> Tensor:
+    """[N, M] bool, the weights that the forward pass kept: a weight at the threshold could round to the other side."""
+    forward = library.overload(operator("shrink_fwd", "native"), threshold)
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        # What a retrieval reads of an identity is its weights. They do not depend on the values.
+        identity = torch.eye(keys.shape[0], dtype=keys.dtype, device=keys.device)
+        weights: Tensor = forward(query, keys, identity, beta, scale, normalize, threshold)[0]
+    return weights > 0
+
+
+def _composite(
+    scale: float, normalize: int, threshold: float | Tensor | None, kept: Tensor | None
+) -> Callable[..., tuple[Tensor, ...]]:
     name = _NORMALIZE_NAMES[normalize]
 
     def composite(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, ...]:
         factor = Memory(keys, values, beta, scale, name).inverse_temperature
         out, lse, weights = reference.hopfield_retrieve(
-            query, keys, values=values, beta=factor, normalize=name, shrink=threshold or 0.0
+            query,
+            keys,
+            values=values,
+            beta=factor,
+            normalize=name,
+            shrink=0.0 if threshold is None else threshold,
+            kept=kept,
         )
         return (out, lse) if threshold is None else (out, lse, reference.weights_entropy(weights))
 

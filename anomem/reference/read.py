@@ -29,7 +29,7 @@ class MemoryRead(NamedTuple):
     """[...], 1 − cos(norm(q), r), from 0 to 2."""
     distance: Tensor | None
     """[...], squared distance to the nearest of all prototypes; None where it was not asked for."""
-    index: Tensor | None
+    indices: Tensor | None
     """[...] int64, of the nearest prototype."""
     entropy: Tensor
     """[...], of the weights, in nats."""
@@ -68,8 +68,7 @@ def read_memory(
     if bias is not None:
         scores = scores + bias[..., None, :]
     if top_k is not None:
-        read = (-scores.detach()).sort(dim=-1, stable=True).indices[..., :top_k]
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(-1, read, False), -torch.inf)
+        scores = torch.where(among_largest(scores.detach(), top_k), scores, -torch.inf)
     weights = torch.softmax(scores, dim=-1)
     out = weights @ keys
     found = nearest(q, keys) if want_nearest else None
@@ -78,7 +77,24 @@ def read_memory(
         distance(q, out, "l2"),
         distance(q, out, "cosine"),
         None if found is None else found.distance[..., 0],
-        None if found is None else found.index[..., 0],
+        None if found is None else found.indices[..., 0],
         weights_entropy(weights),
         torch.logsumexp(scores, dim=-1),
     )
+
+
+def among_largest(scores: Tensor, k: int) -> Tensor:
+    """Which scores are the k largest of their row: of equal ones the first, and NaN last.
+
+    Args:
+        scores: [..., M].
+        k: from 1 to M.
+
+    Returns:
+        [..., M] bool, k in each row.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    larger, equal = scores > least, scores == least
+    left = k - larger.sum(dim=-1, keepdim=True)
+    return larger | (equal & (equal.cumsum(dim=-1) <= left))

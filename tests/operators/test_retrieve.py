@@ -286,7 +286,7 @@ def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch:
         monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", most)
         saved: list[Tensor] = []
         query, prototypes = draw(260, 40, dtype=dtype, seed=1), draw(70, 40, dtype=dtype, seed=2)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x) or x, lambda x: x):
             hopfield_retrieve(query.requires_grad_(), prototypes, impl=impl)
         kept = [x for x in saved if x.shape[-1] == 96]
         assert sum(x.nbytes for x in kept) == min(most, 260 * 96 * dtype.itemsize)
@@ -506,6 +506,20 @@ def test_weights_at_the_threshold_are_on_one_side_in_both_passes(impl: Impl, dty
     torch.testing.assert_close(dvalues.sum(), out.sum(), rtol=0.02, atol=0)
     assert bool((entropy[out[:, 0] == 0] == 0).all())
     assert float(dquery.abs().max()) < 1e-3
+
+
+@cases("dtype, m", {one: product((F32, BF16, F64), (6, 7, 10, 17, 21)) for one in (REFERENCE, NATIVE)})
+def test_a_differentiable_gradient_keeps_the_weights_that_were_read(impl: Impl, dtype: torch.dtype, m: int) -> None:
+    """Weights at the threshold: uniform ones, and one of a row that is the threshold to the last bit."""
+    (query, prototypes), values = pair(6, m, 24, dtype), draw(m, 3, dtype=dtype, seed=3)
+    weights = R.hopfield_retrieve(query.float(), prototypes.float(), normalize="l2").weights
+    for keys, shrink in ((prototypes[:1].repeat(m, 1), 1 / m), *((prototypes, float(w)) for w in weights.amax(1))):
+        gradients = []
+        for create_graph in (False, True):
+            leaves = [x.clone().requires_grad_() for x in (query, keys, values)]
+            out = hopfield_retrieve(leaves[0], leaves[1], values=leaves[2], shrink=shrink, normalize="l2", impl=impl)
+            gradients.append(torch.autograd.grad(out.sum(), leaves, create_graph=create_graph)[2])
+        torch.testing.assert_close(*gradients)
 
 
 @each(REFERENCE, NATIVE)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.backends.nvidia.driver import CudaLauncher
 
 from anomem import functional as AF
 from anomem import nn as ann
@@ -48,6 +49,32 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         assert work_of(replayed, "replayed") == work
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRITON)
+def test_a_bound_launch_passes_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`launch_kernel` of `anomem.kernels` runs a kernel that Triton found before with Triton's arguments."""
+    from anomem.kernels import primitives
+
+    launch, passed = CudaLauncher.__call__, []
+
+    def record(self: Any, *arguments: Any) -> Any:
+        grid, function, rest = arguments[:3], arguments[4], arguments[9:]
+        shown = [(x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in rest]
+        passed.append((grid, function, shown))
+        return launch(self, *arguments)
+
+    call = Call(*TRITON[name], dtype)
+    call()
+    monkeypatch.setattr(CudaLauncher, "__call__", record)
+    call()
+    bound = passed.copy()
+    passed.clear()
+    monkeypatch.setattr(primitives, "_bound", {})
+    call()
+    assert bound
+    assert bound == passed
+
+
 @pytest.mark.parametrize("rows", [304, 303], ids=["a multiple of 16", "odd"])
 @pytest.mark.parametrize("name", TRITON)
 def test_a_capture_at_a_new_number_of_rows_compiles_nothing(name: str, rows: int) -> None:
@@ -57,7 +84,7 @@ def test_a_capture_at_a_new_number_of_rows_compiles_nothing(name: str, rows: int
     with torch.cuda.stream(side):
         Call(function, shapes, torch.bfloat16)()
         # Groups, features and the size of a memory stay.
-        fixed = 1 if name.startswith("retrieve") else len(shapes)
+        fixed = 1 if name.startswith(("retrieve", "read", "nearest")) else len(shapes)
         changed = [(*shape[:-2], shape[-2] + rows - 300, shape[-1]) if shape else () for shape in shapes[:fixed]]
         changed += shapes[fixed:]
         other = Call(function, changed, torch.bfloat16)
