@@ -162,6 +162,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
 _ROWS = "AuthenticAMD family 26 AVX512-BF16"
 """The processor of those rows."""
+_FASTEST_ZEN4 = "the fastest in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
+_ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
@@ -192,6 +194,16 @@ AUTO: tuple[Rule, ...] = (
     Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
     Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=256), _FASTEST, _ROWS),
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule(
+        "retrieve",
+        "cpu",
+        "native",
+        Where((torch.float32,), rows=1024, columns=64, features=64, most_columns=512),
+        _FASTEST_ZEN4,
+        _ROWS_ZEN4,
+    ),
+    Rule("nt_xent", "cpu", "native", Where((torch.float32,), columns=256), _FASTEST_ZEN4, _ROWS_ZEN4),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, columns=128, features=128), _FASTEST_ZEN4, _ROWS_ZEN4),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),
@@ -199,7 +211,7 @@ AUTO: tuple[Rule, ...] = (
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
-_SMALL = "its fixed cost is below that of plain PyTorch's many operators (1.3 to 9 times as fast on AMD family 25)"
+_SMALL = "its fixed cost is below that of the reference's many operators (1.1 to 9 times as fast on AMD family 25)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
 _CHUNKS = "scores in chunks of 24 MiB that stay in the second-level cache (not measured on a GPU yet)"

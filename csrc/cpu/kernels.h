@@ -8,7 +8,7 @@
 //   retrieve_kernel.h    chunks of queries, shared out to threads (parallel.h); memory.h sets their length
 //     panels.h           keys and values, normalised (rows.h) and packed once for all chunks
 //     factors.h          what products multiply: T, or pairs of bfloat16; packing as left and right factor
-//     product.h          scores = Q Kᵀ
+//     product.h          scores = Q Kᵀ, by its own blocks or by those of torch's library (library_product.h)
 //     softmax.h          scores become exponentials, their sum and lse; shrinkage and entropy
 //     product.h          out = P V, divided by the sum
 //   simd.h               the vectors and 2^x under all of these

@@ -1,5 +1,6 @@
 // Matrix products of packed factors (factors.h). What follows a product, such as an exponential or a row sum, works on
-// the sums while they are in registers.
+// the sums while they are in registers. The library's products (library_product.h) take the place of the blocks where
+// they are faster; what follows then works on a panel of sums in the first-level cache.
 //
 // Rows of C are padded to whole panels, so no column is special. One panel of B stays in the first-level cache while
 // all rows of A pass by.

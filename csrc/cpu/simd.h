@@ -1,6 +1,5 @@
 // Vectors of one instruction set, by the compiler's vector extensions: the same code runs with SSE2, AVX2, AVX-512 and
-// NEON. Highway, xsimd and oneDNN's kernels were not taken: the library depends on torch's stable ABI alone, and an
-// exponential or a row sum works on a product's sums in registers (product.h), which a library's GEMM does not offer.
+// NEON. Highway and xsimd were not taken: the library links torch alone.
 #pragma once
 
 #include <cstdint>
