@@ -43,9 +43,13 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
+    "reproduce": {
+        "__init__", "augment", "data", "errors", "evaluate", "files", "models", "plots", "reference", "scoring", "train",
+        "validation",
+    },
     "cli": {
         "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "files", "functional", "models", "nn",
-        "plots", "reference", "scoring", "train", "validation",
+        "plots", "reference", "reproduce", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",

@@ -18,9 +18,12 @@ CHUNK = 1 << 20
 
 
 def training_batches(
-    images: Images, batch_size: int, seed: int, start: int, steps: int
+    images: Images, batch_size: int, seed: int, start: int, steps: int, anomalous: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Batches of equal size, every image at most once per epoch, a fresh permutation each epoch.
+
+    Balanced batches: half of each, rounded down, is drawn from the anomalies, which come again within an epoch as often
+    as needed; an epoch is one pass over the normals.
 
     The order is a function of the seed alone, so that a run can be resumed at any step. Waiting for a batch is the
     profiler's range "anomem.batch".
@@ -31,11 +34,12 @@ def training_batches(
         seed: of the permutations.
         start: first step to give.
         steps: one past the last.
+        anomalous: [N] bool on the CPU, at least one of each kind, for balanced batches; None draws from all images alike.
 
     Yields:
         step, images [b, C, H, W] uint8 and their indices [b], on the device of the set.
     """
-    source = _batches(images, min(batch_size, len(images)), seed, start, steps)
+    source = _batches(images, min(batch_size, len(images)), seed, start, steps, anomalous)
     while True:
         with record_function("anomem.batch"):
             batch = next(source, None)
@@ -44,24 +48,40 @@ def training_batches(
         yield batch
 
 
-def _batches(images: Images, size: int, seed: int, start: int, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _batches(
+    images: Images, size: int, seed: int, start: int, steps: int, anomalous: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     per_epoch = len(images) // size
+    if anomalous is not None:
+        per_epoch = max(1, int((~anomalous).sum()) // (size - size // 2))
     epochs_per_chunk = max(1, CHUNK // (per_epoch * size))
     step = start
     while step < steps:
         epoch, offset = divmod(step, per_epoch)
         needed = -(-(offset + steps - step) // per_epoch)
         epochs = range(epoch, epoch + min(needed, epochs_per_chunk))
-        orders = [_permutation(len(images), seed, e)[: per_epoch * size] for e in epochs]
+        orders = [_order(len(images), seed, e, per_epoch, size, anomalous) for e in epochs]
         order = torch.cat(orders)[offset * size :][: (steps - step) * size]
         for batch, index in images.batches(order, size):
             yield step, batch, index
             step += 1
 
 
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+def _order(count: int, seed: int, epoch: int, batches: int, size: int, anomalous: Tensor | None) -> Tensor:
+    """The images of an epoch, batch after batch: [batches · size]."""
     # Distinct for every (seed, epoch): a run has fewer than 2³¹ epochs.
-    return torch.randperm(count, generator=torch.Generator().manual_seed((seed << 31) + epoch))
+    source = torch.Generator().manual_seed((seed << 31) + epoch)
+    permutation = torch.randperm(count, generator=source)
+    if anomalous is None:
+        return permutation[: batches * size]
+    parts = []
+    for rows, part in (
+        (permutation[~anomalous[permutation]], size - size // 2),
+        (permutation[anomalous[permutation]], size // 2),
+    ):
+        repeats = -(-batches * part // len(rows))
+        parts.append(rows.repeat(repeats)[: batches * part].view(batches, part))
+    return torch.cat(parts, dim=1).flatten()
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -62,6 +62,7 @@ def train_stage1(
     generator = torch.Generator(model.device).manual_seed(seed)
     views_of = Views(config, is_normal, generator)
     criterion = scale_criterion(config.loss, config.model.impl)
+    by_memory = config.loss.positive == "memory"
     weights = [*model.encoder.parameters(), *model.projections.parameters()]
     optimizer = build_optimizer(settings, weights, model.memories.parameters())
     state = StageState("stage1", {"model": model}, optimizer, generator, images, config, run)
@@ -88,7 +89,9 @@ def train_stage1(
                     # checkpoint of this one generator is enough to resume with identical bits.
                     positions = draw_positions(model.encoder.sizes, config.loss, len(views) // 2, generator)
                     sampled = model.sample(maps, positions)  # S × [n, 2B, d]
-                    loss, terms = multi_scale_loss(model, criterion, sampled, normal)
+                    # Those whose positive is what the memory returns: the normals, or none.
+                    answered = normal if by_memory else views.new_zeros(len(views) // 2, dtype=torch.bool)
+                    loss, terms = multi_scale_loss(model, criterion, sampled, answered)
             with record_function("anomem.backward"):
                 loss.backward()
             with record_function("anomem.optimizer"):

@@ -8,6 +8,8 @@ GPU yet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -19,6 +21,7 @@ from anomem.models import AnoMem, DeviationHead
 from anomem.train.batches import apply_gradients, autocast, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
+from anomem.train.margin import AdaptiveMargin
 from anomem.train.monitor import Monitor
 from anomem.train.objective import Views
 from anomem.train.rundir import RunDirectory
@@ -28,17 +31,19 @@ from anomem.validation import require
 MEMORY = "--stage2.optimizer.batch-size or --data.image-size"
 
 
-def margin_objective(head: DeviationHead, deviations: list[Tensor], normal: Tensor, margin: float) -> Tensor:
+def margin_objective(
+    weights: Sequence[float], lengths: Sequence[Tensor], normal: Tensor, margin: float | Tensor
+) -> Tensor:
     """Σ_s lambda_s · margin loss of |g(s)|: 0-dim.
 
     Args:
-        head: computes g(s); has lambda_s.
-        deviations: S tensors [B, P_s, d_s].
+        weights: lambda_s.
+        lengths: |g(s)| of each scale, S tensors [B].
         normal: [B] bool.
-        margin: M > 1.
+        margin: M ≥ 1.
     """
-    losses = [AF.margin_loss(length, normal, margin) for length in head.lengths(deviations)]
-    return torch.stack([w * loss for w, loss in zip(head.scale_weights, losses, strict=True)]).sum()
+    losses = [AF.margin_loss(length, normal, margin) for length in lengths]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
 
 
 def train_stage2(
@@ -73,8 +78,12 @@ def train_stage2(
     generator = torch.Generator(model.device).manual_seed(seed + 1)
     views_of = Views(config, is_normal, generator)
     optimizer = build_optimizer(settings, head.parameters())
-    state = StageState("stage2", {"head": head}, optimizer, generator, images, config, run)
+    adaptive = AdaptiveMargin(config.stage2.margin).to(model.device) if config.stage2.adaptive else None
+    modules = {"head": head} if adaptive is None else {"head": head, "margin": adaptive}
+    state = StageState("stage2", modules, optimizer, generator, images, config, run)
     start = state.restore()
+    # Synthetic outliers join after the images are drawn: they have their own ratio.
+    anomalous = ~is_normal.cpu() if is_normal is not None and config.stage2.balanced else None
     model.eval()
     head.train()
     with (
@@ -83,7 +92,7 @@ def train_stage2(
         stopping_after_the_step() as request,
     ):
         # Uint8 and on the device already, as in stage 1.
-        for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps):
+        for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps, anomalous):
             with record_function("anomem.augment"):
                 views, normal = views_of(batch, index, 1)  # [B, C, H, W], [B]
                 assert normal is not None
@@ -97,13 +106,19 @@ def train_stage2(
                     chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
                     head.fit_rms([[d[chosen] for d in deviations]])
                 with record_function("anomem.margin"):
-                    loss = margin_objective(head, deviations, normal, config.stage2.margin)
+                    lengths = head.lengths(deviations)
+                    margin = config.stage2.margin if adaptive is None else adaptive.value
+                    loss = margin_objective(head.scale_weights, lengths, normal, margin)
             with record_function("anomem.backward"):
                 loss.backward()
             with record_function("anomem.optimizer"):
                 apply_gradients(optimizer, settings, step)
+            terms = {"loss": loss}
+            if adaptive is not None:
+                terms["margin"] = adaptive.value.clone()
+                adaptive.update(lengths, normal, head.scale_weights)
             if monitor.due(step, len(batch)):
                 # No `loss.item()`: it would wait for the device. The host reads the value once it has arrived.
-                monitor.log(step, learning_rate(settings, step), {"loss": loss})
+                monitor.log(step, learning_rate(settings, step), terms)
             state.step_done(step + 1, settings.steps, monitor, request)
     head.eval()
