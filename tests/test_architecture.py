@@ -44,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "reproduce": {
-        "__init__", "augment", "data", "errors", "evaluate", "files", "models", "plots", "reference", "scoring", "train",
-        "validation",
+        "__init__", "augment", "data", "errors", "evaluate", "files", "models", "plots", "reference", "scoring",
+        "train", "validation",
     },
     "cli": {
         "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "files", "functional", "models", "nn",

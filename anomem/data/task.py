@@ -178,7 +178,6 @@ def one_against_all(name: str, train: ImageSet, test: ImageSet, config: DataConf
     """
     normal = class_index(config.normal, train.classes)
     rows, is_normal = training_rows(train.labels == normal, config.outlier_ratio, config.seed)
-    all_of_test = torch.arange(len(test.images))
     return assemble(
         f"{name} {train.classes[normal]}",
         train.classes[normal],
@@ -189,7 +188,8 @@ def one_against_all(name: str, train: ImageSet, test: ImageSet, config: DataConf
         test.labels != normal,
         aligned=aligned if config.aligned is None else config.aligned,
         rows=Rows(
-            *(chosen if s.rows is None else s.rows[chosen] for s, chosen in ((train, rows), (test, all_of_test)))
+            rows if train.rows is None else train.rows[rows],
+            torch.arange(len(test.images)) if test.rows is None else test.rows,
         ),
     )
 

@@ -163,8 +163,8 @@ def aupimo(maps: Any, masks: Any, bounds: tuple[float, float] = (1e-5, 1e-4)) ->
     anomalous = masks.flatten(1).any(dim=1)
     require(not bool(anomalous.all()), "masks", "at least one image without an anomalous pixel", "none")
     normal = maps[~anomalous].flatten().sort(descending=True).values
-    # All images have one size, so the mean of the images' shares is the share of all pixels. Thresholds are the values of
-    # normal pixels that begin a run of equal ones; at or above value k of the ranking are `count[k]` pixels.
+    # All images have one size: the mean of the images' shares is the share of all pixels. Thresholds are the distinct
+    # values of normal pixels, from high to low; a share `rates[k]` of the pixels is at or above the k-th.
     last = torch.cat([normal.diff() != 0, normal.new_ones(1, dtype=torch.bool)])
     values = normal[last]
     rates = (last.nonzero().flatten() + 1).double() / len(normal)

@@ -1,4 +1,4 @@
-"""What a cell measures: scores of a trained model, controls, linear evaluation, overlap, cost, margins, localisation."""
+"""What a cell measures: scores of a trained model, controls, linear evaluation, overlap, cost, margins, maps."""
 
 from __future__ import annotations
 

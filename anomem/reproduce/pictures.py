@@ -43,9 +43,8 @@ def _settings(experiment: Experiment, values: Values, path: Path) -> None:
         for score, colour, marker in zip(experiment.scores, colours, MARKERS, strict=False):
             points = [(x, y) for y, name in enumerate(names) for x in values.by_seed(name, score)]
             if points:
-                axes.scatter(
-                    *zip(*points, strict=True), color=colour, marker=marker, s=42, facecolors="none", label=score
-                )
+                x, y = zip(*points, strict=True)
+                axes.scatter(x, y, s=42, marker=marker, edgecolors=colour, facecolors="none", label=score)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("AUROC, mean over the classes; one mark a seed")
@@ -60,9 +59,8 @@ def _margins(experiment: Experiment, values: Values, path: Path) -> None:
     margins = [name for name in experiment.scores if name.startswith("M = ")]
     with figure(path, 6.4, 4.0) as fig:
         axes = fig.subplots()
-        for setting, colour, marker in zip(
-            experiment.settings, shades(len(experiment.settings)), MARKERS, strict=False
-        ):
+        colours = shades(len(experiment.settings))
+        for setting, colour, marker in zip(experiment.settings, colours, MARKERS, strict=False):
             found = {name: values.by_seed(setting, name) for name in (*margins, "adaptive")}
             if not found["adaptive"]:
                 continue

@@ -1,7 +1,8 @@
 """Protocols: which classes, which configuration, how a sweep is scaled down, and the splits as files.
 
-One-vs-all: one class is normal, all others are anomalous at test time. One-class (UNS) training sees normals alone; outlier
-exposure (IMS) adds labelled anomalies, 1, 5 or 10% of the normals. CIFAR-10 has ten classes, CIFAR-100 its 20 superclasses.
+One-vs-all: one class is normal, all others are anomalous at test time. One-class (UNS) training sees normals alone;
+outlier exposure (IMS) adds labelled anomalies, 1, 5 or 10% of the normals. CIFAR-10 has ten classes, CIFAR-100 its 20
+superclasses.
 """
 
 from __future__ import annotations

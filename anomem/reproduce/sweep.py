@@ -1,7 +1,7 @@
 """Sweep: the cells of an experiment in parallel processes; resumable, one JSON row per finished cell.
 
-A sweep's folder holds `sweep.json` (command, commit, machine), `rows.jsonl`, `splits/`, `pictures/`, `table.md` and, while
-cells run, `cells/` with their checkpoints. Only the parent process writes rows, each in one write.
+A sweep's folder holds `sweep.json` (command, commit, machine), `rows.jsonl`, `splits/`, `pictures/`, `table.md` and,
+while cells run, `cells/` with their checkpoints. Only the parent process writes rows, each in one write.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import anomem
+from anomem.data import load_task
 from anomem.errors import UserError
 from anomem.files import make_folder, write_atomically, writing
 from anomem.reproduce.cell import Cell, run_cell
@@ -181,10 +182,9 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
     setting = EXPERIMENTS[sweep.experiment].settings[cells[0].setting]
     config = cells[0].config(setting, sweep.device)
     task = cells[0].task(config)
-    for normal in (
-        dict.fromkeys(cell.normal for cell in cells[1:]) if sweep.classes and sweep.data in PAPER_DATA else ()
-    ):
-        next(cell for cell in cells if cell.normal == normal).task(config)  # a wrong name fails before the first cell
+    if sweep.data in PAPER_DATA:
+        for normal in sweep.classes:  # a wrong name fails before the first cell
+            load_task(replace(config.data, normal=normal))
     before = torch.get_num_threads()
     torch.set_num_threads(threads_of(sweep.processes))
     try:
@@ -192,12 +192,13 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
         seconds, _ = seconds_per_step(full, task.to(device_of(config.run)), PROBE)
     finally:
         torch.set_num_threads(before)
+    processes = min(sweep.processes, len(cells))
     each = seconds * full.optimizer.steps
+    images = len(task.train)
     return (
-        f"{len(cells)} cells in {sweep.processes} processes of {threads_of(sweep.processes)} threads; stage 1 of "
-        f"{cells[0].setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, len(task.train))} images, "
-        f"about {duration(each)} a class, {duration(each * len(cells) / sweep.processes)} in all (from one step of "
-        f"{min(PROBE, len(task.train))} images on this machine)"
+        f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads; stage 1 of {cells[0].setting}: "
+        f"{full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} images, about {duration(each)} a "
+        f"class, {duration(each * len(cells) / processes)} in all (from steps of {min(PROBE, images)} images here)"
     )
 
 
@@ -317,8 +318,8 @@ def write_header(sweep: Sweep) -> None:
             )
     if then["commit"] != now["commit"]:
         raise UserError(
-            f"`output`: {sweep.output} was begun with the code {then['commit']}, this is {now['commit']}, and rows of two "
-            "states of the code do not mix; choose another --output"
+            f"`output`: {sweep.output} was begun with the code {then['commit']}, this is {now['commit']}, and rows of "
+            "two states of the code do not mix; choose another --output"
         )
 
 

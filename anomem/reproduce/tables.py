@@ -106,8 +106,8 @@ def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned
         f"`{header['command']}`",
         "",
         f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {threads} thread(s) a cell. "
-        f"{len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to {images[-1]} "
-        f"training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
+        f"{len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to "
+        f"{images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
     ]
     if planned is not None and len(rows) < planned:
         lines += ["", f"**Not complete: {len(rows)} of {planned} cells.** The same command goes on."]

@@ -1,11 +1,12 @@
 """Trends in words: does what the paper finds hold in these cells, does it not, or can it not be told?
 
-Two settings are compared on the same classes and seeds. Their mean difference is called a difference when it exceeds twice
-its standard error over these pairs; below three pairs nothing is told.
+Two settings are compared on the same classes and seeds. Their mean difference is called a difference when it exceeds
+twice its standard error over these pairs; below three pairs nothing is told.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +92,7 @@ def ordered(
 
     def sentences(values: Values) -> list[str]:
         found = []
-        for better, worse in zip(names, names[1:], strict=False):
+        for better, worse in itertools.pairwise(names):
             gap = difference(values.of(better, score, measure), values.of(worse, score, measure))
             if not gap.pairs:
                 continue
@@ -155,20 +156,34 @@ def best_margin(margins: Sequence[str], expected: str = "M = 2") -> Callable[[Va
         found = []
         for setting in dict.fromkeys(row["setting"] for row in values.rows):
             fixed = values.of(setting, expected)
+            groups: dict[int | None, list[str]] = {}
             for name in (*margins, "adaptive"):
                 gap = difference(fixed, values.of(setting, name))
-                if name == expected or not gap.pairs:
-                    continue
-                verdict = {
-                    1: f"Expected and found: {expected} is above {name}",
-                    0: f"Cannot be told: {expected} and {name} differ by less than twice the standard error",
-                    -1: f"{'The adaptive margin gains' if name == 'adaptive' else 'Disagrees'}: {expected} is below {name}",
-                    None: f"Cannot be told from so few cells: {expected} against {name}",
-                }[gap.verdict]
-                found.append(f"{setting}: {verdict}; AUROC {gap}.")
+                if name != expected and gap.pairs:
+                    groups.setdefault(gap.verdict, []).append(f"{name} ({gap})")
+            relations = {1: "is above", 0: "is not told apart from", -1: "is below", None: "too few cells against"}
+            parts = [f"{relations[v]} {', '.join(groups[v])}" for v in relations if v in groups]
+            if parts:
+                found.append(f"{setting}: {expected} {'; '.join(parts)}. The paper takes {expected}.")
         return found
 
     return sentences
+
+
+def near_prototypes(values: Values) -> list[str]:
+    """Figure 5: test normals lie among the prototypes, anomalies do not; and more so than without training."""
+    found = []
+    normals, anomalies = (values.of("trained", "overlap", measure) for measure in ("normals", "anomalies"))
+    gap = difference(normals, anomalies)
+    if gap.pairs:
+        verdict = {
+            1: "Expected and found: normals have a prototype as nearest neighbour more often than anomalies have",
+            0: "Cannot be told: normals and anomalies have a prototype as nearest neighbour equally often",
+            -1: "Disagrees: normals have a prototype as nearest neighbour less often than anomalies have",
+            None: "Cannot be told from so few cells: whether normals are nearer to prototypes than anomalies",
+        }[gap.verdict]
+        found.append(f"{verdict}; shares differ by {gap}.")
+    return found + ordered(("trained", "untrained"), "overlap", "normals")(values)
 
 
 def _named(score: str, measure: str) -> str:

@@ -34,7 +34,7 @@ def training_batches(
         seed: of the permutations.
         start: first step to give.
         steps: one past the last.
-        anomalous: [N] bool on the CPU, at least one of each kind, for balanced batches; None draws from all images alike.
+        anomalous: [N] bool on the CPU, at least one of each kind, for balanced batches; None draws from all alike.
 
     Yields:
         step, images [b, C, H, W] uint8 and their indices [b], on the device of the set.

@@ -1,7 +1,7 @@
 """AdaptiveMargin: the margin M of stage 2 adapted while training, which the paper calls work in progress.
 
-The margin loss cannot train M itself: its gradient with respect to M is 1/M² for every normal outside of radius 1/M and
-1 for every anomaly inside of M, never negative, so that descent ends at M = 1, where both lie on the unit sphere. A fixed
+The margin loss cannot train M itself: its gradient with respect to M is 1/M² for every normal outside of radius 1/M
+and 1 for every anomaly inside of M, never negative. Descent ends at M = 1, where both lie on the unit sphere. A fixed
 large M is ill-posed: neither radius is reached. Between the two, M is as large as the batches can satisfy:
 
     log M ← log M + rate · (target − v),   v = Σ_s lambda_s (v_normal(s) + v_anomalous(s)) / (2 Σ_s lambda_s)
