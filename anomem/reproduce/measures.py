@@ -149,7 +149,7 @@ def _overlap(scorer: Scorer, work: Work) -> Metrics:
     from anomem.plots import tsne
 
     memory, is_anomaly = scorer.model.memories[-1], work.task.test_is_anomaly.cpu()
-    vectors = last_scale(scorer, work.task.test)
+    vectors = last_scale(scorer, work.task.test, work.cell.seed)
     stored = normalize_rows(memory.prototypes.detach(), memory.normalize).cpu()
     normal, anomalous = vectors[~is_anomaly], vectors[is_anomaly]
     tsne(stored, normal, anomalous, work.picture, seed=work.cell.seed)
@@ -157,13 +157,25 @@ def _overlap(scorer: Scorer, work: Work) -> Metrics:
 
 
 @torch.no_grad()
-def last_scale(scorer: Scorer, images: Images) -> Tensor:
-    """Vectors of the last scale, normalised as its memory does, averaged over positions: [N, d] on the CPU."""
+def last_scale(scorer: Scorer, images: Images, seed: int) -> Tensor:
+    """The vector of the last scale at one random position of each image, normalised as its memory does.
+
+    A prototype stands for vectors of single positions: a mean over positions lies elsewhere.
+
+    Args:
+        scorer: gives the model.
+        images: N images on its device.
+        seed: of the positions.
+
+    Returns:
+        [N, d] on the CPU.
+    """
     model, memory = scorer.model, scorer.model.memories[-1]
-    parts = [
-        normalize_rows(model.queries(model(batch))[-1], memory.normalize).mean(dim=1).cpu()
-        for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size)
-    ]
+    source, parts = torch.Generator().manual_seed(seed), []
+    for batch, _ in images.batches(torch.arange(len(images)), scorer.config.batch_size):
+        query = model.queries(model(batch))[-1].cpu()  # [b, P, d]
+        position = torch.randint(query.shape[1], (len(query),), generator=source)
+        parts.append(normalize_rows(query[torch.arange(len(query)), position], memory.normalize))
     return torch.cat(parts)
 
 

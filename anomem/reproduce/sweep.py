@@ -196,9 +196,10 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
     each = seconds * full.optimizer.steps
     images = len(task.train)
     return (
-        f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads; stage 1 of {cells[0].setting}: "
-        f"{full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} images, about {duration(each)} a "
-        f"class, {duration(each * len(cells) / processes)} in all (from steps of {min(PROBE, images)} images here)"
+        f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads; stage 1 of "
+        f"{cells[0].setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} images, about "
+        f"{duration(each)} a class, {duration(each * len(cells) / processes)} in all (from steps of "
+        f"{min(PROBE, images)} images here)"
     )
 
 

@@ -36,8 +36,8 @@ EXPLAINED = {
     "lead": "image AUROC of the score that decides; maps of the Gaussians at each position",
 }
 OVERLAP = (
-    "overlap: share of the test normals whose nearest neighbour among prototypes and anomalies is a prototype; of "
-    "anomalies: the same share of the anomalies; chance: M / (M + anomalies)"
+    "overlap %: share of the test normals whose nearest neighbour among prototypes and anomalies is a prototype, by "
+    "the vector at one random position of each image; of anomalies: the same share of them; chance: M / (M + anomalies)"
 )
 
 
