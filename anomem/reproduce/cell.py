@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from anomem.data import Task, load_task
+from anomem.data import Images, Task, load_task
 from anomem.evaluate.report import Metrics
 from anomem.models import AnoMem
 from anomem.reproduce.protocol import FOLDERS, Scale, base_config, scaled, scaled_task, write_split
 from anomem.scoring import Scorer
-from anomem.train import RunDirectory, TrainConfig, model_for, train_task
+from anomem.train import RunDirectory, TrainConfig, model_for, train_stage1, train_task
 from anomem.train.run import device_of
 
 
@@ -37,6 +38,19 @@ class Work:
     def trained(self) -> Scorer:
         """Both stages as configured, from the checkpoint if there is one, and the fitted scorer."""
         return train_task(self.config, self.task, self.model(), self.run, quiet=True)
+
+    def stage1(self, images: Images, is_normal: Tensor | None) -> AnoMem:
+        """Stage 1 alone, from the checkpoint if there is one.
+
+        Args:
+            images: to train on.
+            is_normal: [N] bool; None when all are normal.
+        """
+        model = self.model()
+        if self.config.run.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        train_stage1(model, images, is_normal, self.config, self.run, quiet=True)
+        return model
 
     def model(self) -> AnoMem:
         """A fresh model."""

@@ -27,7 +27,7 @@ from anomem.reference.retrieve import normalize_rows
 from anomem.reproduce.cell import Work
 from anomem.reproduce.protocol import picked, scaled_task, seconds_per_step
 from anomem.scoring import Scorer, fit_scorer, score_images
-from anomem.train import FitConfig, RunConfig, fit, train_stage1, train_stage2
+from anomem.train import FitConfig, RunConfig, fit, train_stage2
 from anomem.train.run import head_for
 
 MARGINS = (1.0, 1.5, 2.0, 4.0, 8.0)
@@ -63,9 +63,8 @@ def untrained(work: Work) -> Metrics:
 
 def labels_late(work: Work) -> Metrics:
     """Stage 1 on the normals alone, stage 2 with the labelled anomalies."""
-    config, task, model = work.config, work.task, work.model()
-    normals = picked(task.train, task.train_is_normal.nonzero().flatten().cpu()).to(model.device)
-    train_stage1(model, normals, None, config, work.run, quiet=True)
+    config, task = work.config, work.task
+    model = work.stage1(picked(task.train, task.train_is_normal.nonzero().flatten().cpu()), None)
     head = head_for(config, model)
     train_stage2(model, head, task.train, task.train_is_normal, config, quiet=True)
     return image_scores(fitted(model, work, head), work)
@@ -87,7 +86,7 @@ def fitted(model: AnoMem, work: Work, head: Any = None) -> Scorer:
 
 def linear(work: Work) -> Metrics:
     """Linear evaluation of the trained encoder; see `linear_auroc`."""
-    model = work.trained().model
+    model = work.stage1(work.task.train, None)
     return {"linear": {"auroc": linear_auroc(model, work)}}
 
 
@@ -213,8 +212,8 @@ def backbone(work: Work) -> Metrics:
 
 def margins(work: Work) -> Metrics:
     """One stage 1, then stage 2 with every fixed M and with the adaptive one, in balanced batches."""
-    config, task, model = work.config, work.task, work.model()
-    train_stage1(model, task.train, task.train_is_normal, config, work.run, quiet=True)
+    config, task = work.config, work.task
+    model = work.stage1(task.train, task.train_is_normal)
     found: Metrics = {}
     choices = {f"M = {m:g}": replace(config.stage2, margin=m) for m in MARGINS}
     choices["adaptive"] = replace(config.stage2, adaptive=True)

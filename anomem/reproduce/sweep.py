@@ -185,18 +185,18 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
     if sweep.data in PAPER_DATA:
         for normal in sweep.classes:  # a wrong name fails before the first cell
             load_task(replace(config.data, normal=normal))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_of(sweep.processes))
+    processes = min(sweep.processes, len(cells))
+    before, threads = torch.get_num_threads(), threads_of(processes)
+    torch.set_num_threads(threads)
     try:
         full = scaled(config, sweep.scale, len(task.train))
         seconds, _ = seconds_per_step(full, task.to(device_of(config.run)), PROBE)
     finally:
         torch.set_num_threads(before)
-    processes = min(sweep.processes, len(cells))
     each = seconds * full.optimizer.steps
     images = len(task.train)
     return (
-        f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads; stage 1 of "
+        f"{len(cells)} cells in {processes} processes of {threads} threads; stage 1 of "
         f"{cells[0].setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} images, about "
         f"{duration(each)} a class, {duration(each * len(cells) / processes)} in all (from steps of "
         f"{min(PROBE, images)} images here)"
@@ -209,8 +209,8 @@ def cores() -> int:
 
 
 def threads_of(processes: int) -> int:
-    """Threads of each of so many processes."""
-    return max(1, cores() // processes)
+    """The share of this process's torch threads that each of so many processes gets; OMP_NUM_THREADS counts."""
+    return max(1, torch.get_num_threads() // processes)
 
 
 def _finished(sweep: Sweep, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
