@@ -88,9 +88,8 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
     if not command.table_only:
         with Grid(command.quiet, f"{command.experiment} {name}") as grid:
             run(sweep, grid.say)
-    table = write_table(output, total)
     draw(output)
-    table = write_table(output, total)  # with the picture
+    table = write_table(output, total)
     if not command.quiet:
         Console(width=None if sys.stdout.isatty() else 120).print(table.read_text(encoding="utf-8"), markup=False)
     print(table)

@@ -6,9 +6,8 @@ import statistics
 from pathlib import Path
 
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
-from anomem.reproduce.sweep import read_rows
+from anomem.reproduce.sweep import read_sweep
 from anomem.reproduce.trends import Values
-from anomem.train.config import read_json
 
 MARKERS = ("o", "D", "^", "s", "v", "P", "X", "*")
 
@@ -21,9 +20,12 @@ def draw(sweep: Path) -> Path:
 
     Returns:
         The picture.
+
+    Raises:
+        UserError: the folder holds no finished cell.
     """
-    header = read_json(sweep / "sweep.json")
-    experiment, values = EXPERIMENTS[header["experiment"]], Values(read_rows(sweep / "rows.jsonl"))
+    header, rows = read_sweep(sweep)
+    experiment, values = EXPERIMENTS[header["experiment"]], Values(rows)
     path = sweep / "pictures" / "summary.png"
     if header["experiment"] == "margin":
         _margins(experiment, values, path)

@@ -324,6 +324,18 @@ def write_header(sweep: Sweep) -> None:
         )
 
 
+def read_sweep(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a sweep.
+
+    Raises:
+        UserError: the folder holds no finished cell, or a damaged row.
+    """
+    rows = read_rows(folder / "rows.jsonl")
+    if not rows:
+        raise UserError(f"{folder} holds no finished cell")
+    return read_json(folder / "sweep.json"), rows
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, [] if there is none; a last line that a crash cut off is left out.
 

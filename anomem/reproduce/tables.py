@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomem.errors import UserError
 from anomem.files import write_atomically
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
-from anomem.reproduce.sweep import read_rows
+from anomem.reproduce.sweep import read_sweep
 from anomem.reproduce.trends import Values
-from anomem.train.config import read_json
 
 DASH = "–"
 MEASURES = {
@@ -42,7 +40,7 @@ OVERLAP = (
 
 
 def write_table(sweep: Path, planned: int | None = None) -> Path:
-    """Write `table.md` and the picture of a sweep from its rows.
+    """Write `table.md` from the rows of a sweep; it shows the pictures that are there.
 
     Args:
         sweep: its folder.
@@ -61,9 +59,7 @@ def write_table(sweep: Path, planned: int | None = None) -> Path:
 
 def markdown(sweep: Path, planned: int | None = None) -> str:
     """The table as text; see `write_table`."""
-    header, rows = read_json(sweep / "sweep.json"), read_rows(sweep / "rows.jsonl")
-    if not rows:
-        raise UserError(f"{sweep} holds no finished cell")
+    header, rows = read_sweep(sweep)
     experiment = EXPERIMENTS[header["experiment"]]
     values = Values(rows)
     lines = [f"# {experiment.title}: {header['data']}", "", *_about(header, rows, planned), ""]
