@@ -71,6 +71,8 @@ class Setting:
     """Score -> measure -> number."""
     about: str = ""
     """What it is, for the notes under the table."""
+    trains: bool = True
+    """Whether it takes the steps of stage 1, from which the time is estimated."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,10 @@ ABLATION = {
     "unit vectors, beta 10": Setting(changed(model={"normalize": "l2", "beta": 10.0}), measures.trained),
     "no normalisation": Setting(changed(model={"normalize": "none"}), measures.trained),
     "untrained": Setting(
-        unchanged, measures.untrained, "control: no gradient step, batch norm calibrated, memories filled with features"
+        unchanged,
+        measures.untrained,
+        "control: no gradient step, batch norm calibrated, memories filled with features",
+        trains=False,
     ),
 }
 
@@ -120,7 +123,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 f"lambda_V = {weight:g}": Setting(changed(loss={"variance_weight": weight}), measures.linear)
                 for weight in VARIANCE_WEIGHTS
             },
-            "untrained": Setting(unchanged, measures.linear_untrained, "control: no gradient step"),
+            "untrained": Setting(unchanged, measures.linear_untrained, "control: no gradient step", trains=False),
         },
         ("linear",),
         no_difference([f"lambda_V = {weight:g}" for weight in VARIANCE_WEIGHTS], "linear", "lambda_V"),
@@ -135,7 +138,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "linear": Setting(changed(model={"scale_weights": "linear"}), measures.trained, "lambda_s = s/S"),
             "exponential": Setting(changed(model={"scale_weights": "exp"}), measures.trained, "lambda_s = 2^(s−S)"),
-            "untrained": Setting(unchanged, measures.untrained, "control: no gradient step, exponential lambda_s"),
+            "untrained": Setting(
+                unchanged, measures.untrained, "control: no gradient step, exponential lambda_s", trains=False
+            ),
         },
         ("plain", "detector"),
         ordered(("exponential", "linear"), "plain", others=("untrained",)),
@@ -156,7 +161,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Figure 5: prototypes of the last scale among test samples",
         {
             "trained": Setting(unchanged, measures.figure5, "the preset"),
-            "untrained": Setting(unchanged, measures.figure5_untrained, "control: no gradient step"),
+            "untrained": Setting(unchanged, measures.figure5_untrained, "control: no gradient step", trains=False),
         },
         ("plain", "detector"),
         near_prototypes,
@@ -185,7 +190,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 )
                 for ratio in RATIOS
             },
-            "untrained": Setting(unchanged, measures.untrained, "control: no gradient step"),
+            "untrained": Setting(unchanged, measures.untrained, "control: no gradient step", trains=False),
         },
         ("plain", "detector", "stage2"),
         ordered(("10% labelled", "one-class"), "plain", others=("untrained",)),
@@ -194,7 +199,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "mvtec": Experiment(
         "Classes of a folder: MVTec-AD, MVTec LOCO or VisA",
         {
-            "fit": Setting(frozen_size, measures.fitted_localised, "frozen encoder, filled memories, 128 pixels"),
+            "fit": Setting(
+                frozen_size, measures.fitted_localised, "frozen encoder, filled memories, 128 pixels", trains=False
+            ),
             "train": Setting(unchanged, measures.localised, "the small encoder trained on the class, 64 pixels"),
         },
         ("lead",),

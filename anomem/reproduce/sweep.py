@@ -179,15 +179,20 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
         sweep: of the cells.
         cells: at least one.
     """
-    setting = EXPERIMENTS[sweep.experiment].settings[cells[0].setting]
-    config = cells[0].config(setting, sweep.device)
-    task = cells[0].task(config)
+    settings = EXPERIMENTS[sweep.experiment].settings
+    training = [cell for cell in cells if settings[cell.setting].trains]
+    cell = next(iter(training), cells[0])
+    config = cell.config(settings[cell.setting], sweep.device)
+    task = cell.task(config)
     if sweep.data in PAPER_DATA:
         for normal in sweep.classes:  # a wrong name fails before the first cell
             load_task(replace(config.data, normal=normal))
     processes = min(sweep.processes, len(cells))
-    before, threads = torch.get_num_threads(), threads_of(processes)
-    torch.set_num_threads(threads)
+    what = f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads"
+    if not training:
+        return what
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of(processes))
     try:
         full = scaled(config, sweep.scale, len(task.train))
         seconds, _ = seconds_per_step(full, task.to(device_of(config.run)), PROBE)
@@ -196,9 +201,8 @@ def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
     each = seconds * full.optimizer.steps
     images = len(task.train)
     return (
-        f"{len(cells)} cells in {processes} processes of {threads} threads; stage 1 of "
-        f"{cells[0].setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} images, about "
-        f"{duration(each)} a class, {duration(each * len(cells) / processes)} in all (from steps of "
+        f"{what}; stage 1 of {cell.setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} "
+        f"images, about {duration(each)} a class, {duration(each * len(training) / processes)} in all (from steps of "
         f"{min(PROBE, images)} images here)"
     )
 
