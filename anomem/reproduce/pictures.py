@@ -41,14 +41,14 @@ def _settings(experiment: Experiment, values: Values, path: Path) -> None:
     colours = (AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY, INK)
     with figure(path, 6.8, 1.4 + 0.34 * len(names)) as fig:
         axes = fig.subplots()
-        axes.hlines(range(len(names)), 0, 1, color=FAINT, linewidth=0.8, transform=axes.get_yaxis_transform())
+        axes.hlines(range(len(names)), 0, 1, color=FAINT, linewidth=0.8, zorder=0, transform=axes.get_yaxis_transform())
         for score, colour, marker in zip(experiment.scores, colours, MARKERS, strict=False):
             points = [(x, y) for y, name in enumerate(names) for x in values.by_seed(name, score)]
             if points:
                 x, y = zip(*points, strict=True)
                 axes.scatter(x, y, s=42, marker=marker, edgecolors=colour, facecolors="none", label=score)
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("AUROC, mean over the classes; one mark a seed")
         axes.set_title(experiment.title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -25,6 +25,10 @@ MEASURES = {
     ("lead", "aupimo"): "AUPIMO",
 }
 """Headings of the further columns."""
+SUMMARISED = (
+    ("cost", "parameters"), ("cost", "seconds"), ("cost", "cpu_seconds"), ("overlap", "anomalies"), ("overlap", "chance")
+)  # fmt: skip
+"""Of those, the ones that are not shown class by class."""
 EXPLAINED = {
     "plain": "`plain`: λ-weighted mean of 1 − cos(z, HF(z)); the paper's one-class setting",
     "detector": "`detector`: Gaussians on the deviations z − HF(z)",
@@ -135,7 +139,7 @@ def _classes(experiment: Experiment, values: Values) -> list[str]:
         return []
     score = experiment.scores[0]
     columns = [(score, "auroc", f"`{score}`")]
-    columns += [(*extra, MEASURES[extra]) for extra in experiment.extra if extra[0] != "cost"]
+    columns += [(*extra, MEASURES[extra]) for extra in experiment.extra if extra not in SUMMARISED]
     lines: list[str] = []
     for entry, measure, heading in columns:
         table = [["setting", *(named[c] for c in classes), "mean"], ["---"] * (len(classes) + 2)]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from anomem.cli import main
-from anomem.reproduce import Scale, Sweep, read_rows, run
+from anomem.reproduce import EXPERIMENTS, Scale, Sweep, read_rows, run
+from anomem.scoring import FillConfig
 from anomem.train import FitConfig
 from anomem.train import fit as fit_
 
 
 def test_all_classes_with_all_measures(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(images: object, *, aligned: bool, config: FitConfig) -> object:
-        # The pretrained encoder is a package of its own.
-        return fit_(images, aligned=aligned, config=FitConfig(encoder="small", run=config.run))  # type: ignore[arg-type]
+        # The pretrained encoder is a package of its own; 1,024 prototypes and folds take half a minute.
+        quick = FitConfig(encoder="small", fill=FillConfig("random", (16,)), alpha=0.3, run=config.run)
+        return fit_(images, aligned=aligned, config=quick)  # type: ignore[arg-type]
 
+    settings = EXPERIMENTS["mvtec"].settings
+    assert isinstance(settings, dict)
+    monkeypatch.setitem(settings, "fit", replace(settings["fit"], change=settings["train"].change))  # 64 pixels
     monkeypatch.setattr("anomem.train.fitting.SMALL_STEPS", 2)
     monkeypatch.setattr("anomem.reproduce.measures.fit", small)
     out = tmp_path / "out"
@@ -30,7 +36,7 @@ def test_all_classes_with_all_measures(classes: Path, tmp_path: Path, monkeypatc
         assert set(row["metrics"]["lead"]) >= {"auroc", "pixel_auroc", "aupro", "aupimo"}
     found = next(row for row in rows if (row["setting"], row["normal"]) == ("fit", "bolt"))
     assert found["metrics"]["lead"]["auroc"] == 1
-    assert found["metrics"]["lead"]["pixel_auroc"] > 0.9
+    assert found["metrics"]["lead"]["pixel_auroc"] > 0.8
     table = (out / "table.md").read_text()
     for heading in ("| setting | AUROC % `lead` | pixel AUROC | AUPRO | AUPIMO |", "AUPIMO % class by class:"):
         assert heading in table
