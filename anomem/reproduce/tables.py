@@ -26,8 +26,9 @@ MEASURES = {
 }
 """Headings of the further columns."""
 SUMMARISED = (
-    ("cost", "parameters"), ("cost", "seconds"), ("cost", "cpu_seconds"), ("overlap", "anomalies"), ("overlap", "chance")
-)  # fmt: skip
+    *(("cost", measure) for measure in ("parameters", "seconds", "cpu_seconds")),
+    *(("overlap", measure) for measure in ("anomalies", "chance")),
+)
 """Of those, the ones that are not shown class by class."""
 EXPLAINED = {
     "plain": "`plain`: λ-weighted mean of 1 − cos(z, HF(z)); the paper's one-class setting",
