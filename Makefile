@@ -7,7 +7,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 CPU_SOURCES := setup.py anomem/ops/sources.py csrc/checks.h $(wildcard csrc/cpu/*)
 CUDA_SOURCES := setup.py anomem/ops/sources.py csrc/checks.h $(wildcard csrc/cuda/*)
 
-.PHONY: help setup build demo test test-gpu test-ptx test-floor lint bench report sanitize clean
+.PHONY: help setup build demo test test-gpu test-ptx test-ahead test-floor lint bench report sanitize clean
 
 help:
 	@echo 'make demo      train AnoMem on real images, print the table, draw the figures (a few minutes)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make report    tables and pictures from the committed rows of benchmarks/results'
 	@echo 'make test-gpu  the tests that need a CUDA GPU'
 	@echo 'make test-ptx  execute every compiled Triton kernel on the CPU (about an hour on two cores)'
+	@echo 'make test-ahead  compile every shipped tile of every Triton kernel and compare with the committed rows'
 	@echo 'make test-floor  kernels and functions with the oldest torch and Triton'
 	@echo 'make sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean     everything that was built (the virtual environment stays)'
@@ -28,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet torch torchvision
 	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja packaging
-	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,peers,pretrained,elpv]'
+	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,export,peers,pretrained,elpv]'
 	@touch $@
 
 build: anomem/_C.so anomem/_C_cuda.so
@@ -53,6 +54,10 @@ test-gpu: build
 # The test suite executes one launch of each kernel; this executes all that are shipped.
 test-ptx: $(VENV)/.installed
 	OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/ptx $(PY) -m tests.ptx
+
+# The test suite compiles what differs from its committed row and a sample of the rest.
+test-ahead: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(PY) -m anomem.kernels.ahead_of_time --check --all --processes $(WORKERS)
 
 # The oldest supported torch and the Triton that came with it. The native library is built with it in a folder of its own,
 # the CUDA module for the stand-in GPUs. This torch needs setuptools before 82.

@@ -40,8 +40,10 @@ OPERATORS = (
     "variance",
     "deviation_map",
     "usage",
+    "nearest",
+    "read",
 )
-_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce")
+_TRITON_OPERATORS = ("retrieve", "nt_xent", "info_nce", "nearest", "read")
 _NATIVE_CUDA_OPERATORS = ("retrieve", "gather", "variance", "deviation_map")
 
 
@@ -77,6 +79,9 @@ class Where:
     features: int = 0
     """At least."""
     most_features: int | None = None
+    most_columns: int | None = None
+    most_work: int | None = None
+    """groups × rows × columns × features at most, an axis that the operator lacks counting 1."""
     scores_of_a_group: int = 0
     """rows × columns at least."""
     scores: int = 0
@@ -91,6 +96,8 @@ class Where:
             and (not self.columns or problem.columns >= self.columns)
             and (not self.features or problem.features >= self.features)
             and (self.most_features is None or problem.features <= self.most_features)
+            and (self.most_columns is None or problem.columns <= self.most_columns)
+            and (self.most_work is None or _work(problem) <= self.most_work)
             and (not self.scores_of_a_group or problem.rows * problem.columns >= self.scores_of_a_group)
             and (not self.scores or problem.groups * problem.rows * problem.columns >= self.scores)
         )
@@ -105,8 +112,20 @@ class Where:
         ]
         words = [" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)] if self.dtypes else []
         words += [f"{name} ≥ {_number(least)}" for name, least in bounds if least]
-        words += [f"features ≤ {_number(self.most_features)}"] if self.most_features is not None else []
+        limits = [
+            ("features", self.most_features),
+            ("columns", self.most_columns),
+            ("groups × rows × columns × features", self.most_work),
+        ]
+        words += [f"{name} ≤ {_number(most)}" for name, most in limits if most is not None]
         return ", ".join(words) or "always"
+
+
+def _work(problem: Problem) -> int:
+    size = problem.features
+    for length in (problem.rows, problem.columns, problem.groups):
+        size *= length if length else 1
+    return size
 
 
 class Rule(NamedTuple):
@@ -180,7 +199,12 @@ AUTO: tuple[Rule, ...] = (
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
+_SMALL = "its fixed cost is below that of plain PyTorch's many operators (1.3 to 9 times as fast on AMD family 25)"
+_SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
+_ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
+_CHUNKS = "scores in chunks of 24 MiB that stay in the second-level cache (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
+    *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS),
     Rule(
         "nt_xent",
         "cpu",
@@ -188,6 +212,10 @@ RULES: tuple[Rule, ...] = (
         Where(_MEASURED, columns=1024, most_features=256),
         "at least 2.3 times as fast as eager PyTorch on every processor measured (AMD family 26; Intel family 6, AMX)",
     ),
+    Rule("nearest", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
+    Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("info_nce", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
     Rule("retrieve", "cuda", "triton", Where(_HALF, most_features=128, scores=2**22), _TRAFFIC),

@@ -24,6 +24,8 @@ from anomem.backends import Problem
 from anomem.choice import Measured
 from anomem.ops import contrast, retrieve, sampling
 from anomem.ops import deviation_map as deviation_maps
+from anomem.ops import nearest as nearests
+from anomem.ops import read as reads
 from anomem.ops import usage as usages
 from anomem.ops.library import Memory, accumulator
 
@@ -233,6 +235,32 @@ def _usage_kernel(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
     return mass, entropy.mean()
 
 
+def _nearest_reference(x: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(x)
+    return (reference.nearest(x.to(dtype), prototypes.to(dtype), min(4, len(prototypes))).distance,)
+
+
+def _nearest_kernel(impl: str, x: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    return (nearests.nearest(x[None], prototypes[None], min(4, len(prototypes)), impl)[0][0],)
+
+
+def _read_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulator(query)
+    found = reference.read_memory(query.to(dtype), prototypes.to(dtype), top_k=min(_READ, len(prototypes)))
+    return found.out.to(query.dtype), found.residual, found.cosine, found.entropy, found.lse
+
+
+def _read_kernel(impl: str, query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+    memory = _memory(prototypes)._replace(keys=prototypes[None])
+    found = reads.read(query[None], memory, None, min(_READ, len(prototypes)), False, False, impl)
+    out, residual, cosine, _, _, entropy, lse = (x[0] for x in found)
+    return out, residual, cosine, entropy, lse
+
+
+_READ = 16
+"""Prototypes of a measured read."""
+
+
 # Modules are named at the call, so that a test can put a wrong or slow kernel in the place of one.
 _BY_REFERENCE: dict[str, Function] = {
     "retrieve": _retrieve_reference,
@@ -243,6 +271,8 @@ _BY_REFERENCE: dict[str, Function] = {
     "variance": lambda x: (reference.variance_hinge(x.to(accumulator(x))),),
     "deviation_map": _deviation_map_reference,
     "usage": _usage_reference,
+    "nearest": _nearest_reference,
+    "read": _read_reference,
 }
 _BY_KERNEL: dict[str, Function] = {
     "retrieve": lambda impl, query, prototypes: retrieve.retrieve(query, _memory(prototypes), impl),
@@ -257,6 +287,8 @@ _BY_KERNEL: dict[str, Function] = {
         deviation_maps.deviation_map(feature_map, _memory(prototypes), "cosine", None),
     ),
     "usage": lambda impl, query, prototypes: _usage_kernel(query, prototypes),
+    "nearest": _nearest_kernel,
+    "read": _read_kernel,
 }
 
 
@@ -343,6 +375,8 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
                 if not training:
                     yield make("deviation_map", rows=8192 * more, columns=512), training
                     yield make("usage", rows=8192 * more, columns=512), training
+                    yield make("nearest", rows=8192 * more, columns=1024), training
+                    yield make("read", rows=8192 * more, columns=1024), training
 
 
 def fill(device: str, place: Path, seconds: float, report: Callable[[float, str], object]) -> dict[str, Measured]:

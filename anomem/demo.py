@@ -108,7 +108,7 @@ def cells(console: Console) -> None:
             fit_run(FitConfig(data=data, encoder="efficientnet_lite0", run=RunConfig(directory=str(path))))
         opened, config, task, detector = load_fitted_run(path)
         console.print("scoring the test cells, fitting the rivals, drawing the heat maps …")
-        found = detector.over(task.test)
+        found = detector.over(task.test, maps=False)
         metrics = report(detector, task, config, found)
         draw_fitted(task, detector, opened.figures)
         opened.write_metrics(metrics)

@@ -37,11 +37,12 @@ class ArgumentError(UserError, ValueError):
 
 
 @contextmanager
-def optional(purpose: str) -> Iterator[None]:
+def optional(purpose: str, extra: str = "lab") -> Iterator[None]:
     """Around the import of an optional package.
 
     Args:
         purpose: what needs the package: "the data set digits", "drawing figures".
+        extra: of this package, which brings it.
 
     Raises:
         UserError: the package is not installed.
@@ -50,7 +51,7 @@ def optional(purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{purpose} needs the package {error.name}, which is not installed; pip install anomem[lab]"
+            f"{purpose} needs the package {error.name}, which is not installed; pip install anomem[{extra}]"
         ) from error
 
 

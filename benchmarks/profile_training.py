@@ -1,9 +1,10 @@
 """`python -m benchmarks.profile_training`: where the time of a training step goes, against plain PyTorch.
 
 Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
-settings: "eager" with every operator in plain PyTorch (impl="reference"), "anomem" as the library runs it, and the
-"usual pipeline", plain PyTorch on views that `DataLoader` workers make image by image with torchvision. The phases are
-the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a picture of the bars.
+settings: "eager" with every operator in plain PyTorch (impl="reference"), float32 and contiguous, "anomem" as the
+library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make image by image with
+torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a
+picture of the bars.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -29,6 +30,10 @@ from anomem.augment import AugmentConfig
 from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
+from anomem.train.batches import Batch
+from anomem.train.execution import settled
+from anomem.train.profiling import Event, seconds_of_phases
+from anomem.train.rows import Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
 from benchmarks.harness.measure import peak_bytes
@@ -37,10 +42,6 @@ from benchmarks.report.tables import number
 
 ROUNDS = 5
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-RANGES = "anomem."
-"""First part of the names of the loop's ranges; the rest is the phase."""
-LAST = "optimizer"
-"""The phase that ends a step."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Options:
     """Steps before, each time the loop is started; at least 1."""
     workers: int = 2
     """Processes of the usual pipeline."""
-    bf16: bool | None = None
-    """Encoder under bfloat16 autocast; on a GPU when not given."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of this library's bar; the others are float32."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Likewise; the others are contiguous."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-steps.jsonl when not given."""
     out: str = "runs/profile"
@@ -79,11 +82,8 @@ def main(options: Options) -> int:
         return 2
     backbone = options.backbone or ("resnet18" if device == "cuda" else "small")
     batch = options.batch or (1024 if device == "cuda" else 128)
-    bf16 = device == "cuda" if options.bf16 is None else options.bf16
-    settings = {"backbone": backbone, "batch": batch, "side": options.side, "bf16": bf16, "workers": options.workers}
-    title = (
-        f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels, {'bfloat16' if bf16 else 'float32'}"
-    )
+    settings = {"backbone": backbone, "batch": batch, "side": options.side, "workers": options.workers}
+    title = f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels"
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     # More than a run of the loop takes: at the end of an epoch workers would start with empty queues.
@@ -91,15 +91,16 @@ def main(options: Options) -> int:
     resident = ResidentImages(pixels.to(device))
     usual = UsualImages(pixels, device, options.workers)
 
-    def pipeline(name: str, impl: str, images: Images) -> Pipeline:
-        return Pipeline(name, config_of(backbone, impl, batch, device, bf16), images, options.warmup)
+    def pipeline(name: str, impl: str, images: Images, precision: str, memory_format: str) -> Pipeline:
+        config = config_of(backbone, impl, batch, device, precision, memory_format)
+        return Pipeline(name, config, images, options.warmup)
 
     alternating = [
-        pipeline("eager", "reference", resident),
-        pipeline(f"anomem ({options.impl})", options.impl, resident),
+        pipeline("eager", "reference", resident, "float32", "contiguous"),
+        pipeline(f"anomem ({options.impl})", options.impl, resident, options.precision, options.memory_format),
     ]
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
-    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual)]
+    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
     found: list[Step] = []
     for group, rounds in ((alternating, ROUNDS), (alone, 1)):
         say(", ".join(each.name for each in group))
@@ -113,9 +114,11 @@ def main(options: Options) -> int:
                 Step(
                     pipeline=each.name,
                     title=title,
-                    config=settings,
+                    config={**settings, **each.executed()},
                     about=rows.about(device),
                     seconds_per_step=seconds,
+                    # Of the workers nothing is known.
+                    cpu_seconds_per_step=None if each in alone and options.workers else median(each.cpu_seconds),
                     milliseconds=each.milliseconds(),
                     peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
                     images_per_second=batch / seconds,
@@ -136,12 +139,15 @@ def main(options: Options) -> int:
     return 0
 
 
-def config_of(backbone: str, impl: str, batch: int, device: str, bf16: bool) -> TrainConfig:
+def config_of(
+    backbone: str, impl: str, batch: int, device: str, precision: str = "auto", memory_format: str = "auto"
+) -> TrainConfig:
     """The settings of a pipeline: the library's defaults but for these."""
+    run = RunConfig(device=device, precision=precision, memory_format=memory_format, log_every=10**9)
     return TrainConfig(
         model=ModelConfig(backbone=backbone, impl=impl),
         optimizer=OptimizerConfig(batch_size=batch),
-        run=RunConfig(device=device, bf16=bf16, log_every=10**9),
+        run=run,
         prototypes_from="normal",  # the loop is started several times and would fill the memories each time
     )
 
@@ -170,13 +176,20 @@ class Pipeline:
         self.device = config.run.device
         self.seconds: list[float] = []
         """Of a step, the mean of each round."""
+        self.cpu_seconds: list[float] = []
+        """Processor time of all threads of the process, likewise."""
         self.phases: list[dict[str, float]] = []
         """Seconds of each phase in a step, the mean of each round."""
         model: AnoMem = build_model(config.model, images.size, images.channels, MEAN, STD)
         self.model = model.to(self.device)
 
-    def train(self, steps: int) -> list[float]:
-        """Run the loop; the times at which its first measured step begins and its last one ends."""
+    def executed(self) -> dict[str, str]:
+        """Precision and memory format of the loop."""
+        run = settled(self.config, torch.device(self.device)).run
+        return {"precision": run.precision, "memory_format": run.memory_format}
+
+    def train(self, steps: int) -> StampedImages:
+        """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
         stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
         # One step more, whose batch is asked for when the last measured step ends.
         optimizer = replace(self.config.optimizer, steps=self.warmup + steps + 1)
@@ -184,12 +197,13 @@ class Pipeline:
         views = UsualViews if isinstance(self.images, UsualImages) else stage1.Views
         with mock.patch.object(stage1, "Views", views):
             stage1.train_stage1(self.model, stamped, None, config, quiet=True)
-        return stamped.times
+        return stamped
 
     def measure(self, steps: int, trace: Path) -> None:
         """One round: the loop without the profiler, then with it; its trace goes to a file."""
-        begin, end = self.train(steps)
-        self.seconds.append((end - begin) / steps)
+        stamped = self.train(steps)
+        for marks, into in ((stamped.times, self.seconds), (stamped.cpu_times, self.cpu_seconds)):
+            into.append((marks[1] - marks[0]) / steps)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
         with profile(activities=activities) as profiler:
             self.train(steps)
@@ -201,47 +215,6 @@ class Pipeline:
         """Phase -> time in a step, the median over the rounds."""
         names = dict.fromkeys(name for phases in self.phases for name in phases)
         return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
-
-
-class Event(NamedTuple):
-    """One event of a profile on the host's side; times in microseconds."""
-
-    name: str
-    start: float
-    end: float
-    on_gpu: float = 0.0
-    """Time of the kernels and copies that it launched itself."""
-
-    @classmethod
-    def of(cls, event: Any) -> Event:
-        """From an event of `torch.profiler`, which lists a range's copy on the GPU among its kernels."""
-        kernels = (kernel.duration for kernel in event.kernels if not kernel.name.startswith(RANGES))
-        return cls(event.name, event.time_range.start, event.time_range.end, sum(kernels))
-
-
-def seconds_of_phases(events: Sequence[Event], warmup: int, steps: int, *, on_gpu: bool) -> dict[str, float]:
-    """Seconds of each of the loop's ranges in one step.
-
-    On a CPU the time of the range. On a GPU the time of the kernels and copies launched during the range by any thread,
-    because autograd launches the backward pass from its own thread.
-
-    Args:
-        events: of a profile of the loop.
-        warmup: steps not counted, at least 1.
-        steps: counted after them.
-        on_gpu: whether the time is the GPU's.
-
-    Returns:
-        Phase -> seconds, in the order of a step.
-    """
-    ranges = sorted((event for event in events if event.name.startswith(RANGES)), key=lambda event: event.start)
-    ends = [one.end for one in ranges if one.name == RANGES + LAST]
-    ranges = [one for one in ranges if ends[warmup - 1] <= one.start < ends[warmup + steps - 1]]
-    microseconds = dict.fromkeys((one.name for one in ranges), 0.0)
-    for one in ranges:
-        inside = (event.on_gpu for event in events if one.start <= event.start < one.end) if on_gpu else ()
-        microseconds[one.name] += sum(inside) if on_gpu else one.end - one.start
-    return {name.removeprefix(RANGES): total / steps / 1e6 for name, total in microseconds.items()}
 
 
 class StampedImages:
@@ -259,6 +232,7 @@ class StampedImages:
         self.device = device
         self.stamps = {first, last}
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
         self.count = 0
 
     @property
@@ -286,6 +260,7 @@ class StampedImages:
                 if self.device == "cuda":
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
+                self.cpu_times.append(time.process_time())
             self.count += 1
             batch = next(source, None)
             if batch is None:
@@ -364,14 +339,15 @@ class UsualViews:
         config: not used.
         is_normal: None.
         generator: not used.
+        seed: not used.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator) -> None:
+    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator, seed: int) -> None:
         pass
 
-    def __call__(self, views: Tensor, index: Tensor, count: int) -> tuple[Tensor, None]:
+    def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:
         """The views as they came."""
-        return views, None
+        return batch.images, None
 
 
 def show(title: str, found: list[Step]) -> None:
@@ -381,6 +357,7 @@ def show(title: str, found: list[Step]) -> None:
     lines = [(phase, *(number(row.milliseconds.get(phase, 0.0)) for row in found)) for phase in phases]
     lines.append(("sum of phases", *(number(sum(row.milliseconds.values())) for row in found)))
     lines.append(("step without the profiler", *(number(1e3 * row.seconds_per_step) for row in found)))
+    lines.append(("processor time", *(number(1e3 * (row.cpu_seconds_per_step or 0)) for row in found)))
     lines.append(("images/s", *(f"{row.images_per_second:.0f}" for row in found)))
     lines.append(("peak MiB of the loop", *(f"{row.peak_bytes / 2**20:.1f}" for row in found)))
     table(title, columns, lines)

@@ -213,13 +213,13 @@ class Pass:
         query, keys, dout = self._tensors()
         memory = primitives.Memory(normalisation.normalized(keys, LAYER), None, None, query.shape[1] ** -0.5, LAYER)
         if self.case.training:
-            out, lse = chunked.forward(query, memory)
-            found = {"chunked": lambda: chunked.backward(dout, None, query, memory)}
+            out, _, normaliser = chunked.forward(query, memory)
+            found = {"chunked": lambda: chunked.backward(dout, None, query, memory, out, normaliser)}
             entries = retrieve.flash_entries(
                 ("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, None
             )
             if entries is not None:
-                found["flash"] = lambda: flash.backward(dout, None, query, memory, out, lse, entries)
+                found["flash"] = lambda: flash.backward(dout, None, query, memory, out, normaliser, entries)
             return found
         found = {"chunked": lambda: chunked.forward(query, memory)}
         entries = retrieve.flash_entries(("retrieve_flash_forward",), query, None)
@@ -265,16 +265,16 @@ class Schemes:
 
     def scratches(self, one: Case) -> Iterator[Row]:
         """Two rows for each size of the chunked scheme's scratch: launched by the host, and replayed as a graph."""
-        chunked: Any = importlib.import_module("anomem.kernels.retrieve_chunked")
+        primitives: Any = importlib.import_module("anomem.kernels.primitives")
         call = Pass(one, self.device).schemes()["chunked"]
-        before = chunked.SCRATCH_BYTES
+        before = primitives.SCRATCH_BYTES
         try:
             for size in SCRATCHES:
-                chunked.SCRATCH_BYTES = size
+                primitives.SCRATCH_BYTES = size
                 yield self._row(one, f"{size // MIB} MiB", call, self.time)
                 yield self._row(one, f"{size // MIB} MiB{IN_A_GRAPH}", call, self.time_graph)
         finally:
-            chunked.SCRATCH_BYTES = before
+            primitives.SCRATCH_BYTES = before
 
     def _row(self, one: Case, name: str, call: Callable[[], object], time: Time) -> Row:
         row = row_for(SCHEMES, one, name, "work", rows.MEASURED)

@@ -5,7 +5,10 @@ no kernel: the first call of an operator loads the operator's file.
 
 The files
     `retrieve`      chooses among `retrieve_flash`, `retrieve_resident` and `retrieve_chunked`; `rows` normalises
-    `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward` and `contrast_backward`
+    `contrast`      NT-Xent and InfoNCE, by `contrast_rows`, `contrast_forward`, `contrast_backward`, and for long rows
+                    and exact float32 `contrast_chunked`
+    `nearest`       the nearest prototypes and greedy k-center, by the products of `retrieve_chunked`
+    `read`          the read of a filled memory, by the same and by `nearest`
     `primitives`    loads, products, softmax and sizes that these share
     `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
@@ -41,7 +44,7 @@ class Operator(NamedTuple):
 
 
 _CONTRAST_FORWARD = ("contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_add_splits_kernel")
-_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_row_gradient_kernel")
+_CONTRAST_BACKWARD = ("contrast_backward_kernel", "contrast_chunked_weights_kernel", "contrast_row_gradient_kernel")
 OPERATORS = {
     "anomem::triton_retrieve_fwd": Operator(
         "retrieve",
@@ -61,9 +64,17 @@ OPERATORS = {
             "row_constant_kernel",
             "retrieve_flash_prototype_sums_kernel",
             "retrieve_flash_query_gradient_kernel",
+            "retrieve_chunked_weights_kernel",
             "retrieve_chunked_softmax_backward_kernel",
             "row_normalize_backward_kernel",
         ),
+    ),
+    "anomem::triton_nearest": Operator("nearest", "nearest", ("nearest_select_kernel",)),
+    "anomem::triton_k_center": Operator("nearest", "k_center", ("nearest_center_kernel",)),
+    "anomem::triton_read": Operator(
+        "read",
+        "read",
+        ("row_normalize_kernel", "nearest_select_kernel", "read_softmax_kernel", "read_finish_kernel"),
     ),
     "anomem::triton_nt_xent_fwd": Operator("contrast", "nt_xent_forward", _CONTRAST_FORWARD),
     "anomem::triton_nt_xent_bwd": Operator("contrast", "nt_xent_backward", _CONTRAST_BACKWARD),
@@ -72,7 +83,8 @@ OPERATORS = {
 }
 
 # Longer rows do not fit into the registers of one block, where the row normalisation keeps them.
-LONGEST_ROW = {"retrieve": 2048, "nt_xent": 1024, "info_nce": 1024}
+LONGEST_ROW = {"retrieve": 2048, "nearest": 2048, "read": 2048, "nt_xent": 4096, "info_nce": 4096}
+_CONTRASTS = ("nt_xent", "info_nce")
 OLDEST_CAPABILITY = (8, 0)
 TRITON_FOR_10 = (3, 8)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +106,7 @@ def support(operator: str, dtype: torch.dtype, features: int) -> str | None:
     Of a machine with several GPUs the current one is asked.
 
     Args:
-        operator: "retrieve", "nt_xent" or "info_nce".
+        operator: "retrieve", "nearest", "read", "nt_xent" or "info_nce".
         dtype: of the rows.
         features: d, their length.
     """
@@ -137,8 +149,8 @@ def _triton_release() -> tuple[int, ...]:
 
 
 def _tile_obstacle(operator: str, dtype: torch.dtype, features: int, device: torch.device) -> str | None:
-    """Why a contrast has no tile on a GPU, or None; retrieval without a tile is chunked."""
-    if operator == "retrieve":
+    """Why a contrast has no tile on a GPU, or None; what reads a memory is chunked without a tile."""
+    if operator not in _CONTRASTS:
         return None
     rows = importlib.import_module("anomem.kernels.contrast_rows")
     reasons = (rows.obstacle(kernel, dtype, features, device) for kernel in ("contrast_forward", "contrast_backward"))

@@ -3,7 +3,10 @@
 The launchers run with tensors that have no memory, and a recorder in place of the launch: what is compiled is what they
 launch. For each kernel, tile and architecture the command prints registers per thread, spilled bytes, shared memory,
 blocks per multiprocessor, the matrix instruction and the tensor memory, read from the compiled binary. `--write` stores
-them in ahead_of_time.json under Triton's minor version; `--check` compiles again, compares, and exits with status 1 on
+them in ahead_of_time.json under Triton's minor version, each with a digest of all that determines the binary: Triton's
+release, the source of the kernel and of what it calls, signature, constants, options and architecture. `--check`
+compiles again, compares, and exits with status 1 on a fault. Both leave out a kernel whose digest is that of its row;
+`--check` compiles a fixed sample of these, and `--all` compiles them all. A fault is
 
 - a register that is spilled inside a loop with a matrix instruction, or a spill of a kernel without matrices, beyond
   those of the committed row; a spill around that loop costs little and is a number of the row;
@@ -15,16 +18,19 @@ them in ahead_of_time.json under Triton's minor version; `--check` compiles agai
 - more shared memory than the tile table says, since tiles are chosen by it at run time;
 - scratch memory on the GPU, which Python would have to allocate at each launch, even while a CUDA graph is recorded;
 - a row that the committed file lacks or that is no longer compiled;
-- fewer blocks per multiprocessor than the committed row.
+- fewer blocks per multiprocessor than the committed row;
+- any other figure than the committed row's where the digest is the same.
 
-Registers may differ by any amount that spills nothing and loses no block: they move by up to 50 from one Triton
-release to the next. A Triton version without committed rows is checked by the rules that need no row.
+Where it is another, registers may differ by any amount that spills nothing and loses no block: they move by up to 50
+from one Triton release to the next. A Triton version without committed rows is checked by the rules that need no row.
 """
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -34,6 +40,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,13 +52,29 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from anomem.kernels import TRITON_FOR_10, contrast, contrast_rows, retrieve, retrieve_chunked, retrieve_flash, rows
+from anomem.kernels import (
+    TRITON_FOR_10,
+    contrast,
+    contrast_chunked,
+    contrast_forward,
+    contrast_rows,
+    nearest,
+    retrieve,
+    retrieve_chunked,
+    retrieve_flash,
+    rows,
+)
+from anomem.kernels import read as memory_read
 from anomem.kernels.primitives import Memory
 from anomem.kernels.tile_search import Fixed, Launched, Site, using
 from anomem.kernels.tile_table import ARCHITECTURES, INTERPRETED, TABLE, Tile, tiles_of
 
 COMMITTED = Path(__file__).resolve().parent / "ahead_of_time.json"
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
+ANY_WIDTH = ("retrieve_resident", "retrieve_chunked_weights", "contrast_chunked_weights")
+"""Kernels that sum over slices of rows of any length, compiled for 512 features."""
+SAMPLE = 60
+"""Kernels that `--check` compiles though their digest is that of the committed row."""
 # Compiled with the best tile at whole rows only: their other launches resemble those of sm_80.
 _IN_BRIEF = (86, 120)
 VARIANTS = ("odd", "mixed", "float16", "l2", "raw", "direct")
@@ -131,6 +154,8 @@ class Row(NamedTuple):
     """Multiplications of a turn of those loops over those of the tile; 1 where they are not counted (sm_100)."""
     chained: bool = False
     """Two products add to one accumulator in a loop."""
+    digest: str = ""
+    """Of what was compiled: see `digest_of`."""
 
 
 def version() -> str:
@@ -168,8 +193,7 @@ def retrieve_calls(
     """Retrieval, forward and backward, with a learned beta and a gradient of lse; dv is None for a tied memory."""
     query, dout, keys = (empty(*shape, dtype=dtype) for shape in ((100, d), (100, dv or d), (prototypes, d)))
     arguments = query, keys, None if dv is None else empty(prototypes, dv, dtype=dtype), empty(), 1.0, normalize
-    out, lse = retrieve.forward(*arguments)
-    retrieve.backward(dout, empty(100), *arguments, out, lse)
+    retrieve.backward(dout, empty(100), *arguments, *retrieve.forward(*arguments))
 
 
 def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool, groups: tuple[int, int] = (1, 8)) -> None:
@@ -200,15 +224,35 @@ def contrast_row_calls(d: int) -> None:
     """The row passes of the contrastive losses in bfloat16."""
     matrix, row = empty(8, 100, d, dtype=torch.bfloat16), empty(8, 100)
     contrast_rows.scaled_rows(matrix, matrix, row, matrix, matrix, row)
-    contrast_rows.row_gradient(empty(2, 8, 100, d), matrix, row, matrix, matrix)
+    for scale in (None, (row[:, 0], empty(), 1.0)):
+        contrast_rows.row_gradient(empty(2, 8, 100, d), contrast_rows.Inputs(matrix, row, (matrix, matrix)), scale)
+
+
+def exact_calls(d: int) -> None:
+    """The passes over the library's products of the contrastive losses in exact float32."""
+    with tf32(False):
+        contrast_calls(torch.float32, d, 64, learned=True)
 
 
 def chunked_calls(prototypes: int) -> None:
-    """The softmax passes of the chunked scheme in bfloat16."""
+    """The softmax passes of the chunked scheme: forward in bfloat16, backward in float32."""
     query, keys = empty(100, 64, dtype=torch.bfloat16), empty(prototypes, 64, dtype=torch.bfloat16)
-    memory = Memory(keys, None, None, 1.0, rows.NONE.value)
-    retrieve_chunked.forward(query, memory)
-    retrieve_chunked.backward(query, empty(100), query, memory)
+    retrieve_chunked.forward(query, Memory(keys, None, None, 1.0, rows.NONE.value))
+    query, memory = query.float(), Memory(keys.float(), None, None, 1.0, rows.NONE.value)
+    retrieve_chunked.backward(query, empty(100), query, memory, query, empty(100, 2))
+
+
+def nearest_calls(prototypes: int) -> None:
+    """The nearest prototypes and k-center in bfloat16."""
+    matrix = empty(100, 128, dtype=torch.bfloat16)
+    nearest.nearest(matrix[None], empty(1, prototypes, 128, dtype=torch.bfloat16), 4)
+    nearest.k_center(matrix, 1, 0)
+
+
+def read_calls(prototypes: int) -> None:
+    """The read of the largest scores in bfloat16, with bias and beta."""
+    query, keys = empty(1, 100, 128, dtype=torch.bfloat16), empty(1, prototypes, 128, dtype=torch.bfloat16)
+    memory_read.read(query, keys, empty(), 1.0, empty(1, prototypes), rows.LAYER.value, 4, False, True)
 
 
 def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
@@ -219,10 +263,8 @@ def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
     for kernel, kind, block in TABLE:
         dtype = torch.bfloat16 if kind == "half" else torch.float32
         resident = kernel == "retrieve_resident"
-        widest = 512 if resident else block
+        widest = 512 if kernel in ANY_WIDTH else block
         brief = architecture in _IN_BRIEF
-        if brief and kind == "ieee":
-            continue
         for tile in tiles_of((kernel, kind, block), architecture)[: 1 if brief else None]:
             for d in (widest,) if brief else (widest, widest - 8):
                 with (
@@ -236,7 +278,7 @@ def table_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
                             retrieve_calls(dtype, d, block, dv)
                     else:
                         contrast_calls(dtype, d, tile.rows, learned=True)
-                        if kind != "ieee" and d == widest and not brief:  # with the fixed shift; see `has_fixed_shift`
+                        if d == widest and not brief:  # with the fixed shift; see `has_fixed_shift`
                             contrast_calls(dtype, d, tile.rows, learned=False)
                 for launch in launches:
                     if launch.kernel.__name__ == f"{kernel}_kernel":
@@ -269,8 +311,12 @@ def variant_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
     calls: tuple[tuple[str, Callable[[], None]], ...] = (
         ("odd", lambda: retrieve_calls(half, 33, 64, None)),
         ("odd", lambda: contrast_calls(half, 99, 64, True)),
+        ("odd", lambda: retrieve_calls(half, 301, 300, None)),
+        ("odd", lambda: contrast_calls(half, 301, 64, True)),
         ("mixed", lambda: retrieve_calls(half, 128, 64, 40)),
+        ("mixed", lambda: retrieve_calls(half, 300, 300, 520)),
         ("float16", lambda: contrast_calls(torch.float16, 128, 64, True)),
+        ("float16", lambda: contrast_calls(torch.float16, 512, 64, True)),
         ("l2", lambda: retrieve_calls(half, 128, 64, None, rows.L2.value)),
         ("raw", lambda: retrieve_calls(half, 128, 64, None, rows.NONE.value)),
         ("direct", lambda: contrast_calls(half, 128, 64, True, (8, 1))),
@@ -294,15 +340,23 @@ def pass_launches() -> Iterator[tuple[str, Tile, Launch]]:
     """(dtype, block as a tile, launch) of the passes that multiply no matrices, at short and at the longest rows."""
     passes = (
         *((row_calls, "row", width, (rows.rows_per_block(width), width)) for width in (64, 256, 2048)),
-        *((contrast_row_calls, "contrast", width, (rows.rows_per_block(width), width)) for width in (128, 1024)),
-        *((chunked_calls, "retrieve_chunked", M, retrieve_chunked.block_of_scores(M)) for M in (64, 4096)),
+        *((contrast_row_calls, "contrast", width, (rows.rows_per_block(width), width)) for width in (128, 4096)),
+        *((chunked_calls, "retrieve_chunked_softmax", M, retrieve_chunked.block_of_scores(M)) for M in (64, 4096)),
+        (nearest_calls, "nearest", 1024, retrieve_chunked.block_of_scores(1024)),
+        (read_calls, "read", 1024, retrieve_chunked.block_of_scores(1024)),
     )
     for calls, prefix, size, block in passes:
         with recording() as launches:
             calls(size)
         for launch in launches:
             if launch.kernel.__name__.startswith(prefix):
-                yield "bf16", Tile(*block, warps=4, stages=3, shared=1), launch
+                yield "bf16", Tile(*block, warps=4, stages=3, shared=2), launch
+    with recording() as launches:
+        exact_calls(64)
+    for launch in launches:
+        name = launch.kernel.__name__.removesuffix("_kernel")
+        if name in ("contrast_forward", "contrast_chunked_weights"):
+            yield "exact", contrast_forward.EXACT if name == "contrast_forward" else contrast_chunked.PASS, launch
 
 
 @contextlib.contextmanager
@@ -326,6 +380,10 @@ def variant(arguments: dict[str, Any]) -> str:
         words = ("tied", "keys", "values")[arguments["PART"]]
     elif "positive" in arguments:
         words = "joined" if arguments["positive"] is None else "rectangle"
+    elif "TIED" in arguments:
+        words = "tied" if arguments["TIED"] else "separate"
+    elif "SUMS_OF_WEIGHTS" in arguments:
+        words = "of weights" * arguments["SUMS_OF_WEIGHTS"]
     elif "BLOCK_DV" in arguments:
         words = "tied" if arguments["values"] is None else "separate"
     return words + " fixed" * arguments.get("FIXED", False)
@@ -417,8 +475,36 @@ def read(compiled: object, log: str, spec: Spec) -> Row:
     products = 1.0 if not expected or executed in expected else round(executed / expected[0], 3)
     return Row(
         registers, spills, shared, blocks, matrix, columns, serialised, scratch,
-        loops.spills if spills else 0, products, chains_products(compiled.asm["ttir"]),
+        loops.spills if spills else 0, products, chains_products(compiled.asm["ttir"]), digest_of(spec),
     )  # fmt: skip
+
+
+def digest_of(spec: Spec) -> str:
+    """Digest of all that determines a binary; comments, docstrings and the place in a file do not."""
+    parts = (triton.__version__, source_of(spec.kernel), spec[:1], spec[2:6])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def source_of(kernel: Any) -> str:
+    """The code of a `@triton.jit` function, of those that it calls, and the values of the constants that it names."""
+    found: dict[str, str] = {}
+
+    def visit(function: Any) -> None:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        if isinstance(tree.body[0], ast.Expr) and isinstance(tree.body[0].value, ast.Constant):
+            tree.body = tree.body[1:]
+        found[f"{function.__module__}.{function.__name__}"] = ast.dump(tree)
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = function.__globals__.get(name)
+            called = getattr(value, "fn", None)  # of a function of ours, compiled or interpreted
+            if isinstance(value, tl.constexpr):
+                found[f"{function.__module__}.{name}"] = repr(value.value)
+            elif inspect.isfunction(called) and f"{called.__module__}.{called.__name__}" not in found:
+                visit(called)
+
+    visit(kernel.fn)
+    return repr(sorted(found.items()))
 
 
 class Loops:
@@ -470,8 +556,12 @@ def multiplications(spec: Spec) -> list[int]:
     if name == "contrast_forward_kernel":
         return [constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_D"] * times for times in unrolled]
     if name == "contrast_backward_kernel":
-        score = constants["BLOCK_X"] * constants["BLOCK_Y"]
-        return [score * (constants["BLOCK_D"] * times + constants["BLOCK_OUT"]) for times in unrolled]
+        return [2 * constants["BLOCK_X"] * constants["BLOCK_Y"] * constants["BLOCK_D"]]
+    if name == "contrast_chunked_weights_kernel":
+        return [constants["BLOCK_X"] * constants["BLOCK_Y"] * constants["BLOCK_D"] * times for times in unrolled]
+    if name == "retrieve_chunked_weights_kernel":
+        score = constants["BLOCK_N"] * constants["BLOCK_M"] * constants["BLOCK_D"]
+        return [score * times for times in range(1, 4 * unrolled.stop)]  # of two products, in one loop or in two
     if name == "retrieve_resident_kernel":
         score = constants["BLOCK_N"] * constants["BLOCK_M"] * constants["BLOCK_D"]
         return [score * times for times in range(2, 2 * unrolled.stop)] + [score]  # one of two loops may disappear
@@ -507,9 +597,21 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return outputs[0], outputs[1]
 
 
-def compile_all(processes: int) -> dict[str, Row]:
-    """Compile everything that is shipped, in that many processes, past every cache."""
-    keys = list(shipped())
+def unlike(committed: dict[str, Row]) -> list[str]:
+    """Keys whose committed row is of another binary, or missing."""
+    return [key for key, spec in shipped().items() if key not in committed or committed[key].digest != digest_of(spec)]
+
+
+def sample() -> list[str]:
+    """Keys spread over everything that is shipped, always the same: each kernel on each architecture, and others."""
+    spread = sorted(shipped(), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    one_each = {(shipped()[key].kernel.__name__, shipped()[key].architecture): key for key in reversed(spread)}
+    chosen = list(one_each.values())
+    return chosen + [key for key in spread if key not in chosen][: max(SAMPLE - len(chosen), 0)]
+
+
+def compile_all(keys: list[str], processes: int) -> dict[str, Row]:
+    """Compile these, in that many processes, past every cache."""
     with tempfile.TemporaryDirectory() as cache:
         # The processes inherit these and read them when they import triton.
         os.environ.update(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1", TRITON_CACHE_DIR=cache)
@@ -544,7 +646,11 @@ def faults(rows: dict[str, Row], committed: dict[str, Row] | None) -> Iterator[s
                 yield f"{key}: not in {COMMITTED.name}; run python -m anomem.kernels.ahead_of_time --write"
             elif row.blocks < before.blocks:
                 yield f"{key}: {row.blocks} blocks per multiprocessor, committed {before.blocks}"
-    for key in sorted(set(committed or ()) - set(rows)):
+            elif row.digest == before.digest and row != before:
+                pairs = zip(Row._fields, before, row, strict=True)
+                changed = ", ".join(f"{name} {mine}, committed {old}" for name, old, mine in pairs if mine != old)
+                yield f"{key}: {changed}, though nothing that determines the binary has changed"
+    for key in sorted(set(committed or ()) - set(shipped())):
         yield f"{key}: in {COMMITTED.name} but no longer compiled; run python -m anomem.kernels.ahead_of_time --write"
 
 
@@ -592,14 +698,21 @@ def main(arguments: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help=f"store the rows in {COMMITTED.name}")
     action.add_argument("--check", action="store_true", help="exit with status 1 on any fault")
+    parser.add_argument("--all", action="store_true", help="also compile what is as it was when its row was committed")
     parser.add_argument("--processes", type=int, default=2, help="compilations at the same time")
     chosen = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted in this process, not compiled; unset it")
-    rows = compile_all(chosen.processes)
-    found = list(faults(rows, None if chosen.write else committed_rows().get(version())))
+    committed = committed_rows().get(version())
+    known = {key: row for key, row in (committed or {}).items() if key in shipped()}
+    keys = list(shipped())
+    if not chosen.all and known and (chosen.write or chosen.check):
+        wanted = {*unlike(known), *(sample() if chosen.check else ())}
+        keys = [key for key in keys if key in wanted]
+    rows = compile_all(keys, chosen.processes)
+    found = list(faults(rows, None if chosen.write else committed))
     if chosen.write:
-        write(rows)
+        write(known | rows)
     if not chosen.check:
         show(rows)
     for fault in found:

@@ -17,15 +17,16 @@ InfoNCE: each row finds its column among all columns but one (van den Oord et al
     are not checked before the launch: a row whose `positive` or `exclude` is out of range has loss NaN.
 
 Both forwards first scale the rows (`contrast_rows`), then run `contrast_forward`; both backwards run
-`contrast_backward`. Every sum has a fixed order.
+`contrast_backward`, or for long rows and exact float32 `contrast_chunked`, in one pass. Every sum has a fixed order.
 """
 
 import torch
 from torch import Tensor
 
+from anomem.kernels import contrast_chunked
 from anomem.kernels.contrast_backward import COLUMNS, JOINED, ROWS, gradient
 from anomem.kernels.contrast_forward import losses
-from anomem.kernels.contrast_rows import scaled_rows
+from anomem.kernels.contrast_rows import Inputs, plan, scaled_rows
 
 
 def nt_xent_forward(
@@ -72,8 +73,13 @@ def nt_xent_backward(
     groups, count, features = scaled.shape
     dz, dz_pair = (scaled.new_empty(groups, count // 2, features) for _ in range(2))
     learned = temperature is not None
-    matrices = (scaled, scaled, inverse, inverse)
-    moment = gradient(JOINED, *matrices, rows, lse, drows, None, None, temperature, tau, dz, dz_pair, learned)
+    inputs = Inputs(scaled, inverse, (dz, dz_pair))
+    arguments = (rows, lse, drows, None, None, temperature, tau, learned)
+    cut = plan("contrast_backward", scaled)
+    if cut is None or cut.sliced:
+        moment = contrast_chunked.gradients(inputs, None, *arguments)
+    else:
+        moment = gradient(JOINED, inputs, inputs, *arguments, cut)
     dtemperature = moment * -0.5 / temperature if learned else lse.new_empty(0)
     return dz, dz_pair, dtemperature
 
@@ -133,8 +139,13 @@ def info_nce_backward(
     drows, dcolumns = torch.empty_like(x), torch.empty_like(y)
     arguments = (loss, lse, dloss, positive.contiguous(), _contiguous(exclude), temperature, tau)
     learned = temperature is not None
-    moment = gradient(ROWS, x, y, inverse_x, inverse_y, *arguments, drows, None, learned)
-    gradient(COLUMNS, y, x, inverse_y, inverse_x, *arguments, dcolumns, None, False)
+    rows, columns = Inputs(x, inverse_x, (drows,)), Inputs(y, inverse_y, (dcolumns,))
+    cut = plan("contrast_backward", x)
+    if cut is None or cut.sliced:
+        moment = contrast_chunked.gradients(rows, columns, *arguments, learned)
+    else:
+        moment = gradient(ROWS, rows, columns, *arguments, learned, cut)
+        gradient(COLUMNS, columns, rows, *arguments, False, cut)
     dtemperature = -moment / temperature if learned else lse.new_empty(0)
     return drows, dcolumns, dtemperature
 

@@ -16,8 +16,8 @@ The temperature's gradient comes with it: dtau = −(1/tau) Σ_ij W_ij c_ij / ta
 
 Each block owns BLOCK_X rows x of one matrix and streams tiles of BLOCK_Y rows y of the other: W = [BLOCK_X, BLOCK_Y],
 du += W y, as in the backward of FlashAttention (Dao 2023). A block that holds its gradient whole also applies the
-backward of the row normalisation. If the sum is cut into splits or the rows are too long, it stores float32 partial
-sums, which `contrast_row_gradient_kernel` adds.
+backward of the row normalisation. If the sum is cut into splits, it stores float32 partial sums, which
+`contrast_row_gradient_kernel` adds. Longer rows and exact float32: `contrast_chunked`.
 """
 
 import torch
@@ -26,6 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.contrast_rows import (
+    Inputs,
+    Plan,
+    amplification,
     cosines,
     has_fixed_shift,
     inverse_temperature,
@@ -34,9 +37,7 @@ from anomem.kernels.contrast_rows import (
     load_mantissa,
     mantissa,
     opposite,
-    plan,
     row_gradient,
-    sliced_product,
     store_row_gradient,
 )
 from anomem.kernels.primitives import (
@@ -54,9 +55,6 @@ from anomem.kernels.tile_table import Tile
 
 # The matrix W of a launch: of two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# float16 weights are scaled so that the largest upstream gradient of their group becomes this. The smallest normal
-# number of float16, 2⁻¹⁴, is 2⁻²⁷ of it, and the sum of two weights at a positive stays below the largest, 65504.
-FLOAT16_PEAK = tl.constexpr(8192.0)
 
 
 @triton.jit
@@ -72,6 +70,19 @@ def load_missing(loss, rows, count):
     x = tl.load(loss + rows, mask=rows < count, other=0.0)
     series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0 * (1.0 - x / 5.0 * (1.0 - x / 6.0)))))
     return tl.where(x < 0.125, series, 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def joined_weights(logit, x_lse, x_upstream, x_weight, y_lse, y_upstream, FIXED: tl.constexpr):
+    """g_i P_ij + g_j P_ji [BLOCK_X, BLOCK_Y]; x_weight: exp(−lse) g [BLOCK_X], used where FIXED."""
+    if FIXED:
+        # One exponential an element. With 1/tau ≤ 44 both exp(c / tau) and exp(−lse) stay within 2^±82. So no shift is
+        # needed, and the product with any upstream gradient stays in float32.
+        weight = tl.exp(logit) * (x_weight[:, None] + (tl.exp(-y_lse) * y_upstream)[None, :])
+    else:
+        weight = tl.exp(logit - x_lse[:, None]) * x_upstream[:, None]
+        weight += tl.exp(logit - y_lse[None, :]) * y_upstream[None, :]
+    return weight
 
 
 @triton.jit
@@ -97,7 +108,7 @@ def contrast_backward_kernel(
     positive,  # [R] int64; None if JOINED
     exclude,  # [R] int64, or None
     temperature,  # 0-dim float32, or None
-    peak,  # [G] float32, max |upstream|: scales float16 weights; None otherwise
+    peak,  # [G] float32: see `amplification`; None but for float16
     first,  # [G, border, d], written if `partial` is None: see `store_row_gradient`
     second,  # [G, X − border, d], or None
     moment,  # [splits, G, X] float32: Σ_j W_ij c_ij / tau, for the temperature's gradient; None if not needed
@@ -112,20 +123,16 @@ def contrast_backward_kernel(
     FEATURES: tl.constexpr,
     ROLE: tl.constexpr,
     FIXED: tl.constexpr,
-    SLICED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
 ):
-    """One tile of owned rows, one slice of their gradient's features. Grid: [G · splits · slices · tiles]."""
+    """One tile of owned rows. Grid: [G · splits · tiles]."""
     tiles = tl.cdiv(owned_count, BLOCK_X)
-    slices = tl.cdiv(FEATURES, BLOCK_OUT)
     tile = tl.program_id(0) % tiles
-    slice_index = (tl.program_id(0) // tiles) % slices
-    split = (tl.program_id(0) // tiles // slices) % splits
-    group = (tl.program_id(0) // tiles // slices // splits).to(tl.int64)
+    split = (tl.program_id(0) // tiles) % splits
+    group = (tl.program_id(0) // tiles // splits).to(tl.int64)
     x = owned + group * owned_count * FEATURES
     y = streamed + group * streamed_count * FEATURES
     row_count = streamed_count if ROLE == COLUMNS else owned_count
@@ -135,12 +142,8 @@ def contrast_backward_kernel(
     group_upstream = upstream + group * row_count
 
     x_rows = tile * BLOCK_X + tl.arange(0, BLOCK_X)  # [BLOCK_X]
-    out = slice_index * BLOCK_OUT
     inverse_tau = inverse_temperature(inverse_tau, temperature)
-    amplify = 1.0
-    if peak is not None:
-        largest = tl.load(peak + group)
-        amplify = tl.where((largest > 0) & (largest < float("inf")), FLOAT16_PEAK / largest, 1.0)
+    amplify = amplification(peak, group)
     if ROLE != COLUMNS:
         x_lse, x_upstream = load_per_row(group_lse, group_upstream, x_rows, owned_count)  # [BLOCK_X]
         x_upstream = x_upstream * amplify
@@ -155,36 +158,23 @@ def contrast_backward_kernel(
             x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
     r = tl.load(owned_inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)  # [BLOCK_X]
     x_factor = mantissa(r)
-    if not SLICED:
-        x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+    x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
 
-    du = tl.zeros((BLOCK_X, BLOCK_OUT), tl.float32)
+    du = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     x_moment = tl.zeros((BLOCK_X,), tl.float32)
     begin = split * streamed_per_split
     end = tl.minimum(begin + streamed_per_split, streamed_count)
     for start in range(begin, end, BLOCK_Y):
         y_rows = start + tl.arange(0, BLOCK_Y)  # [BLOCK_Y]
-        if SLICED:
-            product = sliced_product(
-                x, y, tile * BLOCK_X, start, owned_count, streamed_count, FEATURES, PRECISION, BLOCK_X, BLOCK_Y, BLOCK_D
-            )
-            y_tile = load_tile(y, start, streamed_count, out, FEATURES, BLOCK_Y, BLOCK_OUT)  # [BLOCK_Y, BLOCK_OUT]
-        else:
-            y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
-            product = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
+        y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+        product = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
         y_factor = load_mantissa(y_inverse, y_rows, streamed_count)  # [BLOCK_Y]
         logit = rounded_product(cosines(product, x_factor, y_factor), inverse_tau)  # [BLOCK_X, BLOCK_Y]
         if ROLE != ROWS:
             y_lse, y_upstream = load_per_row(group_lse, group_upstream, y_rows, streamed_count)  # [BLOCK_Y]
             y_upstream = y_upstream * amplify
         if ROLE == JOINED:
-            if FIXED:
-                # One exponential an element. With 1/tau ≤ 44 both exp(c / tau) and exp(−lse) stay within 2^±82. So no
-                # shift is needed, and the product with any upstream gradient stays in float32.
-                weight = tl.exp(logit) * (x_weight[:, None] + (tl.exp(-y_lse) * y_upstream)[None, :])
-            else:
-                weight = tl.exp(logit - x_lse[:, None]) * x_upstream[:, None]
-                weight += tl.exp(logit - y_lse[None, :]) * y_upstream[None, :]
+            weight = joined_weights(logit, x_lse, x_upstream, x_weight, y_lse, y_upstream, FIXED)
             if is_special(tile * BLOCK_X, start, streamed_count, BLOCK_X, BLOCK_Y):
                 x_pull = x_upstream * load_missing(group_loss, x_rows, owned_count)  # [BLOCK_X]
                 y_pull = y_upstream * load_missing(group_loss, y_rows, streamed_count)  # [BLOCK_Y]
@@ -215,23 +205,21 @@ def contrast_backward_kernel(
     part = tl.full((), split, tl.int64) * groups + group
     if moment is not None:
         at = part * owned_count + x_rows
-        tl.store(moment + at, x_moment / amplify, mask=(x_rows < owned_count) & (slice_index == 0))
+        tl.store(moment + at, x_moment / amplify, mask=x_rows < owned_count)
     if partial is None:
-        s = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_OUT)  # [BLOCK_X, BLOCK_OUT]
+        s = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
         u = s.to(tl.float32) * x_factor[:, None]
-        store_row_gradient(du, u, r, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_OUT)
+        store_row_gradient(du, u, r, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_D)
     else:
-        mask = (x_rows < owned_count)[:, None] & (out + tl.arange(0, BLOCK_OUT) < FEATURES)[None, :]
-        at = (part * owned_count + x_rows)[:, None] * FEATURES + out + tl.arange(0, BLOCK_OUT)[None, :]
+        mask = (x_rows < owned_count)[:, None] & (tl.arange(0, BLOCK_D) < FEATURES)[None, :]
+        at = (part * owned_count + x_rows)[:, None] * FEATURES + tl.arange(0, BLOCK_D)[None, :]
         tl.store(partial + at, du, mask=mask)
 
 
 def gradient(
     role: tl.constexpr,
-    owned: Tensor,
-    streamed: Tensor,
-    owned_inverse: Tensor,
-    streamed_inverse: Tensor,
+    owned: Inputs,
+    streamed: Inputs,
     loss: Tensor,
     lse: Tensor,
     upstream: Tensor,
@@ -239,43 +227,44 @@ def gradient(
     exclude: Tensor | None,
     temperature: Tensor | None,
     tau: float,
-    first: Tensor,
-    second: Tensor | None,
     wants_moment: bool,
+    cut: Plan,
 ) -> Tensor | None:
     """Write the gradient of the raw rows behind `owned`; arguments as in `contrast_backward_kernel`.
+
+    Args:
+        cut: not sliced.
 
     Returns:
         Σ_ij W_ij c_ij / tau over all groups, 0-dim float32, if `wants_moment`. Its order of summation is fixed.
     """
-    groups, owned_count, features = owned.shape
-    if owned.numel() == 0:
+    rows, others = owned.scaled, streamed.scaled
+    groups, owned_count, features = rows.shape
+    if rows.numel() == 0 or others.numel() == 0:
+        for result in owned.gradients:
+            result.zero_()
         return lse.new_zeros(()) if wants_moment else None
-    cut = plan("contrast_backward", owned)
-    slices = cdiv(features, cut.block_out)
-    peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if owned.dtype == torch.float16 else None
-    fixed = role == JOINED and has_fixed_shift(owned, temperature, tau)
+    peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if rows.dtype == torch.float16 else None
+    fixed = role == JOINED and has_fixed_shift(rows, temperature, tau)
+    first, second = (*owned.gradients, None)[:2]
 
     def run(tile: Tile) -> Launched:
-        blocks = groups * slices * cdiv(owned_count, tile.rows)
-        parts, streamed_per_part = split_loop(streamed.shape[1], tile.columns, blocks, multiprocessors(owned))
-        fused = parts == 1 and slices == 1
-        partial = None if fused else owned.new_empty(parts, *owned.shape, dtype=torch.float32)
+        blocks = groups * cdiv(owned_count, tile.rows)
+        parts, streamed_per_part = split_loop(others.shape[1], tile.columns, blocks, multiprocessors(rows))
+        partial = None if parts == 1 else rows.new_empty(parts, *rows.shape, dtype=torch.float32)
         moment = lse.new_empty(parts, groups, owned_count) if wants_moment else None
         compiled = contrast_backward_kernel[(blocks * parts,)](
-            owned, streamed, owned_inverse, streamed_inverse, loss, lse, upstream, positive, exclude, temperature, peak,
-            first, second, moment, partial, 1 / tau, groups, owned_count, streamed.shape[1], first.shape[1],
-            parts, streamed_per_part, FEATURES=features, ROLE=role,
-            FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
-            BLOCK_X=tile.rows, BLOCK_Y=tile.columns, BLOCK_D=cut.block_d, BLOCK_OUT=cut.block_out,
-            **tile.options,
+            rows, others, owned.inverse, streamed.inverse, loss, lse, upstream, positive, exclude, temperature, peak,
+            first, second, moment, partial, 1 / tau, groups, owned_count, others.shape[1], first.shape[1],
+            parts, streamed_per_part, FEATURES=features, ROLE=role, FIXED=fixed, PRECISION=cut.precision,
+            BLOCK_X=tile.rows, BLOCK_Y=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            row_gradient(partial, owned, owned_inverse, first, second)
+            row_gradient(partial, owned)
         return Launched(compiled, moment)
 
-    facts = {"dtype": owned.dtype, "d": features, "role": role.value, "exclude": exclude is not None}
+    facts = {"dtype": rows.dtype, "d": features, "role": role.value, "exclude": exclude is not None}
     facts |= {"learned": temperature is not None, "fixed": fixed, "moment": wants_moment}
-    with device_of(owned):
-        moment = launch(Site(cut.entry, facts, groups * owned_count, streamed.shape[1], owned.device), run)
+    with device_of(rows):
+        moment = launch(Site(cut.entry, facts, groups * owned_count, others.shape[1], rows.device), run)
     return None if moment is None else moment.sum()

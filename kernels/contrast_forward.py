@@ -8,7 +8,7 @@ cosines c_ij of negatives. The positive is added at the end, l_i = log(1 + Σ_j 
 Where it dominates its row, the loss keeps its digits and is never below 0. A row that excludes its positive has the
 logarithm of the sum alone. The shift is the running maximum (online softmax, Milakov & Gimelshein 2018) or, where
 `FIXED`, the bound 1. With few rows the columns are cut into splits. A second kernel adds the sums of the splits in a
-fixed order, so every run gives the same bits.
+fixed order, so every run gives the same bits. Products of exact float32 are the library's, chunk of rows by chunk.
 """
 
 import torch
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.contrast_rows import (
+    chunks,
     cosines,
     has_fixed_shift,
     inverse_temperature,
@@ -27,9 +28,22 @@ from anomem.kernels.contrast_rows import (
     plan,
     sliced_product,
 )
-from anomem.kernels.primitives import LN2, LOG2E, cdiv, device_of, dot, load_tile, multiprocessors, split_loop
+from anomem.kernels.primitives import (
+    LN2,
+    LOG2E,
+    cdiv,
+    device_of,
+    dot,
+    library_product,
+    load_tile,
+    multiprocessors,
+    split_loop,
+)
 from anomem.kernels.tile_search import Launched, Site, launch
 from anomem.kernels.tile_table import Tile
+
+# Of exact float32, which has no product of its own: a pass over rows of cosines.
+EXACT = Tile(rows=4, columns=256, warps=4, stages=1, shared=1)
 
 
 @triton.jit
@@ -71,7 +85,11 @@ def store_losses(loss, lse, at, mask, shift, running_sum, matched, hidden, inver
     tl.store(lse + at, row_lse, mask=mask)
 
 
-@triton.jit(do_not_specialize=["groups", "row_count", "column_count", "splits", "columns_per_split"])
+@triton.jit(
+    do_not_specialize=[
+        "groups", "row_count", "column_count", "splits", "columns_per_split", "first_row", "end_row",
+    ]
+)  # fmt: skip
 def contrast_forward_kernel(
     scaled_rows,  # [G, R, d]
     scaled_columns,  # [G, C, d]
@@ -83,12 +101,15 @@ def contrast_forward_kernel(
     loss,  # [G, R] float32
     lse,  # [G, R] float32
     partial,  # [3, splits, G, R] float32: shift, sum and positive's cosine by split; None for one split
+    products,  # [G, end_row − first_row, C] float32, s_x s_yᵀ of exact float32; None: they are computed here
     inverse_tau,
     groups,
     row_count,
     column_count,
     splits,
     columns_per_split,
+    first_row,  # with products: of their rows; None without
+    end_row,
     FEATURES: tl.constexpr,
     FIXED: tl.constexpr,
     SLICED: tl.constexpr,
@@ -98,14 +119,21 @@ def contrast_forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One tile of rows against one split of the columns. Grid: [G · splits · tiles of rows], tiles fastest."""
-    tiles = tl.cdiv(row_count, BLOCK_R)
+    begin_row = 0
+    if products is not None:
+        row_end = end_row
+        begin_row = first_row
+    else:
+        row_end = row_count
+    tiles = tl.cdiv(row_end - begin_row, BLOCK_R)
     tile = tl.program_id(0) % tiles
     split = (tl.program_id(0) // tiles) % splits
     group = (tl.program_id(0) // tiles // splits).to(tl.int64)
     x = scaled_rows + group * row_count * FEATURES
     y = scaled_columns + group * column_count * FEATURES
 
-    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    row = begin_row + tile * BLOCK_R
+    rows = row + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     if positive is None:
         target = opposite(rows, row_count)  # [BLOCK_R]
     else:
@@ -117,8 +145,11 @@ def contrast_forward_kernel(
     inverse_tau = inverse_temperature(inverse_tau, temperature)
     scale = inverse_tau * LOG2E
     x_factor = load_mantissa(row_inverse + group * row_count, rows, row_count)  # [BLOCK_R]
-    if not SLICED:
-        x_tile = load_tile(x, tile * BLOCK_R, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
+    if products is not None:
+        corner = products + (group * (row_end - begin_row) + tile * BLOCK_R) * column_count
+        line = tl.arange(0, BLOCK_R).to(tl.int64)[:, None] * column_count  # [BLOCK_R, 1]
+    elif not SLICED:
+        x_tile = load_tile(x, row, row_count, 0, FEATURES, BLOCK_R, BLOCK_D)  # [BLOCK_R, BLOCK_D]
 
     shift = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     if FIXED:
@@ -129,9 +160,12 @@ def contrast_forward_kernel(
     end = tl.minimum(begin + columns_per_split, column_count)
     for first in range(begin, end, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        if SLICED:
+        if products is not None:
+            inside = (rows < row_end)[:, None] & (columns < column_count)[None, :]
+            product = tl.load(corner + line + columns[None, :], mask=inside, other=0.0)  # [BLOCK_R, BLOCK_C]
+        elif SLICED:
             product = sliced_product(
-                x, y, tile * BLOCK_R, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
+                x, y, row, first, row_count, column_count, FEATURES, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D
             )
         else:
             y_tile = load_tile(y, first, column_count, 0, FEATURES, BLOCK_C, BLOCK_D)  # [BLOCK_C, BLOCK_D]
@@ -139,7 +173,7 @@ def contrast_forward_kernel(
         y_factor = load_mantissa(column_inverse + group * column_count, columns, column_count)  # [BLOCK_C]
         cosine = cosines(product, x_factor, y_factor)  # [BLOCK_R, BLOCK_C]
         if positive is None:
-            if is_special(tile * BLOCK_R, first, column_count, BLOCK_R, BLOCK_C):
+            if is_special(row, first, column_count, BLOCK_R, BLOCK_C):
                 is_positive = columns[None, :] == target[:, None]
                 matched += tl.sum(tl.where(is_positive, cosine, 0.0), axis=1)
                 outside = (columns[None, :] == rows[:, None]) | (columns >= column_count)[None, :]
@@ -160,7 +194,7 @@ def contrast_forward_kernel(
     if positive is not None:
         running_sum = tl.where(valid, running_sum, float("nan"))
 
-    mask = rows < row_count
+    mask = rows < row_end
     if partial is None:
         hidden = None
         if exclude is not None:
@@ -242,8 +276,14 @@ def losses(
     lse = torch.empty_like(loss)
     if loss.numel() == 0:
         return loss, lse
-    fixed = has_fixed_shift(scaled_rows, temperature, tau)
     cut = plan("contrast_forward", scaled_rows)
+    if cut is None:
+        with device_of(scaled_rows):
+            _exact(
+                scaled_rows, scaled_columns, row_inverse, column_inverse, positive, exclude, temperature, tau, loss, lse
+            )
+        return loss, lse
+    fixed = has_fixed_shift(scaled_rows, temperature, tau)
 
     def run(tile: Tile) -> Launched:
         blocks = groups * cdiv(row_count, tile.rows)
@@ -251,7 +291,7 @@ def losses(
         partial = loss.new_empty(3, parts, groups, row_count) if parts > 1 else None
         compiled = contrast_forward_kernel[(blocks * parts,)](
             scaled_rows, scaled_columns, row_inverse, column_inverse, positive, exclude, temperature,
-            loss, lse, partial, 1 / tau, groups, row_count, column_count, parts, columns_per_part,
+            loss, lse, partial, None, 1 / tau, groups, row_count, column_count, parts, columns_per_part, None, None,
             FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
@@ -267,3 +307,29 @@ def losses(
     with device_of(scaled_rows):
         launch(Site(cut.entry, facts, groups * row_count, column_count, scaled_rows.device), run)
     return loss, lse
+
+
+def _exact(
+    scaled_rows: Tensor,
+    scaled_columns: Tensor,
+    row_inverse: Tensor,
+    column_inverse: Tensor,
+    positive: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+    loss: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write loss and lse of exact float32; the other arguments as in `losses`."""
+    column_count = scaled_columns.shape[1]
+    for chunk in chunks(scaled_rows, column_count):
+        of, first, end = chunk.groups, chunk.rows.start, chunk.rows.stop
+        x, y = scaled_rows[of], scaled_columns[of]
+        contrast_forward_kernel[(x.shape[0] * cdiv(end - first, EXACT.rows),)](
+            x, y, row_inverse[of], column_inverse[of], positive, exclude, temperature,
+            loss[of], lse[of], None, library_product(x[:, chunk.rows], y.mT),
+            1 / tau, x.shape[0], x.shape[1], column_count, 1, column_count, first, end,
+            FEATURES=x.shape[2], FIXED=False, SLICED=False, PRECISION="ieee",
+            BLOCK_R=EXACT.rows, BLOCK_C=EXACT.columns, BLOCK_D=16, **EXACT.options,
+        )  # fmt: skip

@@ -8,17 +8,19 @@ Scaled rows
     c_ij = m_i m_j (s_i·s_j) of bfloat16 rows are as exact as their float32 sum. Rounding a unit row would change each
     element by up to 2⁻⁸ of it, and the temperature divides that error: at tau = 0.005 and d = 16 logits c_ij / tau
     would err by about 0.1, weights P by a tenth. Beside s only r is stored; m is its mantissa. For TF32 products x is
-    rounded first, so s, m and r are those of the rounded row.
+    rounded first, so s, m and r are those of the rounded row. Of rows beyond 8e37 r would be subnormal and lose its
+    mantissa: there 2^200 r is stored, which no other row has (`times_inverse`).
 
     A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous.
     The row passes are memory bound.
 
 Feature axis
-    Up to `WHOLE` features a block holds its rows whole, and the tile of streamed rows is loaded once for both products.
-    Beyond, the products are summed over slices of BLOCK_D features, and a backward block owns BLOCK_OUT features of its
-    rows' gradient: the products are computed d / BLOCK_OUT times, and nothing of their size is stored.
+    Up to `WHOLE` features a block holds its rows whole. Beyond, the forward sums its products over slices of BLOCK_D
+    features, and the backward stores the weights of a chunk of rows (`contrast_chunked`). Exact float32 is always
+    chunked, in both passes.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ from anomem.kernels.primitives import (
     precision,
     round_to,
     rounded_product,
+    scratch_bytes,
     store_rows,
 )
 from anomem.kernels.rows import L2_EPS, rows_per_block, shrinking_factor
@@ -45,13 +48,18 @@ from anomem.kernels.tile_table import Entry, fitting, kind_of
 # Down to this temperature 2/tau · log2(e) ≤ 126: exp((c − 1) / tau) cannot underflow in float32, so the constant 1/tau
 # can replace the running maximum.
 LOWEST_FIXED_SHIFT = 0.023
+# The smallest normal number of float16, 2⁻¹⁴, is 2⁻²⁷ of it, and the sum of two weights at a positive stays below the
+# largest, 65504.
+FLOAT16_PEAK = tl.constexpr(8192.0)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-# A backward tile of 256 features spills: the gradient alone takes half of the registers.
+# What r is multiplied by where it would be subnormal, in two steps that stay in float32, and where that is known by.
+RAISE, RAISED = tl.constexpr(2.0**100), tl.constexpr(2.0**60)
+# A backward tile of 256 features would be the gradient alone in half of the registers.
 WHOLE = {
-    "contrast_forward": {"half": 256, "tf32": 128, "ieee": 64},
-    "contrast_backward": {"half": 128, "tf32": 64, "ieee": 64},
+    "contrast_forward": {"half": 256, "tf32": 128},
+    "contrast_backward": {"half": 128, "tf32": 64},
 }
-SLICE = {"half": 64, "tf32": 32, "ieee": 32}
+SLICE = {"half": 64, "tf32": 32}
 
 
 @triton.jit
@@ -66,6 +74,14 @@ def power_of_two(r):
     """2^k of r = 2^k m [BLOCK] float32; r itself where it is 0 or NaN."""
     bits = r.to(tl.int32, bitcast=True)
     return tl.where(r > 0, ((bits & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True), r)
+
+
+@triton.jit
+def times_inverse(x, r):
+    """x r [BLOCK_R, BLOCK_D] with r [BLOCK_R] as stored."""
+    raised = r > RAISED
+    lower = tl.where(raised, 1.0 / RAISE, 1.0)
+    return x * (r * lower)[:, None] * lower[:, None]
 
 
 @triton.jit
@@ -103,10 +119,10 @@ def scale_tile(
     shrunk = raw * shrink[:, None]
     length = tl.sqrt_rn(tl.sum(shrunk * shrunk, axis=1))  # [BLOCK_R]
     # A NaN length is not ≤ and stays NaN. An infinite length has factor 0, and an infinite element times 0 is NaN.
-    factor = tl.where(length <= L2_EPS, 0.0, tl.div_rn(shrink, length))
-    # A subnormal factor has no mantissa to keep: rows beyond 8e37.
-    factor = tl.where((factor > 0.0) & (factor < SMALLEST_NORMAL), float("nan"), factor)
-    s = raw * power_of_two(factor)[:, None]  # [BLOCK_R, BLOCK_D]
+    factor = tl.where(length <= L2_EPS, 0.0, tl.div_rn(1.0, length))  # of the shrunk row
+    s = shrunk * power_of_two(factor)[:, None]  # [BLOCK_R, BLOCK_D]
+    subnormal = (factor > 0.0) & (factor * shrink < SMALLEST_NORMAL)
+    factor = tl.where(subnormal, factor * RAISE * (shrink * RAISE), factor * shrink)
     store_rows(scaled + group * scaled_group_stride, s, rows, FEATURES, count, FEATURES, BLOCK_D)
     tl.store(inverse + group * inverse_group_stride + rows, factor, mask=rows < count)
 
@@ -173,7 +189,7 @@ def contrast_scaled_rows_kernel(
 def store_row_gradient(
     du,  # [BLOCK_R, BLOCK_D] float32
     u,  # [BLOCK_R, BLOCK_D] float32
-    factor,  # [BLOCK_R] float32, 1/|row|
+    factor,  # [BLOCK_R] float32, 1/|row| as stored
     first,  # [G, border, d]: gradient of the rows before `border`
     second,  # [G, count − border, d]: of the rows from `border` on; None where border = count
     group,
@@ -185,7 +201,7 @@ def store_row_gradient(
 ):
     """Apply the backward of the row normalisation and store it as the raw rows lie. A zero row gets zero."""
     projection = tl.sum(u * du, axis=1)  # [BLOCK_R]
-    dx = (du - u * projection[:, None]) * factor[:, None]  # [BLOCK_R, BLOCK_D]
+    dx = times_inverse(du - u * projection[:, None], factor)  # [BLOCK_R, BLOCK_D]
     # A row that was set to zero at |x| ≤ 1e-12 gets zero, even if another row made its du NaN.
     dx = tl.where((tl.sum(u * u, axis=1) == 0)[:, None], 0.0, dx)
     dx = round_to(dx, first.dtype.element_ty)
@@ -203,17 +219,24 @@ def contrast_row_gradient_kernel(
     partial,  # [splits, G, count, d] float32
     scaled,  # [G, count, d]
     inverse,  # [G, count] float32, 1/|row|
+    peak,  # [G] float32, or None: see `amplification`
+    temperature,  # 0-dim float32, or None
     first,
     second,
+    inverse_tau,
     groups,
     count,
     border,
     splits,
+    SUMS_OF_WEIGHTS: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the partial sums of du in the order of the splits and apply the backward of the row normalisation."""
+    """Add the partial sums of du in the order of the splits and apply the backward of the row normalisation.
+
+    SUMS_OF_WEIGHTS: the sums are Σ_j W'_ij s_j of `contrast_chunked`, of which du is 1/(tau m_i).
+    """
     tiles = tl.cdiv(count, BLOCK_R)
     group = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -223,8 +246,25 @@ def contrast_row_gradient_kernel(
         du += load_rows(base, rows, FEATURES, count, FEATURES, BLOCK_D)
     s = load_rows(scaled + group * count * FEATURES, rows, FEATURES, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
     factor = tl.load(inverse + group * count + rows, mask=rows < count, other=0.0)
-    u = s.to(tl.float32) * mantissa(factor)[:, None]
+    m = mantissa(factor)
+    if SUMS_OF_WEIGHTS:
+        scale = inverse_temperature(inverse_tau, temperature) / amplification(peak, group)
+        du = du * (scale / m)[:, None]
+    u = s.to(tl.float32) * m[:, None]
     store_row_gradient(du, u, factor, first, second, group, rows, count, border, FEATURES, BLOCK_D)
+
+
+@triton.jit
+def amplification(peak, group):
+    """What float16 weights are multiplied by: then the largest upstream gradient of their group is FLOAT16_PEAK.
+
+    peak: [G] float32, max |upstream|; None for other dtypes, which need none.
+    """
+    amplify = 1.0
+    if peak is not None:
+        largest = tl.load(peak + group)
+        amplify = tl.where((largest > 0) & (largest < float("inf")), FLOAT16_PEAK / largest, 1.0)
+    return amplify
 
 
 @triton.jit
@@ -330,14 +370,45 @@ def scaled_rows(
         )  # fmt: skip
 
 
-def row_gradient(partial: Tensor, scaled: Tensor, inverse: Tensor, first: Tensor, second: Tensor | None) -> None:
-    """The gradient of raw rows from its partial sums; arguments as in `contrast_row_gradient_kernel`."""
-    groups, count, features = scaled.shape
+class Inputs(NamedTuple):
+    """The rows of one side of a contrast, and where their gradients go."""
+
+    scaled: Tensor
+    """[G, count, d], contiguous."""
+    inverse: Tensor
+    """[G, count] float32, 1/|row|."""
+    gradients: tuple[Tensor, ...]
+    """[G, count, d], or those of two joined views, [G, count / 2, d] each; contiguous."""
+
+    def part(self, groups: slice, rows: slice) -> "Inputs":
+        """Some rows, of all groups or of one: each tensor is a pointer and numbers of rows, which may be 0."""
+        border = self.gradients[0].shape[1]
+        first = self.gradients[0][groups, min(rows.start, border) : min(rows.stop, border)]
+        rest = slice(max(rows.start - border, 0), max(rows.stop - border, 0))
+        halves = (first, *(second[groups, rest] for second in self.gradients[1:]))
+        return Inputs(self.scaled[groups, rows], self.inverse[groups, rows], halves)
+
+
+Scale = tuple[Tensor | None, Tensor | None, float]
+"""(peak, temperature, 1/tau), what sums of weights are to be multiplied by; see `contrast_row_gradient_kernel`."""
+
+
+def row_gradient(partial: Tensor, rows: Inputs, scale: Scale | None = None) -> None:
+    """The gradient of raw rows from its partial sums.
+
+    Args:
+        partial: [splits, G, count, d] float32, contiguous.
+        rows: whose gradients are written.
+        scale: of sums of weights; None for sums of du.
+    """
+    groups, count, features = rows.scaled.shape
     block_r = rows_per_block(features)
-    with device_of(scaled):
+    peak, temperature, inverse_tau = scale or (None, None, 1.0)
+    first, second = (*rows.gradients, None)[:2]
+    with device_of(rows.scaled):
         contrast_row_gradient_kernel[(groups * cdiv(count, block_r),)](
-            partial, scaled, inverse, first, second,
-            groups, count, first.shape[1], partial.shape[0],
+            partial, rows.scaled, rows.inverse, peak, temperature, first, second, inverse_tau,
+            groups, count, first.shape[1], partial.shape[0], SUMS_OF_WEIGHTS=scale is not None,
             FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
 
@@ -352,25 +423,53 @@ def has_fixed_shift(rows: Tensor, temperature: Tensor | None, tau: float) -> boo
     return temperature is None and tau >= LOWEST_FIXED_SHIFT and not exact
 
 
+class Chunk(NamedTuple):
+    """Some groups and some of their rows."""
+
+    groups: slice
+    rows: slice
+    last: bool
+    """Of these groups."""
+
+
+def chunks(x: Tensor, columns: int) -> Iterator[Chunk]:
+    """Chunks in order whose scores take about SCRATCH_BYTES: several groups, or a part of one.
+
+    Args:
+        x: [G, R, d]; scores have its dtype, those of exact float32 too.
+        columns: C.
+    """
+    groups, rows, _ = x.shape
+    row_bytes = max(columns, 1) * x.dtype.itemsize
+    limit = scratch_bytes(x)
+    if groups > 0 and rows * row_bytes <= limit:
+        step = max(1, limit // max(rows * row_bytes, 1))
+        for first in range(0, groups, step):
+            yield Chunk(slice(first, min(first + step, groups)), slice(0, rows), True)
+        return
+    step = max(1, limit // row_bytes // 128) * 128
+    for group in range(groups):
+        for first in range(0, rows, step):
+            yield Chunk(slice(group, group + 1), slice(first, min(first + step, rows)), first + step >= rows)
+
+
 class Plan(NamedTuple):
-    """How a launch cuts up the features; the same for every tile."""
+    """How a launch with a tile of the table cuts up the features; the same for every tile."""
 
     entry: Entry
     """Of the tile table."""
     block_d: int
     """BLOCK_D of the products."""
-    block_out: int
-    """BLOCK_OUT, the features of the gradient that one backward block owns."""
     sliced: bool
     """Whether products are summed over slices of BLOCK_D features."""
     precision: str
 
 
-def plan(kernel: str, owned: Tensor) -> Plan:
-    """Cut up the features of the rows that the blocks own.
+def plan(kernel: str, owned: Tensor) -> Plan | None:
+    """Cut up the features of the rows that the blocks own; None where the library multiplies.
 
     Args:
-        kernel: "contrast_forward" or "contrast_backward".
+        kernel: "contrast_forward" or "contrast_backward"; a sliced plan of the latter is one of `contrast_chunked`.
         owned: [G, X, d].
 
     Raises:
@@ -392,17 +491,23 @@ def obstacle(kernel: str, dtype: torch.dtype, features: int, device: torch.devic
         features: d, their length.
         device: of the rows.
     """
-    if fitting(_cut(kernel, dtype, features).entry, device):
+    cut = _cut(kernel, dtype, features)
+    if cut is None or fitting(cut.entry, device):
         return None
     dtype_name = str(dtype).removeprefix("torch.")
     return f"no tile of {kernel} for {dtype_name} rows of {features} features fits the shared memory of this GPU"
 
 
-def _cut(kernel: str, dtype: torch.dtype, features: int) -> Plan:
+def _cut(kernel: str, dtype: torch.dtype, features: int) -> Plan | None:
     arithmetic = precision(dtype)
     kind = kind_of(dtype, arithmetic)
+    if kind == "ieee":
+        return None
     whole = WHOLE[kernel][kind]
-    sliced = features > whole
-    block_d = SLICE[kind] if sliced else block_of(features)
-    entry = kernel, kind, 2 * whole if sliced else max(block_d, 64)
-    return Plan(entry, block_d, min(block_of(features), whole), sliced, arithmetic)
+    if features <= whole:
+        block_d = block_of(features)
+        return Plan((kernel, kind, max(block_d, 64)), block_d, False, arithmetic)
+    entry = (
+        (kernel, kind, 2 * whole) if kernel == "contrast_forward" else ("contrast_chunked_weights", kind, SLICE[kind])
+    )
+    return Plan(entry, SLICE[kind], True, arithmetic)

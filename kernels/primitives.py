@@ -169,20 +169,91 @@ def finite_shift(maximum):
 
 
 @triton.jit
-def online_softmax(scores, running_max, running_sum):
+def sign_and_steepness(b):
+    """(±1, |b| in units of log 2): b S = steepness · (sign · S) for scores S.
+
+    Scores are subtracted before b multiplies the difference: at |b S| = 1e5 the product alone has lost 0.008. A b of 0
+    becomes a number at which an exponential is still 1, and −inf · b still −inf.
+    """
+    return tl.where(b < 0.0, -1.0, 1.0), tl.where(b == 0.0, 2.0**-126, tl.abs(b) * LOG2E)
+
+
+@triton.jit
+def online_softmax(scores, steepness, running_max, running_sum):
     """Add a tile of scores to a softmax over tiles: Milakov and Gimelshein 2018.
 
-    scores: [BLOCK_N, BLOCK_M], in units of log 2; running_max, running_sum: [BLOCK_N], of the tiles before.
-    Returns (weights, running_max, running_sum, shift, rescale): weights = exp2(scores − shift) [BLOCK_N, BLOCK_M]; the
-    maximum and the sum with this tile; the shift [BLOCK_N]; the factor `rescale` [BLOCK_N] that converts any other sum
-    over the tiles before to the new shift.
+    scores: [BLOCK_N, BLOCK_M], times the sign of b; running_max, running_sum: [BLOCK_N], of the tiles before.
+    Returns (weights, running_max, running_sum, shift, rescale): weights = exp2((scores − shift) steepness) [BLOCK_N,
+    BLOCK_M]; the maximum and the sum with this tile; the shift [BLOCK_N]; the factor `rescale` [BLOCK_N] that converts
+    any other sum over the tiles before to the new shift.
     """
     previous_max = running_max
     running_max = tl.maximum(running_max, tl.max(scores, axis=1))
     shift = finite_shift(running_max)
-    weights = tl.exp2(scores - shift[:, None])
-    rescale = tl.exp2(previous_max - shift)
+    weights = tl.exp2((scores - shift[:, None]) * steepness)
+    rescale = tl.exp2((previous_max - shift) * steepness)
     return weights, running_max, running_sum * rescale + tl.sum(weights, axis=1), shift, rescale
+
+
+@triton.jit
+def store_softmax_sums(lse, normaliser, queries, N, shift, total, steepness):
+    """lse [N], and the normaliser [N, 2]: the largest score times the sign of b, and log2 of the sum of exponentials.
+
+    shift, total: [BLOCK_N]. From the two a backward has the forward's weights; from lse it would have them up to the
+    rounding of a large lse.
+    """
+    log_total = tl.log2(total)
+    flat = tl.where(steepness < 2.0**-125, 0.0, steepness)
+    tl.store(lse + queries, (shift * flat + log_total) * LN2, mask=queries < N)
+    at = normaliser + queries.to(tl.int64) * 2
+    tl.store(at, shift, mask=queries < N)
+    tl.store(at + 1, log_total, mask=queries < N)
+
+
+@triton.jit
+def load_normaliser(normaliser, queries, N):
+    """(shift, log2 of the sum) [BLOCK_N] of `store_softmax_sums`; the log is inf outside, where weights are then 0.
+
+    An infinite sum gives NaN, as softmax does.
+    """
+    inside = queries < N
+    at = normaliser + queries.to(tl.int64) * 2
+    log_total = tl.load(at + 1, mask=inside, other=float("inf"))
+    log_total = tl.where(inside & (log_total == float("inf")), float("nan"), log_total)
+    return tl.load(at, mask=inside, other=0.0), log_total
+
+
+# Limit of the scratch of scores that the chunked schemes take at a time, and 1/32 of the memory of a smaller GPU. Not
+# free memory, with which the chunks, and so the bits of the sums over them, would change from run to run.
+SCRATCH_BYTES = 256 * 2**20
+
+
+def scratch_bytes(tensor: Tensor) -> int:
+    """Bytes of scores that a chunk on the tensor's GPU may take."""
+    if not tensor.is_cuda:
+        return SCRATCH_BYTES
+    return min(SCRATCH_BYTES, torch.cuda.get_device_properties(tensor.device).total_memory // 32)
+
+
+def library_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, [G, X, Y] · [G, Y, Z], without rounding the result to the operands' dtype.
+
+    On the CPU, for the interpreter, as `dot` there: by float64, whose results do not depend on the place in a matrix.
+    """
+    if not a.is_cuda:
+        return torch.bmm(a.double(), b.double()).float()
+    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def add_library_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total [G, X, Z] float32, changed in place, + a b; None for zeros."""
+    if total is None:
+        return library_product(a, b)
+    if not a.is_cuda:
+        return total.add_(library_product(a, b))
+    if a.dtype == torch.float32:
+        return total.baddbmm_(a, b)
+    return torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 # triton.cdiv and triton.next_power_of_2 can also be called inside kernels, which makes them slow on the host. One call

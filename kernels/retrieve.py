@@ -2,11 +2,11 @@
 
     flash      d, dv ≤ 256: whole rows in registers, online softmax (`retrieve_flash`)
     resident   any d, dv, and M ≤ 256: whole score rows in registers, no backward (`retrieve_resident`)
-    chunked    any d, dv, M: cuBLAS products over L2-sized chunks of queries (`retrieve_chunked`)
+    chunked    any d, dv, M: cuBLAS products over chunks of queries (`retrieve_chunked`)
 
 Exact float32 is chunked: cuBLAS multiplies faster than a tile of fused multiply-adds.
 
-The backward beyond 128 features is chunked too:
+The backward of TF32 rows, and beyond 128 features, is chunked too:
     - flash recomputes: 7 products of 2 N M d operations instead of 5;
     - only poor tiles of 256 features compile without spills. On sm_80 they have 32 rows, or 64 rows and 8 warps, which
       computes some products twice. On sm_100 one block fits a multiprocessor. On sm_90 no tile was found for separate
@@ -28,7 +28,7 @@ def forward(
     beta: Tensor | None,
     scale: float,
     normalize: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(scale · beta · norm(Q) norm(K)ᵀ) V and its log-sum-exp.
 
     Args:
@@ -40,11 +40,12 @@ def forward(
         normalize: 0 none, 1 layer, 2 l2.
 
     Returns:
-        out [N, dv] in query's dtype and lse [N] float32.
+        out [N, dv] in query's dtype, lse [N] float32, and the normaliser [N, 2] float32 that the backward takes.
     """
     if query.shape[0] == 0:
         width = (keys if values is None else values).shape[1]
-        return query.new_empty(0, width), query.new_empty(0, dtype=torch.float32)
+        lse, normaliser = (query.new_empty(0, *size, dtype=torch.float32) for size in ((), (2,)))
+        return query.new_empty(0, width), lse, normaliser
     entries = flash_entries(("retrieve_flash_forward",), query, values)
     if entries is not None:
         return retrieve_flash.forward(query, _flash_memory(keys, values, beta, scale, normalize), entries[0])
@@ -66,6 +67,7 @@ def backward(
     normalize: int,
     out: Tensor,
     lse: Tensor,
+    normaliser: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients; deterministic.
 
@@ -73,7 +75,7 @@ def backward(
         dout: [N, dv], contiguous.
         dlse: [N] or None.
         query, keys, values, beta, scale, normalize: as in `forward`.
-        out, lse: the results of `forward`.
+        out, lse, normaliser: the results of `forward`; lse is not read.
 
     Returns:
         dquery [N, d], dkeys [M, d], dvalues [M, dv] (empty when tied), dbeta (0-dim; empty without beta).
@@ -86,10 +88,10 @@ def backward(
     entries = flash_entries(("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, values)
     if entries is None:
         memory = Memory(rows.normalized(keys, normalize), values, beta, scale, normalize)
-        gradients = retrieve_chunked.backward(dout, dlse, query, memory)
+        gradients = retrieve_chunked.backward(dout, dlse, query, memory, out, normaliser)
     else:
         memory = _flash_memory(keys, values, beta, scale, normalize)
-        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, lse, entries)
+        gradients = retrieve_flash.backward(dout, dlse, query, memory, out, normaliser, entries)
     dquery, key_sums, value_sums, dbeta = gradients
     rows.normalized_backward(key_sums, keys, normalize, dkeys)
     if value_sums is not None and values is not None:

@@ -5,6 +5,10 @@
                dQ = (∂norm/∂Q)ᵀ b dS K,   dK = b dSᵀ norm(Q),   dV = Pᵀ dO,   db = Σ dS ∘ (norm(Q) Kᵀ)
 
 b = scale · beta; K is already normalised. A tied memory has V = K, and the gradients of both add up in one sum.
+The backward is for 16-bit rows: no tile of float32 rows is worth its registers.
+
+A row of dS sums to dL_n, but rounded to 16 bits, and with a rounded O in delta, it misses that sum. The rest multiplies
+the mean of K: where all prototypes are nearly the same dQ is what is left where they cancel, and would be the rest.
 Eq. (1) of AnoMem; online softmax: Milakov and Gimelshein 2018; recomputation from L: Dao et al. 2022, Algorithm 4.
 
 There are many queries and few prototypes, so dK and dV are split over the queries: a block owns a tile of prototypes
@@ -19,20 +23,23 @@ from torch import Tensor
 from anomem.kernels import rows
 from anomem.kernels.primitives import (
     LN2,
-    LOG2E,
     Memory,
     block_of,
     cdiv,
     device_of,
     dot,
+    load_normaliser,
     load_rows,
     multiprocessors,
     online_softmax,
     operand,
     precision,
+    round_to,
     score_scale,
+    sign_and_steepness,
     split_loop,
     store_rows,
+    store_softmax_sums,
 )
 from anomem.kernels.rows import normalize_rows, normalize_rows_backward
 from anomem.kernels.tile_search import Launched, Site, launch
@@ -43,14 +50,6 @@ from anomem.kernels.tile_table import Entry, Tile, architecture_of
 TIED, KEYS, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit
-def load_lse(lse, queries, N):
-    """L in units of log 2 [BLOCK_N]: inf outside, so that P is 0 there, and NaN for inf, as softmax gives it."""
-    inside = queries < N
-    row_lse = tl.load(lse + queries, mask=inside, other=float("inf")) * LOG2E
-    return tl.where(inside & (row_lse == float("inf")), float("nan"), row_lse)
-
-
 @triton.jit(do_not_specialize=["N", "M"])
 def retrieve_flash_forward_kernel(
     query,  # [N, d]
@@ -59,6 +58,7 @@ def retrieve_flash_forward_kernel(
     beta,  # 0-dim, or None
     out,  # [N, dv]
     lse,  # [N] float32
+    normaliser,  # [N, 2] float32: see `store_softmax_sums`
     N,
     M,
     query_stride,
@@ -74,20 +74,20 @@ def retrieve_flash_forward_kernel(
 ):
     """One tile of queries against the whole memory. Grid: [tiles of queries]."""
     queries = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    b = score_scale(beta, scale) * LOG2E
+    sign, steepness = sign_and_steepness(score_scale(beta, scale))
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, _ = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
     query_tile = operand(unit, query.dtype.element_ty, PRECISION)  # [BLOCK_N, BLOCK_D]
-    running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # of S, in units of log 2
-    running_sum = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp2(S − shift)
+    running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # of sign · S
+    running_sum = tl.zeros((BLOCK_N,), tl.float32)  # of exponentials
     shift = tl.zeros((BLOCK_N,), tl.float32)
     accumulator = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for start in range(0, M, BLOCK_M):
         prototypes = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         key_tile = load_rows(keys, prototypes, D, M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        scores = dot(query_tile, tl.trans(key_tile), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION) * b
-        scores = tl.where((prototypes < M)[None, :], scores, float("-inf"))  # [BLOCK_N, BLOCK_M]
-        weights, running_max, running_sum, shift, rescale = online_softmax(scores, running_max, running_sum)
+        scores = dot(query_tile, tl.trans(key_tile), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        scores = tl.where((prototypes < M)[None, :], scores * sign, float("-inf"))  # [BLOCK_N, BLOCK_M]
+        weights, running_max, running_sum, shift, rescale = online_softmax(scores, steepness, running_max, running_sum)
         if values is None:
             value_tile = key_tile
         else:
@@ -95,18 +95,19 @@ def retrieve_flash_forward_kernel(
         weights = operand(weights, value_tile.dtype, PRECISION)
         accumulator = dot(weights, value_tile, accumulator * rescale[:, None], PRECISION)
     store_rows(out, accumulator / running_sum[:, None], queries, DV, N, DV, BLOCK_DV)
-    tl.store(lse + queries, (shift + tl.log2(running_sum)) * LN2, mask=queries < N)
+    store_softmax_sums(lse, normaliser, queries, N, shift, running_sum, steepness)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def retrieve_flash_query_gradient_kernel(
     query,  # [N, d]
     keys,  # [M, d]
+    keys_mean,  # [d] float32
     values,  # [M, dv], or None when tied
     beta,  # 0-dim, or None
     dout,  # [N, dv]
     dlse,  # [N] float32, or None
-    lse,  # [N] float32
+    normaliser,  # [N, 2] float32, from the forward
     delta,  # [N] float32
     dquery,  # [N, d], contiguous
     dbeta,  # [tiles of queries] float32, partial sums; None without beta
@@ -115,7 +116,6 @@ def retrieve_flash_query_gradient_kernel(
     query_stride,
     scale,
     NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,16 +126,18 @@ def retrieve_flash_query_gradient_kernel(
     """dQ of one tile of queries, and its part of dbeta. Grid: [tiles of queries]."""
     queries = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     b = score_scale(beta, scale)
+    sign, steepness = sign_and_steepness(b)
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, factor = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
-    query_tile = operand(unit, query.dtype.element_ty, PRECISION)  # [BLOCK_N, BLOCK_D]
+    query_tile = round_to(unit, query.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
     dout_tile = load_rows(dout, queries, DV, N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-    row_lse = load_lse(lse, queries, N)  # [BLOCK_N]
+    shift, log_total = load_normaliser(normaliser, queries, N)  # [BLOCK_N]
     row_delta = tl.load(delta + queries, mask=queries < N, other=0.0)
     # db_n = Σ_m dS (S/b − c) + c dL_n for any c, since Σ_m dS = dL_n. With c = L/b the factor of the largest weight,
     # where dS has cancelled, is almost zero.
-    centre = tl.where(b == 0.0, 0.0, row_lse * LN2 / b)
+    centre = tl.where(b == 0.0, 0.0, sign * shift + log_total * LN2 / b)
     dbeta_sum = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)  # of rounded dS
     accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # dS K
     for start in range(0, M, BLOCK_M):
         prototypes = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -145,13 +147,20 @@ def retrieve_flash_query_gradient_kernel(
         else:
             value_tile = load_rows(values, prototypes, DV, M, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        inner = dot(query_tile, tl.trans(key_tile), zero, PRECISION)  # [BLOCK_N, BLOCK_M], S / b
-        weights = tl.exp2(inner * (b * LOG2E) - row_lse[:, None])
-        dweights = dot(dout_tile, tl.trans(value_tile), zero, PRECISION)  # [BLOCK_N, BLOCK_M]
+        inner = dot(query_tile, tl.trans(key_tile), zero, "ieee")  # [BLOCK_N, BLOCK_M], S / b
+        weights = tl.exp2((inner * sign - shift[:, None]) * steepness - log_total[:, None])
+        dweights = dot(dout_tile, tl.trans(value_tile), zero, "ieee")  # [BLOCK_N, BLOCK_M]
         dscores = tl.where((prototypes < M)[None, :], weights * (dweights - row_delta[:, None]), 0.0)
         if beta is not None:
             dbeta_sum += tl.sum(dscores * (inner - centre[:, None]), axis=1)
-        accumulator = dot(operand(dscores, key_tile.dtype, PRECISION), key_tile, accumulator, PRECISION)
+        rounded = round_to(dscores, key_tile.dtype)
+        total += tl.sum(rounded.to(tl.float32), axis=1)
+        accumulator = dot(rounded, key_tile, accumulator, "ieee")
+    mean = tl.load(keys_mean + tl.arange(0, BLOCK_D), mask=tl.arange(0, BLOCK_D) < D, other=0.0)  # [BLOCK_D]
+    missing = -total
+    if dlse is not None:
+        missing += tl.load(dlse + queries, mask=queries < N, other=0.0)
+    accumulator += missing[:, None] * mean[None, :]
     # Rows are loaded and normalised again, so that they occupy no registers during the loop.
     raw = load_rows(query, queries, query_stride, N, D, BLOCK_D).to(tl.float32)
     unit, factor = normalize_rows(raw, NORMALIZE, D, BLOCK_D)
@@ -171,7 +180,7 @@ def retrieve_flash_prototype_sums_kernel(
     values,  # [M, dv], or None when tied
     beta,  # 0-dim, or None
     dout,  # [N, dv]
-    lse,  # [N] float32
+    normaliser,  # [N, 2] float32, from the forward
     delta,  # [N] float32
     partials,  # [SPLIT, M, d] float32; [SPLIT, M, dv] for VALUES
     N,
@@ -181,7 +190,6 @@ def retrieve_flash_prototype_sums_kernel(
     scale,
     PART: tl.constexpr,
     TWO_SUMS: tl.constexpr,
-    PRECISION: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -197,6 +205,7 @@ def retrieve_flash_prototype_sums_kernel(
     prototypes = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     split = tl.program_id(1)
     b = score_scale(beta, scale)
+    sign, steepness = sign_and_steepness(b)
     WIDTH: tl.constexpr = DV if PART == VALUES else D
     BLOCK_WIDTH: tl.constexpr = BLOCK_DV if PART == VALUES else BLOCK_D
     key_tile = load_rows(keys, prototypes, D, M, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -212,27 +221,28 @@ def retrieve_flash_prototype_sums_kernel(
         query_tile = load_rows(query, queries, query_stride, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         dout_tile = load_rows(dout, queries, DV, N, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scores = dot(key_tile, tl.trans(query_tile), zero, PRECISION) * (b * LOG2E)  # [BLOCK_M, BLOCK_N]
-        weights = tl.exp2(scores - load_lse(lse, queries, N)[None, :])
+        scores = dot(key_tile, tl.trans(query_tile), zero, "ieee")  # [BLOCK_M, BLOCK_N], S / b
+        shift, log_total = load_normaliser(normaliser, queries, N)
+        weights = tl.exp2((scores * sign - shift[None, :]) * steepness - log_total[None, :])
         if PART != KEYS:
             # + Pᵀ dO
-            accumulator = dot(operand(weights, dout_tile.dtype, PRECISION), dout_tile, accumulator, PRECISION)
+            accumulator = dot(round_to(weights, dout_tile.dtype), dout_tile, accumulator, "ieee")
         if PART != VALUES:
-            dweights = dot(value_tile, tl.trans(dout_tile), zero, PRECISION)  # [BLOCK_M, BLOCK_N]
+            dweights = dot(value_tile, tl.trans(dout_tile), zero, "ieee")  # [BLOCK_M, BLOCK_N]
             row_delta = tl.load(delta + queries, mask=queries < N, other=0.0)
             dscores = weights * (dweights - row_delta[None, :]) * b
             # + b dSᵀ norm(Q)
-            dscores = operand(dscores, query_tile.dtype, PRECISION)
+            dscores = round_to(dscores, query_tile.dtype)
             if TWO_SUMS:
-                second_sum = dot(dscores, query_tile, second_sum, PRECISION)
+                second_sum = dot(dscores, query_tile, second_sum, "ieee")
             else:
-                accumulator = dot(dscores, query_tile, accumulator, PRECISION)
+                accumulator = dot(dscores, query_tile, accumulator, "ieee")
     if TWO_SUMS:
         accumulator += second_sum
     store_rows(partials + split.to(tl.int64) * M * WIDTH, accumulator, prototypes, WIDTH, M, WIDTH, BLOCK_WIDTH)
 
 
-def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the memory per tile of queries.
 
     Args:
@@ -241,15 +251,16 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
         entry: of the tile table; tiles are BLOCK_N × BLOCK_M.
 
     Returns:
-        out [N, dv] in query's dtype, lse [N] float32.
+        out [N, dv] in query's dtype, lse [N] float32, normaliser [N, 2] float32.
     """
     keys, values, beta, scale, normalize = memory
     (count, d), dv = query.shape, memory.read_values.shape[1]
-    out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
+    out = query.new_empty(count, dv)
+    lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
 
     def run(tile: Tile) -> Launched:
         compiled = retrieve_flash_forward_kernel[(cdiv(count, tile.rows),)](
-            query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
+            query, keys, values, beta, out, lse, normaliser, count, keys.shape[0], query.stride(0), scale,
             NORMALIZE=normalize, PRECISION=precision(query.dtype), D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=tile.columns,
             BLOCK_D=block_of(d), BLOCK_DV=block_of(dv), **tile.options,
         )  # fmt: skip
@@ -258,7 +269,7 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
     facts = {**_facts(query, memory), "normalize": normalize}
     with device_of(query):
         launch(Site(entry, facts, count, keys.shape[0], query.device), run)
-    return out, lse
+    return out, lse, normaliser
 
 
 def backward(
@@ -267,16 +278,16 @@ def backward(
     query: Tensor,
     memory: Memory,
     out: Tensor,
-    lse: Tensor,
+    normaliser: Tensor,
     entries: tuple[Entry, Entry],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients by recomputation from lse.
+    """Gradients by recomputation from the normaliser.
 
     Args:
         dout: [N, dv], contiguous.
         dlse: [N] or None.
-        query, memory: as in `forward`.
-        out, lse: the results of `forward`.
+        query, memory: as in `forward`, of 16-bit numbers.
+        out, normaliser: the results of `forward`.
         entries: of the tile table: of the query gradient (BLOCK_N × BLOCK_M) and of the prototype sums (BLOCK_M ×
             BLOCK_N).
 
@@ -287,17 +298,13 @@ def backward(
     keys, values, beta, scale, normalize = memory
     (count, d), prototypes, dv = query.shape, keys.shape[0], dout.shape[1]
     query_entry, sums_entry = entries
-    arithmetic = precision(query.dtype)
-    dout = rows.normalized(dout, rows.NONE.value, precision=arithmetic)
     delta = rows.row_constant(out, dout, dlse)
-    sizes = {"PRECISION": arithmetic, "D": d, "DV": dv, "BLOCK_D": block_of(d), "BLOCK_DV": block_of(dv)}
+    sizes = {"D": d, "DV": dv, "BLOCK_D": block_of(d), "BLOCK_DV": block_of(dv)}
     # dquery first holds norm(query) for the prototype sums, which read it once per tile of prototypes. The query
     # gradient then overwrites it, so no second buffer of this size is needed.
     dquery = query.new_empty(count, d)
-    unit = query
-    if normalize or arithmetic == "tf32":
-        unit = rows.normalized(query, normalize, out=dquery, precision=arithmetic)
-
+    unit = rows.normalized(query, normalize, out=dquery) if normalize else query
+    keys_mean = keys.mean(0, dtype=torch.float32)
     two_sums = values is None and architecture_of(query.device) == 100
 
     def prototype_sums(part: int, width: int) -> Tensor:
@@ -306,7 +313,8 @@ def backward(
             parts, span = split_loop(count, tile.columns, tiles, multiprocessors(query))
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
             compiled = retrieve_flash_prototype_sums_kernel[(tiles, parts)](
-                unit, keys, values, beta, dout, lse, delta, partials, count, prototypes, span, unit.stride(0), scale,
+                unit, keys, values, beta, dout, normaliser, delta, partials,
+                count, prototypes, span, unit.stride(0), scale,
                 PART=part, TWO_SUMS=two_sums, BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
             )  # fmt: skip
             return Launched(compiled, partials)
@@ -318,7 +326,7 @@ def backward(
         tiles = cdiv(count, tile.rows)
         dbeta = None if beta is None else query.new_empty(tiles, dtype=torch.float32)
         compiled = retrieve_flash_query_gradient_kernel[(tiles,)](
-            query, keys, values, beta, dout, dlse, lse, delta, dquery, dbeta,
+            query, keys, keys_mean, values, beta, dout, dlse, normaliser, delta, dquery, dbeta,
             count, prototypes, query.stride(0), scale,
             NORMALIZE=normalize, BLOCK_N=tile.rows, BLOCK_M=tile.columns, **sizes, **tile.options,
         )  # fmt: skip

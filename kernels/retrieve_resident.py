@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels.primitives import (
-    LN2,
-    LOG2E,
     Memory,
     cdiv,
     device_of,
@@ -24,6 +22,8 @@ from anomem.kernels.primitives import (
     next_power_of_2,
     round_to,
     score_scale,
+    sign_and_steepness,
+    store_softmax_sums,
 )
 from anomem.kernels.tile_search import Launched, Site, launch
 from anomem.kernels.tile_table import Entry, Tile
@@ -43,6 +43,7 @@ def retrieve_resident_kernel(
     beta,  # 0-dim, or None
     out,  # [N, dv]
     lse,  # [N] float32
+    normaliser,  # [N, 2] float32: see `store_softmax_sums`
     N,
     M,
     query_stride,
@@ -56,18 +57,18 @@ def retrieve_resident_kernel(
     """One tile of queries against the whole memory. Grid: [tiles of queries]."""
     queries = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     prototypes = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    b = score_scale(beta, scale) * LOG2E
+    sign, steepness = sign_and_steepness(score_scale(beta, scale))
     scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for begin in range(0, D, BLOCK_D):
         columns = begin + tl.arange(0, BLOCK_D)
         query_slice = load_slice(query, queries, columns, query_stride, N, D)  # [BLOCK_N, BLOCK_D]
         key_slice = load_slice(keys, prototypes, columns, D, M, D)  # [BLOCK_M, BLOCK_D]
         scores = dot(query_slice, tl.trans(key_slice), scores, "ieee")
-    scores = tl.where((prototypes < M)[None, :], scores * b, float("-inf"))  # [BLOCK_N, BLOCK_M]
+    scores = tl.where((prototypes < M)[None, :], scores * sign, float("-inf"))  # [BLOCK_N, BLOCK_M]
     shift = finite_shift(tl.max(scores, axis=1))  # [BLOCK_N]
-    exponentials = tl.exp2(scores - shift[:, None])
+    exponentials = tl.exp2((scores - shift[:, None]) * steepness)
     total = tl.sum(exponentials, axis=1)  # [BLOCK_N]
-    tl.store(lse + queries, (shift + tl.log2(total)) * LN2, mask=queries < N)
+    store_softmax_sums(lse, normaliser, queries, N, shift, total, steepness)
     weights = round_to(exponentials, out.dtype.element_ty)
     for begin in range(0, DV, BLOCK_D):
         columns = begin + tl.arange(0, BLOCK_D)
@@ -79,7 +80,7 @@ def retrieve_resident_kernel(
         tl.store(target, round_to(out_slice, out.dtype.element_ty), mask=mask)
 
 
-def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
     """One block per tile of queries.
 
     Args:
@@ -88,16 +89,17 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
         entry: of the tile table; a tile's rows are BLOCK_N.
 
     Returns:
-        out [N, dv] in query's dtype, lse [N] float32.
+        out [N, dv] in query's dtype, lse [N] float32, normaliser [N, 2] float32.
     """
     keys, _, beta, scale, _ = memory
     values = memory.read_values
     (count, d), dv = query.shape, values.shape[1]
-    out, lse = query.new_empty(count, dv), query.new_empty(count, dtype=torch.float32)
+    out = query.new_empty(count, dv)
+    lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
 
     def run(tile: Tile) -> Launched:
         compiled = retrieve_resident_kernel[(cdiv(count, tile.rows),)](
-            query, keys, values, beta, out, lse, count, keys.shape[0], query.stride(0), scale,
+            query, keys, values, beta, out, lse, normaliser, count, keys.shape[0], query.stride(0), scale,
             D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=block_of_memory(keys.shape[0]), BLOCK_D=BLOCK_D, **tile.options,
         )  # fmt: skip
         return Launched(compiled)
@@ -105,7 +107,7 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
     facts = {"dtype": query.dtype, "d": d, "dv": dv, "beta": beta is not None}
     with device_of(query):
         launch(Site(entry, facts, count, keys.shape[0], query.device), run)
-    return out, lse
+    return out, lse, normaliser
 
 
 def block_of_memory(prototypes: int) -> int:

@@ -78,6 +78,13 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
         90: (Tile(64, 64, 4, 2, 160),),
         100: (Tile(64, 64, 4, 2, 161),),
     },
+    # Queries × prototypes, products over slices of BLOCK_D features.
+    ("retrieve_chunked_weights", "half", 64): {
+        80: (Tile(64, 64, 4, 3, 48),),
+        86: (Tile(64, 64, 4, 2, 24),),
+        90: (Tile(64, 128, 4, 3, 96), Tile(128, 128, 8, 3, 144)),
+        100: (Tile(64, 64, 4, 3, 64),),
+    },
     # Queries × all prototypes; the entry ends in BLOCK_M.
     ("retrieve_resident", "half", 64): {
         80: (Tile(64, 64, 4, 2, 24),),
@@ -116,26 +123,28 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
 }
 
-# NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The entry with twice the
-# longest whole row is for all rows that are loaded in slices.
+# NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The forward's entry with twice
+# the longest whole row is for all rows that are loaded in slices; that of the chunked weights ends in their length.
 _CONTRAST = {
     ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 25)),
     ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
     ("contrast_forward", "half", 256): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
-    ("contrast_forward", "half", 512): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
+    ("contrast_forward", "half", 512): (
+        Tile(128, 128, 8, 3, 64), Tile(128, 128, 8, 3, 97), Tile(128, 128, 8, 3, 97),
+    ),
     ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
     ("contrast_forward", "tf32", 128): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
-    ("contrast_forward", "ieee", 64): (Tile(32, 16, 4, 1, 20),) * 3,
-    ("contrast_forward", "ieee", 128): (Tile(32, 16, 4, 1, 7),) * 3,
     ("contrast_backward", "half", 64): (Tile(64, 32, 4, 2, 13), Tile(64, 64, 4, 2, 33), Tile(64, 32, 4, 2, 22)),
     ("contrast_backward", "half", 128): (Tile(32, 32, 4, 2, 25), Tile(64, 32, 4, 2, 50), Tile(64, 32, 4, 1, 32)),
-    ("contrast_backward", "half", 256): (Tile(32, 64, 4, 2, 20), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
     ("contrast_backward", "tf32", 64): (Tile(32, 32, 4, 2, 25), Tile(64, 32, 4, 2, 41), Tile(64, 32, 4, 3, 43)),
-    ("contrast_backward", "tf32", 128): (Tile(64, 32, 4, 2, 25), Tile(64, 32, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
-    ("contrast_backward", "ieee", 64): (Tile(16, 32, 4, 1, 14), Tile(16, 32, 4, 1, 14), Tile(16, 16, 4, 1, 9)),
-    ("contrast_backward", "ieee", 128): (Tile(32, 32, 8, 1, 12), Tile(32, 32, 8, 1, 12), Tile(16, 16, 4, 1, 5)),
-}
+    ("contrast_chunked_weights", "half", 64): (
+        Tile(64, 64, 4, 3, 32), Tile(64, 128, 4, 3, 72), Tile(64, 64, 4, 3, 64),
+    ),
+    ("contrast_chunked_weights", "tf32", 32): (
+        Tile(64, 64, 4, 3, 32), Tile(64, 128, 4, 3, 72), Tile(64, 64, 4, 3, 64),
+    ),
+}  # fmt: skip
 for _entry, _tiles in _CONTRAST.items():
     TABLE[_entry] = {architecture: (tile,) for architecture, tile in zip((80, 90, 100), _tiles, strict=True)}
 
@@ -162,7 +171,9 @@ def fitting(entry: Entry, device: torch.device) -> tuple[Tile, ...]:
         entry: of the table.
         device: of the kernel's tensors; any but a CUDA device means the interpreter.
     """
-    return _fitting_gpu(entry, device) if device.type == "cuda" else (INTERPRETED,)
+    if device.type != "cuda":
+        return (INTERPRETED,) if entry in TABLE else ()
+    return _fitting_gpu(entry, device)
 
 
 def candidates(entry: Entry, device: torch.device) -> tuple[Tile, ...]:

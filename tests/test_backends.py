@@ -42,7 +42,7 @@ def test_the_reference_runs_everything() -> None:
         assert backends.choose(problem(operator), "reference") == "reference"
 
 
-def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
     rules = (
         Rule("nt_xent", "cuda", "triton", Where(), "another device"),
         Rule("nt_xent", "cpu", "native", Where(rows=100), "measured"),
@@ -84,18 +84,19 @@ def test_every_rule_names_an_operator_an_implementation_and_its_reason() -> None
 
 def test_a_condition_says_what_it_tests() -> None:
     where = Where(
-        (torch.float32,), rows=2, columns=3, features=4, most_features=9, scores_of_a_group=2**20, scores=2**33
-    )
+        (torch.float32,), rows=2, columns=3, features=4, most_features=9, most_columns=2**13, most_work=2**35,
+        scores_of_a_group=2**20, scores=2**33,
+    )  # fmt: skip
     assert str(where) == (
         "float32, rows ≥ 2, columns ≥ 3, features ≥ 4, rows × columns ≥ 2^20, groups × rows × columns ≥ 2^33, "
-        "features ≤ 9"
+        "features ≤ 9, columns ≤ 8192, groups × rows × columns × features ≤ 2^35"
     )
     assert str(Where()) == "always"
     right = Problem("retrieve", "cpu", torch.float32, 4, rows=2**20, columns=2**13)
     assert where.holds(right)
     for change in (
         {"dtype": torch.float64}, {"features": 3}, {"features": 10}, {"rows": 1, "groups": 2**30}, {"columns": 2},
-        {"rows": 2**6, "groups": 2**30}, {"rows": 2**19},
+        {"rows": 2**6, "groups": 2**30}, {"rows": 2**19}, {"columns": 2**14}, {"rows": 2**21},
     ):  # fmt: skip
         assert not where.holds(right._replace(**change)), change
     assert Where().holds(right)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,9 +51,38 @@ class Augmentation:
             [B, C, H, W] float32 in [0, 1].
         """
         x = as_float(images, generator)
-        batch, _, height, width = x.shape
+        view = self.apply(x, *self.draw(x.shape, generator))
+        return view.contiguous() if view is not images else view.clone()
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The random numbers of so many views.
+
+        Args:
+            shape: (B, C, H, W).
+            generator: source of randomness.
+
+        Returns:
+            Uniform numbers [16, B], and normal ones [B, C, H, W], or None without noise.
+        """
+        device = generator.device
+        uniform = torch.rand(Geometry.NUMBERS + 7, shape[0], generator=generator, device=device)
+        noisy = self.config.noise > 0
+        return uniform, torch.randn(tuple(shape), generator=generator, device=device) if noisy else None
+
+    @torch.no_grad()
+    def apply(self, x: Tensor, uniform: Tensor, normal: Tensor | None) -> Tensor:
+        """The views that random numbers make.
+
+        Args:
+            x: [B, C, H, W] float32 in [0, 1].
+            uniform: [16, B], from `draw`.
+            normal: [B, C, H, W], from `draw`; overwritten.
+
+        Returns:
+            [B, C, H, W] float32 in [0, 1]; `x` itself where nothing is configured.
+        """
+        _, _, height, width = x.shape
         config = self.config
-        uniform = torch.rand(Geometry.NUMBERS + 7, batch, generator=generator, device=x.device)
         jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
         if moves(config):
             x = warp(x, Geometry.from_uniform(uniform, config), config.padding)
@@ -73,9 +103,9 @@ class Augmentation:
             low, high = config.blur_sigma
             radius = min(blur_radius(high), height - 1, width - 1)
             x = gaussian_blur(x, (low + (high - low) * sigma) * (blurred < config.blur), radius)
-        if config.noise > 0:
-            x = add_noise(x, config.noise * noise, generator)
-        return x.contiguous() if x is not images else x.clone()
+        if normal is not None:
+            x = add_noise(x, config.noise * noise, normal)
+        return x
 
 
 def as_float(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -252,16 +282,15 @@ def _bands(size: int, radius: int, device: torch.device) -> Tensor:
     return matrices.flatten(1).to(device)
 
 
-def add_noise(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+def add_noise(images: Tensor, sigma: Tensor, normal: Tensor) -> Tensor:
     """Gaussian noise, clamped to [0, 1].
 
     Args:
         images: [B, C, H, W] float in [0, 1].
         sigma: [B] standard deviations.
-        generator: on the images' device.
+        normal: [B, C, H, W] normal numbers; overwritten.
     """
-    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    return noise.mul_(sigma.view(-1, 1, 1, 1)).add_(images).clamp_(0, 1)
+    return normal.mul_(sigma.view(-1, 1, 1, 1)).add_(images).clamp_(0, 1)
 
 
 def _between(uniform: Tensor, low: float, high: float) -> Tensor:

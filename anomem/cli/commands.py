@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -13,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -28,8 +30,9 @@ from anomem.train.config import FitConfig, Preset, TrainConfig, preset
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anomem.data import Task
+    from anomem.data import ImageFiles, Task
     from anomem.models import AnoMem
+    from anomem.train.ranks import Ranks
     from anomem.train.rundir import RunDirectory
 
 STREAM_LIMIT = 2**30  # bytes of an image or of a list of names on standard input
@@ -51,6 +54,8 @@ class Train:
     """Go on with the run in this directory; its own settings are used."""
     quiet: bool = False
     """Print only the run directory."""
+    profile: int | None = None
+    """Train no run: print where the time of so many steps goes, and write a trace of them."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
@@ -92,6 +97,8 @@ class Score:
     run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
     alpha: float | None = None
     """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
+    fdr: float | None = None
+    """Fitted run: instead, of the images called anomalous let at most this part be normal, over all that are given."""
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
@@ -118,18 +125,23 @@ def train(command: Train) -> None:
     """Train a new run, or continue one."""
     from anomem.train import run
 
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"expected one process, received WORLD_SIZE={processes}: a run is trained by one process on one device; "
-            "start it without torchrun"
-        )
+    if command.profile is not None:
+        from anomem.train.profiling import profile_steps
+
+        if command.resume is not None:
+            raise UserError("`--profile` trains no run: leave out --resume, and give the run's config.json as --config")
+        found = profile_steps(command.settings, command.profile)
+        if found is not None:
+            print(f"{found.table()}\ntrace of {command.profile} steps in {found.trace}; open it in ui.perfetto.dev")
+        return
     if command.resume is None:
         path = run.train(command.settings, quiet=command.quiet)
     else:
         if command.settings != preset("digits") or command.config or command.preset:
             raise UserError("`--resume` goes on with the settings of the run: give no others")
         path = run.resume(command.resume, quiet=command.quiet)
+    if os.environ.get("RANK", "0") != "0":  # the first process of torchrun's speaks
+        return
     following = f"anomem evaluate {path}, or anomem score --run {path} FILES"
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
@@ -168,7 +180,7 @@ def _evaluate_fitted(command: Evaluate) -> None:
         raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
     run, config, task, detector = load_fitted_run(command.run)
     _guard_results(run, command.overwrite)
-    found = detector.over(task.test)
+    found = detector.over(task.test, maps=task.test_masks is not None)
     _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
     metrics = report(detector, task, config, found, with_baselines=command.baselines)
     run.write_metrics(metrics)
@@ -281,12 +293,21 @@ def score(command: Score) -> int:
     Returns:
         The exit code: 1 where some of the images could not be scored, which are listed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
-        failures: list[str] = []
-        given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
-        if not given and not failures:
-            raise UserError("`paths`: expected image files or folders of them, received none")
-        rows = _score(command, given, failures) if given else []
+    from anomem.train.ranks import joined
+    from anomem.train.run import device_named
+
+    # The processes of a job score in their own time, and meet at the end only.
+    with joined(device_named(command.run), wait=timedelta(days=7)) as ranks:
+        with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
+            failures: list[str] = []
+            if ranks.count > 1 and any(str(path) == "-" or _is_stream(path) for path in command.paths):
+                raise UserError("`paths`: expected files or folders for a job of several processes, received a stream")
+            given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
+            if not given and not failures:
+                raise UserError("`paths`: expected image files or folders of them, received none")
+            rows = _score(command, given, failures, ranks) if given else []
+        if not ranks.first:
+            return 0
     if not rows and len(failures) == 1:
         raise UserError(failures[0])
     for failure in failures:
@@ -309,6 +330,8 @@ class Judge(NamedTuple):
     """Images [B, C, H, W] -> columns of the table, and maps [B, H, W]."""
     shown: tuple[str, ...]
     """Columns that are printed."""
+    decide: Callable[[list[float]], list[str]] | None = None
+    """All p-values -> verdicts, where they depend on each other."""
 
 
 def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
@@ -322,6 +345,8 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
     run, config = RunDirectory.open(command.run)
     if command.alpha is not None:
         raise UserError(f"`--alpha`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
+    if command.fdr is not None:
+        raise UserError(f"`--fdr`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
     scorer = load_scorer(command.run)
     by = _chosen(command.by, "detector" if scorer.head is None else "stage2", scorer.names)
 
@@ -334,28 +359,60 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
 
 
 def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
-    from anomem.scoring.decision import normals_needed
+    import torch
+
+    from anomem.scoring.decision import benjamini_hochberg, check_alpha, normals_needed
     from anomem.train.fitting import load_detector
     from anomem.train.rundir import RunDirectory
 
     run, config = RunDirectory.open_fitted(command.run)
     detector = load_detector(command.run)
     by = _chosen(command.by, detector.lead, detector.names)
-    if command.alpha is not None:
-        detector.calibration.check(command.alpha)
-    elif detector.calibration.count < normals_needed(detector.alpha):
-        print(f"anomem: no verdicts: {detector.calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"
+    calibration, alpha = detector.calibration, command.alpha or detector.alpha
+    if command.fdr is not None:
+        if command.alpha is not None:
+            raise UserError("`--fdr`: expected one of --alpha and --fdr, received both")
+        check_alpha(command.fdr, "--fdr")
+    elif command.alpha is not None:
+        check_alpha(command.alpha, "--alpha")
+        calibration.check(command.alpha)
+    elif calibration.count < normals_needed(detector.alpha) and first:
+        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+    if first and command.maps is not None and calibration.count >= normals_needed(alpha):
+        name = "plain" if by == "plain" else "local"
+        threshold = calibration.pixel_threshold(name, alpha)
+        print(
+            f"anomem: maps above {threshold:.6g} are anomalous pixels: at most {alpha:.2%} of normal images have any",
+            file=sys.stderr,
+        )
+
+    def decide(p_values: list[float]) -> list[str]:
+        assert command.fdr is not None
+        count = len(p_values)
+        needed = math.ceil(count * calibration.least_alpha / command.fdr - 1e-9)
+        if needed > 1:
+            allowed = "none" if needed > count else f"either none or at least {needed}"
+            print(
+                f"anomem: --fdr {command.fdr:g} with {calibration.count} calibration normals can call {allowed} of "
+                f"{count} images anomalous",
+                file=sys.stderr,
+            )
+        return _verdicts(benjamini_hochberg(torch.tensor(p_values, dtype=torch.float64), command.fdr))
 
     def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
         found = detector(images, command.alpha, by)
-        verdicts = ["-"] * len(images)
-        if found.verdicts is not None:
-            verdicts = ["anomalous" if yes else "normal" for yes in found.verdicts.tolist()]
+        verdicts = ["-"] * len(images) if found.verdicts is None else _verdicts(found.verdicts)
         values = {name: numbers.tolist() for name, numbers in found.scores.items()}
         maps = found.maps["plain" if by == "plain" else "local"]
         return {**values, "p_value": found.p_values.tolist(), "verdict": verdicts}, maps
 
-    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict")), run, config
+    together = None if command.fdr is None else decide
+    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict"), together), run, config
+
+
+def _verdicts(anomalous: Tensor) -> list[str]:
+    return ["anomalous" if yes else "normal" for yes in anomalous.tolist()]
 
 
 def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
@@ -364,11 +421,16 @@ def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
     return by or default
 
 
-def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[dict[str, Any]]:
-    """Score the images that can be read and name the others in `failures`. Returns the rows."""
+def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: Ranks) -> list[dict[str, Any]]:
+    """Score the images that can be read and name the others in `failures`, each process its share of them.
+
+    Returns:
+        The rows; in other processes than the first their own.
+    """
     import torch
 
     from anomem.data import ImageFiles
+    from anomem.train.rows import shares
 
     judge, run, config = _judge(command)
     maps = _places(command, given, run, Path(config.data.root))
@@ -376,14 +438,16 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
         [image.file for image in given],
         judge.model.encoder.image_size,
         grey=judge.model.mean.shape[0] == 1,
+        letterbox=config.data.letterbox,
         levels=config.data.levels,
         max_megapixels=command.max_megapixels or config.data.max_megapixels,
     )
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
-    for start in range(0, len(given), judge.batch_size):
+    share = shares(len(given), ranks.count)[ranks.index]
+    for start in range(share.start, share.stop, judge.batch_size):
         pixels: dict[int, Tensor] = {}
-        for i in range(start, min(start + judge.batch_size, len(given))):
+        for i in range(start, min(start + judge.batch_size, share.stop)):
             try:
                 pixels[i] = files[i]
             except UserError as error:
@@ -392,20 +456,39 @@ def _score(command: Score, given: Sequence[Given], failures: list[str]) -> list[
             continue
         columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
         for place, i in enumerate(pixels):
-            row = {name: values[place] for name, values in columns.items()}
-            rows.append({"path": given[i].name, "kind": None, "anomalous": None, **row})
+            row = {"path": given[i].name, "kind": None, "anomalous": None}
+            row |= {name: values[place] for name, values in columns.items()}
+            rows.append(row)
             if maps:
                 try:
-                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files.max_megapixels)
+                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files)
                 except UserError as error:
                     failures.append(str(error))
+            if command.output is None and judge.decide is None and ranks.count == 1:
+                _print_row(row, judge.shown)
+    if ranks.count > 1:
+        listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
+        parts = ranks.all((rows, listed))
+        if not ranks.first:
+            return rows
+        rows = [row for part, _ in parts for row in part]
+        failures.extend(name for _, names in parts for name in names if name not in failures)
+        for row in rows if command.output is None and judge.decide is None else ():
+            _print_row(row, judge.shown)
+    if judge.decide is not None and rows:
+        for row, verdict in zip(rows, judge.decide([row["p_value"] for row in rows]), strict=True):
+            row["verdict"] = verdict
             if command.output is None:
-                cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in judge.shown]
-                print("\t".join([*cells, printable(given[i].name)]))
+                _print_row(row, judge.shown)
     if command.output is not None and rows:
         _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
     return rows
+
+
+def _print_row(row: Mapping[str, Any], shown: Sequence[str]) -> None:
+    cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in shown]
+    print("\t".join([*cells, printable(row["path"])]))
 
 
 def _given(paths: Sequence[Path], scratch: Path, failures: list[str]) -> Iterator[Given]:
@@ -547,15 +630,14 @@ def _begins(path: Path, pattern: re.Pattern[bytes]) -> bool:
     return not content or pattern.match(content) is not None
 
 
-def _write_map(file: Path, deviations: Tensor, image: Path, max_megapixels: float) -> None:
+def _write_map(file: Path, deviations: Tensor, image: Path, files: ImageFiles) -> None:
     """Write one deviation map [H, W] as float32, at the size of its image."""
-    import torch.nn.functional as F
     from PIL import Image
 
     from anomem.data import upright_size
+    from anomem.data.frame import unframed
 
-    size = upright_size(image, max_megapixels)
-    resized = F.interpolate(deviations[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    resized = unframed(deviations[None], upright_size(image, files.max_megapixels), files.letterbox)[0]
     buffer = io.BytesIO()
     Image.fromarray(resized.numpy()).save(buffer, format="TIFF", description=DESCRIPTION)
     make_folder(file.parent)

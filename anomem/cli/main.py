@@ -1,4 +1,4 @@
-"""The command `anomem`: fit, train, evaluate, score, plot, reproduce.
+"""The command `anomem`: fit, train, evaluate, score, plot, export, report, reproduce.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
 (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anomem import __version__
 from anomem.errors import UserError
@@ -25,6 +25,7 @@ from anomem.files import printable
 
 if TYPE_CHECKING:
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.elsewhere import Export, Report
     from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
@@ -77,8 +78,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     try:
         # They take seconds to import.
-        from anomem.cli import commands
-        from anomem.cli.reproduce import Reproduce, reproduce
+        from anomem.cli import commands, elsewhere, reproduce
 
         command = _parse(arguments)
         if isinstance(command, commands.Train):
@@ -89,8 +89,12 @@ def _run(arguments: list[str]) -> int:
             commands.evaluate(command)
         elif isinstance(command, commands.Score):
             return commands.score(command)
-        elif isinstance(command, Reproduce):
-            reproduce(command, arguments)
+        elif isinstance(command, elsewhere.Export):
+            elsewhere.export(command)
+        elif isinstance(command, elsewhere.Report):
+            elsewhere.report(command)
+        elif isinstance(command, reproduce.Reproduce):
+            reproduce.reproduce(command, arguments)
         else:
             commands.plot(command)
     except UserError as error:
@@ -105,10 +109,11 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Reproduce:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Reproduce:
     import tyro
 
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.elsewhere import Export, Report
     from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
@@ -119,13 +124,15 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Repr
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Score, tyro.conf.subcommand("score")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     )
     about = "Anomaly detection with contrasted memories. `anomem --version` prints the version."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Fit | Train | Evaluate | Score | Plot | Reproduce = tyro.cli(
+            command: Fit | Train | Evaluate | Score | Plot | Export | Report | Reproduce = tyro.cli(
                 kinds, args=arguments, prog="anomem", description=about
             )
     except SystemExit as stop:
@@ -142,7 +149,8 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Repr
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
     """The settings that options change: those of a file, a preset, or the preset of the data set."""
-    from anomem.train.config import Preset, TrainConfig, load_config, preset
+    from anomem.data import DATASETS
+    from anomem.train.config import TrainConfig, load_config, preset
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--config", "--data.dataset", "--data.root"):
@@ -161,7 +169,7 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
         dataset = known.preset if dataset is None else dataset
         dataset = dataset or ("digits" if root is None else "folder")
         name = known.preset or dataset
-        start = preset(name) if name in get_args(Preset) else TrainConfig()
+        start = preset(name) if name in DATASETS else TrainConfig()
     if root is not None and dataset in WITHOUT_FILES:
         raise UserError(
             f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder"

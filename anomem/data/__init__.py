@@ -44,18 +44,19 @@ DATASETS: dict[str, Callable[[DataConfig], Task]] = {
 }
 
 
-def load_task(config: DataConfig, trained_on: Split | None = None) -> Task:
+def load_task(config: DataConfig, trained_on: Split | None = None, *, fewest: int = 2) -> Task:
     """The task of a configuration, with its images on the CPU (`Task.to` moves them).
 
     Args:
         config: of the task.
         trained_on: of a folder, the files an earlier run was trained on (`Task.trained_on`): they are trained on
             again, and none of them is tested on, whatever was added to the folder since.
+        fewest: of a folder, normal images: 1 where nothing is trained.
 
     Raises:
         UserError: an unknown data set or class, missing or unreadable files, one class only.
     """
     require_choice(config.dataset, "data.dataset", tuple(DATASETS))
     if config.dataset == "folder":
-        return folder_task(config, trained_on)
+        return folder_task(config, trained_on, fewest)
     return DATASETS[config.dataset](config)

@@ -28,21 +28,21 @@ SUPERCLASSES = (
 )  # fmt: skip
 
 
-def load_digits(size: int = 16) -> ImageSet:
+def load_digits(size: int | tuple[int, int] = 16) -> ImageSet:
     """All 1797 digits, upsampled bilinearly from 8×8 pixels.
 
     Args:
-        size: side of an image in pixels.
+        size: side in pixels, or (H, W).
 
     Returns:
-        Images [1797, 1, size, size] uint8 of ten classes.
+        Images [1797, 1, H, W] uint8 of ten classes.
     """
     with optional("the data set digits"):
         from sklearn.datasets import load_digits as load_8x8
 
     data = load_8x8()
     images = torch.from_numpy(data.images).float()[:, None] / 16  # ink from 0 to 16
-    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     pixels = (images * 255).round().to(torch.uint8)
     return ImageSet(pixels, torch.from_numpy(data.target).long(), tuple(str(digit) for digit in range(10)))
 

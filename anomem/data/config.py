@@ -41,8 +41,11 @@ class DataConfig:
     normal: str = "0"
     """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
     none."""
-    image_size: int | None = None
-    """Side in pixels, square; None is the data set's own (digits 16, textures 64, CIFAR 32, folder and elpv 128)."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of a square in pixels, or height and width; None is the data set's own (digits 16, textures 64, CIFAR 32,
+    folder and elpv 128)."""
+    letterbox: bool = False
+    """folder: keep the aspect ratio; border pixels are repeated around the image. Else images are stretched."""
     outlier_ratio: float = 0.0
     """Labelled anomalies in training as a ratio of the normals; 0 is the one-class setting."""
     test_fraction: float = 0.3
@@ -70,8 +73,11 @@ class DataConfig:
     """Processes that read larger sets; 0 reads in the main process."""
 
     def __post_init__(self) -> None:
-        if self.image_size is not None:
-            require_count(self.image_size, "data.image_size", 1)
+        size = self.image_size
+        require(not isinstance(size, tuple) or len(size) == 2, "data.image_size", "a side, or height and width", size)
+        for side in size if isinstance(size, tuple) else (size,):
+            if side is not None:
+                require_count(side, "data.image_size", 1)
         ratio, fraction = self.outlier_ratio, self.test_fraction
         require(0 <= ratio < math.inf, "data.outlier_ratio", "a ratio ≥ 0 of labelled anomalies to normals", ratio)
         require(0 < fraction < 1, "data.test_fraction", "a fraction between 0 and 1", fraction)
@@ -83,7 +89,8 @@ class DataConfig:
         require_count(self.max_megapixels, "data.max_megapixels", 1)
         for name, most in MOST.items():
             value = getattr(self, name)
-            require(value is None or value <= most, f"data.{name}", f"at most {most}", value)
+            for number in value if isinstance(value, tuple) else (value,):
+                require(number is None or number <= most, f"data.{name}", f"at most {most}", number)
         seed = self.seed
         require(isinstance(seed, int) and abs(seed) < 2**63, "data.seed", "an integer of 64 bits", seed)
         for name in ("dataset", "root", "normal"):

@@ -260,13 +260,14 @@ def resize(images: Tensor, size: int | tuple[int, int] | None) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def resize_masks(masks: Tensor, size: int | None) -> Tensor:
-    """Masks [N, H, W] bool resized to [N, size, size]; None keeps them.
+def resize_masks(masks: Tensor, size: int | tuple[int, int] | None) -> Tensor:
+    """Masks [N, H, W] bool resized to a side or to (H, W); None keeps them.
 
     A pixel of a smaller mask is anomalous where any of the pixels it stands for is, so that thin defects remain.
     """
-    if size is None or tuple(masks.shape[-2:]) == (size, size):
+    size = (size, size) if isinstance(size, int) else size
+    if size is None or tuple(masks.shape[-2:]) == size:
         return masks
-    height, width = masks.shape[-2:]
-    small = F.adaptive_max_pool2d(masks[:, None].float(), (min(height, size), min(width, size)))
-    return F.interpolate(small, size=(size, size), mode="nearest-exact")[:, 0] > 0.5
+    smaller = [min(sides) for sides in zip(masks.shape[-2:], size, strict=True)]
+    small = F.adaptive_max_pool2d(masks[:, None].float(), smaller)
+    return F.interpolate(small, size=size, mode="nearest-exact")[:, 0] > 0.5

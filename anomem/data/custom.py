@@ -21,11 +21,11 @@ class LabelledImages(Dataset[Tensor]):
 
     Args:
         dataset: see `task_from_dataset`.
-        size: side in pixels, or None to keep the size, which must then be one for all.
+        size: side in pixels, (H, W), or None to keep the size, which must then be one for all.
         levels: see `as_uint8`.
     """
 
-    def __init__(self, dataset: Any, size: int | None, levels: Levels | None = None) -> None:
+    def __init__(self, dataset: Any, size: int | tuple[int, int] | None, levels: Levels | None = None) -> None:
         self.dataset = dataset
         self.size = size
         self.levels = levels

@@ -47,12 +47,12 @@ class Split(NamedTuple):
     """The other cells with a certain defect."""
 
 
-def load_cells(kind: str, size: int | None = 128) -> Cells:
+def load_cells(kind: str, size: int | tuple[int, int] | None = 128) -> Cells:
     """The cells of one type.
 
     Args:
         kind: "mono" or "poly", the silicon's crystals.
-        size: side in pixels; None keeps 300.
+        size: side in pixels, or (H, W); None keeps 300.
 
     Raises:
         UserError: `elpv-dataset` is not installed.
@@ -100,7 +100,20 @@ def elpv(config: DataConfig) -> Task:
         UserError: `elpv-dataset` is not installed.
     """
     kind = TYPES[class_index(config.normal, TYPES)]
-    cells = load_cells(kind, 128 if config.image_size is None else config.image_size)
+    return cells_task(load_cells(kind, 128 if config.image_size is None else config.image_size), kind, config)
+
+
+def cells_task(cells: Cells, kind: str, config: DataConfig) -> Task:
+    """The task `elpv` of cells that are loaded already.
+
+    Args:
+        cells: of one type, at any size.
+        kind: "mono" or "poly".
+        config: seed, labelled defects and alignment.
+
+    Raises:
+        ArgumentError: more labelled defects than the pool has.
+    """
     split = split_cells(cells.probabilities, kind, config.seed)
     labelled = split.pool[: outlier_count(len(split.train), config.outlier_ratio, len(split.pool))]
     test = torch.cat([split.test_normal, split.test_defect])

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomem.data.config import MEGAPIXELS, DataConfig, Levels
-from anomem.data.convert import opened, read_image, read_mask, resize, resize_masks, upright_size
+from anomem.data.convert import opened, read_image, read_mask, resize_masks, upright_size
+from anomem.data.frame import box_of, framed, height_and_width
 from anomem.data.images import ResidentImages, resident_or_streamed
 from anomem.data.task import Split, Task, assemble, generator, outlier_count, stratified_split
 from anomem.errors import ArgumentError, UserError
@@ -34,8 +35,9 @@ class ImageFiles(Dataset[Tensor]):
 
     Args:
         paths: the files.
-        size: side in pixels, or (H, W); images are resized to it and the aspect ratio is not kept.
+        size: side in pixels, or (H, W).
         grey: one channel instead of three.
+        letterbox: keep the aspect ratio and repeat the border pixels around the image; else stretch it.
         levels: values of black and white in files of more than 8 bits; see `DataConfig.levels`.
         max_megapixels: the most pixels a file may have, in millions.
 
@@ -51,12 +53,14 @@ class ImageFiles(Dataset[Tensor]):
         size: int | tuple[int, int],
         grey: bool = False,
         *,
+        letterbox: bool = False,
         levels: Levels | None = None,
         max_megapixels: float = MEGAPIXELS,
     ) -> None:
         self.paths = paths
-        self.size = size
+        self.size = height_and_width(size)
         self.grey = grey
+        self.letterbox = letterbox
         self.levels = levels
         self.max_megapixels = max_megapixels
 
@@ -66,7 +70,7 @@ class ImageFiles(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         """[C, H, W] uint8."""
         image = read_image(self.paths[index], self.grey, levels=self.levels, max_megapixels=self.max_megapixels)
-        return resize(image[None], self.size)[0]
+        return framed(image[None], self.size, self.letterbox)[0]
 
 
 class Listing(NamedTuple):
@@ -96,7 +100,7 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
+def folder_task(config: DataConfig, trained_on: Split | None = None, fewest: int = 2) -> Task:
     """Images in folders with the layout of MVTec-AD, MVTec LOCO or VisA.
 
     `train/<normal>` holds normal images. In `test` the folders named like the normal class, or "good", "normal" or "ok"
@@ -116,15 +120,16 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
     Args:
         config: of the task.
         trained_on: see `load_task`.
+        fewest: see `load_task`.
     """
-    root, size = Path(config.root), 128 if config.image_size is None else config.image_size
+    root, size = Path(config.root), height_and_width(config.image_size or 128)
     layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
     listing = layout(root, config, trained_on)
     train, labelled = _split(listing, root, config, trained_on)
     test = [entry for entry in listing.test if entry[0] not in labelled]
     masks = None
     if test and listing.masks is not None:
-        masks = _masks(listing.masks, test, size, config.max_megapixels)
+        masks = _masks(listing.masks, test, size, config)
     anomalous = [is_anomalous for _, _, is_anomalous in test]
     name = f"{root.resolve().name} {listing.normal}"
     if test and len(set(anomalous)) == 1:
@@ -134,12 +139,19 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
     files = [*train, *labelled]
     train_set, test_set = (
         resident_or_streamed(
-            ImageFiles(paths, size, config.grey, levels=config.levels, max_megapixels=config.max_megapixels),
+            ImageFiles(
+                paths,
+                size,
+                config.grey,
+                letterbox=config.letterbox,
+                levels=config.levels,
+                max_megapixels=config.max_megapixels,
+            ),
             config.resident_megabytes,
             config.workers,
         )
         if paths
-        else ResidentImages(torch.empty(0, 1 if config.grey else 3, size, size, dtype=torch.uint8))
+        else ResidentImages(torch.empty(0, 1 if config.grey else 3, *size, dtype=torch.uint8))
         for paths in (files, [path for path, _, _ in test])
     )
     return assemble(
@@ -155,6 +167,7 @@ def folder_task(config: DataConfig, trained_on: Split | None = None) -> Task:
         test_paths=[str(path) for path, _, _ in test],
         trained_on=Split(*(tuple(_relative(path, root) for path in paths) for paths in (train, labelled))),
         any_test=True,
+        fewest=fewest,
         advice=lambda: _advice(train[:16], config),
     )
 
@@ -238,9 +251,9 @@ def _split(listing: Listing, root: Path, config: DataConfig, trained_on: Split |
     return [found[name] for name in trained_on.normal], [found[name] for name in trained_on.anomalous]
 
 
-def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: int, max_megapixels: float) -> Tensor:
-    """[T, size, size] bool."""
-    result = torch.zeros(len(test), size, size, dtype=torch.bool)
+def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: tuple[int, int], config: DataConfig) -> Tensor:
+    """[T, H, W] bool."""
+    result, max_megapixels = torch.zeros(len(test), *size, dtype=torch.bool), config.max_megapixels
     stems = Counter((kind, path.stem) for path, kind, is_anomalous in test if is_anomalous)
     by_stem = {kind: _by_stem(folder / kind) for kind, _ in stems}
     doubtful = []
@@ -262,7 +275,8 @@ def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: int, max_
                     f"{file}: expected a mask of the shape of its image, {width} × {height} when upright (by EXIF), "
                     f"received {columns} × {rows}; draw it on the upright image"
                 )
-            result[i] |= resize_masks(mask[None], size)[0]
+            top, left, rows, columns = box_of((rows, columns), size) if config.letterbox else (0, 0, *size)
+            result[i, top : top + rows, left : left + columns] |= resize_masks(mask[None], (rows, columns))[0]
         if bool(result[i].all()) or not bool(result[i].any()):
             doubtful.append(f"{kind}/{image.name}")
     if doubtful:

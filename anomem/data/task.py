@@ -105,6 +105,7 @@ def assemble(
     trained_on: Split | None = None,
     rows: Rows | None = None,
     any_test: bool = False,
+    fewest: int = 2,
     advice: Callable[[], str] = lambda: "check what is in them",
 ) -> Task:
     """Check a task's parts and measure the channel statistics of its training normals.
@@ -123,17 +124,16 @@ def assemble(
         trained_on: see `Task`.
         rows: see `Task`.
         any_test: the task may have no test images, or those of one class only.
+        fewest: training normals.
         advice: what to do about nearly constant training images.
 
     Raises:
-        UserError: fewer than two training normals, or only one class among the test images.
+        UserError: too few training normals, or only one class among the test images.
     """
     normals = int(train_is_normal.sum())
-    if normals < 2:
-        raise UserError(
-            f"{name}: expected at least two normal training images, found {normals}; "
-            "add images or name another normal class"
-        )
+    if normals < fewest:
+        wanted = "two normal training images" if fewest == 2 else "one normal image"
+        raise UserError(f"{name}: expected at least {wanted}, found {normals}; add images or name another normal class")
     anomalies = int(test_is_anomaly.sum())
     if not any_test and anomalies in (0, len(test)):
         only = "normal" if anomalies == 0 else "anomalous"

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomem.data import Images, Task
-from anomem.evaluate.baselines import pixels
+from anomem.data import Task
 from anomem.evaluate.metrics import aupro, pixel_auroc
 from anomem.evaluate.report import PIXEL_MEASURES, image_metrics, undefined_measures
 from anomem.scoring.detector import Gaussians, MomentSums
@@ -41,10 +40,10 @@ def report(
         detector: fitted.
         task: on any device.
         config: of the run.
-        found: of the test images, if it is known already.
+        found: of the test images, if it is known already; with maps where there are masks.
         with_baselines: also measure PatchCore and PaDiM on the same encoder, and pixels.
     """
-    found = found or detector.over(task.test)
+    found = found or detector.over(task.test, maps=task.test_masks is not None)
     missing = undefined_measures(task)
     scores = image_metrics(found.scores, task.test_is_anomaly)
     if task.test_masks is not None and "pixel_auroc" not in missing:
@@ -52,8 +51,10 @@ def report(
             scores[name]["pixel_auroc"] = pixel_auroc(maps, task.test_masks.cpu())
             if "aupro" not in missing:
                 scores[name]["aupro"] = aupro(maps, task.test_masks.cpu())
-    same_encoder = encoder_baselines(detector, task, config.run.seed) if with_baselines else {}
-    on_pixels = pixel_baselines(task) if with_baselines else {}
+    same_encoder, on_pixels = {}, {}
+    if with_baselines:
+        same_encoder = baselines_on_the_encoder(detector, task, config.run.seed)
+        on_pixels = pixel_baselines(task)
     return {
         "task": task.name,
         "train_images": len(task.train),
@@ -125,28 +126,45 @@ def explained(metrics: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def encoder_baselines(detector: FittedDetector, task: Task, seed: int = 0) -> dict[str, Tensor]:
+def baselines_on_the_encoder(detector: FittedDetector, task: Task, seed: int = 0) -> dict[str, Tensor]:
+    """PatchCore and PaDiM on a detector's encoder: see `encoder_baselines`.
+
+    Args:
+        detector: fitted.
+        task: its normal training images are fitted, its T test images scored.
+        seed: of the coreset.
+    """
+    normals = task.train_is_normal.cpu().nonzero().flatten()
+    train, test = (
+        EncodedImages(detector.model, images, detector.batch_size, at_most=0) for images in (task.train, task.test)
+    )
+    return encoder_baselines(train.part(normals), test, seed)
+
+
+def encoder_baselines(train: EncodedImages, test: EncodedImages, seed: int = 0) -> dict[str, Tensor]:
     """PatchCore and PaDiM on the encoder's two finest scales, fitted to all normals.
 
     The maps get a 3×3 mean, the coarser one is brought to the finer one's size, and both are joined (Roth et al. 2022,
     Defard et al. 2021). PatchCore: greedy coreset, distance to the nearest of it, without re-weighting.
 
+    Args:
+        train: N normals.
+        test: T images, encoded by the same model.
+        seed: of the coreset.
+
     Returns:
         Name -> [T]: "PatchCore, max", "PatchCore, top tenth", "PaDiM, max", "PaDiM, top tenth". Without PaDiM where its
         Gaussians would need too much memory.
     """
-    model = detector.model
-    sizes = model.encoder.sizes[:2]
+    sizes = train.model.encoder.sizes[:2]
 
-    def joined(images: Images, rows: Tensor) -> Iterable[Tensor]:
-        encoded = EncodedImages(model, images, detector.batch_size, at_most=0)
-        for queries in encoded.rows(rows):
+    def joined(images: EncodedImages) -> Iterable[Tensor]:
+        for queries in images.rows():
             yield join_maps(queries[:2], sizes).cpu()  # [b, P, d]
 
-    normals = task.train_is_normal.cpu().nonzero().flatten()
     held = FeatureRows(seed=seed)
     sums: MomentSums | None = None
-    for x in joined(task.train, normals):
+    for x in joined(train):
         held.add(x.flatten(0, 1))
         positions, features = x.shape[1:]
         if positions * features**2 * 8 <= PADIM_BYTES:
@@ -155,11 +173,11 @@ def encoder_baselines(detector: FittedDetector, task: Task, seed: int = 0) -> di
     rows = held.rows()
     coreset = fill_prototypes(rows, min(CORESET, len(rows)), "coreset", seed=seed)
     gaussians = None
-    if sums is not None:
+    if sums is not None and sums.count > 1:
         gaussians = Gaussians(*sums.first.shape)
         gaussians.fit(sums)
     parts: dict[str, list[Tensor]] = {}
-    for x in joined(task.test, torch.arange(len(task.test))):
+    for x in joined(test):
         distance = nearest(x.flatten(0, 1), coreset)[1].sqrt().view(x.shape[:2])
         maps = {"PatchCore": distance} if gaussians is None else {"PatchCore": distance, "PaDiM": gaussians(x)}
         for name, d in maps.items():
@@ -194,15 +212,16 @@ def pixel_baselines(task: Task, side: int = 64) -> dict[str, Tensor]:
     """
     normals = task.train_is_normal.cpu().nonzero().flatten()
     means, rows = [], []
-    for of_set in (pixels(task.train, normals), pixels(task.test)):
-        images = of_set
-        means.append(images.mean(dim=(1, 2, 3)))
-        small = (
-            F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            if max(task.test.size) > side
-            else images
-        )
-        flat = small.flatten(1)
+    for images, order in ((task.train, normals), (task.test, torch.arange(len(task.test)))):
+        parts, of_image = [], []
+        for uint8, _ in images.batches(order, 32):  # large images are not held at their size
+            batch = uint8.cpu().float().div_(255)
+            of_image.append(batch.mean(dim=(1, 2, 3)))
+            if max(images.size) > side:
+                batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
+            parts.append(batch.flatten(1))
+        flat = torch.cat(parts)
+        means.append(torch.cat(of_image))
         rows.append((flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True).clamp_min(1e-6))
     train, test = rows
     near = torch.cdist(test, train).topk(min(3, len(train)), dim=1, largest=False).values.mean(dim=1)

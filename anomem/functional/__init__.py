@@ -9,16 +9,27 @@ naming one that cannot run here raises `anomem.errors.ArgumentError` with the re
 preference, for one call of a larger computation: an operator without such a kernel chooses by "auto".
 """
 
-from anomem.functional.contrast import gather_rows, info_nce, nt_xent, nt_xent_distributed
+from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviation_map import deviation, deviation_map
+from anomem.functional.distributed import (
+    gather_rows,
+    info_nce_distributed,
+    nt_xent_distributed,
+    rows_per_process,
+    variance_hinge_distributed,
+)
 from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.nearest import k_center, nearest
+from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import gather_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, margin_loss, sample_positions, scale_weights
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, margin_loss, sample_positions, scale_weights
 
 __all__ = [
     "MemoryDiagnostics",
+    "MemoryRead",
+    "Nearest",
     "contrasted_memory_loss",
     "deviation",
     "deviation_map",
@@ -26,11 +37,17 @@ __all__ = [
     "gather_rows",
     "hopfield_retrieve",
     "info_nce",
+    "info_nce_distributed",
+    "k_center",
     "margin_loss",
     "memory_diagnostics",
+    "nearest",
     "nt_xent",
     "nt_xent_distributed",
+    "read_memory",
+    "rows_per_process",
     "sample_positions",
     "scale_weights",
     "variance_hinge",
+    "variance_hinge_distributed",
 ]

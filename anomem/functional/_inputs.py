@@ -60,6 +60,38 @@ def memory_inputs(
     return query, Memory(prototypes, values, learned, scale, normalize)
 
 
+def bank_inputs(x: Tensor, argument: str, prototypes: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Check rows against a memory or several banks of one, and cast them under autocast.
+
+    Args:
+        x: expected to be [..., d]; for banks [L, N, d], or [N, d].
+        argument: its name.
+        prototypes: expected to be [M, d] or [L, M, d].
+
+    Returns:
+        Rows [L, N, d] or [1, N, d], banks [L, M, d], and the leading axes of a result with one number per row.
+
+    Raises:
+        ArgumentError: an argument is not as expected.
+    """
+    require_tensor(x, argument, (), "[..., d]")
+    require_tensor(prototypes, "prototypes", (2, 3), "[M, d] or [L, M, d]")
+    features = x.shape[-1]
+    require(features > 0, argument, "rows of length d ≥ 1", x)
+    right = prototypes.shape[-1] == features
+    require(right, "prototypes", lambda: f"rows of length {features}, as of `{argument}`", prototypes)
+    some = prototypes.shape[-2] > 0 and prototypes.shape[0] > 0
+    require(some, "prototypes", "at least one row", prototypes)
+    x, prototypes = autocast_inputs(x, prototypes)
+    require_same_kind(prototypes, "prototypes", x, argument)
+    if prototypes.dim() == 2:
+        return x.reshape(1, -1, features), prototypes[None], tuple(x.shape[:-1])
+    banks = prototypes.shape[0]
+    fits = x.dim() == 2 or (x.dim() == 3 and x.shape[0] == banks)
+    require(fits, argument, lambda: f"[{banks}, N, {features}] or [N, {features}]", x)
+    return (x if x.dim() == 3 else x[None]), prototypes, (banks, x.shape[-2])
+
+
 def reference_memory(memory: Memory, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of the reference functions, tensors in the accumulation dtype."""
     return {

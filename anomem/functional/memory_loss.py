@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from anomem.backends import Impl
 from anomem.functional.contrast import nt_xent
+from anomem.functional.distributed import group_of, nt_xent_distributed, processes, variance_hinge_distributed
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
 from anomem.reference import Negatives, Normalize
 from anomem.reference.contrast import NEGATIVES
 from anomem.validation import require, require_choice, require_tensor, shape_of
+
+if TYPE_CHECKING:
+    from anomem.functional.distributed import Group
 
 
 def contrasted_memory_loss(
@@ -29,6 +36,10 @@ def contrasted_memory_loss(
     negatives: Negatives = "image",
     symmetric: bool = True,
     variance_gamma: float = 1.0,
+    distributed: bool = False,
+    process_group: Group | None = None,
+    counts: Sequence[int] | None = None,
+    ring: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """L_COM and L_V of one scale (AnoMem Eqs. 2 to 4): means over the n sampled positions.
@@ -48,6 +59,11 @@ def contrasted_memory_loss(
             sum of "both".
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
         variance_gamma: target standard deviation of the variance term; 1 for raw, 1/sqrt(d) for unit vectors.
+        distributed: the batch is that of all processes: negatives and variance are the joint batch's, and the mean over
+            the processes is its loss. See `nt_xent_distributed` for this and the next three.
+        process_group: whose processes; torch.distributed's default group when None.
+        counts: B of each process, where they differ.
+        ring: let the columns travel instead of gathering them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`. Parts for which the named one
             has no kernel choose by "auto".
 
@@ -62,13 +78,11 @@ def contrasted_memory_loss(
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
     require_choice(negatives, "negatives", NEGATIVES)
     require(z.shape[0] > 0, "z", "at least one sampled position", z)
-    require(
-        z.shape[1] >= 2,
-        "z",
-        "at least two images in the batch",
-        z,
-        "the contrast needs a negative",
-    )
+    group = group_of(process_group) if distributed else None
+    world = processes(group) if distributed else 1
+    images = sum(counts) if world > 1 and counts is not None else world * z.shape[1]
+    require(z.shape[1] >= 1, "z", "at least one image of each process", z)
+    require(images >= 2, "z", "at least two images in the batch", z, "the contrast needs a negative")
     if is_normal is not None:
         right = is_normal.dtype == torch.bool and is_normal.shape == z.shape[1:2]
         require(right, "is_normal", lambda: f"bool [{z.shape[1]}]", lambda: f"{is_normal.dtype} {shape_of(is_normal)}")
@@ -82,15 +96,23 @@ def contrasted_memory_loss(
     if is_normal is not None:
         retrieved = torch.where(is_normal[:, None], retrieved, queries.to(retrieved.dtype))
 
-    def contrast(left: Tensor, right: Tensor) -> Tensor:
-        return nt_xent(left, right, temperature=temperature, impl=impl, part=True)
-
     views = views.to(retrieved.dtype)
     loss = z.new_zeros((), dtype=accumulator(z))
     if negatives != "position":
-        loss = loss + contrast(views, retrieved)
+        if world > 1:
+            loss = loss + nt_xent_distributed(
+                views, retrieved, temperature=temperature, process_group=group, counts=counts, ring=ring, impl=impl,
+                part=True,
+            )  # fmt: skip
+        else:
+            loss = loss + nt_xent(views, retrieved, temperature=temperature, impl=impl, part=True)
     if negatives != "image":
-        loss = loss + contrast(_by_image(views, symmetric), _by_image(retrieved, symmetric))
+        # Within an image: nothing is exchanged. The mean over the processes is the mean over the images.
+        weight = z.shape[1] * world / images
+        ours, theirs = (_by_image(x, symmetric) for x in (views, retrieved))
+        loss = loss + weight * nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
+    if world > 1:
+        return loss, variance_hinge_distributed(retrieved, gamma=variance_gamma, process_group=group, counts=counts)
     return loss, variance_hinge(retrieved, gamma=variance_gamma, impl=impl, part=True)
 
 

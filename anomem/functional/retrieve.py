@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from anomem import backends, reference
@@ -94,25 +95,30 @@ def hopfield_retrieve(
     problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
     chosen = backends.choose(problem, impl)
     if chosen == "reference":
-        out, lse, entropy = _by_reference(query, memory, steps, shrink, return_entropy)
+        out, lse, entropy = _by_reference(query, memory, steps, shrink, return_lse, return_entropy)
     elif operator == "shrink":
         out, lse, entropy = _by_kernel(query, memory, steps, numbers(shrink)[0], chosen)
     else:
         out, lse, entropy = _by_kernel(query, memory, steps, None, chosen)
-    extras = ([lse] if return_lse else []) + ([entropy] if return_entropy and entropy is not None else [])
+    extras = ([lse] if return_lse and lse is not None else []) + (
+        [entropy] if return_entropy and entropy is not None else []
+    )
     return (out, *extras) if extras else out
 
 
 def _by_reference(
-    query: Tensor, memory: Memory, steps: int, shrink: float, want_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    query: Tensor, memory: Memory, steps: int, shrink: float, want_lse: bool, want_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulator(query)
     with without_autocast(query.device.type):
-        retrieval = reference.hopfield_retrieve(
-            query.to(dtype), **reference_memory(memory, dtype), steps=steps, shrink=shrink
-        )
-        entropy = reference.weights_entropy(retrieval.weights) if want_entropy else None
-    return retrieval.out.to(query.dtype), retrieval.lse, entropy
+        given = reference_memory(memory, dtype)
+        values = given.pop("values")
+        logits, keys = reference.retrieval_logits(query.to(dtype), **given, steps=steps)
+        lse = torch.logsumexp(logits, dim=-1) if want_lse else None
+        weights = reference.retrieval_weights(logits, shrink)
+        entropy = reference.weights_entropy(weights) if want_entropy else None
+        out = weights @ (keys if values is None else values)
+    return out.to(query.dtype), lse, entropy
 
 
 def _by_kernel(
@@ -121,8 +127,8 @@ def _by_kernel(
     """`shrink` is None where neither shrinkage nor the entropy is wanted."""
     from anomem.ops import retrieve
 
-    leading = query.shape[:-1]
-    state = unit_inner_stride(query.reshape(-1, query.shape[-1]))  # [N, d]
+    flat = query.dim() == 2
+    state = unit_inner_stride(query if flat else query.reshape(-1, query.shape[-1]))  # [N, d]
     memory = kernel_memory(memory)
     if steps > 1:
         # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.
@@ -136,5 +142,8 @@ def _by_kernel(
         out, lse = retrieve.retrieve(state, memory, backend)
     else:
         out, lse, entropy = retrieve.shrink(state, memory, shrink)
-        entropy = entropy.reshape(leading)
+    if flat:
+        return out, lse, entropy
+    leading = query.shape[:-1]
+    entropy = None if entropy is None else entropy.reshape(leading)
     return out.reshape(*leading, out.shape[-1]), lse.reshape(leading), entropy

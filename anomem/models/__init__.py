@@ -4,6 +4,7 @@ from anomem.models.config import ModelConfig
 from anomem.models.encoders import Encoder, MultiScaleEncoder, NetworkEncoder, build_encoder
 from anomem.models.head import DeviationHead
 from anomem.models.model import AnoMem, build_model, describe, parameter_count
+from anomem.models.tiled import TiledEncoder
 
 __all__ = [
     "AnoMem",
@@ -12,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "MultiScaleEncoder",
     "NetworkEncoder",
+    "TiledEncoder",
     "build_encoder",
     "build_model",
     "describe",

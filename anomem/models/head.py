@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +76,20 @@ class DeviationHead(nn.Module):
         )
 
     @torch.no_grad()
-    def fit_rms(self, batches: Iterable[Sequence[Tensor]]) -> None:
+    def fit_rms(self, batches: Iterable[Sequence[Tensor]], mean: Callable[[Tensor], Tensor] | None = None) -> None:
         """Set the root mean square by which each scale's deviation is divided.
 
         Args:
             batches: S deviations [B, P_s, d_s] each, of training normals.
+            mean: of numbers [n] over the processes that have further batches; None where there is one process.
         """
         sums = torch.zeros(len(self.heads), dtype=torch.float64)
         counts = torch.zeros_like(sums)
         for deviations in batches:
             sums += torch.stack([x.double().square().sum() for x in deviations]).cpu()
             counts += torch.tensor([x.numel() for x in deviations])
+        if mean is not None:
+            sums, counts = mean(torch.cat([sums, counts])).chunk(2)
         for head, mean_square in zip(self.heads, (sums / counts).tolist(), strict=True):
             head.get_buffer("rms").fill_(max(mean_square, 1e-12) ** 0.5)
 

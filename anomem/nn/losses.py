@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from anomem.validation import (
     require_tensor,
     require_views,
 )
+
+if TYPE_CHECKING:
+    from anomem.functional.distributed import Group
 
 
 class _Contrast(nn.Module):
@@ -69,14 +73,17 @@ class NTXentLoss(_Contrast):
     Args:
         temperature: tau > 0; lightly's default of 0.5. Read and set it as `criterion.temperature`.
         memory_bank_size: 0; the two lines that replace a bank are in docs/MIGRATING.md.
-        gather_distributed: contrast with the rows of all processes of `torch.distributed`'s default group, each of
-            which passes the same B; the mean of their losses, which DDP's gradients are those of, is the loss of the
-            joint batch. Without effect in a single process. See `anomem.functional.nt_xent_distributed`.
+        gather_distributed: contrast with the rows of all processes; the mean of their losses, which the gradients of
+            DDP and `fully_shard` are those of, is the loss of the joint batch. Without effect in a single process. See
+            `anomem.functional.nt_xent_distributed`.
         learn_temperature: make log tau a parameter.
+        process_group: whose processes; `torch.distributed`'s default group when None.
+        ring: let the rows travel from process to process instead of gathering them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
-        out0, out1 [B, d] or [G, B, d] -> 0-dim.
+        out0, out1 [B, d] or [G, B, d] -> 0-dim. `counts` where processes pass different B:
+        `anomem.functional.rows_per_process(B)`.
 
     Raises:
         ArgumentError: a wrong number, a memory bank, `gather_distributed` where torch has no `torch.distributed`; in
@@ -90,21 +97,26 @@ class NTXentLoss(_Contrast):
         gather_distributed: bool = False,
         *,
         learn_temperature: bool = False,
+        process_group: Group | None = None,
+        ring: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__(temperature, learn_temperature, impl)
         size = memory_bank_size if isinstance(memory_bank_size, int) else next(iter(memory_bank_size), 0)
         require(size == 0, "memory_bank_size", "0", memory_bank_size, "docs/MIGRATING.md shows a loss over a bank")
-        available = not gather_distributed or dist.is_available()
-        require(available, "gather_distributed", "False", True, "this torch was built without torch.distributed")
-        self.gather_distributed = gather_distributed
+        _require_distributed(gather_distributed)
+        self.gather_distributed, self.process_group, self.ring = gather_distributed, process_group, ring
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Mean loss over all rows of both views."""
         require_views(out0, "out0", out1, "out1")
         _require_a_batch(out0, "out0")
-        loss = AF.nt_xent_distributed if self.gather_distributed else AF.nt_xent
-        return loss(out0, out1, temperature=self.temperature, impl=self.impl)
+        if not self.gather_distributed:
+            return AF.nt_xent(out0, out1, temperature=self.temperature, impl=self.impl)
+        return AF.nt_xent_distributed(
+            out0, out1, temperature=self.temperature, process_group=self.process_group, counts=counts, ring=self.ring,
+            impl=self.impl,
+        )  # fmt: skip
 
 
 class InfoNCELoss(_Contrast):
@@ -119,6 +131,9 @@ class InfoNCELoss(_Contrast):
     Args:
         temperature: tau > 0. Read and set it as `criterion.temperature`.
         learn_temperature: make log tau a parameter.
+        gather_distributed: contrast with the columns of all processes, as in `NTXentLoss`; row i's column is i.
+        process_group: as in `NTXentLoss`.
+        ring: as in `NTXentLoss`.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
@@ -128,13 +143,36 @@ class InfoNCELoss(_Contrast):
         ArgumentError: a wrong number; in the call no rows, or groups of one row without `positive`.
     """
 
-    def __init__(self, temperature: float = 0.07, *, learn_temperature: bool = False, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        learn_temperature: bool = False,
+        gather_distributed: bool = False,
+        process_group: Group | None = None,
+        ring: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__(temperature, learn_temperature, impl)
+        _require_distributed(gather_distributed)
+        self.gather_distributed, self.process_group, self.ring = gather_distributed, process_group, ring
 
     def forward(
-        self, rows: Tensor, columns: Tensor, positive: Tensor | None = None, exclude: Tensor | None = None
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        positive: Tensor | None = None,
+        exclude: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Mean loss over all rows."""
+        if self.gather_distributed:
+            own = positive is None and exclude is None
+            require(own, "positive", "None with gather_distributed: row i's column is i", "an index")
+            return AF.info_nce_distributed(
+                rows, columns, temperature=self.temperature, process_group=self.process_group, counts=counts,
+                ring=self.ring, impl=self.impl,
+            )  # fmt: skip
         require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
         require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
         if positive is None:
@@ -144,6 +182,11 @@ class InfoNCELoss(_Contrast):
             positive = torch.arange(count, device=rows.device)
         require(rows.numel() > 0, "rows", "at least one row: the mean of no losses is NaN", rows)
         return AF.info_nce(rows, columns, positive, exclude, temperature=self.temperature, impl=self.impl)
+
+
+def _require_distributed(wanted: bool) -> None:
+    hint = "this torch was built without torch.distributed"
+    require(not wanted or dist.is_available(), "gather_distributed", "False", wanted, hint)
 
 
 def _require_a_batch(rows: Tensor, argument: str) -> None:
@@ -163,22 +206,38 @@ class VarianceHinge(nn.Module):
     Args:
         gamma: target standard deviation > 0.
         eps: > 0, inside the square root.
+        gather_distributed: the variance over the rows of all processes, the same number in each.
+        process_group: as in `NTXentLoss`.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
         x [B, d] or [G, B, d] -> 0-dim.
     """
 
-    def __init__(self, gamma: float = 1.0, eps: float = 1e-4, *, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        *,
+        gather_distributed: bool = False,
+        process_group: Group | None = None,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
+        _require_distributed(gather_distributed)
+        self.gather_distributed, self.process_group = gather_distributed, process_group
         require_positive_number(gamma, "gamma")
         require_positive_number(eps, "eps")
         self.gamma = gamma
         self.eps = eps
         self.impl: Impl = impl
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Mean hinge over groups and features."""
+        if self.gather_distributed:
+            return AF.variance_hinge_distributed(
+                x, gamma=self.gamma, eps=self.eps, process_group=self.process_group, counts=counts, impl=self.impl
+            )
         return AF.variance_hinge(x, gamma=self.gamma, eps=self.eps, impl=self.impl)
 
 
@@ -194,6 +253,9 @@ class ContrastedMemoryLoss(nn.Module):
         variance_weight: lambda_V ≥ 0; the paper finds no sensitivity from 0.01 to 0.1.
         negatives: "image", "position" or "both".
         symmetric: contrast both ways and take the mean.
+        gather_distributed: the loss of the joint batch of all processes, as in `NTXentLoss`.
+        process_group: as in `NTXentLoss`.
+        ring: as in `NTXentLoss`.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
@@ -207,9 +269,14 @@ class ContrastedMemoryLoss(nn.Module):
         *,
         negatives: Negatives = "image",
         symmetric: bool = True,
+        gather_distributed: bool = False,
+        process_group: Group | None = None,
+        ring: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        _require_distributed(gather_distributed)
+        self.gather_distributed, self.process_group, self.ring = gather_distributed, process_group, ring
         require_positive_number(temperature, "temperature")
         require_number(variance_weight, "variance_weight")
         require(variance_weight >= 0, "variance_weight", "a number ≥ 0", variance_weight)
@@ -221,7 +288,12 @@ class ContrastedMemoryLoss(nn.Module):
         self.impl: Impl = impl
 
     def forward(
-        self, z: Tensor, z_pair: Tensor, memory: HopfieldMemory, is_normal: Tensor | None = None
+        self,
+        z: Tensor,
+        z_pair: Tensor,
+        memory: HopfieldMemory,
+        is_normal: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, L_COM, L_V), the last two for the log; `is_normal` [B] bool, None when all are."""
         contrast, variance = AF.contrasted_memory_loss(
@@ -238,6 +310,10 @@ class ContrastedMemoryLoss(nn.Module):
             symmetric=self.symmetric,
             # A unit vector's coordinates have a standard deviation of at most 1/sqrt(d).
             variance_gamma=z.shape[-1] ** -0.5 if memory.normalize == "l2" else 1.0,
+            distributed=self.gather_distributed,
+            process_group=self.process_group,
+            counts=counts,
+            ring=self.ring,
             impl=self.impl,
         )
         return contrast + self.variance_weight * variance, contrast, variance

@@ -183,7 +183,7 @@ def nt_xent(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, b
     Returns:
         [G, 2B] in the accumulation dtype.
     """
-    rows: Tensor = _NTXent.apply(z, z_pair, temperature, tau, backend)[0]
+    rows: Tensor = library.apply(_NTXent, z, z_pair, temperature, tau, backend)[0]
     return rows
 
 
@@ -210,7 +210,7 @@ def info_nce(
     Returns:
         [G, R] in the accumulation dtype.
     """
-    loss: Tensor = _InfoNCE.apply(rows, columns, positive, exclude, temperature, tau, backend)[0]
+    loss: Tensor = library.apply(_InfoNCE, rows, columns, positive, exclude, temperature, tau, backend)[0]
     return loss
 
 

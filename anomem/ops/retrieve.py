@@ -34,6 +34,13 @@ def _retrieve_fake(
     return empty(query, query.shape[0], width), empty(query, query.shape[0], dtype=accumulator(query))
 
 
+def _triton_retrieve_fake(
+    query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None, scale: float, normalize: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _retrieve_fake(query, keys, values, beta, scale, normalize)
+    return out, lse, empty(query, query.shape[0], 2, dtype=accumulator(query))
+
+
 def _retrieve_backward_fake(
     dout: Tensor,
     dlse: Tensor | None,
@@ -45,6 +52,7 @@ def _retrieve_backward_fake(
     normalize: int,
     out: Tensor,
     lse: Tensor,
+    normaliser: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dvalues = empty(keys, 0) if values is None else empty(values, *values.shape)
     return empty(query, *query.shape), empty(keys, *keys.shape), dvalues, library.empty_scalar(beta, query)
@@ -82,8 +90,9 @@ define(
 )
 define(
     "triton_retrieve_fwd",
-    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> (Tensor out, Tensor lse)",
-    _retrieve_fake,
+    "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize) -> "
+    "(Tensor out, Tensor lse, Tensor normaliser)",
+    _triton_retrieve_fake,
 )
 define(
     "native_retrieve_bwd",
@@ -94,7 +103,7 @@ define(
 define(
     "triton_retrieve_bwd",
     "(Tensor dout, Tensor? dlse, Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, "
-    "Tensor out, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
+    "Tensor out, Tensor lse, Tensor normaliser) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
     _retrieve_backward_fake,
 )
 define(
@@ -125,8 +134,8 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
     Returns:
         out [N, dv] in query's dtype and lse [N] in the accumulation dtype.
     """
-    result: tuple[Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, None, backend)
-    return result
+    out, lse, *_ = library.apply(_Retrieve, query, *memory.operands, None, backend)
+    return out, lse
 
 
 def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,13 +149,13 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
     Returns:
         out [N, dv], lse [N] and entropy [N] of the weights in nats.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Retrieve.apply(query, *memory.operands, threshold, "native")
+    result: tuple[Tensor, Tensor, Tensor] = library.apply(_Retrieve, query, *memory.operands, threshold, "native")
     return result
 
 
 @with_known_signature
 class _Retrieve(torch.autograd.Function):
-    """(out, lse), and with a threshold (out, lse, entropy)."""
+    """(out, lse), with a threshold (out, lse, entropy), by Triton (out, lse, normaliser)."""
 
     @staticmethod
     def forward(
@@ -168,10 +177,13 @@ class _Retrieve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend = inputs
         ctx.set_materialize_grads(False)
+        if ctx.backend == "triton":  # whose normaliser only the backward reads
+            ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(query, keys, values, beta, *output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        upstream = upstream[:2] if ctx.backend == "triton" else upstream
         query, *saved = ctx.saved_tensors
         query, (keys, values, beta, out, *extras) = unit_inner_stride(query), library.contiguous(saved)
         if all(grad is None for grad in upstream):

@@ -73,13 +73,13 @@ define(
 
 def gather_positions(feature_map: Tensor, positions: Tensor, normalize: bool) -> Tensor:
     """Native gather: [B, C, H, W] and [n] or [B, n] int64 -> [n, B, C]."""
-    out: Tensor = _Gather.apply(feature_map, positions, normalize)[0]
+    out: Tensor = library.apply(_Gather, feature_map, positions, normalize)[0]
     return out
 
 
 def variance_hinge(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> Tensor:
     """Native variance hinge: [G, B, d] contiguous -> [G] in the accumulation dtype; gamma and eps may be 0-dim."""
-    loss: Tensor = _Variance.apply(x, gamma, eps)[0]
+    loss: Tensor = library.apply(_Variance, x, gamma, eps)[0]
     return loss
 
 

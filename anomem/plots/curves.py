@@ -67,7 +67,11 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
 
 
 def score_histograms(
-    scores: Tensor | Mapping[str, Tensor], is_anomaly: Tensor, path: str | os.PathLike[str], bins: int = 30
+    scores: Tensor | Mapping[str, Tensor],
+    is_anomaly: Tensor,
+    path: str | os.PathLike[str],
+    bins: int = 30,
+    thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Distribution of the scores of normal and anomalous images; each class adds up to 100 %.
 
@@ -76,6 +80,7 @@ def score_histograms(
         is_anomaly: [T] bool.
         path: where to write.
         bins: of equal width up to the 99th percentile; the last bin takes every higher score.
+        thresholds: name -> score above which an image is called anomalous, drawn as a line.
 
     Raises:
         ArgumentError: as `auroc`.
@@ -88,6 +93,10 @@ def score_histograms(
         grid = fig.subplots(lines, columns, squeeze=False)
         for axes, (name, values) in zip(grid.flat, named.items(), strict=False):
             _histogram(axes, name, values.detach().cpu().double(), is_anomaly.cpu(), bins)
+            if thresholds is not None and name in thresholds:
+                axes.axvline(thresholds[name], color=MUTED, linestyle="--", linewidth=1.2)
+                place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+                axes.annotate("anomalous →", (thresholds[name], 1), (4, -4), color=MUTED, fontsize=9, **place)
         for axes in list(grid.flat)[len(named) :]:
             axes.set_axis_off()
         fig.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

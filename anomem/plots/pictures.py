@@ -30,6 +30,8 @@ def extremes(
     score: str | None = None,
     masks: Tensor | None = None,
     count: int = 8,
+    unit: str = "deviation from the memory",
+    threshold: float | None = None,
 ) -> None:
     """The most and the least anomalous images, each above its deviation map laid over it.
 
@@ -44,6 +46,8 @@ def extremes(
         score: name of the score, for the caption.
         masks: [T, H, W] bool, the ground truth; its outline is drawn over the map.
         count: images of each kind.
+        unit: of the maps.
+        threshold: value of the maps above which a pixel is anomalous; its outline is drawn dashed.
     """
     require(maps.shape == (len(images), *images.shape[2:]), "maps", "[T, H, W] like the images", maps)
     count = min(count, len(images) // 2)
@@ -68,6 +72,9 @@ def extremes(
                     lines.insert(1, plain(shortened(Path(files[index]).name)))
                 picture.set_title("\n".join(lines), loc="center", fontsize=9 if files is None else 8)
                 _overlay(heat, images[index], maps[index], limits)
+                if threshold is not None and float(maps[index].max()) > threshold:
+                    level = maps[index].detach().cpu().float().numpy()
+                    heat.contour(level, [threshold], colors=["white"], linewidths=0.9, linestyles="dashed")
                 if masks is not None and bool(masks[index].any()):
                     # Two pixels outside of the mask, so that a thin defect is not hidden by its own outline.
                     around = F.max_pool2d(masks[index].cpu().float()[None], 5, 1, 2)[0]
@@ -76,10 +83,11 @@ def extremes(
             grid[2 * half + 1, 0].set_ylabel("deviation")
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(limits[0], limits[1]), HEAT)
         bar = fig.colorbar(scale, ax=grid, shrink=0.5, aspect=30, pad=0.02, extend="both")
-        bar.set_label("deviation from the memory")
+        bar.set_label(unit)
         bar.outline.set_visible(False)
         fig.suptitle(
-            f"{title_of(files, score)} stand above each image;{space}frames: blue normal, orange anomalous.",
+            f"{title_of(files, score)} stand above each image;{space}frames: blue normal, orange anomalous"
+            f"{'' if threshold is None else f';{space}dashed: border of the pixels called anomalous'}.",
             fontsize=9.5, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
 

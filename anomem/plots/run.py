@@ -15,6 +15,10 @@ from anomem.evaluate.baselines import baselines, pixels, require_packages
 from anomem.plots import extremes, loss_curves, prototypes, roc_curves, score_histograms, tsne
 from anomem.reference.retrieve import hopfield_retrieve, normalize_rows
 from anomem.scoring import FittedDetector, Scorer, score_images
+from anomem.scoring.decision import normals_needed
+
+SHOWN = 8
+"""Images of the most and of the least anomalous ones."""
 
 
 def figure_files(folder: Path) -> dict[str, Path]:
@@ -97,20 +101,31 @@ def draw_fitted(task: Task, detector: FittedDetector, folder: Path) -> list[Path
     paths = {name: path for name, path in figure_files(folder).items() if name in ("histograms", "roc", "extremes")}
     if bool(is_anomaly.all()) or not bool(is_anomaly.any()):
         del paths["roc"]
-    found = detector.over(task.test)
-    score_histograms(found.scores, is_anomaly, paths["histograms"])
+    found = detector.over(task.test, maps=False)
+    calibration, alpha = detector.calibration, detector.alpha
+    decides = calibration.count >= normals_needed(alpha)
+    lines = {name: calibration.threshold(name, alpha) for name in found.scores} if decides else None
+    score_histograms(found.scores, is_anomaly, paths["histograms"], thresholds=lines)
     if "roc" in paths:
         roc_curves(found.scores, is_anomaly, paths["roc"], highlight=(detector.lead,))
+    order = found.scores[detector.lead].argsort(descending=True, stable=True)
+    count = min(SHOWN, len(order) // 2)
+    rows = torch.cat([order[:count], order[len(order) - count :]])
+    images = pixels(task.test, rows)  # those that are shown: a large test set is not held
+    maps = [detector(part.to(detector.model.device)).maps["local"].cpu() for part in images.split(detector.batch_size)]
     extremes(
-        pixels(task.test),
-        found.scores[detector.lead],
-        found.maps["local"],
-        is_anomaly,
+        images,
+        found.scores[detector.lead][rows],
+        torch.cat(maps),
+        is_anomaly[rows],
         paths["extremes"],
-        kinds=task.test_kinds,
-        files=task.test_paths,
+        kinds=[task.test_kinds[i] for i in rows.tolist()],
+        files=None if task.test_paths is None else [task.test_paths[i] for i in rows.tolist()],
         score=detector.lead,
-        masks=None if task.test_masks is None else task.test_masks.cpu(),
+        masks=None if task.test_masks is None else task.test_masks.cpu()[rows],
+        count=count,
+        unit="distance from normal deviations",
+        threshold=calibration.pixel_threshold("local", alpha) if decides else None,
     )
     return list(paths.values())
 

@@ -19,6 +19,8 @@ from anomem.reference.contrast import (
     scale_weights,
 )
 from anomem.reference.deviation_map import Distance, deviation, deviation_map, distance
+from anomem.reference.nearest import Nearest, k_center, nearest
+from anomem.reference.read import MemoryRead, read_memory
 from anomem.reference.retrieve import (
     Normalize,
     Retrieval,
@@ -26,6 +28,8 @@ from anomem.reference.retrieve import (
     l2_normalize,
     layer_normalize,
     normalize_rows,
+    retrieval_logits,
+    retrieval_weights,
     shrink_weights,
     weights_entropy,
 )
@@ -35,6 +39,8 @@ from anomem.reference.usage import MemoryDiagnostics, memory_diagnostics
 __all__ = [
     "Distance",
     "MemoryDiagnostics",
+    "MemoryRead",
+    "Nearest",
     "Negatives",
     "Normalize",
     "Retrieval",
@@ -47,12 +53,17 @@ __all__ = [
     "gather_positions",
     "hopfield_retrieve",
     "info_nce_rows",
+    "k_center",
     "l2_normalize",
     "layer_normalize",
     "margin_loss",
     "memory_diagnostics",
+    "nearest",
     "normalize_rows",
     "nt_xent_rows",
+    "read_memory",
+    "retrieval_logits",
+    "retrieval_weights",
     "sample_positions",
     "scale_weights",
     "shrink_weights",

@@ -73,16 +73,16 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    """x [..., d]; rows so long that their squares may overflow are scaled down.
+    """x [..., d]; rows with elements so large that their squares may overflow are scaled down.
 
     Neither normalisation depends on the factor: the constant 1e-5 is nothing beside the variance of such a row.
     """
     if x.dtype == torch.float16 or x.shape[-1] == 0:  # float16: squares are summed in float32
         return x
-    power = 256 if x.dtype == torch.float64 else 32
-    peak = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)  # [..., 1]
-    is_long = (peak > 2.0 ** (power + 8)) & peak.isfinite()
-    return x * torch.where(is_long, 2.0**power / peak, torch.ones_like(peak))
+    power, largest = (256, 1024) if x.dtype == torch.float64 else (32, 128)
+    peak = x.detach().abs().amax(dim=-1, keepdim=True)  # [..., 1]
+    # 1 for every row of ordinary size. The upper bound keeps an infinity an infinity.
+    return x * (peak * 2.0**-power).clamp(1.0, 2.0 ** (largest - power)).reciprocal()
 
 
 def normalize_rows(x: Tensor, normalize: Normalize) -> Tensor:
@@ -139,20 +139,36 @@ def hopfield_retrieve(
     Returns:
         `Retrieval(out, lse, weights)`; `lse` is of the logits of the last read, before any shrinkage.
     """
+    logits, keys = retrieval_logits(query, prototypes, beta=beta, steps=steps, normalize=normalize)
+    if log_prior is not None:
+        logits = logits + log_prior
+    lse = torch.logsumexp(logits, dim=-1)  # [...]
+    weights = retrieval_weights(logits, shrink)  # [..., M]
+    return Retrieval(weights @ (keys if values is None else values), lse, weights)
+
+
+def retrieval_logits(
+    query: Tensor,
+    prototypes: Tensor,
+    *,
+    beta: float | Tensor | None = None,
+    steps: int = 1,
+    normalize: Normalize = "layer",
+) -> tuple[Tensor, Tensor]:
+    """beta · norm(q) norm(K)ᵀ of the last read [..., M], and norm(K) [M, d]; arguments as in `hopfield_retrieve`."""
     state = normalize_rows(query, normalize)  # [..., d]
     keys = normalize_rows(prototypes, normalize)  # [M, d]
     if beta is None:
         beta = query.shape[-1] ** -0.5
     for _ in range(steps - 1):
         state = torch.softmax(beta * (state @ keys.mT), dim=-1) @ keys
-    logits = beta * (state @ keys.mT)  # [..., M]
-    if log_prior is not None:
-        logits = logits + log_prior
-    lse = torch.logsumexp(logits, dim=-1)  # [...]
-    weights = torch.softmax(logits, dim=-1)  # [..., M]
-    if shrink > 0:
-        weights = shrink_weights(weights, shrink)
-    return Retrieval(weights @ (keys if values is None else values), lse, weights)
+    return beta * (state @ keys.mT), keys
+
+
+def retrieval_weights(logits: Tensor, shrink: float = 0.0) -> Tensor:
+    """The softmax of logits [..., M], shrunk by `shrink_weights` where `shrink` > 0."""
+    weights = torch.softmax(logits, dim=-1)
+    return shrink_weights(weights, shrink) if shrink > 0 else weights
 
 
 def shrink_weights(weights: Tensor, threshold: float) -> Tensor:

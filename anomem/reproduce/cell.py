@@ -47,8 +47,6 @@ class Work:
             is_normal: [N] bool; None when all are normal.
         """
         model = self.model()
-        if self.config.run.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         train_stage1(model, images, is_normal, self.config, self.run, quiet=True)
         return model
 

@@ -74,8 +74,8 @@ def last_scale(config: TrainConfig) -> TrainConfig:
 
 
 def exposed(ratio: float) -> Callable[[TrainConfig], TrainConfig]:
-    """Labelled anomalies as a ratio of the normals, balanced batches in stage 2."""
-    return changed(data={"outlier_ratio": ratio}, stage2={"balanced": True})
+    """Labelled anomalies as a ratio of the normals."""
+    return changed(data={"outlier_ratio": ratio})
 
 
 def frozen_size(config: TrainConfig) -> TrainConfig:

@@ -211,14 +211,14 @@ def backbone(work: Work) -> Metrics:
 
 
 def margins(work: Work) -> Metrics:
-    """One stage 1, then stage 2 with every fixed M and with the adaptive one, in balanced batches."""
+    """One stage 1, then stage 2 with every fixed M and with the adaptive one."""
     config, task = work.config, work.task
     model = work.stage1(task.train, task.train_is_normal)
     found: Metrics = {}
     choices = {f"M = {m:g}": replace(config.stage2, margin=m) for m in MARGINS}
     choices["adaptive"] = replace(config.stage2, adaptive=True)
     for name, stage2 in choices.items():
-        changed = replace(config, stage2=replace(stage2, balanced=True))
+        changed = replace(config, stage2=stage2)
         head = head_for(changed, model)
         train_stage2(model, head, task.train, task.train_is_normal, changed, quiet=True)
         with torch.no_grad():

@@ -56,6 +56,8 @@ class FillConfig:
     """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
     beta_factor: float = 4.0
     """beta in units of 1/sqrt(d)."""
+    top_k: int | None = 8
+    """Prototypes that a feature reads, those with the largest scores, at most 32; all when None, which is slower."""
     top_fraction: float = 0.1
     """Part of the positions, the largest distances first, whose mean is an image's distance."""
     batch_size: int = 64
@@ -69,5 +71,7 @@ class FillConfig:
             whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
             require(ratio or whole, "fill.prototypes", "integers ≥ 1 or ratios in (0, 1)", count)
         require_positive_number(self.beta_factor, "fill.beta_factor")
+        if self.top_k is not None:
+            require_count(self.top_k, "fill.top_k", 1, 32)
         require(0 < self.top_fraction <= 1, "fill.top_fraction", "a part in (0, 1]", self.top_fraction)
         require_count(self.batch_size, "fill.batch_size", 1)

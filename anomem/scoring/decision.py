@@ -52,10 +52,10 @@ def hold_out(normals: int, alpha: float, seed: int = 0) -> tuple[Held, list[Fold
     Where `HELD_PART` of the normals are enough for alpha they are held out ("split", one fold, an exact promise).
     Where they are too few, `FOLDS` fits leave out one part each ("cross"): every normal is scored by a fit without it,
     new images by a fit of all. Scores of that last fit tend to be lower on normals, so the rate tends to be below
-    alpha; it is not proven.
+    alpha; it is not proven. A single normal is fitted: nothing calibrates.
 
     Args:
-        normals: N, at least two.
+        normals: N, at least one.
         alpha: wanted false-alarm rate.
         seed: of the shuffle.
 
@@ -63,12 +63,14 @@ def hold_out(normals: int, alpha: float, seed: int = 0) -> tuple[Held, list[Fold
         The method, and its folds.
 
     Raises:
-        ArgumentError: fewer than two normals or a rate outside of (0, 1).
+        ArgumentError: no normal or a rate outside of (0, 1).
     """
-    require(normals >= 2, "images", "at least two normals: one to fit and one to calibrate", normals)
+    require(normals >= 1, "images", "at least one normal", normals)
     needed = normals_needed(alpha)
     order = torch.randperm(normals, generator=torch.Generator().manual_seed(seed))
     held = int(normals * HELD_PART)
+    if normals == 1:
+        return "cross", []
     if held >= needed:
         return "split", [Fold(order[held:].sort().values, order[:held].sort().values)]
     parts = [part for part in order.tensor_split(min(FOLDS, normals)) if len(part)]
@@ -92,7 +94,8 @@ class Calibration:
     """
 
     scores: Mapping[str, Tensor]
-    """Name of a score -> [n] of the calibration normals, in any order; higher is more anomalous."""
+    """Name of a score -> [n] of the calibration normals, in any order; higher is more anomalous. Where n = 0 every
+    p-value is 1."""
     maxima: Mapping[str, Tensor] | None = None
     """Name of a map -> [n], the largest value in each calibration normal's map."""
     held: Held = "split"
@@ -103,7 +106,7 @@ class Calibration:
         object.__setattr__(self, "scores", {name: _sorted(s, "scores") for name, s in self.scores.items()})
         object.__setattr__(self, "maxima", {name: _sorted(s, "maxima") for name, s in (self.maxima or {}).items()})
         counts = {len(s) for s in self.scores.values()}
-        require(len(counts) == 1 and counts != {0}, "scores", "the same number ≥ 1 of each score", sorted(counts))
+        require(len(counts) == 1, "scores", "the same number of each score", sorted(counts))
 
     @property
     def count(self) -> int:
@@ -152,9 +155,20 @@ class Calibration:
             ArgumentError: as `anomalous`.
         """
         self.check(alpha)
-        maxima = _named(self.maxima or {}, name, "map")
-        rank = math.ceil((len(maxima) + 1) * (1 - alpha) - 1e-9)
-        return float(maxima[min(rank, len(maxima)) - 1])
+        return _quantile(_named(self.maxima or {}, name, "map"), alpha)
+
+    def threshold(self, name: str, alpha: float = 0.01) -> float:
+        """The score above which `anomalous` says yes.
+
+        Args:
+            name: of the score.
+            alpha: false-alarm rate.
+
+        Raises:
+            ArgumentError: as `anomalous`.
+        """
+        self.check(alpha)
+        return _quantile(_named(self.scores, name, "score"), alpha)
 
     def check(self, alpha: float) -> None:
         """Raise `ArgumentError` where an alpha needs more calibration normals than there are."""
@@ -170,6 +184,11 @@ class Calibration:
     def promise(self, alpha: float) -> str:
         """In one sentence what may be expected of the verdict at an alpha."""
         check_alpha(alpha)
+        if self.count == 0:
+            return (
+                "nothing: the only normal image is fitted and none is left to calibrate with, so that scores and maps "
+                "rank images but give no verdict"
+            )
         normals = f"{self.count} calibration normal{'s' if self.count > 1 else ''}"
         if self.count < normals_needed(alpha):
             return (
@@ -228,6 +247,12 @@ def benjamini_hochberg(p_values: Tensor, rate: float = 0.05) -> Tensor:
     if not len(passed):
         return torch.zeros(count, dtype=torch.bool, device=p_values.device)
     return p_values.double() <= ranked[passed[-1]]
+
+
+def _quantile(values: Tensor, alpha: float) -> float:
+    """The ceil((n + 1)(1 − alpha))-th smallest of n sorted values."""
+    rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
+    return float(values[min(rank, len(values)) - 1])
 
 
 def _sorted(scores: Tensor, argument: str) -> Tensor:

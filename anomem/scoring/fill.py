@@ -1,21 +1,23 @@
 """Prototypes chosen among the features of normals: random rows, a greedy k-center coreset, or k-means centres.
 
-Plain PyTorch, in blocks of rows: nothing of size [N, M] is ever held. `nearest` and `lower_distances` are the two inner
-loops; everything else is written with them.
+The inner loops are `anomem.functional.nearest` and `k_center`. Nothing of size [N, M] is ever held: `nearest` is called
+for blocks of rows, since its reference does hold the scores of a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from anomem import functional as AF
 from anomem.validation import require, require_choice, require_count, require_tensor
 
 Fill = Literal["random", "coreset", "kmeans"]
-BLOCK_ELEMENTS = 2**19
-"""Of a block of inner products [b, M]: 2 MiB, which stay in a core's cache."""
+BLOCK_ELEMENTS = 2**23
+"""Of a block of scores [L, b, M]: 32 MiB where the reference holds them."""
 
 
 def prototype_count(wanted: float, rows: int) -> int:
@@ -39,7 +41,7 @@ def fill_prototypes(
     count: int,
     method: Fill = "kmeans",
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     iterations: int = 20,
 ) -> Tensor:
     """Choose M prototypes for the features of normals.
@@ -49,14 +51,16 @@ def fill_prototypes(
         count: M ≤ N.
         method: "random": M distinct rows. "coreset": greedy k-center (Gonzalez 1985), each next prototype the row that
             is farthest from those chosen. "kmeans": Lloyd's centres, started from random rows.
-        seed: of the random rows, or of the coreset's first.
+        seed: of the random rows, or of the coreset's first; several seeds choose a bank each. K-means reads the rows
+            once for all banks.
         iterations: of k-means, at most; it stops when no row changes its centre.
 
     Returns:
-        [M, d]. The same rows, method and seed give the same prototypes on one device.
+        [M, d], for several seeds [L, M, d]. The same rows, method and seed give the same prototypes on one device, for
+        any number of threads.
 
     Raises:
-        ArgumentError: fewer rows than prototypes, non-finite features, or an unknown method.
+        ArgumentError: fewer rows than prototypes, non-finite features, no seed, or an unknown method.
 
     Example:
         >>> prototypes = fill_prototypes(torch.randn(5000, 40), 64)
@@ -68,11 +72,17 @@ def fill_prototypes(
     require_count(count, "prototypes", 1)
     require(count <= len(rows), "prototypes", lambda: f"at most {len(rows)}, the features of normals", count)
     require(bool(rows.isfinite().all()), "rows", "finite features", "NaN or infinity")
-    generator = torch.Generator().manual_seed(seed)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    require(len(seeds) > 0, "seed", "a number, or one per bank", "none")
+    generators = [torch.Generator().manual_seed(one) for one in seeds]
     if method == "coreset":
-        return rows[coreset(rows, count, int(torch.randint(len(rows), (), generator=generator)))]
-    start = rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]
-    return start if method == "random" else kmeans(rows, start, iterations)
+        banks = [rows[coreset(rows, count, int(torch.randint(len(rows), (), generator=g)))] for g in generators]
+    else:
+        banks = [rows[torch.randperm(len(rows), generator=g)[:count].to(rows.device)] for g in generators]
+    chosen = torch.stack(banks)
+    if method == "kmeans":
+        chosen = kmeans(rows, chosen, iterations)
+    return chosen[0] if isinstance(seed, int) else chosen
 
 
 def kmeans(rows: Tensor, start: Tensor, iterations: int) -> Tensor:
@@ -80,25 +90,31 @@ def kmeans(rows: Tensor, start: Tensor, iterations: int) -> Tensor:
 
     Args:
         rows: [N, d].
-        start: [M, d], M ≤ N.
+        start: [M, d], M ≤ N; or L banks [L, M, d], each of which goes its own way.
         iterations: at most.
 
     Returns:
-        Centres [M, d].
+        Centres [M, d] or [L, M, d].
     """
-    centres = start.clone()
-    previous: Tensor | None = None
+    banks = start.clone().reshape(-1, *start.shape[-2:])  # [L, M, d]
+    previous: list[Tensor | None] = [None] * len(banks)
+    moving = list(range(len(banks)))
     for _ in range(iterations):
-        label, distance = nearest(rows, centres)
-        if previous is not None and torch.equal(label, previous):
+        labels, distances = nearest(rows, banks[moving])
+        for bank, label, distance in zip(list(moving), labels, distances, strict=True):
+            last = previous[bank]
+            if last is not None and torch.equal(label, last):
+                moving.remove(bank)
+                continue
+            previous[bank] = label
+            size = torch.bincount(label, minlength=banks.shape[1])
+            banks[bank] = _sums(rows, label, banks.shape[1]) / size.clamp_min(1)[:, None]
+            empty = (size == 0).nonzero().flatten()
+            if len(empty):
+                banks[bank, empty] = rows[distance.topk(len(empty)).indices]
+        if not moving:
             break
-        previous = label
-        size = torch.bincount(label, minlength=len(centres))
-        centres = _sums(rows, label, len(centres)) / size.clamp_min(1)[:, None]
-        empty = (size == 0).nonzero().flatten()
-        if len(empty):
-            centres[empty] = rows[distance.topk(len(empty)).indices]
-    return centres
+    return banks.reshape(start.shape)
 
 
 def coreset(rows: Tensor, count: int, first: int) -> Tensor:
@@ -112,51 +128,22 @@ def coreset(rows: Tensor, count: int, first: int) -> Tensor:
     Returns:
         [M] int64, indices of rows.
     """
-    chosen = torch.empty(count, dtype=torch.int64, device=rows.device)
-    length = rows.square().sum(dim=1)
-    distance = torch.full_like(length, torch.inf)
-    chosen[0] = first
-    for i in range(count):
-        if i:
-            chosen[i] = distance.argmax()
-        lower_distances(distance, rows, length, chosen[i])
-    return chosen
+    return AF.k_center(rows, count, first=first)
 
 
 def nearest(rows: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest prototype of every row.
+    """The nearest prototype of every row, in blocks of rows.
 
     Args:
         rows: [N, d].
-        prototypes: [M, d].
+        prototypes: [M, d], or L banks [L, M, d].
 
     Returns:
-        Index [N] int64, and squared distance [N] ≥ 0.
+        Index [N] or [L, N] int64, and squared distance of the same shape.
     """
-    half_length = prototypes.square().sum(dim=1) / -2
-    index = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    best = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-    block = max(1, BLOCK_ELEMENTS // len(prototypes))
-    transposed = prototypes.T
-    for begin in range(0, len(rows), block):
-        part = slice(begin, begin + block)
-        # |x − c|² = |x|² − 2 (x·c − |c|²/2), smallest where the bracket is largest
-        torch.max(torch.addmm(half_length, rows[part], transposed), dim=1, out=(best[part], index[part]))
-    return index, (rows.square().sum(dim=1) - 2 * best).clamp_min_(0)
-
-
-def lower_distances(distance: Tensor, rows: Tensor, length: Tensor, chosen: Tensor) -> None:
-    """Lower each row's squared distance to that from one more chosen row, in place; the chosen row's becomes −1.
-
-    Args:
-        distance: [N], overwritten.
-        rows: [N, d].
-        length: [N], |row|².
-        chosen: index of the row, 0-dim int64.
-    """
-    centre = rows[chosen]
-    torch.minimum(distance, torch.addmv(length, rows, centre, alpha=-2).add_(length[chosen]), out=distance)
-    distance[chosen] = -1.0
+    block = max(1, BLOCK_ELEMENTS // (prototypes.numel() // prototypes.shape[-1]))
+    parts = [AF.nearest(part, prototypes) for part in rows.split(block)]
+    return torch.cat([part.index for part in parts], dim=-1), torch.cat([part.distance for part in parts], dim=-1)
 
 
 def _sums(rows: Tensor, label: Tensor, count: int) -> Tensor:

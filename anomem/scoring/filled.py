@@ -10,17 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from anomem import functional as AF
 from anomem.models import AnoMem
+from anomem.nn import HopfieldMemory
 from anomem.reference.retrieve import normalize_rows
 from anomem.scoring.detector import Alignment, Gaussians, MomentSums
 from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
 from anomem.scoring.labelled import pooled_deviations
-from anomem.validation import require, require_choice
+from anomem.validation import require, require_choice, require_count
 
 ImageBatches = Callable[[], Iterable[Tensor]]
 """Gives, each time it is called, the same batches of normal images [b, C, H, W]."""
 HELD_BYTES = 2**30
 """Of features that are held instead of encoded again."""
+TOP_K = 8
+"""Prototypes that a feature of a filled memory reads: within .0006 of AUROC of reading all, on four splits of solar
+cells."""
 TOP_PART = 0.1
 """Of the positions, the largest distances first: their mean is an image's distance."""
 
@@ -144,6 +149,7 @@ class FilledScorer(nn.Module):
         model: memories filled.
         alignment: "per_position" fits one Gaussian per position, "pooled" one for all.
         top_part: part of the positions that are pooled, in (0, 1]; at least one position.
+        top_k: prototypes that a feature reads, those with the largest scores; all when None.
 
     Shape:
         images [B, C, H, W] -> `FilledScores`.
@@ -163,11 +169,15 @@ class FilledScorer(nn.Module):
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, model: AnoMem, alignment: Alignment, top_part: float = TOP_PART) -> None:
+    def __init__(
+        self, model: AnoMem, alignment: Alignment, top_part: float = TOP_PART, top_k: int | None = TOP_K
+    ) -> None:
         super().__init__()
         require_choice(alignment, "alignment", ("per_position", "pooled"))
         require(0 < top_part <= 1, "top_part", "a part in (0, 1]", top_part)
-        self.model, self.alignment, self.top_part = model, alignment, top_part
+        if top_k is not None:
+            require_count(top_k, "top_k", 1)
+        self.model, self.alignment, self.top_part, self.top_k = model, alignment, top_part, top_k
         positions = [h * w for h, w in model.encoder.sizes]
         widths = [memory.prototypes.shape[1] for memory in model.memories]
         pooled = alignment == "pooled"
@@ -284,13 +294,8 @@ class FilledScorer(nn.Module):
 
     def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
-        cosines, deviations = [], []
-        for query, memory in zip(queries, self.model.memories, strict=True):
-            z = normalize_rows(query.float(), memory.normalize)
-            d = memory.deviation(query).float()
-            cosines.append(1 - nn.functional.cosine_similarity(z, z - d, dim=2))
-            deviations.append(d)
-        return cosines, deviations
+        pairs = [_read(query, m, self.top_k) for query, m in zip(queries, self.model.memories, strict=True)]
+        return [cosine for cosine, _ in pairs], [deviation for _, deviation in pairs]
 
     def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
         """Σ lambda_s top of the cosine distances: S tensors [B, P_s] -> [B]."""
@@ -308,11 +313,36 @@ class FilledScorer(nn.Module):
 
     def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
         """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
-        result = torch.zeros(len(distances[0]), *size, device=distances[0].device)
+        result = torch.zeros(distances[0].shape[0], *size, device=distances[0].device)  # len() would fix B in an export
         for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
-            small = (d / by).unflatten(1, (height, width))[:, None]
-            result += nn.functional.interpolate(small, size=size, mode="bilinear", align_corners=False)[:, 0]
+            # Two products: torch's upsampling is several times slower.
+            rows, columns = (_bilinear(*sides, d) for sides in zip(size, (height, width), strict=True))
+            result += rows @ ((d / by).unflatten(1, (height, width)) @ columns.T)
         return result
+
+
+def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
+    """The matrix [large, small] of linear interpolation along one axis (align_corners=False)."""
+    each = torch.eye(small, dtype=like.dtype, device=like.device)[None]
+    return nn.functional.interpolate(each, size=large, mode="linear", align_corners=False)[0].T
+
+
+def _read(query: Tensor, memory: HopfieldMemory, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """1 − cos(z, HF(z)) and D = norm(z) − HF(z) of queries [B, P, d]: [B, P] and [B, P, d], float32."""
+    if memory.values is None and memory.steps == 1 and memory.shrink == 0:
+        found = AF.read_memory(
+            query.float(),
+            memory.prototypes,
+            beta=memory.beta,
+            normalize=memory.normalize,
+            top_k=None if top_k is None else min(top_k, len(memory.prototypes)),
+            deviation=True,
+            impl=memory.impl,
+            part=True,
+        )
+        return found.cosine, found.out
+    z, deviation = normalize_rows(query.float(), memory.normalize), memory.deviation(query).float()
+    return 1 - nn.functional.cosine_similarity(z, z - deviation, dim=2), deviation
 
 
 class _Moments:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images
-from anomem.data.convert import resize
-from anomem.models import AnoMem
+from anomem.data.frame import framed, unframed
+from anomem.models import AnoMem, TiledEncoder
 from anomem.scoring.config import FillConfig
-from anomem.scoring.decision import Calibration, Fold, check_alpha, hold_out, normals_needed
+from anomem.scoring.decision import Calibration, Held, check_alpha, hold_out, normals_needed
 from anomem.scoring.detector import Alignment
 from anomem.scoring.filled import HELD_BYTES, FilledScale, FilledScorer, FilledScores, fill_memories
 from anomem.scoring.labelled import FewLabels
 from anomem.scoring.scorer import require_finite
 from anomem.validation import require, require_choice, values_are_free
 
+MAPS = ("plain", "local")
 LABELLED = "labelled"
 """Name of the score that joins the labelled defects with the one-class score."""
-FEWEST = 3
-"""Normals: two to fit a Gaussian, one to calibrate."""
+FEW, ROWS = 8, 16
+"""Fewer normals than the first are fitted with light copies of them, up to the second in all."""
+LIGHT = replace(AugmentConfig.light(), shift=0.02, rotation=2.0)
+PIXELS_AT_ONCE = 2**22
+"""Of a batch: fewer images are encoded at once where they are large."""
 GAUSSIAN_BYTES = 2**30
 """Of the Gaussians of all positions while they are fitted; above it one Gaussian serves all positions."""
 
@@ -49,6 +57,7 @@ class FittedDetector(nn.Module):
         alpha: false-alarm rate of the verdict.
         labels: fitted to labelled defects, or None.
         batch_size: images per forward pass of a set.
+        letterbox: whether images of another aspect ratio keep it; see `anomem.data.frame`.
 
     Shape:
         images [B, C, H, W], uint8 or float in [0, 1] -> `Verdicts`.
@@ -66,10 +75,13 @@ class FittedDetector(nn.Module):
         alpha: float,
         labels: FewLabels | None = None,
         batch_size: int = 64,
+        letterbox: bool = False,
     ) -> None:
         super().__init__()
         check_alpha(alpha)
-        self.scorer, self.calibration, self.alpha, self.batch_size = scorer, calibration, alpha, batch_size
+        self.letterbox = letterbox
+        self.scorer, self.calibration, self.alpha = scorer, calibration, alpha
+        self.batch_size = at_once(scorer.model, batch_size)
         self.labels = labels
         self.config: Any = None  # of the run it belongs to, to save it with
         self.eval()
@@ -107,14 +119,24 @@ class FittedDetector(nn.Module):
         right = images.dim() == 4 and images.shape[1] == channels
         require(right, "images", lambda: f"[B, {channels}, H, W], as it was fitted to", images)
         size = (images.shape[2], images.shape[3])
-        model_size = self.model.encoder.image_size
-        if images.dtype == torch.uint8:
-            images = resize(images, model_size)
-        else:
+        if images.dtype != torch.uint8:
             require(images.is_floating_point(), "images", "uint8, or float in [0, 1]", images.dtype)
-            if size != model_size:
-                images = nn.functional.interpolate(images, model_size, mode="bilinear", antialias=True)
-        found = self.scorer.of_queries(self.model.queries(self.model(images.to(self.model.device))), size)
+        images = framed(images.to(self.model.device), self.model.encoder.image_size, self.letterbox)
+        return self.of_queries(self.model.queries(self.model(images)), size, alpha, by)
+
+    @torch.no_grad()
+    def of_queries(
+        self, queries: Sequence[Tensor], size: tuple[int, int], alpha: float | None = None, by: str | None = None
+    ) -> Verdicts:
+        """`forward` of images that are encoded already.
+
+        Args:
+            queries: S tensors [B, P_s, d_s].
+            size: (H, W) of the maps.
+            alpha: as `forward`.
+            by: as `forward`.
+        """
+        found = self.scorer.of_queries(queries, self.model.encoder.image_size if self.letterbox else size)
         scores = self.scores_of(found)
         if values_are_free(scores["plain"]):
             require_finite(scores)
@@ -122,7 +144,8 @@ class FittedDetector(nn.Module):
         require_choice(by, "by", self.names)
         possible = alpha is not None or self.calibration.count >= normals_needed(self.alpha)
         verdicts = self.calibration.anomalous(by, scores[by], alpha or self.alpha) if possible else None
-        return Verdicts(scores, self.calibration.p_values(by, scores[by]), verdicts, found.maps)
+        maps = {name: unframed(m, size, self.letterbox) for name, m in found.maps.items()}
+        return Verdicts(scores, self.calibration.p_values(by, scores[by]), verdicts, maps)
 
     def scores_of(self, found: FilledScores) -> dict[str, Tensor]:
         """All scores [B], that of the labels among them."""
@@ -130,17 +153,37 @@ class FittedDetector(nn.Module):
             return found.scores
         return {**found.scores, LABELLED: self.labels(found.pooled, found.scores[self.scorer.lead])}
 
-    def over(self, images: Images, alpha: float | None = None) -> Verdicts:
-        """`forward` over a whole set, in batches; on the CPU."""
+    def over(self, images: Images, alpha: float | None = None, maps: bool = True) -> Verdicts:
+        """`forward` over a whole set, in batches; on the CPU.
+
+        Args:
+            images: of the size that was fitted.
+            alpha: as `forward`.
+            maps: keep the maps of all images, which are as large as the images.
+        """
         order, images = torch.arange(len(images)), images.to(self.model.device)
-        parts = [self(batch, alpha) for batch, _ in images.batches(order, self.batch_size)]
-        verdicts = [part.verdicts for part in parts if part.verdicts is not None]
-        return Verdicts(
-            {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
-            torch.cat([part.p_values for part in parts]).cpu(),
-            torch.cat(verdicts).cpu() if verdicts else None,
-            {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
-        )
+        parts = []
+        for batch, _ in images.batches(order, self.batch_size):
+            found = self(batch, alpha)
+            parts.append(found if maps else found._replace(maps={}))
+        return joined(parts)
+
+
+def joined(parts: Sequence[Verdicts]) -> Verdicts:
+    """The verdicts of several batches as those of one set, on the CPU."""
+    verdicts = [part.verdicts for part in parts if part.verdicts is not None]
+    return Verdicts(
+        {name: torch.cat([p.scores[name] for p in parts]).cpu() for name in parts[0].scores},
+        torch.cat([part.p_values for part in parts]).cpu(),
+        torch.cat(verdicts).cpu() if verdicts else None,
+        {name: torch.cat([p.maps[name] for p in parts]).cpu() for name in parts[0].maps},
+    )
+
+
+def at_once(model: AnoMem, batch_size: int) -> int:
+    """Images of the model's size in one batch: what was asked for, less where `PIXELS_AT_ONCE` would be exceeded."""
+    height, width = model.encoder.image_size
+    return max(1, min(batch_size, PIXELS_AT_ONCE // (height * width)))
 
 
 class EncodedImages:
@@ -150,25 +193,62 @@ class EncodedImages:
         model: put into eval mode.
         images: on any device.
         batch_size: images per forward pass.
-        at_most: bytes to hold; beyond them images are encoded again each time.
+        at_most: bytes to hold, 1 GiB by default; beyond them images are encoded again each time.
     """
 
-    def __init__(self, model: AnoMem, images: Images, batch_size: int, at_most: int = HELD_BYTES) -> None:
-        self.model, self.images, self.batch_size = model.eval(), images.to(model.device), batch_size
+    def __init__(self, model: AnoMem, images: Images, batch_size: int, at_most: int | None = None) -> None:
+        self.model, self.images = model.eval(), images.to(model.device)
+        self.batch_size = at_once(model, batch_size)
+        self.order = torch.arange(len(images))
         per_image = sum(h * w * d * 4 for (h, w), d in zip(model.encoder.sizes, model.features, strict=True))
         self.held: list[Tensor] | None = None
-        if per_image * len(images) <= at_most:
-            parts = list(self._encoded(torch.arange(len(images))))
+        if per_image * len(images) <= (HELD_BYTES if at_most is None else at_most):
+            parts = list(self._encoded(self.order))
             self.held = [torch.cat(of_scale) for of_scale in zip(*parts, strict=True)] if parts else []
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     @torch.no_grad()
     def _encoded(self, rows: Tensor) -> Iterator[list[Tensor]]:
         for batch, _ in self.images.batches(rows, self.batch_size):
             yield [query.float() for query in self.model.queries(self.model(batch))]
 
-    def rows(self, rows: Tensor) -> _Rows:
-        """The images of some rows [n] int64, which may be iterated several times."""
-        return _Rows(self, rows)
+    def part(self, rows: Tensor) -> EncodedImages:
+        """Some of the images [n] int64 as a set of their own; nothing is encoded or copied."""
+        found = copy.copy(self)
+        found.order = self.order[rows]
+        return found
+
+    def rows(self, rows: Tensor | None = None) -> _Rows:
+        """The images of some rows [n] int64, or all, which may be iterated several times."""
+        return _Rows(self, self.order if rows is None else self.order[rows])
+
+    def digests(self) -> list[bytes]:
+        """Of the pixels of each image: equal images have equal ones."""
+        found = []
+        for batch, _ in self.images.batches(self.order, self.batch_size):
+            found += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch.cpu()]
+        return found
+
+    @torch.no_grad()
+    def with_copies(self, rows: Tensor, count: int, seed: int) -> list[Sequence[Tensor]]:
+        """Some images and light copies of them, `count` or a few more in all.
+
+        Args:
+            rows: [n] int64.
+            count: of images and copies.
+            seed: of the copies.
+        """
+        found: list[Sequence[Tensor]] = list(self.rows(rows))
+        augmentation = Augmentation(LIGHT)
+        generator: torch.Generator | None = None
+        for _ in range(-(-count // len(rows)) - 1):
+            for batch, _ in self.images.batches(self.order[rows], self.batch_size):
+                generator = generator or torch.Generator(batch.device).manual_seed(seed)
+                maps = self.model(augmentation(batch, generator))
+                found.append([query.float() for query in self.model.queries(maps)])
+        return found
 
 
 class _Rows:
@@ -194,52 +274,69 @@ class FitReport(NamedTuple):
     alignment: Alignment
     """Of its Gaussians."""
     normals: int
-    """Normal images seen."""
+    """Normal images seen, each once."""
     fitted: int
     """Of them, those that the detector was fitted to."""
     defects: int
     """Labelled ones."""
+    duplicates: int
+    """Normal images that were left out because they equal another one."""
+    copies: int
+    """Light copies that were fitted besides."""
 
 
 def fit_detector(
     model: AnoMem,
-    images: Images,
+    images: Images | EncodedImages,
     is_normal: Tensor,
     *,
     aligned: bool,
     config: FillConfig,
     alpha: float = 0.01,
     seed: int = 0,
+    calibration: Images | EncodedImages | None = None,
+    letterbox: bool = False,
 ) -> tuple[FittedDetector, FitReport]:
     """Fill a model's memories from normals, fit the scores, and calibrate the decision with normals left out.
 
+    A normal image that equals another one counts once: it could be fitted and calibrate as well.
+
     Args:
         model: its encoder is left as it is.
-        images: normals, and labelled defects if there are any.
+        images: normals, and labelled defects if there are any; encoded by this model already, or not.
         is_normal: [N] bool.
         aligned: whether a position means the same in every image.
         config: of filling and scores.
         alpha: false-alarm rate of the verdict.
         seed: of the choice of prototypes and of the calibration normals.
+        calibration: other normals, which calibrate; all of `images` are fitted then.
+        letterbox: see `FittedDetector`.
 
     Raises:
-        ArgumentError: fewer than three normals.
+        ArgumentError: no normal, fewer than three beside labelled defects, or calibration images that are fitted too.
         UserError: labelled defects, and scikit-learn is not installed.
     """
     is_normal = is_normal.cpu()
-    normals, defects = is_normal.nonzero().flatten(), (~is_normal).nonzero().flatten()
-    require(
-        len(normals) >= FEWEST, "images", f"at least {FEWEST} normals: two to fit and one to calibrate", len(normals)
-    )
-    encoded = EncodedImages(model, images, config.batch_size)
+    encoded = _encoded(model, images, config)
+    given, defects = is_normal.nonzero().flatten(), (~is_normal).nonzero().flatten()
+    digests = encoded.part(given).digests()
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    normals = given[sorted(first.values())]
+    least = 3 if len(defects) else 1
+    reason = "two to fit beside the labelled defects, one to calibrate" if len(defects) else None
+    require(len(normals) >= least, "images", f"at least {least} different normals", len(normals), reason)
     alignment: Alignment = "per_position" if aligned and _gaussian_bytes(model) <= GAUSSIAN_BYTES else "pooled"
-    held, folds = hold_out(len(normals), alpha, seed)
+    calibrating = None if calibration is None else _encoded(model, calibration, config)
+    if calibrating is not None:
+        _require_apart(digests, calibrating.digests())
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def fitted(rows: Tensor) -> tuple[FittedDetector, list[FilledScale]]:
-        queries = encoded.rows(rows)
+        queries: Iterable[Sequence[Tensor]] = encoded.rows(rows)
+        if len(rows) < FEW:
+            queries = encoded.with_copies(rows, ROWS, seed)
         filled = fill_memories(model, queries, config.prototypes, config.method, seed=seed)
-        scorer = FilledScorer(model, alignment, config.top_fraction)
+        scorer = FilledScorer(model, alignment, config.top_fraction * _tile_share(model), config.top_k)
         scorer.fit(queries)
         labels = None
         if len(defects):
@@ -250,28 +347,67 @@ def fit_detector(
             one_class = torch.cat([s.scores[scorer.lead] for s in scored]).cpu()
             labels.fit(pooled, one_class, torch.arange(len(both)) < len(rows), seed)
             labels.to(model.device)
-        unused = Calibration({scorer.lead: torch.zeros(1)})
-        return FittedDetector(scorer, unused, alpha, labels, config.batch_size), filled
+        unused = Calibration({scorer.lead: torch.zeros(0)})
+        return FittedDetector(scorer, unused, alpha, labels, config.batch_size, letterbox), filled
 
-    def calibrate(detector: FittedDetector, fold: Fold) -> None:
-        for queries in encoded.rows(normals[fold.calibrate]):
+    def calibrate(detector: FittedDetector, normals_left_out: EncodedImages) -> None:
+        for queries in normals_left_out.rows():
             found = detector.scorer.of_queries(queries, model.encoder.image_size)
             maxima = {name: m.amax(dim=(1, 2)).cpu() for name, m in found.maps.items()}
             parts.append(({name: s.cpu() for name, s in detector.scores_of(found).items()}, maxima))
 
-    for fold in folds:
-        detector, filled = fitted(normals[fold.fit])
-        calibrate(detector, fold)
-    rows = normals[folds[0].fit] if held == "split" else normals
-    if held == "cross":
+    held: Held = "split"
+    if calibrating is not None:
+        rows = normals
         detector, filled = fitted(rows)
-    scores, maxima = ({name: torch.cat([p[i][name] for p in parts]) for name in parts[0][i]} for i in (0, 1))
+        calibrate(detector, calibrating)
+    else:
+        held, folds = hold_out(len(normals), alpha, seed)
+        for fold in folds:
+            detector, filled = fitted(normals[fold.fit])
+            calibrate(detector, encoded.part(normals[fold.calibrate]))
+        rows = normals[folds[0].fit] if held == "split" else normals
+        if held == "cross":
+            detector, filled = fitted(rows)
+    names = (detector.names, MAPS)
+    scores, maxima = (
+        {name: torch.cat([torch.zeros(0), *(part[i][name] for part in parts)]) for name in names[i]} for i in (0, 1)
+    )
     detector.calibration = Calibration(scores, maxima, held)
-    return detector, FitReport(filled, alignment, len(normals), len(rows), len(defects))
+    copies = -(-ROWS // len(rows)) * len(rows) - len(rows) if len(rows) < FEW else 0
+    report = FitReport(filled, alignment, len(normals), len(rows), len(defects), len(given) - len(normals), copies)
+    return detector, report
+
+
+def _encoded(model: AnoMem, images: Images | EncodedImages, config: FillConfig) -> EncodedImages:
+    return images if isinstance(images, EncodedImages) else EncodedImages(model, images, config.batch_size)
+
+
+def _require_apart(fitted: Sequence[bytes], calibrating: Sequence[bytes]) -> None:
+    """Raise `ArgumentError` where an image is fitted and calibrates: its score would be too low."""
+    both = set(fitted)
+    common = sum(digest in both for digest in calibrating)
+    require(
+        common == 0,
+        "calibration",
+        "images that are not fitted",
+        lambda: f"{common} of {len(calibrating)} that equal fitted ones",
+        "their scores are lower than those of new normals, so that the verdict would give more false alarms",
+    )
+
+
+def _tile_share(model: AnoMem) -> float:
+    """Part of an image whose positions are pooled: a tile's, so that a defect is not lost in a large image."""
+    return model.encoder.share if isinstance(model.encoder, TiledEncoder) else 1.0
 
 
 def restored_detector(
-    model: AnoMem, tensors: Mapping[str, Tensor], about: Mapping[str, Any], config: FillConfig, alpha: float
+    model: AnoMem,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    config: FillConfig,
+    alpha: float,
+    letterbox: bool,
 ) -> FittedDetector:
     """A detector of the right shapes around a fresh model; its tensors are still to be loaded.
 
@@ -281,6 +417,7 @@ def restored_detector(
         about: values stored beside the tensors: "alignment", "calibration".
         config: the detector was fitted with.
         alpha: false-alarm rate of the verdict.
+        letterbox: see `FittedDetector`.
 
     Raises:
         KeyError: a tensor or a value is missing.
@@ -288,14 +425,14 @@ def restored_detector(
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)
-    scorer = FilledScorer(model, about["alignment"], config.top_fraction)
+    scorer = FilledScorer(model, about["alignment"], config.top_fraction * _tile_share(model), config.top_k)
     labels = None
     if "detector.labels.weight" in tensors:
         labels = FewLabels(len(tensors["detector.labels.weight"]) - 1).to(model.device)
     prefix = "calibration."
     of_calibration = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
     calibration = Calibration.restored(of_calibration, about["calibration"])
-    return FittedDetector(scorer, calibration, alpha, labels, config.batch_size)
+    return FittedDetector(scorer, calibration, alpha, labels, config.batch_size, letterbox)
 
 
 def stored(detector: FittedDetector) -> dict[str, Tensor]:

@@ -1,92 +1,108 @@
-"""What both stages' steps share: the order of the batches, autocast, the optimiser and its schedule."""
+"""What both stages' steps share: the order of the batches, the optimiser and its schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from anomem.data import Images
-from anomem.train.config import OptimizerConfig, RunConfig
+from anomem.train.config import OptimizerConfig
+from anomem.train.rows import ORDER, seed_of
 
 CHUNK = 1 << 20
 """Indices given to the image set at once; a streamed set starts its workers once per chunk."""
 
 
+class Batch(NamedTuple):
+    """The images that this process needs of a batch."""
+
+    step: int
+    """0 … steps − 1."""
+    images: Tensor
+    """[m, C, H, W] uint8 on the device of the set."""
+    indices: Tensor
+    """[m], which training images these are."""
+    place_of: Mapping[int, int]
+    """Place in the whole batch -> place here."""
+
+    def at(self, places: range) -> Tensor:
+        """The images at consecutive places of the whole batch, which are consecutive here."""
+        return self.images[self._slice(places)]
+
+    def indices_at(self, places: range) -> Tensor:
+        """Which training images are at consecutive places of the whole batch."""
+        return self.indices[self._slice(places)]
+
+    def runs(self, places: Sequence[int]) -> list[Tensor]:
+        """The images at any places, as slices: an index would have to be sent to the device."""
+        found: list[list[int]] = []
+        for place in places:
+            here = self.place_of[place]
+            if found and found[-1][1] == here:
+                found[-1][1] += 1
+            else:
+                found.append([here, here + 1])
+        return [self.images[start:stop] for start, stop in found]
+
+    def _slice(self, places: range) -> slice:
+        first = self.place_of[places.start] if len(places) else 0
+        return slice(first, first + len(places))
+
+
 def training_batches(
-    images: Images, batch_size: int, seed: int, start: int, steps: int, anomalous: Tensor | None = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    images: Images, batch_size: int, seed: int, start: int, steps: int, places: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Batches of equal size, every image at most once per epoch, a fresh permutation each epoch.
 
-    Balanced batches: half of each, rounded down, is drawn from the anomalies, which come again within an epoch as often
-    as needed; an epoch is one pass over the normals.
-
-    The order is a function of the seed alone, so that a run can be resumed at any step. Waiting for a batch is the
-    profiler's range "anomem.batch".
+    The order is a function of the seed alone, so that a run can be resumed at any step, by any number of processes.
+    Waiting for a batch is the profiler's range "anomem.batch".
 
     Args:
         images: N ≥ 2 images.
-        batch_size: b; N when N is smaller. An incomplete batch at the end of an epoch is dropped.
+        batch_size: b ≤ N. An incomplete batch at the end of an epoch is dropped.
         seed: of the permutations.
         start: first step to give.
         steps: one past the last.
-        anomalous: [N] bool on the CPU, at least one of each kind, for balanced batches; None draws from all alike.
+        places: which images of a batch are needed here; all when None.
 
     Yields:
-        step, images [b, C, H, W] uint8 and their indices [b], on the device of the set.
+        The step's images, on the device of the set.
     """
-    source = _batches(images, min(batch_size, len(images)), seed, start, steps, anomalous)
+    needed = torch.arange(batch_size) if places is None else torch.tensor(list(places))
+    place_of = {place: here for here, place in enumerate(needed.tolist())}
+    source = _batches(images, batch_size, seed, start, steps, needed)
     while True:
         with record_function("anomem.batch"):
             batch = next(source, None)
         if batch is None:
             return
-        yield batch
+        yield Batch(*batch, place_of)
 
 
 def _batches(
-    images: Images, size: int, seed: int, start: int, steps: int, anomalous: Tensor | None
+    images: Images, size: int, seed: int, start: int, steps: int, needed: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     per_epoch = len(images) // size
-    if anomalous is not None:
-        per_epoch = max(1, int((~anomalous).sum()) // (size - size // 2))
     epochs_per_chunk = max(1, CHUNK // (per_epoch * size))
     step = start
     while step < steps:
         epoch, offset = divmod(step, per_epoch)
-        needed = -(-(offset + steps - step) // per_epoch)
-        epochs = range(epoch, epoch + min(needed, epochs_per_chunk))
-        orders = [_order(len(images), seed, e, per_epoch, size, anomalous) for e in epochs]
+        epochs = range(epoch, epoch + min(-(-(offset + steps - step) // per_epoch), epochs_per_chunk))
+        orders = [_permutation(len(images), seed, e)[: per_epoch * size] for e in epochs]
         order = torch.cat(orders)[offset * size :][: (steps - step) * size]
-        for batch, index in images.batches(order, size):
+        for batch, index in images.batches(order.view(-1, size)[:, needed].flatten(), len(needed)):
             yield step, batch, index
             step += 1
 
 
-def _order(count: int, seed: int, epoch: int, batches: int, size: int, anomalous: Tensor | None) -> Tensor:
-    """The images of an epoch, batch after batch: [batches · size]."""
-    # Distinct for every (seed, epoch): a run has fewer than 2³¹ epochs.
-    source = torch.Generator().manual_seed((seed << 31) + epoch)
-    permutation = torch.randperm(count, generator=source)
-    if anomalous is None:
-        return permutation[: batches * size]
-    parts = []
-    for rows, part in (
-        (permutation[~anomalous[permutation]], size - size // 2),
-        (permutation[anomalous[permutation]], size // 2),
-    ):
-        repeats = -(-batches * part // len(rows))
-        parts.append(rows.repeat(repeats)[: batches * part].view(batches, part))
-    return torch.cat(parts, dim=1).flatten()
-
-
-def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 autocast if configured."""
-    return torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(ORDER, seed, epoch)))
 
 
 def build_optimizer(
@@ -103,11 +119,16 @@ def build_optimizer(
         {"params": list(decayed), "weight_decay": config.weight_decay},
         {"params": list(undecayed), "weight_decay": 0.0},
     ]
+    parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    # One pass over the weights instead of five; not for shards.
+    fused = all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=True,
+        fused=fused,
+        foreach=False if not fused else None,
     )
 
 
@@ -133,9 +154,44 @@ def apply_gradients(optimizer: torch.optim.SGD, config: OptimizerConfig, step: i
         step: 0 … steps − 1.
     """
     if config.clip is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # Whole norms: of shards and of replicated gradients alike.
+        norms = [torch.linalg.vector_norm(g.float()) for g in gradients]
+        norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+        shrink = (config.clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1)
+        for gradient in gradients:
+            gradient.mul_(shrink)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+class Average:
+    """A running average of parameters, which decays faster in the first steps; it replaces them in the end.
+
+    Args:
+        parameters: names and parameters.
+        decay: of the average; None keeps no average.
+
+    Example:
+        >>> average = Average(list(model.named_parameters()), decay=0.99)
+        >>> average.update(step=0)  # after every step
+        >>> average.finish()  # the parameters are their averages now
+    """
+
+    def __init__(self, parameters: Sequence[tuple[str, Tensor]], decay: float | None) -> None:
+        self.decay = decay
+        self.pairs = [] if decay is None else [(name, p, p.detach().clone()) for name, p in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after a step (from 0)."""
+        for _, parameter, mean in self.pairs:
+            mean.lerp_(parameter, 1 - min(self.decay or 0.0, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Set the parameters to their averages."""
+        for _, parameter, mean in self.pairs:
+            parameter.copy_(mean)

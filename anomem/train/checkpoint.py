@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from anomem.data import Images
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
+from anomem.train.batches import Average
 from anomem.train.config import FitConfig, TrainConfig, read_json, trained_settings
 from anomem.train.monitor import Monitor
+from anomem.train.network import Network, sharded_as, whole
+from anomem.train.ranks import Ranks
 from anomem.train.rundir import STAGES, RunDirectory
 from anomem.train.stopping import Interrupted, Request
 from anomem.validation import shape_of
@@ -261,10 +264,12 @@ class StageState:
         name: of the stage.
         modules: the trained ones, by name.
         optimizer: of their parameters.
-        generator: the stage's only source of randomness besides the order of the images.
         images: the training images; a resumed run must have the same.
         config: of the run.
         run: its checkpoints are used; None writes no checkpoint.
+        average: of the parameters.
+        ranks: the processes. The first one writes complete tensors, so that any number of processes can go on.
+        network: has the encoder as the processes share it; None where all of the modules are replicated.
     """
 
     def __init__(
@@ -272,13 +277,15 @@ class StageState:
         name: str,
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
         images: Images,
         config: TrainConfig,
         run: RunDirectory | None,
+        average: Average,
+        ranks: Ranks,
+        network: Network | None = None,
     ) -> None:
-        self.name, self.modules, self.optimizer, self.generator = name, modules, optimizer, generator
-        self.config = config
+        self.name, self.modules, self.optimizer = name, modules, optimizer
+        self.config, self.average, self.ranks, self.network = config, average, ranks, network
         self.directory = None if run is None else run.checkpoints
         self.identity = identity(images) if run is not None else {}
         self.saved = time.monotonic()
@@ -297,26 +304,29 @@ class StageState:
         self._require_same_images(checkpoint)
         for name, module in self.modules.items():
             load_module(module, tensors, f"{name}.", source)
+        if self.network is not None:
+            self.network.scatter()
         for name, parameter in self._parameters():
-            momentum = tensors.get(f"momentum.{name}")
+            momentum = self._tensor(checkpoint, f"momentum.{name}", parameter, source)
             if momentum is not None:
-                if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
-                    raise UserError(
-                        f"the checkpoint {source} is damaged: `momentum.{name}` expected {shape_of(parameter)} "
-                        f"{parameter.dtype}, received {shape_of(momentum)} {momentum.dtype}; "
-                        "delete it to start this stage anew"
-                    )
                 # In the layout of the parameter (channels-last), as before the checkpoint was written.
-                buffer = torch.empty_like(parameter.detach()).copy_(momentum)
+                buffer = torch.empty_like(parameter.detach())
+                buffer.copy_(sharded_as(momentum.to(parameter.device), parameter))
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        try:
-            self.generator.set_state(tensors["generator"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint {source} has no state of the {self.generator.device.type} generator ({error}); "
-                "continue on the device it was trained on, or delete it to start this stage anew"
-            ) from error
+        for name, _, mean in self.average.pairs:
+            saved = self._tensor(checkpoint, f"average.{name}", mean, source)
+            if saved is not None:
+                mean.copy_(sharded_as(saved.to(mean.device), mean))
         return checkpoint.step
+
+    def _tensor(self, checkpoint: Checkpoint, name: str, like: Tensor, source: Path) -> Tensor | None:
+        found = checkpoint.tensors.get(name)
+        if found is not None and (found.shape != like.shape or found.dtype != like.dtype):
+            raise UserError(
+                f"the checkpoint {source} is damaged: `{name}` expected {shape_of(like)} {like.dtype}, received "
+                f"{shape_of(found)} {found.dtype}; delete it to start this stage anew"
+            )
+        return found
 
     def _require_same_images(self, checkpoint: Checkpoint) -> None:
         trained = checkpoint.about.get("images", self.identity)
@@ -353,31 +363,42 @@ class StageState:
         minutes = (time.monotonic() - self.saved) / 60
         by_steps = run.checkpoint_every > 0 and done % run.checkpoint_every == 0
         by_time = 0 < run.checkpoint_minutes <= minutes
-        if self.directory is not None and (done == steps or by_steps or by_time or request.signal is not None):
+        # The processes stop after the same step, and save together.
+        signal, late = self.ranks.largest(request.signal or 0, int(by_time))
+        if self.directory is not None and (done == steps or by_steps or late or signal):
             monitor.flush()
             self.save(done)
-        if request.signal is not None:
-            raise Interrupted(request.signal)
+        if signal:
+            raise Interrupted(signal)
 
     def save(self, done: int) -> None:
-        """Write everything that the stage needs to resume with identical bits.
+        """Write everything that the stage needs to resume with identical bits; all processes call it.
 
         Args:
             done: steps done.
         """
         if self.directory is None:
             return
+        self.saved = time.monotonic()
+        if self.network is not None:
+            self.network.gather()
+        momenta = ((name, self.optimizer.state.get(p, {}).get("momentum_buffer")) for name, p in self._parameters())
+        others = {f"momentum.{name}": whole(value) for name, value in momenta if value is not None}
+        others.update({f"average.{name}": whole(mean) for name, _, mean in self.average.pairs})
+        if self.ranks.first:
+            self._write(done, others)
+        self.ranks.wait()  # a process that left now would end the job
+
+    def _write(self, done: int, others: Mapping[str, Tensor]) -> None:
+        assert self.directory is not None
         tensors = {
             f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()
         }
-        for name, parameter in self._parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
         about = {**provenance(self.directory, self.name, self.config), "images": self.identity}
-        save_checkpoint(self.directory, self.name, done, {**tensors, "generator": self.generator.get_state()}, about)
-        self.saved = time.monotonic()
+        save_checkpoint(self.directory, self.name, done, {**tensors, **others}, about)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names in the checkpoint, and parameters."""
+        """Names in the checkpoint, and the parameters that the optimiser has."""
+        if self.network is not None:
+            return [(f"model.{name}", p) for name, p in self.network.parameters()]
         return [(f"{name}.{key}", p) for name, module in self.modules.items() for key, p in module.named_parameters()]

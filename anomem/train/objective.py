@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,14 @@ from torch import Tensor
 from anomem import functional as AF
 from anomem.augment import Augmentation, synthesize_outliers
 from anomem.backends import Impl
+from anomem.functional.distributed import sum_over
 from anomem.models import AnoMem
 from anomem.nn import ContrastedMemoryLoss
+from anomem.train.batches import Batch
 from anomem.train.config import LossConfig, TrainConfig
+from anomem.train.execution import layout_of
+from anomem.train.ranks import ONE, Ranks
+from anomem.train.rows import AUGMENT, BLOCK, OUTLIERS, Rows, blocks, seed_of
 
 
 class Views:
@@ -21,55 +26,78 @@ class Views:
     Args:
         config: augmentations, ratio of synthetic outliers, layout.
         is_normal: [N] bool of the training images, on their device; None when all are normal.
-        generator: source of randomness, on the device of the images.
+        generator: on the device of the images; seeded anew for every block of rows.
+        seed: of the stage.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: Tensor | None, generator: torch.Generator) -> None:
+    def __init__(self, config: TrainConfig, is_normal: Tensor | None, generator: torch.Generator, seed: int) -> None:
         self.augmentation = Augmentation(config.augment)
         self.is_normal = is_normal
-        self.synthetic = config.synthetic_outliers
-        self.generator = generator
-        self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.generator, self.seed = generator, seed
+        self.layout = layout_of(config.run)
 
-    def __call__(self, images: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """`count` views of every image, one after another: all images' first view, then all images' second.
+    def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
+        """`count` views of every row, one after another: all rows' first view, then all rows' second.
 
         Args:
-            images: [b, C, H, W] uint8.
-            index: [b], which training images these are.
+            batch: has the images that the rows need.
+            rows: which rows of the batch.
             count: number of views.
 
         Returns:
-            Views [count · B, C, H, W] float in [0, 1], and is_normal [B] bool (None when all are normal). B is b
-            plus the synthetic outliers, which come last.
+            Views [count · R, C, H, W] float in [0, 1], and is_normal [R] bool (None when all are normal); synthetic
+            outliers come last.
         """
-        x = images.float() / 255
-        normal = None if self.is_normal is None else self.is_normal[index]
-        # At least one, as with labelled anomalies: stage 2 learns nothing from a batch without.
-        outliers = max(1, round(self.synthetic * len(x))) if self.synthetic > 0 else 0
-        if outliers:
+        x = batch.at(rows.images).float().mul_(1 / 255)
+        normal = None if self.is_normal is None else self.is_normal[batch.indices_at(rows.images)]
+        if rows.synthetic:
             if normal is None:
                 normal = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            # The first images are as good as any: the order of a batch is random.
-            source = x.repeat(-(-outliers // len(x)), 1, 1, 1)[:outliers]
-            x = torch.cat([x, synthesize_outliers(source, self.generator)])
-            normal = torch.cat([normal, normal.new_zeros(outliers)])
-        views = torch.cat([self.augmentation(x, self.generator) for _ in range(count)])
+            x = torch.cat([x, *self._outliers(batch, rows)])
+            normal = torch.cat([normal, normal.new_zeros(len(rows.outliers))])
+        views = torch.cat([self.augmentation.apply(x, *self._draws(batch.step, rows, x, v)) for v in range(count)])
         return views.contiguous(memory_format=self.layout), normal
 
+    def _outliers(self, batch: Batch, rows: Rows) -> list[Tensor]:
+        """The rows' synthetic outliers, of whole blocks."""
+        found = []
+        for block in rows.outlier_blocks():
+            # The first images are as good as any: the order of a batch is random.
+            source = torch.cat(batch.runs([j % rows.batch for j in block])).float().mul_(1 / 255)
+            self.generator.manual_seed(seed_of(OUTLIERS, self.seed, batch.step, block.start // BLOCK))
+            outliers = synthesize_outliers(source, self.generator)
+            start, stop = max(block.start, rows.outliers.start), min(block.stop, rows.outliers.stop)
+            found.append(outliers[start - block.start : stop - block.start])
+        return found
 
-def scale_criterion(config: LossConfig, impl: Impl) -> ContrastedMemoryLoss:
+    def _draws(self, step: int, rows: Rows, x: Tensor, view: int) -> tuple[Tensor, Tensor | None]:
+        """The augmentation's random numbers for a view of the rows."""
+        uniforms, normals = [], []
+        for piece in rows.pieces:
+            for number, inside in blocks(piece):
+                self.generator.manual_seed(seed_of(AUGMENT, self.seed, step, view, number))
+                uniform, normal = self.augmentation.draw((BLOCK, *x.shape[1:]), self.generator)
+                uniforms.append(uniform[:, inside.start : inside.stop])
+                if normal is not None:
+                    normals.append(normal[inside.start : inside.stop])
+        return torch.cat(uniforms, dim=1), torch.cat(normals) if normals else None
+
+
+def scale_criterion(config: LossConfig, impl: Impl, ranks: Ranks = ONE) -> ContrastedMemoryLoss:
     """The bracket of Eq. (4) as configured.
 
     Args:
         config: of the loss.
         impl: implementation of the operators.
+        ranks: the processes whose joint batch is contrasted.
     """
     return ContrastedMemoryLoss(
         config.temperature,
         config.variance_weight,
         negatives=config.negatives,
         symmetric=config.symmetric,
+        gather_distributed=ranks.count > 1,
+        ring=config.ring,
         impl=impl,
     )
 
@@ -101,7 +129,11 @@ def draw_positions(
 
 
 def multi_scale_loss(
-    model: AnoMem, criterion: ContrastedMemoryLoss, sampled: Sequence[Tensor], is_normal: Tensor | None
+    model: AnoMem,
+    criterion: ContrastedMemoryLoss,
+    sampled: Sequence[Tensor],
+    is_normal: Tensor | None,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_COM-MS of sampled vectors, Eq. (4).
 
@@ -110,6 +142,7 @@ def multi_scale_loss(
         criterion: the bracket of Eq. (4).
         sampled: S tensors [n_s, 2B, d_s]: first views, then second.
         is_normal: [B] bool, or None when all are normal.
+        counts: B of each process, where they differ.
 
     Returns:
         The loss (0-dim), and each scale's terms as "contrast/<scale>" and "variance/<scale>".
@@ -119,7 +152,7 @@ def multi_scale_loss(
     scales = zip(model.encoder.names, sampled, model.memories, model.scale_weights, strict=True)
     for name, vectors, memory, weight in scales:
         z, z_pair = vectors.chunk(2, dim=1)
-        loss, contrast, variance = criterion(z, z_pair, memory, is_normal)
+        loss, contrast, variance = criterion(z, z_pair, memory, is_normal, counts)
         total = total + weight * loss
         terms[f"contrast/{name}"], terms[f"variance/{name}"] = contrast, variance
     return total, terms
@@ -147,19 +180,58 @@ def memory_figures(model: AnoMem, sampled: Sequence[Tensor]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def fill_memories(model: AnoMem, views: Tensor, is_normal: Tensor | None, generator: torch.Generator) -> None:
+def fill_memories(
+    model: AnoMem,
+    encoded: Iterable[tuple[Rows, list[Tensor]]],
+    is_normal: Tensor | None,
+    generator: torch.Generator,
+    ranks: Ranks = ONE,
+) -> None:
     """First prototypes from features of normal images, at every position of every scale.
 
-    A small batch without a normal image gives those of its anomalies: training moves them.
+    A small batch without a normal image gives those of its anomalies: training moves them. The same prototypes are
+    drawn whatever the number of processes and micro-batches.
 
     Args:
-        model: in training mode, so that the features equal those of the first step.
-        views: [2B, C, H, W].
-        is_normal: [B] bool, or None when all are normal.
+        model: its memories are filled.
+        encoded: micro-batches of this process's rows, and their maps: S [2R, C_s, H_s, W_s], in training mode, so that
+            the features equal those of the first step.
+        is_normal: [rows of the whole batch] bool, or None when all are normal.
         generator: source of randomness.
+        ranks: the processes that have the other rows.
     """
-    maps = model(views)
-    every = is_normal is None or not bool(is_normal.any())
-    for query, memory in zip(model.queries(maps), model.memories, strict=True):
-        normals = query if every or is_normal is None else query[is_normal.repeat(2)]
-        memory.fill(normals.flatten(0, 1).float(), generator)
+    allowed: Tensor | None = None
+    filled: list[Tensor] = []
+    chosen: list[tuple[Tensor, Tensor, Tensor]] = []  # view, place and position of each prototype's feature
+    for rows, maps in encoded:
+        queries = model.queries(maps)
+        if not filled:
+            everything = rows.batch + rows.synthetic
+            allowed = torch.arange(everything) if is_normal is None else is_normal.cpu().nonzero().flatten()
+            allowed = allowed if len(allowed) else torch.arange(everything)
+            for query, memory in zip(queries, model.memories, strict=True):
+                count, positions = len(memory.prototypes), query.shape[1]
+                drawn = _distinct(count, 2 * len(allowed) * positions, generator)
+                place = drawn // positions
+                chosen.append((place // len(allowed), allowed[place % len(allowed)], drawn % positions))
+                filled.append(query.new_zeros(count, query.shape[-1], dtype=torch.float32))
+        for piece, offset in zip(rows.pieces, (0, len(rows.images)), strict=True):
+            for query, into, (view, place, position) in zip(queries, filled, chosen, strict=True):
+                here = ((place >= piece.start) & (place < piece.stop)).nonzero().flatten()
+                row = view[here] * len(rows) + place[here] - piece.start + offset
+                device = query.device
+                into[here.to(device)] = query[row.to(device), position[here].to(device)].float()
+    for features, memory in zip(filled, model.memories, strict=True):
+        memory.fill(sum_over(features) if ranks.count > 1 else features, generator)
+
+
+def _distinct(count: int, below: int, generator: torch.Generator) -> Tensor:
+    """`count` random numbers [count] int64 on the CPU, distinct where there are enough below the bound."""
+    if below <= 16 * count or below <= 1 << 20:
+        order = torch.randperm(below, generator=generator, device=generator.device).cpu()
+        return order[torch.arange(count) % below]
+    # A permutation of all features of a large batch would be larger than the batch.
+    drawn = torch.randint(below, (2 * count + 64,), generator=generator, device=generator.device).unique()
+    order = torch.randperm(len(drawn), generator=generator, device=generator.device)[:count]
+    found: Tensor = drawn[order].cpu()
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from anomem.models.encoders import SMALL_IMAGE
 from anomem.scoring import Scorer, fit_scorer, useless_scores
 from anomem.scoring.detector import kept_features
 from anomem.scoring.scorer import alignment_of
+from anomem.train.balance import few_labels
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -25,8 +26,10 @@ from anomem.train.checkpoint import (
     save_checkpoint,
     saved_step,
 )
-from anomem.train.config import FitConfig, RunConfig, TrainConfig
+from anomem.train.config import FitConfig, RunConfig, TrainConfig, flat_settings, read_json
+from anomem.train.execution import settled
 from anomem.train.monitor import tensorboard_writer
+from anomem.train.ranks import ONE, Ranks, joined, local_device
 from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
@@ -73,13 +76,19 @@ def train(
             config.data.outlier_ratio,
             "make the task from `config.data`",
         )
-    given = {"task": task, "encoder": encoder}
-    # Task and model first: where one of them cannot be made, no folder is left behind.
-    task = task or load_task(config.data)
-    model = model_for(config, task, encoder)
-    run = RunDirectory.create(config, [name for name, value in given.items() if value is not None], task.trained_on)
-    with _stoppable(run), run.claimed():
-        _complete(run, config, task, model, quiet)
+    given = [name for name, value in (("task", task), ("encoder", encoder)) if value is not None]
+    with joined(config.run.device) as ranks:
+        # Task and model first: where one of them cannot be made, no folder is left behind.
+        task = task or load_task(config.data)
+        model = model_for(config, task, encoder)
+        # Without "auto": a resumption executes as the run began.
+        config = settled(config, model.device)
+        ranks.require_same(flat_settings(config))
+        _require_an_image_each(config, len(task.train), ranks)
+        trained_on = task.trained_on
+        run = RunDirectory(ranks.on_first(lambda: RunDirectory.create(config, given, trained_on).path))
+        with _stoppable(run, ranks), _claimed(run, ranks):
+            _complete(run, config, task, model, quiet, ranks)
     return run.path
 
 
@@ -101,27 +110,31 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
     if _finished(run, config):
         return run.path
     run.require_given("resume", task=task, encoder=encoder)
-    with _stoppable(run), run.claimed():
-        # Read again: the process that held the claim before may have finished the run.
-        if not _finished(run, config):
-            prepare(config)
-            task = task or load_task(config.data, run.split())
-            _complete(run, config, task, model_for(config, task, encoder), quiet)
+    with joined(config.run.device) as ranks:
+        ranks.require_same(flat_settings(config))
+        with _stoppable(run, ranks), _claimed(run, ranks):
+            # Read again: the process that held the claim before may have finished the run.
+            if not ranks.on_first(lambda: _finished(run, config)):
+                prepare(config)
+                task = task or load_task(config.data, run.split())
+                _require_an_image_each(config, len(task.train), ranks)
+                _complete(run, config, task, model_for(config, task, encoder), quiet, ranks)
     return run.path
 
 
-def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
+def load_scorer(path: Path, *, encoder: Encoder | None = None, device: str | None = None) -> Scorer:
     """The scorer of a finished run, on the run's device; the training data are not needed.
 
     Args:
         path: the run directory.
         encoder: one like that given to `train`, if any; the run's weights are loaded into it.
+        device: another one than the run's.
 
     Raises:
         UserError: no run there, an unfinished one, a checkpoint that is damaged, of another run or of other settings,
             or the encoder is missing.
     """
-    run, config = RunDirectory.open(path)
+    run, config = RunDirectory.open(path, device=device)
     run.require_given("load_scorer", encoder=encoder)
     checkpoint = load_checkpoint(run.checkpoints, SCORER)
     if checkpoint is None:
@@ -142,18 +155,22 @@ def load_scorer(path: Path, *, encoder: Encoder | None = None) -> Scorer:
     return scorer
 
 
-def load_run(path: Path) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
+def load_run(
+    path: Path, *, device: str | None = None, root: str | None = None
+) -> tuple[RunDirectory, TrainConfig, Task, Scorer]:
     """A finished run with its task and scorer, on the run's device.
 
     Args:
         path: the run directory.
+        device: another one than the run's.
+        root: another folder of images than the run's.
 
     Raises:
         UserError: as `load_scorer`, or the data are missing or have no test images.
     """
-    run, config = RunDirectory.open(path)
+    run, config = RunDirectory.open(path, device=device, root=root)
     run.require_given("anomem.evaluate.report", task=None)
-    scorer = load_scorer(path)
+    scorer = load_scorer(path, device=device)
     for folder in (run.path, run.figures):
         remove_leftovers(folder, older_than=3600)
     task = load_task(config.data, run.split())
@@ -177,16 +194,28 @@ def prepare(config: TrainConfig | FitConfig) -> None:
         torch.set_num_threads(config.run.threads)
 
 
+def device_named(path: Path) -> str:
+    """`run.device` of a run, trained or fitted.
+
+    Raises:
+        UserError: no run there, or a damaged configuration.
+    """
+    values = read_json(RunDirectory(path).config_file) if RunDirectory(path).config_file.exists() else {}
+    run = values.get("run") if isinstance(values, dict) else None
+    return str(run.get("device", "auto")) if isinstance(run, dict) else "auto"
+
+
 def device_of(config: RunConfig) -> torch.device:
     """The device of a run.
 
     Raises:
         UserError: this machine has no such device.
     """
-    if config.device == "auto":
+    wanted = local_device(config.device)
+    if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(wanted)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -207,17 +236,31 @@ def train_task(
         model: fresh, on the same device.
         run: gets logs and checkpoints; None writes neither.
         quiet: show nothing.
+
+    Example:
+        >>> scorer = train_task(config, task, model_for(config, task), quiet=True)
     """
+    scorer = _train_and_fit(config, task, model, run, not quiet, quiet)
+    assert scorer is not None
+    return scorer
+
+
+def _train_and_fit(
+    config: TrainConfig, task: Task, model: AnoMem, run: RunDirectory | None, loud: bool, quiet: bool
+) -> Scorer | None:
+    """`train_task`; of several processes the first one fits the scorer, the others return None."""
     is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
-    if config.run.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.run.compile:
-        model.encoder.compile()
-    train_stage1(model, task.train, is_normal, config, run, quiet=quiet)
+    config = settled(config, model.device)
+    train_stage1(model, task.train, is_normal, config, run, quiet=not loud)
     head = None
     if config.has_stage2:
+        advice = None if is_normal is None else few_labels(is_normal)
+        if advice is not None and not quiet:
+            print(advice, flush=True)
         head = head_for(config, model)
-        train_stage2(model, head, task.train, is_normal, config, run, quiet=quiet)
+        train_stage2(model, head, task.train, is_normal, config, run, quiet=not loud)
+    if not Ranks.current().first:
+        return None
     if not quiet:
         print(f"fitting the scores to {len(task.train)} images and {config.score.copies} copies of each", flush=True)
     with enough_memory("--score.batch-size, --score.detector-megabytes or --data.image-size"):
@@ -260,12 +303,14 @@ def _finished(run: RunDirectory, config: TrainConfig) -> bool:
 
 
 @contextmanager
-def _stoppable(run: RunDirectory) -> Iterator[None]:
+def _stoppable(run: RunDirectory, ranks: Ranks = ONE) -> Iterator[None]:
     """Around a training: a signal ends it with the sentence that says what was saved and how to continue."""
     try:
         with stopping_at_once():
             yield
     except KeyboardInterrupt as stop:
+        if not ranks.first:
+            raise SystemExit(128 + int(getattr(stop, "signal", 2))) from None
         if not run.config_file.exists():
             raise
         state = "no checkpoint yet: it will begin anew"
@@ -295,13 +340,44 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
     print(f"training: {stages}; checkpoints in {run.checkpoints} at the end of each stage{every}", flush=True)
 
 
-def _complete(run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem, quiet: bool) -> None:
+def _require_an_image_each(config: TrainConfig, images: int, ranks: Ranks) -> None:
+    """Check that every process has an image of every part of a batch.
+
+    Raises:
+        UserError: in the first process. The others leave without a word.
+    """
+    for optimizer in (config.optimizer, *([config.stage2.optimizer] if config.has_stage2 else [])):
+        batch = min(optimizer.batch_size, images)
+        if batch // optimizer.accumulate < ranks.count:
+            if not ranks.first:
+                raise SystemExit(2)
+            raise UserError(
+                f"`{optimizer.section}.batch_size`: expected an image for each of {ranks.count} processes in each of "
+                f"{optimizer.accumulate} parts of a batch, received {batch}; start fewer processes"
+            )
+
+
+@contextmanager
+def _claimed(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """`RunDirectory.claimed` by the first process, for all."""
+    with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(run.claimed()))
+        yield
+
+
+def _complete(
+    run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem, quiet: bool, ranks: Ranks = ONE
+) -> None:
+    loud = not ranks.on_first(lambda: quiet)  # all processes log after the same steps
+    quiet = quiet or not ranks.first
     if not quiet:
         print(f"{task.name}: {len(task.train)} training images, {len(task.test)} test images")
         print(describe(model))
         _say_what_costs(run, config, task, model)
     task = task.to(model.device)
-    scorer = train_task(config, task, model, run, quiet=quiet)
+    scorer = _train_and_fit(config, task, model, run, loud, quiet)
+    if scorer is None:
+        return
     useless = useless_scores(scorer, task.train, PROBE)
     if useless:
         raise UserError(

@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anomem.data import Split
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
 from anomem.train.config import FitConfig, TrainConfig, load_config, read_json, reading, to_dict
 
+C = TypeVar("C", TrainConfig, FitConfig)
 STAGES = ("stage1", "stage2")
 LEFTOVER = re.compile(r"\..*[0-9a-f]{32}")
 """Temporary files of `anomem.files`: a process that was killed while it wrote leaves one."""
@@ -87,8 +89,15 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> tuple[RunDirectory, TrainConfig]:
+    def open(
+        cls, path: Path, *, device: str | None = None, root: str | None = None
+    ) -> tuple[RunDirectory, TrainConfig]:
         """An existing run and its configuration.
+
+        Args:
+            path: the folder.
+            device: in place of the configured `run.device`, for a run of another machine.
+            root: in place of the configured `data.root`, where the images have moved.
 
         Raises:
             UserError: the folder holds no run, or its configuration is damaged.
@@ -100,11 +109,13 @@ class RunDirectory:
             raise UserError(f"{path} holds no run: expected the file {run.config_file}")
         if run.is_fitted():
             raise UserError(f"{path} holds a fitted detector, which is not trained; expected a run of `anomem train`")
-        return run, load_config(TrainConfig, run.config_file)
+        return run, moved(load_config(TrainConfig, run.config_file), device, root)
 
     @classmethod
-    def open_fitted(cls, path: Path) -> tuple[RunDirectory, FitConfig]:
-        """An existing run of `fit` and its configuration.
+    def open_fitted(
+        cls, path: Path, *, device: str | None = None, root: str | None = None
+    ) -> tuple[RunDirectory, FitConfig]:
+        """An existing run of `fit` and its configuration; the arguments are those of `open`.
 
         Raises:
             UserError: the folder holds no such run, or its configuration is damaged.
@@ -112,7 +123,7 @@ class RunDirectory:
         run = cls(path)
         if not run.is_fitted():
             raise UserError(f"{path} holds no run of `anomem fit`")
-        return run, load_config(FitConfig, run.config_file)
+        return run, moved(load_config(FitConfig, run.config_file), device, root)
 
     def is_fitted(self) -> bool:
         """Whether it is a run of `fit`, whose configuration has the part `fill`; False where there is no run.
@@ -238,6 +249,13 @@ class RunDirectory:
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Replace `metrics.json`."""
         write_atomically(self.metrics_file, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+
+
+def moved(config: C, device: str | None, root: str | None) -> C:
+    """A configuration with another device or another folder of images, where they are given."""
+    run = config.run if device is None else replace(config.run, device=device)
+    data = config.data if root is None else replace(config.data, root=root)
+    return replace(config, run=run, data=data)
 
 
 def default_directory(config: TrainConfig | FitConfig) -> str:

@@ -10,26 +10,22 @@ The ranges "anomem.batch", "anomem.augment", "anomem.encode", "anomem.contrast",
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.errors import enough_memory
 from anomem.models import AnoMem
-from anomem.train.batches import apply_gradients, autocast, build_optimizer, learning_rate, training_batches
+from anomem.train.batches import Average, apply_gradients, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
+from anomem.train.execution import arrange, settled
 from anomem.train.monitor import Monitor
-from anomem.train.objective import (
-    Views,
-    draw_positions,
-    fill_memories,
-    memory_figures,
-    multi_scale_loss,
-    scale_criterion,
-)
+from anomem.train.network import Network
+from anomem.train.objective import Views, memory_figures
+from anomem.train.ranks import Ranks
 from anomem.train.rundir import RunDirectory
+from anomem.train.steps import Stage1Step
 from anomem.train.stopping import stopping_after_the_step
 
 MEMORY = "--optimizer.batch-size, --data.image-size or --loss.max-positions"
@@ -58,47 +54,39 @@ def train_stage1(
         UserError: a damaged checkpoint, a loss or a weight that is not finite, or out of memory.
         Interrupted: a signal asked to stop; the state is saved if there is a run.
     """
+    ranks = Ranks.current()
+    config = settled(config, model.device)
     settings, seed = config.optimizer, config.run.seed
-    generator = torch.Generator(model.device).manual_seed(seed)
-    views_of = Views(config, is_normal, generator)
-    criterion = scale_criterion(config.loss, config.model.impl)
-    by_memory = config.loss.positive == "memory"
-    weights = [*model.encoder.parameters(), *model.projections.parameters()]
-    optimizer = build_optimizer(settings, weights, model.memories.parameters())
-    state = StageState("stage1", {"model": model}, optimizer, generator, images, config, run)
+    arrange(model, config.run)
+    network = Network(model, ranks, config.run.parallel == "fsdp")
+    step_of = Stage1Step(model, network, images, is_normal, config, ranks, Views)
+    named = network.parameters()
+    memories = [p for name, p in named if name.startswith("memories.")]
+    optimizer = build_optimizer(settings, [p for name, p in named if not name.startswith("memories.")], memories)
+    average = Average(named, settings.ema)
+    state = StageState("stage1", {"model": model}, optimizer, images, config, run, average, ranks, network)
     start = state.restore()
     model.train()
+    network.encoder.train()
+    shares = step_of.shares
     with (
         enough_memory(MEMORY),
-        Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet) as monitor,
+        Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet, ranks=ranks) as monitor,
         stopping_after_the_step() as request,
     ):
         # A batch is uint8 and on the device already: resident sets are indexed there, streamed ones copy from pinned
         # memory while the device still works on the step before.
-        for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps):
-            with record_function("anomem.augment"):
-                views, normal = views_of(batch, index, 2)  # [2B, C, H, W], [B]
-            with autocast(config.run, model.device):
-                if step == 0 and config.prototypes_from == "features":
-                    # Under autocast, so that the first prototypes have the precision of the first queries.
-                    fill_memories(model, views, normal, generator)
-                with record_function("anomem.encode"):
-                    maps = model(views)
-                with record_function("anomem.contrast"):
-                    # Drawn here, not in the kernels: every implementation then contrasts the same pairs, and the
-                    # checkpoint of this one generator is enough to resume with identical bits.
-                    positions = draw_positions(model.encoder.sizes, config.loss, len(views) // 2, generator)
-                    sampled = model.sample(maps, positions)  # S × [n, 2B, d]
-                    # Those whose positive is what the memory returns: the normals, or none.
-                    answered = normal if by_memory else views.new_zeros(len(views) // 2, dtype=torch.bool)
-                    loss, terms = multi_scale_loss(model, criterion, sampled, answered)
-            with record_function("anomem.backward"):
-                loss.backward()
+        for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
+            loss = step_of(batch)
             with record_function("anomem.optimizer"):
-                apply_gradients(optimizer, settings, step)
-            if monitor.due(step, len(batch)):
+                apply_gradients(optimizer, settings, batch.step)
+                average.update(batch.step)
+            if monitor.due(batch.step, shares.batch):
                 # No `loss.item()`: it would wait for the device. The host reads these values once they have arrived.
-                rate = learning_rate(settings, step)
-                monitor.log(step, rate, {"loss": loss, **terms, **memory_figures(model, sampled)})
-            state.step_done(step + 1, settings.steps, monitor, request)
+                figures = memory_figures(model, loss.sampled)
+                rate = learning_rate(settings, batch.step)
+                monitor.log(batch.step, rate, {"loss": loss.total, **loss.terms, **figures})
+            state.step_done(batch.step + 1, settings.steps, monitor, request)
+    average.finish()
+    network.gather()
     model.eval()

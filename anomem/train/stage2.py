@@ -18,13 +18,17 @@ from anomem import functional as AF
 from anomem.data import Images
 from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
-from anomem.train.batches import apply_gradients, autocast, build_optimizer, learning_rate, training_batches
+from anomem.train.balance import balanced
+from anomem.train.batches import Average, apply_gradients, build_optimizer, learning_rate, training_batches
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
+from anomem.train.execution import autocast, settled
 from anomem.train.margin import AdaptiveMargin
 from anomem.train.monitor import Monitor
 from anomem.train.objective import Views
+from anomem.train.ranks import Ranks
 from anomem.train.rundir import RunDirectory
+from anomem.train.steps import Shares
 from anomem.train.stopping import stopping_after_the_step
 from anomem.validation import require
 
@@ -74,51 +78,77 @@ def train_stage2(
     """
     anomalies = is_normal is not None or config.synthetic_outliers > 0
     require(anomalies, "data.outlier_ratio", "labelled or synthetic anomalies for stage 2", "normal images only")
+    images, is_normal = balanced(images, is_normal)  # half of a batch are labelled anomalies, where there are any
+    ranks = Ranks.current()
+    config = settled(config, model.device)
     settings, seed = config.stage2.optimizer, config.run.seed
-    generator = torch.Generator(model.device).manual_seed(seed + 1)
-    views_of = Views(config, is_normal, generator)
+    generator = torch.Generator(model.device)
+    views_of = Views(config, is_normal, generator, seed + (1 << 40))  # other views than in stage 1
+    shares = Shares(len(images), settings, config.synthetic_outliers, ranks)
+    parts = [rows for part in shares.parts for rows in part]  # the loss is a mean over images
+    named = [(f"head.{name}", p) for name, p in head.named_parameters()]
     optimizer = build_optimizer(settings, head.parameters())
+    average = Average(named, settings.ema)
     adaptive = AdaptiveMargin(config.stage2.margin).to(model.device) if config.stage2.adaptive else None
     modules = {"head": head} if adaptive is None else {"head": head, "margin": adaptive}
-    state = StageState("stage2", modules, optimizer, generator, images, config, run)
+    state = StageState("stage2", modules, optimizer, images, config, run, average, ranks)
     start = state.restore()
-    # Synthetic outliers join after the images are drawn: they have their own ratio.
-    anomalous = ~is_normal.cpu() if is_normal is not None and config.stage2.balanced else None
     model.eval()
     head.train()
+    everything = sum(sum(counts) for counts in shares.counts)
     with (
         enough_memory(MEMORY),
-        Monitor(run, "stage2", start, settings.steps, config.run, quiet=quiet) as monitor,
+        Monitor(run, "stage2", start, settings.steps, config.run, quiet=quiet, ranks=ranks) as monitor,
         stopping_after_the_step() as request,
     ):
         # Uint8 and on the device already, as in stage 1.
-        for step, batch, index in training_batches(images, settings.batch_size, seed, start, settings.steps, anomalous):
-            with record_function("anomem.augment"):
-                views, normal = views_of(batch, index, 1)  # [B, C, H, W], [B]
-                assert normal is not None
-            with autocast(config.run, model.device):
-                with record_function("anomem.encode"), torch.no_grad():
-                    deviations = model.deviations(model(views))  # S × [B, P, d], at all positions
-                if step == 0:
-                    # Under autocast, so that the unit of the deviations has the precision of training. The host waits
-                    # for it, once. A small batch may be without a normal image.
-                    normals = normal.cpu().nonzero().flatten()
-                    chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
-                    head.fit_rms([[d[chosen] for d in deviations]])
-                with record_function("anomem.margin"):
-                    lengths = head.lengths(deviations)
-                    margin = config.stage2.margin if adaptive is None else adaptive.value
-                    loss = margin_objective(head.scale_weights, lengths, normal, margin)
-            with record_function("anomem.backward"):
-                loss.backward()
+        for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
+            total, violations = torch.zeros((), device=model.device), []
+            margin = config.stage2.margin if adaptive is None else adaptive.value.clone()
+            for number, rows in enumerate(parts):
+                with record_function("anomem.augment"):
+                    views, normal = views_of(batch, rows, 1)  # [R, C, H, W], [R]
+                    assert normal is not None
+                with autocast(config.run, model.device):
+                    with record_function("anomem.encode"), torch.no_grad():
+                        deviations = model.deviations(model(views))  # S × [R, P, d], at all positions
+                    if batch.step == 0 and number == 0:
+                        # Under autocast, so that the unit of the deviations has the precision of training. The host
+                        # waits for it, once.
+                        fit_unit(head, deviations, normal, ranks)
+                    with record_function("anomem.margin"):
+                        weight = len(rows) * ranks.count / everything
+                        lengths = head.lengths(deviations)
+                        loss = margin_objective(head.scale_weights, lengths, normal, margin) * weight
+                        if adaptive is not None:
+                            violations.append(adaptive.violations(lengths, normal, head.scale_weights))
+                with record_function("anomem.backward"):
+                    loss.backward()
+                total = total + loss.detach()
             with record_function("anomem.optimizer"):
-                apply_gradients(optimizer, settings, step)
-            terms = {"loss": loss}
-            if adaptive is not None:
-                terms["margin"] = adaptive.value.clone()
-                adaptive.update(lengths, normal, head.scale_weights)
-            if monitor.due(step, len(batch)):
+                ranks.average_gradients(head.parameters())
+                apply_gradients(optimizer, settings, batch.step)
+                average.update(batch.step)
+                if adaptive is not None:
+                    adaptive.update(ranks.mean(torch.stack(violations).sum(dim=0)))
+            if monitor.due(batch.step, shares.batch):
                 # No `loss.item()`: it would wait for the device. The host reads the value once it has arrived.
-                monitor.log(step, learning_rate(settings, step), terms)
-            state.step_done(step + 1, settings.steps, monitor, request)
+                terms = {"loss": total} | ({"margin": margin} if isinstance(margin, Tensor) else {})
+                monitor.log(batch.step, learning_rate(settings, batch.step), terms)
+            state.step_done(batch.step + 1, settings.steps, monitor, request)
+    average.finish()
     head.eval()
+
+
+def fit_unit(head: DeviationHead, deviations: list[Tensor], normal: Tensor, ranks: Ranks) -> None:
+    """Set the unit of the deviations from the first normal images, of all processes.
+
+    Args:
+        head: gets it.
+        deviations: S tensors [R, P_s, d_s].
+        normal: [R] bool; a small batch may be without a normal image, then all are taken.
+        ranks: the processes.
+    """
+    normals = normal.cpu().nonzero().flatten()
+    chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
+    head.fit_rms([[d[chosen] for d in deviations]], None if ranks.count == 1 else ranks.mean)

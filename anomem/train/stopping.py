@@ -68,8 +68,9 @@ def stopping_after_the_step() -> Iterator[Request]:
             raise Interrupted(number)
         request.signal = number
         # Not `print`: the signal may have interrupted one.
-        with contextlib.suppress(OSError):
-            os.write(2, NOTICE)
+        if os.environ.get("RANK", "0") == "0":  # the first process of torchrun's speaks
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE)
 
     with _handled_by(note):
         try:

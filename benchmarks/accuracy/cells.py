@@ -5,9 +5,10 @@ The images are under CC BY-NC-SA 4.0: they are measured on, and neither they nor
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,279 @@ import torch
 import tyro
 from torch import Tensor
 
-from anomem.data import DataConfig, Task, load_task
-from anomem.data.elpv import TYPES
-from anomem.evaluate.fitted import encoder_baselines, pixel_baselines, verdict_metrics
+from anomem.data import DataConfig, ResidentImages, Task
+from anomem.data.convert import resize
+from anomem.data.elpv import TYPES, Cells, Split, cells_task, load_cells, split_cells
+from anomem.data.task import outlier_count
+from anomem.evaluate.fitted import encoder_baselines, pixel_baselines
 from anomem.evaluate.metrics import auroc
-from anomem.scoring import FillConfig, FilledScorer, fill_memories, fit_detector
-from anomem.scoring.fitted import EncodedImages, FittedDetector
-from anomem.train import FitConfig
+from anomem.models import AnoMem
+from anomem.scoring import Calibration, FillConfig, FilledScorer, fill_memories, fit_detector
+from anomem.scoring.fitted import FEW, EncodedImages
+from anomem.scoring.fitted import ROWS as ENOUGH
+from anomem.train import FitConfig, preset
 from anomem.train.fitting import model_to_fit, resolved
+from benchmarks.accuracy.settings import one_prototype, trained, untrained
 from benchmarks.harness import rows
 
 ROWS = "elpv.jsonl"
 SEEDS = (0, 1, 2)
-FILLS: dict[str, FillConfig] = {
-    "k-means 1024": FillConfig(),
-    "k-means 64": FillConfig(prototypes=(64,)),
-    "coreset 1024": FillConfig(method="coreset"),
-    "random 1024": FillConfig(method="random"),
-    "one prototype": FillConfig(prototypes=(1,)),
+SIDE, LARGE = 128, 192
+"""Pixels: the default of a folder, and the size that was chosen on seed 0 for the polycrystalline cells."""
+SPLITS, FITS = 100, 10
+"""Resampled splits of the normals into fitted, calibrating and new ones, and the fits they share."""
+RESAMPLED = FillConfig(method="random", prototypes=(256,))
+ALPHAS = (0.01, 0.05)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is fitted to the training cells."""
+
+    measure: Callable[[Cut, Setting], list[Found]]
+    fill: FillConfig = field(default_factory=FillConfig)
+    size: int = SIDE
+    labels: float = 0.0
+    """Labelled defects as a part of the normals."""
+    weights: str = "default"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One score of the test cells and what the verdict made of it."""
+
+    score: str
+    auroc: float
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Other columns of a row."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One split of the cells of one type."""
+
+    kind: str
+    seed: int
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """Rows of the cells."""
+        return split_cells(cells_of(self.kind, SIDE).probabilities, self.kind, self.seed)
+
+    @property
+    def test(self) -> Tensor:
+        """Rows of the test cells, normals first."""
+        return torch.cat([self.split.test_normal, self.split.test_defect])
+
+    @property
+    def is_defect(self) -> Tensor:
+        """Of the test cells."""
+        return torch.arange(len(self.test)) >= len(self.split.test_normal)
+
+    def found(self, scores: Mapping[str, Tensor], **measured: Any) -> list[Found]:
+        """Of scores of the test cells."""
+        return [Found(name, auroc(of_cell, self.is_defect), measured) for name, of_cell in scores.items()]
+
+
+@functools.cache
+def cells_of(kind: str, size: int | None) -> Cells:
+    """The cells of one type; the files are read once."""
+    return load_cells(kind, None) if size is None else resized(cells_of(kind, None), size)
+
+
+def resized(cells: Cells, size: int) -> Cells:
+    """The same cells at another size."""
+    return cells._replace(images=resize(cells.images, size))
+
+
+def task_of(cut: Cut, size: int) -> Task:
+    """The task of a split."""
+    config = DataConfig(dataset="elpv", normal=cut.kind, seed=cut.seed, image_size=size)
+    return cells_task(cells_of(cut.kind, size), cut.kind, config)
+
+
+@functools.lru_cache(maxsize=6)
+def encoded(kind: str, size: int, weights: str) -> tuple[EncodedImages, float]:
+    """All cells of one type as the frozen encoder gives them, and CPU seconds per cell."""
+    config = resolved(FitConfig(data=DataConfig(dataset="elpv", normal=kind), weights=weights), quiet=True)
+    task = task_of(Cut(kind, 0), size)
+    images = ResidentImages(cells_of(kind, size).images)
+    begin = time.process_time()
+    found = EncodedImages(model_to_fit(config, task), images, 64, at_most=2**31)
+    return found, (time.process_time() - begin) / len(images)
+
+
+def filled(cut: Cut, setting: Setting) -> list[Found]:
+    """Every score after a fit to all normals."""
+    everything, per_cell = encoded(cut.kind, setting.size, setting.weights)
+    begin = time.process_time()
+    scorer, test = fitted(everything, cut.split.train, setting.fill), everything.rows(cut.test)
+    seconds = time.process_time() - begin + per_cell * len(cut.split.train)
+    parts = [scorer.of_queries(queries, (1, 1)).scores for queries in test]
+    return cut.found(
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]},
+        fit_seconds=round(seconds, 2),
+        memory_bytes=sum(memory.prototypes.nbytes for memory in scorer.model.memories),
+    )
+
+
+def fitted(everything: EncodedImages, normals: Tensor, fill: FillConfig) -> FilledScorer:
+    """Memories filled from some cells, and scores fitted to them."""
+    model: AnoMem = everything.model
+    for memory, features in zip(model.memories, model.features, strict=True):
+        memory.beta = fill.beta_factor / features**0.5
+    few = len(normals) < FEW
+    queries = everything.with_copies(normals, ENOUGH, 0) if few else everything.rows(normals)
+    fill_memories(model, queries, fill.prototypes, fill.method)
+    scorer = FilledScorer(model, "per_position", fill.top_fraction)
+    scorer.fit(queries)
+    return scorer
+
+
+def judged(cut: Cut, setting: Setting) -> list[Found]:
+    """The leading score with what its verdict did: 30% of the normals calibrate."""
+    everything, per_cell = encoded(cut.kind, setting.size, setting.weights)
+    normals, count = cut.split.train, outlier_count(len(cut.split.train), setting.labels, len(cut.split.pool))
+    training = torch.cat([normals, cut.split.pool[:count]])
+    begin = time.process_time()
+    detector, _ = fit_detector(
+        everything.model,
+        everything.part(training),
+        torch.arange(len(training)) < len(normals),
+        aligned=True,
+        config=setting.fill,
+        seed=cut.seed,
+    )
+    seconds = time.process_time() - begin + per_cell * len(training)
+    parts = [detector.of_queries(queries, (1, 1)) for queries in everything.rows(cut.test)]
+    verdicts = torch.cat([part.verdicts for part in parts if part.verdicts is not None])
+    return cut.found(
+        {detector.lead: torch.cat([part.scores[detector.lead] for part in parts])},
+        fit_seconds=round(seconds, 2),
+        false_alarms=float(verdicts[~cut.is_defect].double().mean()),
+        found=float(verdicts[cut.is_defect].double().mean()),
+        alpha=detector.alpha,
+    )
+
+
+def rivals(cut: Cut, setting: Setting) -> list[Found]:
+    """PatchCore and PaDiM on the same encoder."""
+    everything, _ = encoded(cut.kind, setting.size, setting.weights)
+    return cut.found(encoder_baselines(everything.part(cut.split.train), everything.part(cut.test), cut.seed))
+
+
+def pixels(cut: Cut, setting: Setting) -> list[Found]:
+    """Scores of standardised pixels, and brightness."""
+    return cut.found(pixel_baselines(task_of(cut, SIDE)))
+
+
+def resampled(cut: Cut, setting: Setting) -> list[Found]:
+    """False alarms over splits of all normals: 40% fitted, 36% calibrate, 24% new; all cells with a defect are new."""
+    everything, _ = encoded(cut.kind, setting.size, setting.weights)
+    probabilities = cells_of(cut.kind, SIDE).probabilities
+    normals, defects = (probabilities == 0).nonzero().flatten(), (probabilities == 1).nonzero().flatten()
+    generator = torch.Generator().manual_seed(cut.seed)
+    alarms: dict[float, list[float]] = {alpha: [] for alpha in ALPHAS}
+    hits: dict[float, list[float]] = {alpha: [] for alpha in ALPHAS}
+    aurocs = []
+    for _ in range(FITS):
+        order = normals[torch.randperm(len(normals), generator=generator)]
+        fit_rows, others = order[: int(0.4 * len(order))], order[int(0.4 * len(order)) :]
+        scorer = fitted(everything, fit_rows, setting.fill)
+        lead = scorer.lead
+        queries = everything.rows(torch.cat([others, defects]))
+        scores = torch.cat([scorer.of_queries(q, (1, 1)).scores[lead] for q in queries])
+        aurocs.append(auroc(scores, torch.arange(len(scores)) >= len(others)))
+        for _ in range(SPLITS // FITS):
+            shuffled = torch.randperm(len(others), generator=generator)
+            calibrating, new = shuffled[: int(0.6 * len(others))], shuffled[int(0.6 * len(others)) :]
+            calibration = Calibration({lead: scores[calibrating]})
+            for alpha in ALPHAS:
+                alarms[alpha].append(float(calibration.anomalous(lead, scores[new], alpha).double().mean()))
+                hits[alpha].append(float(calibration.anomalous(lead, scores[len(others) :], alpha).double().mean()))
+    mean_auroc = sum(aurocs) / len(aurocs)
+    return [
+        Found(
+            f"{lead}, alpha {alpha:.0%}",
+            mean_auroc,
+            {
+                "alpha": alpha,
+                "false_alarms": sum(alarms[alpha]) / SPLITS,
+                "found": sum(hits[alpha]) / SPLITS,
+                "splits": SPLITS,
+                "normals": len(normals),
+            },
+        )
+        for alpha in ALPHAS
+    ]
+
+
+def few_normals(cut: Cut, setting: Setting) -> list[Found]:
+    """Fits to 1, 4 and 16 normals: the mean of three draws of them."""
+    everything, _ = encoded(cut.kind, setting.size, setting.weights)
+    found = []
+    for count in (1, 4, 16):
+        parts = []
+        for draw in range(3):
+            generator = torch.Generator().manual_seed(draw)
+            order = torch.randperm(len(cut.split.train), generator=generator)
+            scorer = fitted(everything, cut.split.train[order[:count]], setting.fill)
+            scored = [scorer.of_queries(queries, (1, 1)).scores[scorer.lead] for queries in everything.rows(cut.test)]
+            parts.append(auroc(torch.cat(scored), cut.is_defect))
+        found.append(Found(f"{scorer.lead}, {count} normal{'s' if count > 1 else ''}", sum(parts) / len(parts)))
+    return found
+
+
+def from_scratch(cut: Cut, setting: Setting) -> list[Found]:
+    """The preset's small encoder on 64 pixels: trained, without a gradient step, and with M = 1."""
+    config = preset("elpv")
+    config = replace(config, data=replace(config.data, normal=cut.kind, seed=cut.seed))
+    config = replace(config, run=replace(config.run, seed=cut.seed, device="cpu"))
+    task = task_of(cut, 64)
+    return [
+        Found(f"{name}, {score}", metrics[score]["auroc"])
+        for name, measure in (("trained", trained), ("untrained", untrained), ("M = 1", one_prototype))
+        for metrics in (measure(config, task),)
+        for score in ("plain", "detector")
+    ]
+
+
+def filled_with(**values: Any) -> Setting:
+    """Filled memories at the default size."""
+    return Setting(filled, FillConfig(**values))
+
+
+FIRST: dict[str, Setting] = {
+    "k-means 1024": Setting(filled),
+    "k-means 1024, 192 px": Setting(filled, size=LARGE),
+    "rivals": Setting(rivals),
+    "pixels": Setting(pixels),
+    "verdict": Setting(judged),
+    "5% labelled": Setting(judged, labels=0.05),
+    "5% labelled, 192 px": Setting(judged, size=LARGE, labels=0.05),
 }
-"""Fitted to all training normals."""
-LABELS = (0.01, 0.05, 0.1)
+THEN: dict[str, Setting] = {
+    "100 splits": Setting(resampled, RESAMPLED),
+    "few-shot": Setting(few_normals),
+    "1% labelled": Setting(judged, labels=0.01),
+    "10% labelled": Setting(judged, labels=0.1),
+    "verdict, 192 px": Setting(judged, size=LARGE),
+    "k-means 1024, mean of all positions": filled_with(top_fraction=1.0),
+    "coreset 10%, nearest neighbour": filled_with(method="coreset", prototypes=(0.1,), beta_factor=1000.0),
+    "k-means 1%": filled_with(prototypes=(0.01,)),
+    "one prototype": filled_with(prototypes=(1,)),
+    "random weights": Setting(filled, weights="none"),
+    **{
+        f"{name} {count}": filled_with(method=method, prototypes=(count,))
+        for method, name in (("kmeans", "k-means"), ("coreset", "coreset"), ("random", "random"))
+        for count in (64, 256, 1024, 2048)
+        if (method, count) != ("kmeans", 1024)
+    },
+}
+LAST = {"from scratch, 64 px": Setting(from_scratch)}
+ONCE = ("100 splits",)
+"""Settings that do not depend on the seed's split."""
+SETTINGS = {**FIRST, **THEN, **LAST}
 
 
 @dataclass
@@ -47,18 +300,24 @@ class CellRow:
     setting: str
     score: str
     auroc: float
-    false_alarms: float | None
-    """Part of the test normals that the verdict at alpha calls anomalous."""
-    found: float | None
-    """Part of the test defects that it calls anomalous."""
-    alpha: float | None
-    fit_seconds: float | None
-    """CPU time of encoding, filling and fitting."""
     commit: str
     dirty: bool
     torch: str
     processor: str
     threads: int
+    false_alarms: float | None = None
+    """Part of the test normals that the verdict at alpha calls anomalous."""
+    found: float | None = None
+    """Part of the test defects that it calls anomalous."""
+    alpha: float | None = None
+    fit_seconds: float | None = None
+    """CPU time of encoding, filling and fitting."""
+    memory_bytes: int | None = None
+    """Of all prototypes."""
+    splits: int | None = None
+    """Resampled splits of which false_alarms and found are means."""
+    normals: int | None = None
+    """Cells without a defect that were split."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -81,111 +340,39 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Run what is missing."""
+    """Run what is missing, the most wanted first."""
     torch.set_num_threads(1)
     path = options.results / ROWS
     done = set() if options.again else {(r.kind, r.seed, r.setting) for r in rows.read(path, CellRow)}
-    every = (*FILLS, "random weights", "rivals", "pixels", "verdict", *(f"{part:.0%} labelled" for part in LABELS))
-    for seed in options.seeds:
-        for kind in TYPES:
-            wanted = [s for s in options.settings or every if (kind, seed, s) not in done]
-            for setting, measured in split_of(kind, seed, wanted):
-                rows.append(path, *measured)
-                print(f"{kind} seed {seed}, {setting}: " + ", ".join(f"{r.score} {r.auroc:.4f}" for r in measured))
+    for group in (FIRST, THEN, LAST):
+        for seed in options.seeds:
+            for kind in TYPES:
+                for name, setting in group.items():
+                    wanted = name in options.settings if options.settings else name not in ONCE or seed == 0
+                    if not wanted or (kind, seed, name) in done:
+                        continue
+                    found = setting.measure(Cut(kind, seed), setting)
+                    rows.append(path, *(row_of(kind, seed, name, one) for one in found))
+                    told = ", ".join(f"{one.score} {one.auroc:.4f}" for one in found)
+                    print(f"{kind} seed {seed}, {name}: {told}", flush=True)
 
 
-def split_of(kind: str, seed: int, wanted: list[str]) -> Iterator[tuple[str, list[CellRow]]]:
-    """Settings of one split, each with its rows."""
-    if not wanted:
-        return
-    config = resolved(FitConfig(data=DataConfig(dataset="elpv", normal=kind, seed=seed)), quiet=True)
-    task = load_task(config.data)
-    model = model_to_fit(config, task)
-    begin = time.process_time()
-    train = EncodedImages(model, task.train, 64)
-    encoding = time.process_time() - begin
-    test = EncodedImages(model, task.test, 64)
-    for setting in wanted:
-        begin = time.process_time()
-        if setting in FILLS:
-            scores, seconds = filled(FILLS[setting], train, test)
-            yield setting, made(kind, seed, setting, scores, task, fit_seconds=encoding + seconds)
-        elif setting == "random weights":
-            other = model_to_fit(replace(config, weights="none"), task)
-            encoded = (EncodedImages(other, images, 64) for images in (task.train, task.test))
-            scores, _ = filled(FillConfig(), *encoded)
-            yield setting, made(kind, seed, setting, scores, task)
-        elif setting == "rivals":
-            detector, _ = fit_detector(model, *normals(task), aligned=True, config=FillConfig(prototypes=(1,)))
-            yield setting, made(kind, seed, setting, encoder_baselines(detector, task, seed), task)
-        elif setting == "pixels":
-            yield setting, made(kind, seed, setting, pixel_baselines(task), task)
-        else:
-            labelled = task
-            if setting != "verdict":
-                part = float(setting.split("%")[0]) / 100
-                labelled = load_task(replace(config.data, outlier_ratio=part))
-            images, is_normal = labelled.train, labelled.train_is_normal
-            detector, _ = fit_detector(model, images, is_normal, aligned=True, config=config.fill, seed=seed)
-            yield setting, judged(kind, seed, setting, detector, task, time.process_time() - begin)
-
-
-def normals(task: Task) -> tuple[Any, Tensor]:
-    """Training images and which of them are normal."""
-    return task.train, task.train_is_normal
-
-
-def filled(config: FillConfig, train: EncodedImages, test: EncodedImages) -> tuple[dict[str, Tensor], float]:
-    """Scores of the test images after a fit to all normals, and its CPU time."""
-    begin = time.process_time()
-    everything = train.rows(torch.arange(len(train.images)))
-    fill_memories(train.model, everything, config.prototypes, config.method)
-    scorer = FilledScorer(train.model, "per_position", config.top_fraction)
-    scorer.fit(everything)
-    seconds = time.process_time() - begin
-    parts = [scorer.of_queries(queries, (1, 1)).scores for queries in test.rows(torch.arange(len(test.images)))]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, seconds
-
-
-def judged(kind: str, seed: int, setting: str, detector: FittedDetector, task: Task, seconds: float) -> list[CellRow]:
-    """The leading score with what its verdict did: 30% of the normals calibrate."""
-    found = detector.over(task.test)
-    verdict = verdict_metrics(detector, found, task.test_is_anomaly)
-    return made(
-        kind,
-        seed,
-        setting,
-        {detector.lead: found.scores[detector.lead]},
-        task,
-        fit_seconds=seconds,
-        false_alarms=verdict["false_alarms"] / verdict["normals"],
-        found=verdict["found"] / verdict["anomalies"],
-        alpha=detector.alpha,
-    )
-
-
-def made(kind: str, seed: int, setting: str, scores: dict[str, Tensor], task: Task, **values: Any) -> list[CellRow]:
-    """Rows of scores of the test images."""
+def row_of(kind: str, seed: int, setting: str, found: Found) -> CellRow:
+    """The row of one score."""
     about = rows.about("cpu")
-    values = {"fit_seconds": None, "false_alarms": None, "found": None, "alpha": None} | values
-    if values["fit_seconds"] is not None:
-        values["fit_seconds"] = round(values["fit_seconds"], 2)
-    return [
-        CellRow(
-            kind=kind,
-            seed=seed,
-            setting=setting,
-            score=name,
-            auroc=auroc(of_image, task.test_is_anomaly),
-            commit=about["commit"],
-            dirty=about["dirty"],
-            torch=about["torch"],
-            processor=about["device_name"],
-            threads=about["threads"],
-            **values,
-        )
-        for name, of_image in scores.items()
-    ]
+    return CellRow(
+        kind=kind,
+        seed=seed,
+        setting=setting,
+        score=found.score,
+        auroc=found.auroc,
+        commit=about["commit"],
+        dirty=about["dirty"],
+        torch=about["torch"],
+        processor=about["device_name"],
+        threads=about["threads"],
+        **found.measured,
+    )
 
 
 if __name__ == "__main__":

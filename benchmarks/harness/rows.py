@@ -142,11 +142,13 @@ class Step:
     images_per_second: float
     others: float | None = None
     """As in `Row`."""
+    cpu_seconds_per_step: float | None = None
+    """Processor time of all threads; None where other processes worked too."""
 
     @property
     def key(self) -> str:
-        """The last row of a pipeline counts."""
-        return self.pipeline
+        """The last row of a pipeline in its settings counts."""
+        return json.dumps([self.pipeline, self.title])
 
 
 @dataclass

@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from anomem.data.elpv import TYPES
 from benchmarks.accuracy.cells import ROWS, CellRow
 from benchmarks.harness import rows
 
 MISSING = "Not measured yet."
+DEVIATIONS = 3
+"""Half the width of the band around a promised rate, in standard deviations of a binomial."""
 
 
-def scores(results: Path) -> str:
-    """Setting × score -> AUROC of both types, seed by seed."""
-    found = rows.read(results / ROWS, CellRow)
+class Goal(NamedTuple):
+    """What was aimed at: the mean over seeds of one score."""
+
+    kind: str
+    setting: str
+    score: str
+    aim: float
+
+
+GOALS = (
+    Goal("mono", "k-means 1024", "plain", 0.950),
+    Goal("mono", "k-means 1024", "local", 0.955),
+    Goal("mono", "k-means 1024", "both", 0.955),
+    Goal("mono", "5% labelled", "labelled", 0.955),
+    Goal("poly", "k-means 1024", "plain", 0.885),
+    Goal("poly", "k-means 1024", "local", 0.900),
+    Goal("poly", "k-means 1024", "both", 0.900),
+    Goal("poly", "k-means 1024, 192 px", "local", 0.900),
+    Goal("poly", "k-means 1024, 192 px", "both", 0.900),
+    Goal("poly", "5% labelled", "labelled", 0.905),
+    Goal("poly", "5% labelled, 192 px", "labelled", 0.905),
+)
+SCORES = ("plain", "local", "both")
+
+
+def read(results: Path) -> list[CellRow]:
+    """The rows, seeds in order."""
+    return sorted(rows.read(results / ROWS, CellRow), key=lambda row: row.seed)
+
+
+def goals(results: Path) -> str:
+    """Aims beside what was measured."""
+    found = read(results)
+    lines = ["| cells | setting | score | aim | mean | seed by seed | reached |", "|---|---|---|---|---|---|---|"]
+    for kind, setting, score, aim in GOALS:
+        values = [r.auroc for r in found if (r.kind, r.setting, r.score) == (kind, setting, score)]
+        if values:
+            mean = sum(values) / len(values)
+            seeds = " / ".join(f"{value:.4f}" for value in values)
+            reached = "yes" if mean >= aim else "no"
+            lines.append(f"| {kind} | {setting} | {score} | {aim:.3f} | {mean:.4f} | {seeds} | {reached} |")
+    return "\n".join(lines) if len(lines) > 2 else MISSING
+
+
+def fills(results: Path) -> str:
+    """Ways to fill the memories: bytes, and the mean AUROC over seeds of three scores of both types."""
+    found = [row for row in read(results) if row.memory_bytes is not None]
+    if not found:
+        return MISSING
+    columns = [f"{kind} {score}" for kind in TYPES for score in SCORES]
+    lines = [f"| memory | KiB mono / poly | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for setting in dict.fromkeys(row.setting for row in found):
+        same = [row for row in found if row.setting == setting]
+        sizes = [next((r.memory_bytes for r in same if r.kind == kind), None) for kind in TYPES]
+        shown = " / ".join("–" if size is None else f"{size / 1024:.0f}" for size in sizes)
+        values = [_mean([r for r in same if (r.kind, r.score) == (k, s)]) for k in TYPES for s in SCORES]
+        lines.append(f"| {setting} | {shown} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _mean(same: Sequence[CellRow]) -> str:
+    """The mean, with the number of seeds where it is not three."""
+    if not same:
+        return "–"
+    mean = f"{sum(row.auroc for row in same) / len(same):.4f}"
+    return mean if len(same) == 3 else f"{mean} ({len(same)} seed{'s' if len(same) > 1 else ''})"
+
+
+def others(results: Path) -> str:
+    """Rivals, pixels, labels, few normals and training from scratch, seed by seed."""
+    found = [row for row in read(results) if row.memory_bytes is None and row.splits is None]
     if not found:
         return MISSING
     lines = ["| setting | score | mono, seed by seed | poly, seed by seed |", "|---|---|---|---|"]
@@ -22,14 +94,14 @@ def scores(results: Path) -> str:
         cells = []
         for kind in TYPES:
             same = [r for r in found if (r.kind, r.setting, r.score) == (kind, setting, score)]
-            cells.append(" / ".join(f"{row.auroc:.3f}" for row in sorted(same, key=lambda row: row.seed)) or "–")
+            cells.append(" / ".join(f"{row.auroc:.4f}" for row in same) or "–")
         lines.append(f"| {setting} | {score} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
 def verdicts(results: Path) -> str:
     """What the verdict promised and did, split by split."""
-    found = [row for row in rows.read(results / ROWS, CellRow) if row.alpha is not None]
+    found = [row for row in read(results) if row.alpha is not None and row.splits is None]
     if not found:
         return MISSING
     lines = [
@@ -37,7 +109,7 @@ def verdicts(results: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     for setting, kind in dict.fromkeys((row.setting, row.kind) for row in found):
-        same = sorted((r for r in found if (r.setting, r.kind) == (setting, kind)), key=lambda row: row.seed)
+        same = [row for row in found if (row.setting, row.kind) == (setting, kind)]
         alarms = " / ".join(f"{row.false_alarms:.1%}" for row in same)
         hits = " / ".join(f"{row.found:.0%}" for row in same)
         seconds = " / ".join(f"{row.fit_seconds:.0f}" for row in same)
@@ -45,4 +117,37 @@ def verdicts(results: Path) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"elpv-scores": scores, "elpv-verdicts": verdicts}
+def splits(results: Path) -> str:
+    """False alarms averaged over resampled splits, beside what was promised."""
+    found = [row for row in read(results) if row.splits is not None]
+    if not found:
+        return MISSING
+    lines = [
+        "| cells | splits | normals | promised | false alarms | band | defects found |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        assert row.alpha is not None
+        low, high = band(row)
+        lines.append(
+            f"| {row.kind} | {row.splits} | {row.normals} | at most {row.alpha:.0%} | {row.false_alarms:.2%} | "
+            f"{low:.2%} to {high:.2%} | {row.found:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def band(row: CellRow) -> tuple[float, float]:
+    """Rates within `DEVIATIONS` standard deviations of alpha, if each normal were judged once."""
+    assert row.alpha is not None
+    assert row.normals is not None
+    half = DEVIATIONS * math.sqrt(row.alpha * (1 - row.alpha) / row.normals)
+    return max(0.0, row.alpha - half), row.alpha + half
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "elpv-goals": goals,
+    "elpv-fills": fills,
+    "elpv-others": others,
+    "elpv-verdicts": verdicts,
+    "elpv-splits": splits,
+}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import accuracy, cells, counts, tables
+from benchmarks.report import accuracy, cells, counts, export, tables
 
-PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md")
-SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS
+PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md", "docs/EXPORT.md")
+SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS | export.SECTIONS
 _MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

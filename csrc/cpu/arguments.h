@@ -14,8 +14,14 @@
 #include "cpu/contrast.h"
 #include "cpu/deviation_map.h"
 #include "cpu/isa.h"
+#include "cpu/nearest.h"
 #include "cpu/parallel.h"
+#include "cpu/read.h"
 #include "cpu/retrieve.h"
 #include "cpu/sampling.h"
 #include "cpu/types.h"
 #include "cpu/usage.h"
+
+#if ANOMEM_X86_VARIANTS
+#include <immintrin.h>
+#endif

@@ -2,7 +2,8 @@
 //
 // kernels.h is compiled once per instruction set, in a namespace of its own (isa_baseline.cpp, isa_avx2.cpp,
 // isa_avx512.cpp, isa_avx512_bf16.cpp). One library therefore runs on every processor of an architecture and is fast on
-// recent ones. avx512_bf16 multiplies pairs of bfloat16 (factors.h) and serves tensors of that type only.
+// recent ones. avx512_bf16 multiplies pairs of bfloat16 (factors.h). It serves tensors of that type, and those of float32
+// where a rough product finds candidates (candidates.h).
 #pragma once
 
 #include "cpu/types.h"
@@ -45,7 +46,8 @@ void run(const Arguments& arguments) {
 #if ANOMEM_X86_VARIANTS
   switch (isa()) {
     case Isa::kAvx512Bf16:
-      if (arguments.type == Type::kBfloat16) return avx512_bf16::run(arguments);
+      if (arguments.type == Type::kBfloat16 || (kRoughProducts<Arguments> && arguments.type == Type::kFloat32))
+        return avx512_bf16::run(arguments);
       [[fallthrough]];
     case Isa::kAvx512: return avx512::run(arguments);
     case Isa::kAvx2: return avx2::run(arguments);

@@ -15,9 +15,12 @@
 //
 // The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
-// (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only.
+// (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only. nearest_kernel.h and
+// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h).
 #include "cpu/contrast_kernel.h"
 #include "cpu/deviation_map_kernel.h"
+#include "cpu/nearest_kernel.h"
+#include "cpu/read_kernel.h"
 #include "cpu/retrieve_kernel.h"
 #include "cpu/sampling_kernel.h"
 #include "cpu/usage_kernel.h"
@@ -27,7 +30,9 @@ namespace anomem::cpu::ANOMEM_ISA {
 // Runs `compute<S>` for the element type S of the arguments.
 template <class Arguments>
 void run(const Arguments& arguments) {
-#if ANOMEM_BFLOAT16_PAIRS  // an instruction set for that type alone
+#if ANOMEM_BFLOAT16_PAIRS  // an instruction set for that type and for rough products
+  if constexpr (kRoughProducts<Arguments>)
+    if (arguments.type == Type::kFloat32) return compute<float>(arguments);
   compute<Bfloat16>(arguments);
 #else
   switch (arguments.type) {
@@ -50,5 +55,8 @@ template void run(const VarianceForward& arguments);
 template void run(const VarianceBackward& arguments);
 template void run(const DeviationMap& arguments);
 template void run(const Usage& arguments);
+template void run(const Nearest& arguments);
+template void run(const KCenter& arguments);
+template void run(const Read& arguments);
 
 }  // namespace anomem::cpu::ANOMEM_ISA

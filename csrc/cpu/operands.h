@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/nearest.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -58,6 +59,15 @@ inline FeatureMap map_of(const Tensor& map) {
 }
 
 inline Queries queries_of(const Tensor& query) { return {query.const_data_ptr(), query.size(0), query.stride(0)}; }
+
+// Rows [1 or L, N, d] beside the banks [L, M, d] of a memory.
+inline BankRows bank_rows_of(const Tensor& rows, const char* argument, const Tensor& banks, const char* of_banks) {
+  check_shape(banks, of_banks, {Axis("L", 1), Axis("M", 1), Axis("d", 1)});
+  check_operand(banks, of_banks, rows, rows.scalar_type(), {"L", "M", "d"});
+  check_shape(rows, argument, {rows.dim() == 3 && rows.size(0) == 1 ? 1 : banks.size(0), "N", banks.size(2)});
+  check_unit_stride(rows, argument);
+  return {rows.const_data_ptr(), rows.size(0), rows.size(1), rows.stride(0), rows.stride(1)};
+}
 
 // Kernels read through an index unchecked, so every value must lie in [0, size).
 inline void check_indices(const Tensor& index, const char* argument, int64_t size) {

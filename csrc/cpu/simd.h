@@ -71,6 +71,10 @@ ANOMEM_INLINE void store(Bfloat16* p, vec<float> x) {
 // The first n < lanes elements; the rest of the vector is zero.
 template <class S>
 ANOMEM_INLINE vec<accumulator_t<S>> load_first(const S* p, int64_t n) {
+#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return vec<float>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
+  if constexpr (std::is_same_v<S, double>) return vec<double>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
+#endif
   S padded[kLanes<accumulator_t<S>>] = {};
   std::memcpy(padded, p, n * sizeof(S));
   return load(padded);
@@ -142,12 +146,19 @@ ANOMEM_INLINE T max_lanes(vec<T> x) {
 template <class S>
 ANOMEM_INLINE accumulator_t<S> dot_product(const S* a, const S* b, int64_t count) {
   using T = accumulator_t<S>;
-  vec<T> sum[2] = {};
-  const int64_t whole = count / kLanes<T> * kLanes<T>;
-  for (int64_t p = 0; p < whole; p += kLanes<T>)
-    sum[p / kLanes<T> % 2] = multiply_add(load(a + p), load(b + p), sum[p / kLanes<T> % 2]);
-  if (whole < count) sum[0] += load_first(a + whole, count - whole) * load_first(b + whole, count - whole);
-  return sum_lanes<T>(sum[0] + sum[1]);
+  constexpr int64_t step = kLanes<T>;
+  vec<T> even{}, odd{};  // not an array: it would be indexed in memory
+  int64_t p = 0;
+  for (; p + 2 * step <= count; p += 2 * step) {
+    even = multiply_add(load(a + p), load(b + p), even);
+    odd = multiply_add(load(a + p + step), load(b + p + step), odd);
+  }
+  if (p + step <= count) {
+    even = multiply_add(load(a + p), load(b + p), even);
+    p += step;
+  }
+  if (p < count) even += load_first(a + p, count - p) * load_first(b + p, count - p);
+  return sum_lanes<T>(even + odd);
 }
 
 template <class T>

@@ -61,6 +61,11 @@ inline int64_t padded_stride(int64_t n) {
   return padded * static_cast<int64_t>(sizeof(T)) % 1024 == 0 ? padded + 64 / static_cast<int64_t>(sizeof(T)) : padded;
 }
 
+// Whether the kernel of these arguments multiplies float32 rows in pairs of bfloat16 too, where a processor can: to find
+// candidates (candidates.h).
+template <class Arguments>
+constexpr bool kRoughProducts = false;
+
 // A pointer argument that may be absent. Presence is a flag of its own, because an empty tensor's pointer may be null.
 template <class T>
 struct Optional {

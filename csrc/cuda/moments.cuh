@@ -22,6 +22,9 @@ struct Moments {
   }
 };
 
+// What rows whose squares overflow are multiplied by; those of the largest float32 numbers then do not.
+constexpr float kShrink = 7.888609052210118e-31f;  // 2^-100
+
 // norm(x) = (x − shift) · scale.
 struct Affine {
   float shift;
@@ -34,6 +37,24 @@ __device__ inline Affine affine_of(const Moments& m, int normalize) {
   if (normalize == kLayer) return {m.mean, rsqrtf(__fdividef(m.square, m.count) + kLayerEps)};
   if (normalize == kNone) return {0.0f, 1.0f};
   return {0.0f, m.square <= kL2Eps * kL2Eps ? 0.0f : rsqrtf(m.square)};
+}
+
+// The normalisation of a row [d] whose squares overflow, by one warp, from the row times 2^-100. Its elements lie
+// `stride` apart. Beside its variance kLayerEps is nothing.
+template <class T>
+__device__ inline Affine long_row_affine(const T* x, int64_t stride, int64_t features, int normalize, int lane) {
+  float mean = 0;
+  if (normalize == kLayer) {
+    for (int64_t c = lane; c < features; c += kWarp) mean += widen(x[c * stride]) * kShrink;
+    mean = warp_sum(mean) / features;
+  }
+  float square = 0;
+  for (int64_t c = lane; c < features; c += kWarp) {
+    const float difference = widen(x[c * stride]) * kShrink - mean;
+    square += difference * difference;
+  }
+  square = warp_sum(square);
+  return {mean / kShrink, rsqrtf(normalize == kLayer ? square / features : square) * kShrink};
 }
 
 // The normalisation of one row [d], by one warp. The second pass reads from the cache.
@@ -58,7 +79,9 @@ __device__ inline Affine row_affine(const T* x, int64_t features, int normalize,
 #pragma unroll
     for (float value : v) square += (value - mean) * (value - mean);
   });
-  return affine_of({static_cast<float>(features), mean, warp_sum(square)}, normalize);
+  square = warp_sum(square);
+  if (!(square <= FLT_MAX)) return long_row_affine(x, 1, features, normalize, lane);
+  return affine_of({static_cast<float>(features), mean, square}, normalize);
 }
 
 }  // namespace anomem::cuda

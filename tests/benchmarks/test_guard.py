@@ -81,7 +81,7 @@ def step_calls(impl: str) -> Counter[str]:
             augment=AugmentConfig.nothing(),
             model=ModelConfig(impl=impl),  # type: ignore[arg-type]
             optimizer=OptimizerConfig(steps=steps, batch_size=8),
-            run=RunConfig(device="cpu", log_every=10**9),
+            run=RunConfig(device="cpu", precision="float32", memory_format="contiguous", log_every=10**9),
             prototypes_from="normal",
         )
         model = build_model(config.model, images.size, images.channels, (0.5,) * 3, (0.25,) * 3)

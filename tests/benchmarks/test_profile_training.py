@@ -24,7 +24,7 @@ PHASES = ["batch", "augment", "encode", "contrast", "backward", "optimizer"]
 
 def pipeline(usual: bool) -> Pipeline:
     images = random_images(24, 16)
-    config = config_of("small", "reference", 6, "cpu", False)
+    config = config_of("small", "reference", 6, "cpu")
     return Pipeline("a", config, UsualImages(images, "cpu", 0) if usual else ResidentImages(images), warmup=1)
 
 
@@ -37,6 +37,7 @@ def test_the_loop_trains_the_model_and_every_phase_is_measured(usual, tmp_path) 
     assert list(one.milliseconds()) == PHASES
     assert all(value > 0 for value in one.milliseconds().values())
     assert one.seconds[0] > 0
+    assert one.cpu_seconds[0] > 0
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
 
 

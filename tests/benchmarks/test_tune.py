@@ -162,20 +162,20 @@ def test_schemes_compute_the_same() -> None:
 
 
 def test_scratch_is_swept_and_put_back(tiles: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from anomem.kernels import retrieve_chunked
+    from anomem.kernels import primitives
 
     monkeypatch.setattr(tune, "SCRATCHES", (tune.MIB, 2 * tune.MIB))
     seen: list[int] = []
 
     def time(call: Callable[[], object]) -> tuple[float, ...]:
-        seen.append(retrieve_chunked.SCRATCH_BYTES)
+        seen.append(primitives.SCRATCH_BYTES)
         if len(seen) == 2:
             raise RuntimeError("no memory")
         return 1.0, 2.0, 3.0
 
-    usual = retrieve_chunked.SCRATCH_BYTES
+    usual = primitives.SCRATCH_BYTES
     found = list(compared(time).scratches(TRAINING))
-    assert usual == retrieve_chunked.SCRATCH_BYTES
+    assert usual == primitives.SCRATCH_BYTES
     assert seen == [tune.MIB, 2 * tune.MIB]
     graph = tune_report.IN_A_GRAPH
     assert [row.implementation for row in found] == ["1 MiB", f"1 MiB{graph}", "2 MiB", f"2 MiB{graph}"]

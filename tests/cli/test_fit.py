@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from anomem.cli import main
 from anomem.evaluate.fitted import join_maps
+from anomem.scoring import benjamini_hochberg
+from anomem.train import load_detector
 from tests.cli.conftest import Outcome
 from tests.train.test_fitting import parts, write
 
@@ -83,6 +87,51 @@ def test_an_alpha_that_cannot_be_promised(anomem: Command, run: Path, photos: Pa
     assert "no verdicts: 20 calibration normals cannot promise" in done.err
 
 
+def test_false_discovery_rate_over_all_images(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    done = anomem("score", photos / "test" / "spot", photos / "test" / "good", "--run", run, "--fdr", "0.1",
+                  "--output", table)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "can call either none or at least 12 of 24 images anomalous" in done.err
+    rows = list(csv.DictReader(table.open()))
+    p_values = torch.tensor([float(row["p_value"]) for row in rows])
+    expected = benjamini_hochberg(p_values, 0.1)
+    assert [row["verdict"] == "anomalous" for row in rows] == expected.tolist()
+    assert int(expected.sum()) >= 12
+    printed = anomem("score", photos / "test" / "spot" / "00.png", "--run", run, "--fdr", "0.01")
+    assert "can call none of 1 images" in printed.err
+    assert printed.out.split("\t")[2] == "normal"
+
+
+def test_pixel_threshold_is_told_with_the_maps(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
+    done = anomem("score", photos / "test" / "spot" / "00.png", "--run", run, "--maps", tmp_path / "maps")
+    (told,) = re.findall(r"maps above ([\d.]+) are anomalous pixels: at most 10.00%", done.err)
+    detector = load_detector(run)
+    assert float(told) == pytest.approx(detector.calibration.pixel_threshold("local", 0.1), rel=1e-4)
+    with Image.open(tmp_path / "maps" / "00.tiff") as image:
+        above = torch.from_numpy(np.array(image)) > float(told)
+    assert bool(above[8:24, 40:56].any())
+    assert not bool(above[40:].any())
+
+
+def test_letterboxed_maps_lie_on_their_image(anomem: Command, tmp_path: Path) -> None:
+    wide = torch.cat([parts(6), parts(6, 5)], dim=3)
+    write(tmp_path / "good", wide)
+    bad = wide[:1].clone()
+    bad[:, :, 4:20, 100:120] = 255
+    write(tmp_path / "bad", bad)
+    options = (*OPTIONS, "--data.letterbox", "--run.directory", tmp_path / "run")
+    assert anomem("fit", tmp_path / "good", *options).code == 0
+    done = anomem("score", tmp_path / "bad", "--run", tmp_path / "run", "--maps", tmp_path / "maps")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "maps" / "00.tiff") as image:
+        found = torch.from_numpy(np.array(image))
+    assert found.shape == (64, 128)
+    peak = int(found.argmax())
+    assert 0 <= peak // 128 < 28
+    assert 92 <= peak % 128 < 128
+
+
 def test_evaluate_and_plot(anomem: Command, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -116,6 +165,14 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         (("train", "--resume", run), "holds a fitted detector"),
         (("score", picture, "--run", run, "--by", "energy"), "expected one of plain"),
         (("score", picture, "--run", finished, "--alpha", "0.1"), "is not calibrated"),
+        (("score", picture, "--run", finished, "--fdr", "0.1"), "is not calibrated"),
+        (("score", picture, "--run", run, "--fdr", "1"), "between 0 and 1"),
+        (("score", picture, "--run", run, "--fdr", "0.1", "--alpha", "0.1"), "received both"),
+        (("fit", photos, *OPTIONS, "--calibration", photos / "good"), "20 of 20 that equal fitted ones"),
+        (("fit", photos, *OPTIONS[:2], *OPTIONS[3:], "--data.image-size", "64", "96", "--tile", "128"), "at most 64"),
+        (("fit", photos, *OPTIONS[:2], *OPTIONS[3:], "--tile", "64"), "height and width"),
+        (("fit", photos, *OPTIONS[:5], "--scales", "nope"), "or a stride of"),
+        (("fit", photos, *OPTIONS, "--fill.prototypes", "0"), "fill.prototypes"),
     ):
         done = anomem(*arguments)
         assert (done.code, done.err.count("\n")) == (2, 1), (arguments, done.err)

@@ -212,11 +212,14 @@ def test_a_reader_who_leaves(finished: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_more_than_one_process(
+def test_processes_that_do_not_know_where_the_others_are(
     anomem: Command, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    complains(anomem("train", *tiny, "--run.directory", tmp_path / "run"), "one process", "WORLD_SIZE=2", "torchrun")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    complains(anomem("train", *tiny, "--run.directory", tmp_path / "run"), "WORLD_SIZE is 2", "MASTER_ADDR", "torchrun")
     assert not (tmp_path / "run").exists()
 
 

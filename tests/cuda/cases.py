@@ -105,6 +105,27 @@ def test_a_zero_vector_stays_zero_and_a_nan_stays_a_nan(device: str) -> None:
     assert (gradient[..., 1] == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+@pytest.mark.parametrize("channels", [6, 530])
+def test_vectors_whose_squares_overflow_have_unit_length(device: str, layout: str, channels: int) -> None:
+    feature_map = draw(1, channels, 1, 3)
+    long = feature_map * torch.tensor([1e30, 1.0, 2e37])
+    expected = reference.gather_positions(feature_map, torch.arange(3), normalize=True)
+    out = sampling.gather_positions(in_layout(long, layout).to(device), torch.arange(3, device=device), True)
+    torch.testing.assert_close(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("normalize", ["layer", "l2"])
+def test_queries_whose_squares_overflow_read_like_short_ones(device: str, normalize: str) -> None:
+    query, keys = draw(7, 21), draw(9, 21, seed=1)
+    short, long = (
+        retrieve.retrieve((query * scale).to(device), Memory(keys.to(device), None, None, 0.3, normalize), "native")
+        for scale in (1e3, 1e36)
+    )
+    for mine, expected in zip(long, short, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (3, 5, 7), (2, 600, 40), (2, 33, 136)], ids=str)

@@ -1,11 +1,8 @@
-"""NT-Xent across processes, in two real ones that talk by gloo."""
+"""Losses across processes: on 2, 3 and 4 that talk by gloo, each loss and every gradient is the joint batch's."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib.util
 
 import pytest
 import torch
@@ -14,50 +11,41 @@ from anomem import functional as AF
 from anomem import nn as ann
 from anomem.errors import ArgumentError
 from anomem.testing import draw
+from tests.functional import jobs
+from tests.processes import in_processes
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def in_two_processes(tmp_path: Path, *checks: str) -> None:
-    script = Path(__file__).with_name("one_of_two_processes.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", str(script), str(rank), str(tmp_path / "store"), *checks],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
-    assert all("all right" in text for text in printed)
+EVERYWHERE = ["gradients_are_those_of_one_process", "rows_are_those_of_one_process"]
+ONCE = [
+    "gathering_is_twice_differentiable",
+    "groups_meshes_and_mistakes",
+    "the_ring_sends_what_the_documentation_says",
+    "the_compiler_traces_a_loss",
+]
+WITH_LIGHTLY = ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    in_two_processes(
-        tmp_path,
-        "rows_are_those_of_one_process",
-        "gradients_under_ddp_are_those_of_one_process",
-        "gathering_is_twice_differentiable",
-    )
-
-
-def test_two_processes_are_two_of_lightly(tmp_path: Path) -> None:
-    pytest.importorskip("lightly", reason="lightly is not installed")
-    in_two_processes(tmp_path, "rows_agree_with_lightly")
+@pytest.mark.parametrize(("count", "more"), [(2, WITH_LIGHTLY), (3, ONCE), (4, [])])
+def test_processes_are_one(count: int, more: list[str]) -> None:
+    in_processes(count, jobs.check, [*EVERYWHERE, *more])
 
 
 def test_without_processes_it_is_the_plain_loss() -> None:
     z, z_pair = draw(5, 8), draw(5, 8, seed=1)
     assert AF.gather_rows(z) is z
+    assert AF.rows_per_process(5) == (5,)
     assert torch.equal(AF.nt_xent_distributed(z, z_pair), AF.nt_xent(z, z_pair))
-    assert torch.equal(ann.NTXentLoss(gather_distributed=True)(z, z_pair), ann.NTXentLoss()(z, z_pair))
+    assert torch.equal(AF.variance_hinge_distributed(z), AF.variance_hinge(z))
+    assert torch.equal(AF.info_nce_distributed(z, z_pair), AF.info_nce(z, z_pair, torch.arange(5)))
+    for criterion in (ann.NTXentLoss, ann.InfoNCELoss):
+        assert torch.equal(criterion(0.3, gather_distributed=True)(z, z_pair), criterion(0.3)(z, z_pair))
 
 
 def test_what_has_no_rows_is_told() -> None:
     with pytest.raises(ArgumentError, match=r"`rows`: expected a tensor \[\.\.\., B, d\]"):
         AF.gather_rows(torch.zeros(3))
+
+
+def test_a_loss_over_processes_has_its_own_columns() -> None:
+    z, z_pair = draw(5, 8), draw(5, 8, seed=1)
+    with pytest.raises(ArgumentError, match="`positive`: expected None with gather_distributed"):
+        ann.InfoNCELoss(gather_distributed=True)(z, z_pair, torch.arange(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,10 +20,74 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1200)
 def test_every_tile_compiles_as_committed() -> None:
+    """Those that differ from what was committed, and a fixed sample of the others; `make test-ahead` compiles all."""
     result = run("--check")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+SOURCE = """import triton
+import triton.language as tl
+CONSTANT = tl.constexpr(1)
+
+@triton.jit
+def called(a):
+    return a
+
+@triton.jit
+def kernel(a):
+    return called(a) + CONSTANT
+"""
+
+
+def test_another_source_is_another_digest(tmp_path: Path) -> None:
+    """Of the kernel, of a function that it calls, or of a constant; a comment and the place in the file are not."""
+    from anomem.kernels.ahead_of_time import source_of
+
+    def digest(number: int, source: str) -> str:
+        file = tmp_path / f"kernel_{number}.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location("planted", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return source_of(module.kernel)
+
+    commented = SOURCE.replace("def called(a):", "def called(a):\n    'What it does.'  # and why")
+    changes = (("+ CONSTANT", "- CONSTANT"), ("return a\n", "return a + a\n"), ("constexpr(1)", "constexpr(2)"))
+    sources = (SOURCE, commented, *(SOURCE.replace(*change) for change in changes))
+    digests = [digest(number, source) for number, source in enumerate(sources)]
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 4
+
+
+def test_what_differs_from_its_row_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, of the rest, each kernel on each architecture at least once."""
+    from anomem.kernels import ahead_of_time
+
+    shipped, sample = ahead_of_time.shipped(), ahead_of_time.sample()
+    row = ahead_of_time.Row(128, 0, 0, 4, "none", 0, False, 0)
+    rows = {key: row._replace(digest=ahead_of_time.digest_of(spec)) for key, spec in shipped.items()}
+    assert ahead_of_time.unlike(rows) == []
+    changed, lost = [key for key in shipped if key not in sample][:2]
+    rows[changed] = row._replace(digest="of another source")
+    del rows[lost]
+    assert set(ahead_of_time.unlike(rows)) == {changed, lost}
+    places = {(spec.kernel.__name__, spec.architecture) for spec in shipped.values()}
+    assert {(shipped[key].kernel.__name__, shipped[key].architecture) for key in sample} == places
+    assert len(sample) == len(set(sample)) == max(ahead_of_time.SAMPLE, len(places))
+
+    compiled: list[str] = []
+    monkeypatch.setattr(ahead_of_time.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(ahead_of_time, "committed_rows", lambda: {ahead_of_time.version(): rows})
+    monkeypatch.setattr(ahead_of_time, "compile_all", lambda keys, processes: compiled.extend(keys) or {})
+    ahead_of_time.main(["--check"])
+    assert set(compiled) == {*sample, changed, lost}
+    compiled.clear()
+    ahead_of_time.main(["--check", "--all"])
+    assert compiled == list(shipped)
 
 
 def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
@@ -37,7 +102,7 @@ def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
 
 
 def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
-    from anomem.kernels.ahead_of_time import shipped
+    from anomem.kernels.ahead_of_time import ANY_WIDTH, shipped
     from anomem.kernels.tile_table import TABLE, tiles_of
 
     roles = {
@@ -45,17 +110,20 @@ def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
         "retrieve_flash_query_gradient": {"tied", "separate"},
         "retrieve_flash_prototype_sums": {"tied", "keys", "values"},
         "retrieve_resident": {""},
+        "retrieve_chunked_weights": {"tied", "separate"},
         "contrast_forward": {"joined", "rectangle"},
         "contrast_backward": {"joined", "rows", "columns"},
+        "contrast_chunked_weights": {"joined", "rectangle"},
     }
-    fixed = {"contrast_forward": {"joined fixed", "rectangle fixed"}, "contrast_backward": {"joined fixed"}}
+    fixed = {"contrast_forward": {"joined fixed", "rectangle fixed"}}
+    fixed |= {kernel: {"joined fixed"} for kernel in ("contrast_backward", "contrast_chunked_weights")}
     for kernel, kind, block in TABLE:
-        wanted = roles[kernel] | (fixed.get(kernel, set()) if kind != "ieee" else set())
-        width = 512 if kernel == "retrieve_resident" else block
+        wanted = roles[kernel] | fixed.get(kernel, set())
+        width = 512 if kernel in ANY_WIDTH else block
         for architecture in {spec.architecture for spec in shipped().values()}:
             brief = architecture in (86, 120)  # the best tile, a tied memory and a learned temperature
             if brief:
-                wanted = (wanted & {"tied", "joined", "rectangle", "rows", "columns", ""}) if kind != "ieee" else set()
+                wanted &= {"tied", "joined", "rectangle", "rows", "columns", ""}
             for tile in tiles_of((kernel, kind, block), architecture)[: 1 if brief else None]:
                 for role in wanted:
                     key = f"{kernel} {role} {kind} d{width} {tile.rows}x{tile.columns} sm_{architecture}"
@@ -84,17 +152,22 @@ def test_faults_are_found() -> None:
         assert key in found[0]
     around = sound | {key: sound[key]._replace(spills=16)}
     assert list(faults(around, around)) == []
-    chained = {name: row._replace(chained=True) for name, row in sound.items()}
+    chained = {name: row._replace(chained=True, digest="another") for name, row in sound.items()}
     on_100 = [key for key in sound if "sm_100" in key]
     assert [fault.partition(":")[0] for fault in faults(chained, sound)] == on_100
     odd = next(key for key in shipped() if key.endswith("sm_90 odd"))  # known where the committed row has it
-    serialised = sound | {odd: sound[odd]._replace(serialised=True)}
+    serialised = sound | {odd: sound[odd]._replace(serialised=True, digest="another")}
     assert len(list(faults(serialised, sound))) == 1
     assert list(faults(serialised, serialised)) == []
     fewer = sound | {key: sound[key]._replace(blocks=3)}
     assert [fault for fault in faults(fewer, sound) if "committed 4" in fault]
+    known = {name: row._replace(digest="same") for name, row in sound.items()}
+    (found,) = faults(known, known | {key: known[key]._replace(registers=126)})
+    assert "registers 128, committed 126" in found
+    assert list(faults(known, known | {key: known[key]._replace(registers=126, digest="another")})) == []
     missing = {name: row for name, row in sound.items() if name != key}
-    assert "no longer compiled" in next(faults(missing, sound))
+    assert list(faults(missing, sound)) == []  # not compiled now
+    assert "no longer compiled" in next(faults(sound, sound | {"gone": sound[key]}))
     assert "not in" in next(faults(sound, missing))
 
 

@@ -64,12 +64,12 @@ def test_retrieval_of_2_31_numbers(d: int, kernel: str, normalize: int, ends_of_
     ends = draw(2 * TAIL, d, dtype=torch.bfloat16, seed=1)
     query[:TAIL], query[-TAIL:] = ends.split(TAIL)
     with ends_of_grids(PROGRAMS) as cut:
-        out, lse = retrieve.forward(query, prototypes, None, None, 0.5, normalize)
+        out, lse, _ = retrieve.forward(query, prototypes, None, None, 0.5, normalize)
     assert {"retrieve_flash": "retrieve_flash_forward_kernel", "retrieve_resident": "retrieve_resident_kernel"}[
         kernel
     ] in cut
     assert retrieve.flash_entries(("retrieve_flash_forward",), query, None) is None or kernel == "retrieve_flash"
-    expected, expected_lse = retrieve.forward(ends, prototypes, None, None, 0.5, normalize)
+    expected, expected_lse, _ = retrieve.forward(ends, prototypes, None, None, 0.5, normalize)
     assert torch.equal(torch.cat([out[:TAIL], out[-TAIL:]]), expected)
     assert torch.equal(torch.cat([lse[:TAIL], lse[-TAIL:]]), expected_lse)
 
@@ -108,8 +108,8 @@ def test_gradients_of_2_31_numbers(normalize: int, ends_of_grids: Ends, monkeypa
             ("retrieve_flash_query_gradient", "retrieve_flash_prototype_sums"), query, None
         )
         assert entries is not None
-        out, lse = retrieve_flash.forward(query, memory, entries[0])
-        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, lse, entries)
+        out, _, normaliser = retrieve_flash.forward(query, memory, entries[0])
+        dquery, key_sums, _, _ = retrieve_flash.backward(dout, None, query, memory, out, normaliser, entries)
         return dquery, key_sums
 
     with ends_of_grids(PROGRAMS) as cut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def test_operators_launch_the_kernels_that_the_table_names() -> None:
         launches[operator] += [launch.kernel.__name__ for launch in found]
         return results
 
-    for dtype, d, prototypes in ((torch.bfloat16, 64, 40), (torch.bfloat16, 512, 40), (torch.bfloat16, 512, 400)):
+    half, exact = torch.bfloat16, torch.float32
+    for dtype, d, prototypes in ((half, 64, 40), (half, 512, 40), (half, 512, 400), (exact, 64, 40)):
         query, keys = empty(100, d, dtype=dtype), empty(prototypes, d, dtype=dtype)
-        out, lse = call("retrieve_fwd", query, keys, None, None, 1.0, 1)
-        call("retrieve_bwd", query, None, query, keys, None, None, 1.0, 1, out, lse)
-    for groups in (1, 8):  # with and without splits
-        view, columns, index = empty(groups, 32, 64), empty(groups, 64, 64), empty(32, dtype=torch.int64)
+        out, lse, normaliser = call("retrieve_fwd", query, keys, None, None, 1.0, 1)
+        call("retrieve_bwd", query, None, query, keys, None, None, 1.0, 1, out, lse, normaliser)
+    for groups, dtype, d in itertools.product((1, 8), (half, exact), (64, 512)):  # with and without splits
+        view, columns = empty(groups, 32, d, dtype=dtype), empty(groups, 64, d, dtype=dtype)
+        index = empty(32, dtype=torch.int64)
         rows, *kept = call("nt_xent_fwd", view, view, None, 0.2)
         call("nt_xent_bwd", rows, rows, *kept, None, 0.2)
         loss, *kept = call("info_nce_fwd", view, columns, index, None, None, 0.2)

@@ -42,8 +42,8 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         pytest.skip(reason)  # `make test` builds it first
     if implementation.name == "triton":
         request.getfixturevalue("interpreter")
-        # A chunk of queries is made as short as it can be: a few queries fill several.
-        monkeypatch.setattr("anomem.kernels.retrieve_chunked.SCRATCH_BYTES", 1)
+        # A chunk of rows is made as short as it can be: a few rows fill several.
+        monkeypatch.setattr("anomem.kernels.primitives.SCRATCH_BYTES", 1)
         if implementation.allow_tf32:
             # Exact products: the budget is that of float32. tests/kernels/test_tf32.py tests the rounding.
             for name in ("round_to_tf32", "truncate_to_tf32"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +86,6 @@ class TestInfoNCE(Contract):
     """Each row with a column to find and one that it does not see."""
 
     implementations = ALL
-    no_rows_fail: ClassVar = {
-        (TRITON, F16): "the columns' gradient takes the largest upstream gradient of a group, which has none"
-    }
 
     def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
         positive = torch.arange(rows) % 7
@@ -119,14 +116,14 @@ class TestInfoNCE(Contract):
 TAUS = [0.005, 0.022, 0.023, 0.2, 10.0]
 NATIVE_SHAPES = [(1, 1, 3), (4, 2, 5), (2, 3, 7), (1, 16, 33), (3, 65, 17), (2, 200, 40), (1, 300, 130), (16, 9, 64)]
 TRITON_SHAPES = [(1, 33, 40), (3, 7, 16), (1, 2, 16), (2, 1, 16)]
-MANY_TILES = [(1, 35, 128), (1, 6, 300), (1, 70, 16)]  # and slices of features
+MANY_TILES = [(1, 35, 128), (1, 6, 300), (1, 70, 16), (1, 70, 130)]  # and slices of features, and chunks of rows
 
 
 @cases(
     "dtype, tau, shape",
     {
         NATIVE: product((F32, BF16), TAUS, NATIVE_SHAPES),
-        TRITON: [*product(TRITON.dtypes, TAUS, TRITON_SHAPES), *product((F32,), (0.2,), MANY_TILES)],
+        TRITON: [*product(TRITON.dtypes, TAUS, TRITON_SHAPES), *product(TRITON.dtypes, (0.2,), MANY_TILES)],
     },
 )
 def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape: tuple[int, int, int]) -> None:
@@ -544,7 +541,7 @@ def test_a_row_that_excludes_its_positive(impl: Impl, tau: float) -> None:
     )
 
 
-@cases("scale", {one: [(1e20,), (1e30,)] for one in ALL})
+@cases("scale", {one: [(1e20,), (1e30,), (7e37,)] for one in ALL})
 def test_rows_whose_squares_overflow(impl: Impl, scale: float) -> None:
     z, z_pair = views(1, 6, 16)
     for dtype in (F32, BF16):

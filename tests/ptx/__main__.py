@@ -23,6 +23,8 @@ from tests.ptx.memory import Fault
 SUBSET = (
     "contrast_forward joined fixed half d64", "contrast_forward rectangle half d99",
     "contrast_backward joined half d64", "contrast_backward rows tf32 d64", "contrast_backward columns half d99",
+    "contrast_chunked_weights joined half d504", "contrast_chunked_weights rectangle tf32 d504",
+    "retrieve_chunked_weights tied half d504", "retrieve_chunked_weights separate half d300",
     "retrieve_flash_forward tied half d56", "retrieve_flash_forward separate tf32 d64",
     "retrieve_flash_query_gradient tied half d33", "retrieve_flash_prototype_sums tied half d64",
 )  # fmt: skip
@@ -57,8 +59,10 @@ def measure(compiled: Compiled, ptx: str | None = None) -> str:
 def selected(pattern: str, subset: int | None) -> Iterator[tuple[str, Spec]]:
     """Shipped kernels with products, by their keys."""
     for key, spec in shipped().items():
-        multiplies = spec.kernel.__name__.startswith(("contrast_forward", "contrast_backward", "retrieve_flash"))
-        multiplies = multiplies or spec.kernel.__name__ == "retrieve_resident_kernel"
+        multiplies = spec.matrix and (
+            spec.kernel.__name__.startswith(("contrast_forward", "contrast_backward", "retrieve_flash"))
+            or spec.kernel.__name__.endswith(("_resident_kernel", "_chunked_weights_kernel"))
+        )
         in_subset = subset is None or (
             spec.architecture == subset and any(re.match(re.escape(name) + r" \d", key) for name in SUBSET)
         )

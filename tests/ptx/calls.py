@@ -103,8 +103,10 @@ def errors(call: Call) -> dict[str, float]:
     run = {
         "contrast_forward": contrast_forward,
         "contrast_backward": contrast_backward,
+        "contrast_chunked_weights": contrast_chunked_weights,
         "retrieve_flash_forward": retrieve_forward,
         "retrieve_resident": retrieve_forward,
+        "retrieve_chunked_weights": retrieve_chunked_weights,
         "retrieve_flash_query_gradient": query_gradient,
         "retrieve_flash_prototype_sums": prototype_sums,
     }[name]
@@ -257,7 +259,7 @@ def contrast_backward(call: Call) -> dict[str, float]:
     if call.has("moment"):
         call.empty("moment", splits, GROUPS, count)
     call.launch(
-        GROUPS * splits * ceil(features, call.constants["BLOCK_OUT"]) * ceil(count, block_x),
+        GROUPS * splits * ceil(count, block_x),
         inverse_tau=1 / TAU, groups=GROUPS, owned_count=count, streamed_count=streamed_count, border=border,
         splits=splits, streamed_per_split=length,
     )  # fmt: skip
@@ -268,6 +270,50 @@ def contrast_backward(call: Call) -> dict[str, float]:
         found = {"dx": relative(np.concatenate(halves, 1), dx) / call.tolerance}
     if call.has("moment"):
         found["moment"] = relative(call.result("moment").sum(0), moment) / call.tolerance
+    return found
+
+
+def contrast_chunked_weights(call: Call) -> dict[str, float]:
+    """Weights times both rows' factors, of a chunk that begins after the first rows, and the moment."""
+    block_x, block_y = call.constants["BLOCK_X"], call.constants["BLOCK_Y"]
+    joined = not call.has("positive")
+    rows = 2 * (block_x + 13) if joined else 2 * block_x + 9
+    case = Contrast(call, rows, None if joined else 2 * block_y + 5)
+    columns, first, end = case.t.shape[1], 24, rows - 3
+    upstream = call.random.standard_normal((GROUPS, rows))
+    weights = case.weights * upstream[..., None]
+    weights[:, np.arange(rows), case.exclude] = 0
+    if joined:
+        weights = weights + weights.transpose(0, 2, 1)
+    weights = weights[:, first:end]
+    factors = [np.frexp(inverse)[0].astype(np.float64) for inverse in (case.inverse, case.other_inverse)]
+    call.rows("scaled_rows", case.s)
+    call.numbers("row_inverse", case.inverse)
+    call.arguments["scaled_columns"] = call.arguments["scaled_rows"]
+    call.arguments["column_inverse"] = call.arguments["row_inverse"]
+    if not joined:
+        call.rows("scaled_columns", case.t)
+        call.numbers("column_inverse", case.other_inverse)
+    call.numbers("loss", case.loss)
+    call.numbers("lse", case.lse)
+    call.numbers("upstream", upstream)
+    scale = np.ones(GROUPS)
+    if call.has("peak"):
+        call.numbers("peak", np.abs(upstream).max(1))
+        scale = 8192 / np.abs(upstream).max(1)
+    programs = GROUPS * ceil(end - first, block_x) * ceil(columns, block_y)
+    call.empty("weights", GROUPS, end - first, columns, like_rows=True)
+    if call.has("moment"):
+        call.empty("moment", programs)
+    call.launch(
+        programs, inverse_tau=1 / TAU, first_row=first, end_row=end, row_count=rows, column_count=columns,
+    )  # fmt: skip
+    exact = weights * factors[0][:, first:end, None] * factors[1][:, None, :] * scale[:, None, None]
+    found = {"weights": relative(call.result("weights"), exact) / call.tolerance}
+    if call.has("moment"):
+        moment = (weights * case.logit[:, first:end]).sum()
+        size = np.abs(weights * case.logit[:, first:end]).sum()
+        found["moment"] = abs(call.result("moment").sum() - moment) / size / call.tolerance
     return found
 
 
@@ -286,7 +332,8 @@ class Retrieval:
         self.scale = 1.3 / d**0.5
         self.b = float(np.float32(BETA)) * self.scale
         self.query, self.keys = call.draw(queries, d), call.draw(prototypes, d)
-        self.values = call.draw(prototypes, dv) if call.has("values") else self.keys
+        separate = call.has("values") and not call.constants.get("TIED", False)
+        self.values = call.draw(prototypes, dv) if separate else self.keys
         self.unit, self.factor = self._normalized(self.query, normalize)
         operand = call.rounded(self.unit) if normalize else self.query
         self.scores = self.b * operand @ self.keys.T
@@ -294,10 +341,13 @@ class Retrieval:
         exponentials = np.exp(self.scores - largest)
         self.weights = exponentials / exponentials.sum(-1, keepdims=True)
         self.lse = (largest + np.log(exponentials.sum(-1, keepdims=True)))[:, 0]
+        self.normaliser = np.concatenate([largest / self.b, np.log2(exponentials.sum(-1, keepdims=True))], 1)
         call.rows("query", self.query)
         call.rows("keys", self.keys)
-        if call.has("values"):
+        if separate:
             call.rows("values", self.values)
+        elif call.has("values"):
+            call.arguments["values"] = call.arguments["keys"]
         call.numbers("beta", BETA)
         self.numbers = {"N": queries, "M": prototypes, "query_stride": d, "scale": self.scale}
 
@@ -308,7 +358,7 @@ class Retrieval:
         dweights = dout @ self.values.T
         delta = (self.weights * dweights).sum(-1) - dlse
         call.rows("dout", dout)
-        call.numbers("lse", self.lse)
+        call.numbers("normaliser", self.normaliser)
         call.numbers("delta", delta)
         return dout, dlse, self.weights * (dweights - delta[:, None])
 
@@ -333,10 +383,33 @@ def retrieve_forward(call: Call) -> dict[str, float]:
     )
     call.empty("out", len(case.query), case.values.shape[1], like_rows=True)
     call.empty("lse", len(case.query))
+    call.empty("normaliser", len(case.query), 2)
     call.launch(ceil(len(case.query), block_n), **case.numbers)
+    shift, log_total = call.result("normaliser").T
     return {
         "out": relative(call.result("out"), case.weights @ case.values) / call.tolerance,
         "lse": absolute(call.result("lse"), case.lse) / call.tolerance,
+        "normaliser": absolute(case.b * shift + log_total * np.log(2), case.lse) / call.tolerance,
+    }
+
+
+def retrieve_chunked_weights(call: Call) -> dict[str, float]:
+    """P and b dS, and the partial sums of dbeta."""
+    block_n, block_m = call.constants["BLOCK_N"], call.constants["BLOCK_M"]
+    case = Retrieval(call, block_n + 11, block_m + 5, 0)
+    _, dlse, dscores = case.upstream(call)
+    if call.has("dlse"):
+        call.numbers("dlse", dlse)
+    programs = ceil(len(case.query), block_n) * ceil(len(case.keys), block_m)
+    for name in ("weights", "dscores"):
+        call.empty(name, len(case.query), len(case.keys), like_rows=True)
+    call.empty("dbeta", programs)
+    call.launch(programs, **case.numbers)
+    dbeta = (dscores * case.scores / case.b).sum() * case.scale
+    return {
+        "weights": relative(call.result("weights"), case.weights) / call.tolerance,
+        "dscores": relative(call.result("dscores"), case.b * dscores) / call.tolerance,
+        "dbeta": abs(call.result("dbeta").sum() - dbeta) / abs(dbeta) / call.tolerance,
     }
 
 
@@ -346,6 +419,7 @@ def query_gradient(call: Call) -> dict[str, float]:
     case = Retrieval(call, block_n + 11, 2 * call.constants["BLOCK_M"] + 5, normalize)
     _, dlse, dscores = case.upstream(call)
     call.numbers("dlse", dlse)
+    call.numbers("keys_mean", case.keys.mean(0))
     call.empty("dquery", *case.query.shape, like_rows=True)
     call.empty("dbeta", ceil(len(case.query), block_n))
     call.launch(ceil(len(case.query), block_n), **case.numbers)

@@ -78,6 +78,14 @@ def test_pixel_threshold_is_the_verdict_on_the_largest_pixel() -> None:
         assert torch.equal(found.anomalous("x", new, alpha), new > found.pixel_threshold("x", alpha))
 
 
+def test_threshold_is_where_the_verdict_changes() -> None:
+    scores = torch.randn(150, generator=torch.Generator().manual_seed(3)).double()
+    found = Calibration({"x": scores})
+    new = torch.linspace(-4, 4, 4001).double()
+    for alpha in (0.01, 0.05, 0.3):
+        assert torch.equal(found.anomalous("x", new, alpha), new > found.threshold("x", alpha))
+
+
 def test_how_many_normals_an_alpha_needs() -> None:
     assert [normals_needed(a) for a in (0.5, 0.1, 0.05, 0.01, 0.001)] == [1, 9, 19, 99, 999]
     assert normals_needed(0.03) == 33
@@ -123,9 +131,16 @@ def test_cross_fitting_where_there_are_few(normals: int) -> None:
     assert everyone == list(range(normals)), "each normal calibrates once"
 
 
-def test_one_normal_is_told() -> None:
-    with pytest.raises(ArgumentError, match="two normals: one to fit and one to calibrate"):
-        hold_out(1, 0.01)
+def test_one_normal_calibrates_nothing() -> None:
+    assert hold_out(1, 0.01) == ("cross", [])
+    nobody = Calibration({"x": torch.zeros(0)}, {"x": torch.zeros(0)}, "cross")
+    assert nobody.p_values("x", torch.tensor([-1.0, 1e9])).tolist() == [1.0, 1.0]
+    assert nobody.promise(0.5).startswith("nothing: the only normal image is fitted")
+    for ask in (lambda: nobody.anomalous("x", torch.zeros(1), 0.99), lambda: nobody.pixel_threshold("x", 0.99)):
+        with pytest.raises(ArgumentError, match="alpha"):
+            ask()
+    with pytest.raises(ArgumentError, match="at least one normal"):
+        hold_out(0, 0.01)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 1.5, math.nan])

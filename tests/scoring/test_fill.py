@@ -78,6 +78,19 @@ def test_kmeans_against_scikit_learn() -> None:
     torch.testing.assert_close(found, torch.from_numpy(expected.cluster_centers_), rtol=1e-4, atol=1e-4)
 
 
+def test_banks_of_several_seeds() -> None:
+    """Each as with its own seed alone; k-means stops for each on its own."""
+    rows = normal(300, 5)
+    for method in METHODS:
+        banks = fill_prototypes(rows, 8, method, seed=[3, 1, 4], iterations=60)  # type: ignore[arg-type]
+        assert banks.shape == (3, 8, 5)
+        for bank, seed in zip(banks, (3, 1, 4), strict=True):
+            alone = fill_prototypes(rows, 8, method, seed=seed, iterations=60)  # type: ignore[arg-type]
+            assert torch.equal(bank, alone)
+    with pytest.raises(ArgumentError, match="`seed`"):
+        fill_prototypes(rows, 8, seed=[])
+
+
 def test_kmeans_lowers_the_distance_each_time() -> None:
     rows = normal(600, 6)
     losses = [float(nearest(rows, kmeans(rows, rows[:30], n))[1].mean()) for n in (0, 1, 2, 5, 20)]
@@ -97,7 +110,7 @@ def test_kmeans_of_identical_rows() -> None:
     assert torch.equal(centres, torch.ones(4, 3))
 
 
-def test_memory_is_bounded() -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor of a fill is a block, not [N, M]."""
     largest = 0
 
@@ -109,6 +122,7 @@ def test_memory_is_bounded() -> None:
                 largest = max(largest, result.numel())
             return result
 
+    monkeypatch.setattr(fill, "BLOCK_ELEMENTS", 2**19)
     rows = normal(6000, 4)
     for method in METHODS:
         with Watch():

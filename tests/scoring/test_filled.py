@@ -186,8 +186,35 @@ def test_top_by_hand() -> None:
     assert FilledScorer(untouched(), "pooled", top_part=0.01)._top(torch.tensor([[1.0, 9.0]])).tolist() == [9.0]
 
 
-def test_plain_is_the_models_cosine_distance() -> None:
+def test_maps_are_bilinear() -> None:
+    found = scorer("pooled")
+    distances = [torch.rand(3, h * w) for h, w in found.model.encoder.sizes]
+    spread = torch.tensor([2.0, 0.5, 3.0])[: len(distances)]
+    expected = torch.zeros(3, 21, 34)
+    for d, size, by in zip(distances, found.model.encoder.sizes, spread, strict=True):
+        small = (d / by).unflatten(1, size)[:, None]
+        expected += torch.nn.functional.interpolate(small, (21, 34), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(found._map(distances, spread, (21, 34)), expected)
+
+
+def test_reading_a_few_prototypes_is_close_to_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And exactly the model's own deviation where all are read."""
+    found, images = scorer("pooled"), spotted(3)
+    with torch.no_grad():
+        queries = found.model.queries(found.model(images))
+        all_read = [m.deviation(q) for m, q in zip(found.model.memories, queries, strict=True)]
+        few = found._deviations(queries)[1]
+        monkeypatch.setattr(found, "top_k", None)
+        for mine, theirs in zip(found._deviations(queries)[1], all_read, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(mine, theirs) for mine, theirs in zip(few, all_read, strict=True))
+    with pytest.raises(ArgumentError, match="top_k"):
+        FilledScorer(untouched(), "pooled", top_k=0)
+
+
+def test_plain_is_the_models_cosine_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     found, images = scorer("per_position"), spotted(3)
+    monkeypatch.setattr(found, "top_k", None)  # as the model reads
     with torch.no_grad():
         distances = found.model.distances(found.model(images), "cosine")
         expected = sum(w * found._top(d.flatten(1)) for w, d in zip(found.model.scale_weights, distances, strict=True))

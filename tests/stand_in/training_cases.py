@@ -83,7 +83,7 @@ def test_a_step_does_not_wait(impl: str, stage: int) -> None:
     assert added_by_two_rows(stage, impl=impl) == ONE_ROW + ONE_ROW
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"channels_last": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"memory_format": "channels_last"}], ids=str)
 def test_settings_of_a_run_do_not_wait(settings: dict[str, Any]) -> None:
     assert added_by_two_rows(**settings) == ONE_ROW + ONE_ROW
 

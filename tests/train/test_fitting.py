@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from anomem.data import DataConfig
+from anomem.data.frame import framed
 from anomem.errors import ArgumentError, UserError
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig, RunConfig, fit, fit_run, fitting, load_detector, load_scorer, resume, save_detector
@@ -84,9 +85,101 @@ def test_few_normals_give_no_silent_verdict() -> None:
     assert found.verdicts is None
     assert "cannot promise a false-alarm rate of 1.00%" in detector.calibration.promise(detector.alpha)
     assert detector.calibration.held == "cross"
-    for count in (1, 2):
-        with pytest.raises(UserError, match="at least"):
-            fit(parts(count), config=CONFIG)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_shot(count: int) -> None:
+    """Scores and maps from so few normals; what the calibration allows is what it says."""
+    detector = fit(parts(count), alpha=0.35, config=CONFIG)
+    calibration = detector.calibration
+    assert calibration.count == (0 if count == 1 else count)
+    bad, good = detector(parts(6, 2, defect=True)), detector(parts(6, 3))
+    for name in ("plain", "both"):
+        assert float(bad.scores[name].min()) > float(good.scores[name].max()), name
+    assert float(bad.maps["local"][:, 8:24, 40:56].mean()) > float(bad.maps["local"][:, 40:].mean())
+    if count == 1:
+        assert bad.verdicts is None
+        assert bool((bad.p_values == 1).all())
+        assert calibration.promise(0.5).startswith("nothing")
+    else:
+        assert bad.verdicts is not None
+        assert bool(bad.verdicts.all())
+        assert float(bad.p_values.max()) == pytest.approx(1 / (count + 1))
+
+
+def test_equal_images_count_once() -> None:
+    images = parts(3)
+    assert fit(torch.cat([images, images[:2]]), alpha=0.3, config=CONFIG).calibration.count == 3
+
+
+def test_normals_of_their_own_calibrate(tmp_path: Path) -> None:
+    images, others = parts(12), parts(30, 5)
+    detector = fit(images, alpha=0.05, calibration=others, config=CONFIG)
+    assert (detector.calibration.count, detector.calibration.held) == (30, "split")
+    expected = detector(others).scores["plain"].double().sort().values
+    torch.testing.assert_close(detector.calibration.scores["plain"], expected)
+    with pytest.raises(ArgumentError, match=r"calibration.*not fitted.*2 of 4 that equal fitted ones"):
+        fit(images, calibration=torch.cat([images[3:5], others[:2]]), config=CONFIG)
+    root = write(tmp_path / "good", images)
+    folder = write(tmp_path / "more", others)
+    assert fit(root, alpha=0.05, calibration=folder, config=CONFIG).calibration.count == 30
+    with pytest.raises(ArgumentError, match="calibration"):
+        fit_run(replace(CONFIG, data=replace(CONFIG.data, root=str(root)), calibration=str(root),
+                        run=RunConfig(directory=str(tmp_path / "run"), device="cpu")), quiet=True)  # fmt: skip
+    assert not (tmp_path / "run" / "config.json").exists(), "nothing half done is left"
+
+
+def large(count: int, seed: int, defect: bool = False) -> Tensor:
+    """Images [count, 3, 128, 192] uint8 of a large part, with a spot of 20 pixels if they are defective."""
+    source = torch.Generator().manual_seed(seed)
+    clean = 0.5 + 0.2 * torch.sin(torch.arange(192) / 3) * torch.cos(torch.arange(128)[:, None] / 4)
+    images = clean + 0.03 * torch.randn(count, 128, 192, generator=source)
+    if defect:
+        images[:, 70:90, 150:170] = 0.95
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+
+
+def test_large_images_in_tiles(tmp_path: Path) -> None:
+    config = replace(CONFIG, data=replace(CONFIG.data, image_size=(128, 192)), tile=64)
+    detector = fit(large(12, 0), alpha=0.4, config=config)
+    bad, good = detector(large(2, 1, defect=True)), detector(large(4, 2))
+    assert bad.maps["local"].shape == (2, 128, 192)
+    assert float(bad.scores["local"].min()) > float(good.scores["local"].max())
+    peak = int(bad.maps["local"][0].argmax())
+    assert 60 <= peak // 192 < 100
+    assert 140 <= peak % 192 < 180
+    # a tile's worth of positions is pooled, not the image's
+    assert detector.scorer.top_part == pytest.approx(0.1 * 64 * 64 / (128 * 192))
+    save_detector(detector, tmp_path / "run")
+    again = load_detector(tmp_path / "run")
+    assert again.scorer.top_part == detector.scorer.top_part
+    assert torch.equal(again(large(2, 1, defect=True)).scores["plain"], bad.scores["plain"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile": 256, "data": DataConfig("folder", image_size=(96, 200))}, r"tile.*at most 96.*256"),
+        ({"tile": 64}, r"data\.image_size.*height and width"),
+        ({"tile": 48, "data": DataConfig("folder", image_size=96)}, r"tile.*strides.*48"),
+        ({"tile": 32, "data": DataConfig("folder", image_size=96), "encoder": "small"}, r"tile.*small encoder"),
+    ],
+)
+def test_wrong_tiles_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        fit(parts(3), config=FitConfig(**{"encoder": "efficientnet_lite0", "weights": "none", **change}))  # type: ignore[arg-type]
+
+
+def test_images_of_another_aspect_ratio_keep_it(tmp_path: Path) -> None:
+    config = replace(CONFIG, data=replace(CONFIG.data, letterbox=True))
+    detector = fit(parts(12), alpha=0.4, config=config)
+    wide = torch.cat([parts(2, 7), parts(2, 8)], dim=3)
+    found = detector(wide)
+    assert found.maps["local"].shape == (2, 64, 128)
+    assert torch.equal(found.scores["plain"], detector(framed(wide, (64, 64), True)).scores["plain"])
+    assert not torch.equal(found.scores["plain"], detector(framed(wide, (64, 64), False)).scores["plain"])
+    save_detector(detector, tmp_path / "run")
+    assert torch.equal(load_detector(tmp_path / "run")(wide).scores["plain"], found.scores["plain"])
 
 
 def test_held_out_images_are_not_fitted() -> None:
@@ -213,8 +306,7 @@ def test_images_too_many_to_hold_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     from anomem.scoring import fitted
 
     held = fit(parts(10), alpha=0.2, config=CONFIG)
-    plain = fitted.EncodedImages
-    monkeypatch.setattr(fitted, "EncodedImages", lambda *arguments: plain(*arguments, at_most=0))
+    monkeypatch.setattr(fitted, "HELD_BYTES", 0)
     encoded = fit(parts(10), alpha=0.2, config=CONFIG)
     torch.testing.assert_close(held.calibration.scores, encoded.calibration.scores, rtol=1e-2, atol=1e-2)
 

@@ -12,6 +12,7 @@ from anomem.errors import ArgumentError
 from anomem.models import ModelConfig, build_model
 from anomem.train import LossConfig
 from anomem.train.objective import draw_positions, fill_memories, memory_figures, multi_scale_loss, scale_criterion
+from anomem.train.rows import Rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -80,7 +81,7 @@ def test_first_prototypes_are_features_of_normals() -> None:
     normal = torch.tensor([True, False])
     views = torch.rand(4, 1, 16, 16)
     model.eval()  # so that the features can be computed again
-    fill_memories(model, views, normal, generator())
+    fill_memories(model, [(Rows.of(2, 0.0), model(views))], normal, generator())
     allowed = model.queries(model(views))[2][[0, 2]].flatten(0, 1)  # both views of the normal image
     for prototype in model.memories[2].prototypes:
         assert (allowed - prototype).abs().amax(dim=1).min() < 1e-6

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from anomem.data import load_task
+from anomem.errors import UserError
 from anomem.scoring import Scorer, score_images
-from anomem.train import TrainConfig, model_for, train_task
+from anomem.train import RunDirectory, TrainConfig, model_for, stage1, train, train_stage1, train_task
+from anomem.train.batches import Average
+from anomem.train.checkpoint import load_checkpoint
+from anomem.train.execution import multiplies_bf16, settled
 
 
 def two_steps(config: TrainConfig, **execution: Any) -> tuple[Scorer, dict[str, torch.Tensor]]:
@@ -32,13 +37,16 @@ def weights(scorer: Scorer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in scorer.model.encoder.parameters()])
 
 
+FLOAT32: dict[str, Any] = {"precision": "float32", "memory_format": "contiguous"}
+
+
 @pytest.fixture
 def plain(tiny: TrainConfig) -> tuple[Scorer, dict[str, torch.Tensor]]:
-    return two_steps(tiny)
+    return two_steps(tiny, **FLOAT32)
 
 
 def test_bf16_keeps_master_weights_in_float32(tiny: TrainConfig, plain: Any) -> None:
-    scorer, scores = two_steps(tiny, bf16=True)
+    scorer, scores = two_steps(tiny, precision="bf16")
     assert all(p.dtype == torch.float32 for p in scorer.parameters())
     assert all(value.isfinite().all() for value in scores.values())
     start = weights(Scorer(model_for(tiny, load_task(tiny.data)), "per_position", tiny.score))
@@ -49,7 +57,7 @@ def test_bf16_keeps_master_weights_in_float32(tiny: TrainConfig, plain: Any) -> 
 
 
 def test_channels_last_trains_the_same_weights(tiny: TrainConfig, plain: Any) -> None:
-    scorer, scores = two_steps(tiny, channels_last=True)
+    scorer, scores = two_steps(tiny, precision="float32", memory_format="channels_last")
     convolution = next(p for p in scorer.model.encoder.parameters() if p.dim() == 4 and p.shape[1] > 1)
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(weights(scorer), weights(plain[0]), rtol=1e-3, atol=1e-4)
@@ -58,7 +66,7 @@ def test_channels_last_trains_the_same_weights(tiny: TrainConfig, plain: Any) ->
 
 def test_clipping_shortens_the_step(tiny: TrainConfig, plain: Any) -> None:
     start = weights(Scorer(model_for(tiny, load_task(tiny.data)), "per_position", tiny.score))
-    clipped, _ = two_steps(replace(tiny, optimizer=replace(tiny.optimizer, clip=1e-3, weight_decay=0.0)))
+    clipped, _ = two_steps(replace(tiny, optimizer=replace(tiny.optimizer, clip=1e-3, weight_decay=0.0)), **FLOAT32)
     assert 0 < (weights(clipped) - start).norm() < 0.1 * (weights(plain[0]) - start).norm()
 
 
@@ -73,7 +81,97 @@ def test_compiled_encoder_trains_the_same_weights(
         module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    scorer, scores = two_steps(tiny, compile=True)
+    scorer, scores = two_steps(tiny, **FLOAT32, compile=True)
     assert compiled == [scorer.model.encoder]
     torch.testing.assert_close(weights(scorer), weights(plain[0]), rtol=1e-3, atol=1e-4)
     assert scores.keys() == plain[1].keys()
+
+
+def test_auto_is_bf16_only_where_the_processor_multiplies_it(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "float32"), ({}, "float32"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        multiplies_bf16.cache_clear()
+        run = settled(tiny, device).run
+        assert (run.precision, run.memory_format) == (expected, "channels_last")
+        assert settled(settled(tiny, device), device) == settled(tiny, device)
+    multiplies_bf16.cache_clear()
+    asked = replace(tiny, run=replace(tiny.run, **FLOAT32))
+    assert settled(asked, device) == asked
+
+
+def test_bf16_where_there_is_none_is_refused(tiny: TrainConfig) -> None:
+    with pytest.raises(UserError, match=r"`run\.precision`: bf16 runs on cpu and cuda, received the device mps"):
+        settled(replace(tiny, run=replace(tiny.run, precision="bf16")), torch.device("mps"))
+
+
+def test_a_run_keeps_what_auto_chose(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made(Exception):
+        """Ends the training before it begins."""
+
+    def stop(*_: Any) -> None:
+        raise Made
+
+    monkeypatch.setattr("anomem.train.run._complete", stop)
+    with pytest.raises(Made):
+        train(tiny, quiet=True)
+    _, config = RunDirectory.open(Path(str(tiny.run.directory)))
+    assert config == settled(tiny, torch.device("cpu"))
+    assert "auto" not in (config.run.precision, config.run.memory_format)
+
+
+def test_the_average_replaces_the_weights(tiny: TrainConfig) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = Average([("weight", weight)], 0.5)
+    means = []
+    for step in range(4):
+        with torch.no_grad():
+            weight += 1
+        average.update(step)
+        means.append(float(average.pairs[0][2][0]))
+    # Decays 1/10, 2/11, 3/12, 4/13 of the first steps, all below 0.5.
+    expected = 0.0
+    for step, found in enumerate(means):
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * (step + 1)
+        assert found == pytest.approx(expected)
+    average.finish()
+    assert float(weight.detach()[0]) == pytest.approx(expected)
+    scorer, _ = two_steps(replace(tiny, optimizer=replace(tiny.optimizer, ema=0.9)), **FLOAT32)
+    whole, _ = two_steps(tiny, **FLOAT32)
+    start = weights(Scorer(model_for(tiny, load_task(tiny.data)), "per_position", tiny.score))
+    assert 0 < (weights(scorer) - start).norm() < (weights(whole) - start).norm()
+
+
+def test_an_averaged_run_resumes_with_the_same_bits(tiny: TrainConfig, tmp_path: Path) -> None:
+    optimizer = replace(tiny.optimizer, ema=0.9, accumulate=2, micro_batch=5)
+    settings = replace(tiny, optimizer=optimizer, run=replace(tiny.run, checkpoint_every=3))
+    broken = RunDirectory(tmp_path / "broken")
+    for folder in (tmp_path / "whole", broken.path):
+        (folder / "checkpoints").mkdir(parents=True)
+    model, images = model_for(settings, load_task(settings.data)), load_task(settings.data).train
+    train_stage1(model, images, None, settings, RunDirectory(tmp_path / "whole"), quiet=True)
+
+    class Stop(Exception):
+        """In place of a power cut."""
+
+    original = stage1.apply_gradients
+
+    def apply(optimizer: Any, config: Any, step: int) -> None:
+        if step == 4:
+            raise Stop
+        original(optimizer, config, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage1, "apply_gradients", apply)
+        with pytest.raises(Stop):
+            train_stage1(model_for(settings, load_task(settings.data)), images, None, settings, broken, quiet=True)
+    resumed = model_for(settings, load_task(settings.data))
+    train_stage1(resumed, images, None, settings, broken, quiet=True)
+    assert load_checkpoint(broken.checkpoints, "stage1") is not None
+    for (name, expected), actual in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, actual), name

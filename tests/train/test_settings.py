@@ -100,6 +100,13 @@ def test_memories_are_not_decayed() -> None:
         (OptimizerConfig, {"weight_decay": -1.0}, "optimizer.weight_decay"),
         (OptimizerConfig, {"warmup": -1}, "optimizer.warmup"),
         (OptimizerConfig, {"clip": 0.0}, "optimizer.clip"),
+        (OptimizerConfig, {"ema": 1.0}, "optimizer.ema"),
+        (OptimizerConfig, {"accumulate": 0}, "optimizer.accumulate"),
+        (OptimizerConfig, {"batch_size": 5, "accumulate": 3}, "optimizer.accumulate"),
+        (OptimizerConfig, {"batch_size": 4, "micro_batch": 5}, "optimizer.micro_batch"),
+        (RunConfig, {"precision": "float16"}, "run.precision"),
+        (RunConfig, {"memory_format": "rows"}, "run.memory_format"),
+        (RunConfig, {"parallel": "tensor"}, "run.parallel"),
         (Stage2OptimizerConfig, {"steps": 0}, "stage2.optimizer.steps"),
         (Stage2Config, {"margin": 0.99}, "stage2.margin"),
         (Stage2Config, {"hidden": 0}, "stage2.hidden"),
@@ -132,13 +139,27 @@ def test_a_file_with_a_number_no_run_can_use_is_named(tmp_path: Path) -> None:
 
 def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere() -> None:
     images = ResidentImages(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1))
-    whole = [(step, index.tolist()) for step, _, index in training_batches(images, 4, 3, 0, 9)]
+    whole = [(batch.step, batch.indices.tolist()) for batch in training_batches(images, 4, 3, 0, 9)]
     assert [step for step, _ in whole] == list(range(9))
     for epoch in range(4):
         seen = whole[2 * epoch][1] + whole[2 * epoch + 1][1]
         assert len(set(seen)) == 8  # two images of each epoch are left over
     assert whole[0][1] != whole[2][1]
     for start in (1, 2, 5):
-        rest = [(step, index.tolist()) for step, _, index in training_batches(images, 4, 3, start, 9)]
+        rest = [(batch.step, batch.indices.tolist()) for batch in training_batches(images, 4, 3, start, 9)]
         assert rest == whole[start:]
-    assert [len(index) for _, _, index in training_batches(images, 1024, 3, 0, 2)] == [10, 10]
+
+
+def test_a_process_reads_its_places_of_the_same_batches() -> None:
+    images = ResidentImages(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1))
+    whole = [batch.indices for batch in training_batches(images, 4, 3, 0, 5)]
+    for indices, batch in zip(whole, training_batches(images, 4, 3, 0, 5, places=(2, 3, 0)), strict=True):
+        assert torch.equal(batch.indices, indices[[2, 3, 0]])
+        assert torch.equal(batch.at(range(2, 4))[:, 0, 0, 0], indices[2:4].to(torch.uint8))
+
+
+def test_every_seed_has_its_own_order() -> None:
+    # torch's CPU generator reads the lower 32 bits of a seed.
+    images = ResidentImages(torch.zeros(50, 1, 1, 1, dtype=torch.uint8))
+    orders = {tuple(next(training_batches(images, 50, seed, 0, 1)).indices.tolist()) for seed in range(8)}
+    assert len(orders) == 8

@@ -1,0 +1,195 @@
+"""The processes of a training: who they are, what they agree on, and how one that fails ends the job.
+
+`torchrun --nproc-per-node N -m anomem train …` starts them; torch.distributed connects them, with gloo on CPUs and NCCL
+on GPUs. Only the first writes the run directory and the terminal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anomem.errors import UserError
+from anomem.functional.distributed import sum_over
+
+T = TypeVar("T")
+WAIT = timedelta(seconds=50)
+"""How long a process waits for the others before it ends the job."""
+ADDRESS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a training.
+
+    Attributes:
+        index: its rank.
+        count: number of processes.
+
+    Example:
+        >>> ranks = Ranks.current()
+        >>> ranks.mean(loss)  # of all processes, in each of them; `loss` itself where there is one
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Those of torch.distributed's default group; one process where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.index == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes; never waits for the device."""
+        return values if self.count == 1 else sum_over(values.detach()) / self.count
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Average the gradients of replicated parameters over the processes, in one message."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.count > 1 and gradients:
+            mean = self.mean(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the processes; by the host's backend, so that no device waits."""
+        if self.count == 1:
+            return list(numbers)
+        found = torch.tensor(numbers)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(number) for number in found]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            self.largest(0)
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What the first process finds, in all of them; what the user must mend is raised in all, said in one.
+
+        Args:
+            function: called in the first process only; its result is small and plain.
+
+        Raises:
+            UserError: in the first process. The others leave without a word.
+        """
+        if self.count == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            if self.first:
+                raise answer[1]
+            raise SystemExit(2)
+        found: T = answer[0]
+        return found
+
+    def all(self, mine: T) -> list[T]:
+        """What each process has, in all of them, in order of rank."""
+        everyone: list[Any] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def require_same(self, settings: Mapping[str, Any]) -> None:
+        """Check that all processes train with the same settings.
+
+        Raises:
+            UserError: in the first process, names a setting. The others leave without a word.
+        """
+        everyone = self.all(dict(settings))
+        for rank, other in enumerate(everyone):
+            for name in everyone[0].keys() | other.keys():
+                if everyone[0].get(name) != other.get(name):
+                    if not self.first:
+                        raise SystemExit(2)
+                    raise UserError(
+                        f"`{name}`: expected the same in every process, received {everyone[0].get(name)!r} in rank 0 "
+                        f"and {other.get(name)!r} in rank {rank}"
+                    )
+
+
+ONE = Ranks()
+
+
+@contextmanager
+def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
+    """Around a training: the processes that torchrun has started are connected; one alone needs nothing.
+
+    Args:
+        device: `run.device`; "cpu" or a GPU decides what connects them.
+        wait: how long a process waits for the others; one that has ended is noticed at once on CPUs.
+
+    Raises:
+        UserError: the environment does not say where the others are, they do not come, or one of them has ended.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    ours = count != "1" and not (dist.is_available() and dist.is_initialized())
+    if ours:
+        _connect(count, device, wait)
+    ranks = Ranks.current()
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if ranks.count == 1 or not _is_of_another(error):
+            raise
+        if not ranks.first:
+            raise SystemExit(2) from error
+        raise UserError(
+            "another process of the job has ended or does not answer; continue with the same command and --resume RUN"
+        ) from error
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _connect(count: str, device: str, wait: timedelta) -> None:
+    missing = [name for name in ADDRESS if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start "
+            "the processes with torchrun, or unset WORLD_SIZE to train in this one"
+        )
+    if not dist.is_available():
+        raise UserError("this torch was built without torch.distributed; train without torchrun")
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot connect the {count} processes of the job: {reason}") from error
+
+
+def local_device(device: str) -> str:
+    """A GPU for each process of a machine: "cuda" becomes "cuda:<LOCAL_RANK>" under torchrun."""
+    local = os.environ.get("LOCAL_RANK")
+    wanted = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return f"cuda:{local}" if wanted and local is not None and Ranks.current().count > 1 else device
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)

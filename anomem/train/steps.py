@@ -1,0 +1,220 @@
+"""The gradients of one step of stage 1: of a batch at once, or by gradient caching where it is encoded bit by bit.
+
+Gradient caching (Gao et al. 2021, https://arxiv.org/abs/2101.06983): encode micro-batches without a graph, take the
+loss's gradient at the sampled vectors, then encode each micro-batch again with a graph and pass its gradient on. Both
+passes see the same views, dropout and batch-norm statistics; running averages are updated in the first only. The result
+is that of encoding the micro-batches one after another with graphs, and, without batch norm, that of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from anomem.data import Images
+from anomem.models import AnoMem
+from anomem.train.batches import Batch
+from anomem.train.config import OptimizerConfig, TrainConfig
+from anomem.train.execution import autocast
+from anomem.train.network import Network, statistics_kept
+from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, scale_criterion
+from anomem.train.ranks import Ranks
+from anomem.train.rows import DROPOUT, FILL, POSITIONS, Rows, seed_of
+
+
+class Loss(NamedTuple):
+    """Of a step; its gradients are in place."""
+
+    total: Tensor
+    """0-dim; its mean over the processes is the batch's."""
+    terms: dict[str, Tensor]
+    """By name and scale."""
+    sampled: list[Tensor]
+    """S tensors [n_s, 2R, d_s], of this process's rows."""
+
+
+class Shares:
+    """Which rows of a batch this process has: parts of the batch, each with micro-batches.
+
+    Args:
+        images: number of training images; a smaller set is one batch.
+        config: batch, parts and micro-batches.
+        synthetic: outliers per image.
+        ranks: the processes.
+    """
+
+    def __init__(self, images: int, config: OptimizerConfig, synthetic: float, ranks: Ranks) -> None:
+        self.batch = min(config.batch_size, images)
+        self.parts: list[list[Rows]] = []
+        """Micro-batches of each part."""
+        self.counts: list[list[int]] = []
+        """Rows of each process in each part."""
+        for part in Rows.of(self.batch, synthetic).split(config.accumulate):
+            rows = part.split(ranks.count)
+            self.counts.append([len(share) for share in rows])
+            most = max(len(share.images) for share in rows)
+            # As many in every process: they exchange batch-norm statistics.
+            micro = 1 if config.micro_batch is None else -(-most // config.micro_batch)
+            self.parts.append(rows[ranks.index].split(min(micro, min(len(share.images) for share in rows) or 1)))
+        self.places = list(dict.fromkeys(p for part in self.parts for rows in part for p in rows.sources()))
+
+
+class Stage1Step:
+    """Computes the gradients of stage 1.
+
+    Args:
+        model: whose memories and projections are trained.
+        network: calls its encoder.
+        images: the training images.
+        is_normal: [N] bool, or None.
+        config: of the run, settled.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self,
+        model: AnoMem,
+        network: Network,
+        images: Images,
+        is_normal: Tensor | None,
+        config: TrainConfig,
+        ranks: Ranks,
+        views: type[Views] = Views,
+    ) -> None:
+        self.model, self.network, self.config, self.ranks = model, network, config, ranks
+        self.shares = Shares(len(images), config.optimizer, config.synthetic_outliers, ranks)
+        self.is_normal = is_normal
+        self.generator = torch.Generator(model.device)
+        self.views_of = views(config, is_normal, self.generator, config.run.seed)
+        self.criterion = scale_criterion(config.loss, config.model.impl, ranks)
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Gradients of a batch, in `.grad` of all parameters; the loss of its last part."""
+        if batch.step == 0 and self.config.prototypes_from == "features":
+            self._fill(batch)
+        count = len(self.shares.parts)
+        for part, chunks in enumerate(self.shares.parts):
+            backward = self._at_once if len(chunks) == 1 else self._cached
+            loss = backward(batch, part, chunks, part < count - 1)
+        self.network.reduce()
+        return loss
+
+    def _at_once(self, batch: Batch, part: int, chunks: list[Rows], more: bool) -> Loss:
+        (rows,) = chunks
+        with record_function("anomem.augment"):
+            views, normal = self.views_of(batch, rows, 2)  # [2R, C, H, W], [R]
+        with autocast(self.config.run, self.model.device), self.network.more_to_come(more):
+            with record_function("anomem.encode"), self._dropout(batch.step, part, 0):
+                maps = self.network(views)
+            with record_function("anomem.contrast"):
+                # Drawn here, not in the kernels: every implementation then contrasts the same pairs.
+                sampled = self.model.sample(maps, self._positions(batch.step, part, rows))  # S × [n, 2R, d]
+                loss, terms = self._loss(sampled, normal, part)
+        with record_function("anomem.backward"), self.network.more_to_come(more):
+            (loss / len(self.shares.parts)).backward()
+        return Loss(loss, terms, sampled)
+
+    def _cached(self, batch: Batch, part: int, chunks: list[Rows], more: bool) -> Loss:
+        found, flags = [], []
+        with torch.no_grad():
+            for number, rows in enumerate(chunks):
+                sampled, normal = self._sampled(batch, part, rows, number)
+                found.append(sampled)
+                flags.append(normal)
+        with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+            joined = [joined_views(vectors).requires_grad_() for vectors in zip(*found, strict=True)]
+            normal = None if flags[0] is None else torch.cat([flag for flag in flags if flag is not None])
+            loss, terms = self._loss(joined, normal, part)
+        with record_function("anomem.backward"):
+            (loss / len(self.shares.parts)).backward()
+        sizes = [len(rows) for rows in chunks]
+        pieces = zip(*[separate_views(x.grad, sizes) for x in joined if x.grad is not None], strict=True)
+        with statistics_kept(self.network.encoder):
+            for number, (rows, gradients) in enumerate(zip(chunks, pieces, strict=True)):
+                last = number == len(chunks) - 1 and not more
+                with self.network.more_to_come(not last):
+                    sampled, _ = self._sampled(batch, part, rows, number)
+                    with record_function("anomem.backward"):
+                        torch.autograd.backward(sampled, gradients)
+        return Loss(loss, terms, joined)
+
+    def _sampled(self, batch: Batch, part: int, rows: Rows, chunk: int) -> tuple[list[Tensor], Tensor | None]:
+        """The sampled vectors of a micro-batch, the same each time."""
+        with record_function("anomem.augment"):
+            views, normal = self.views_of(batch, rows, 2)
+        with autocast(self.config.run, self.model.device), record_function("anomem.encode"):
+            with self._dropout(batch.step, part, chunk):
+                maps = self.network(views)
+            return self.model.sample(maps, self._positions(batch.step, part, rows)), normal
+
+    def _loss(self, sampled: Sequence[Tensor], normal: Tensor | None, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.loss.positive == "view":  # none of them is answered by the memory
+            normal = torch.zeros(sampled[0].shape[1] // 2, dtype=torch.bool, device=sampled[0].device)
+        counts = self.shares.counts[part] if self.ranks.count > 1 else None
+        return multi_scale_loss(self.model, self.criterion, sampled, normal, counts)
+
+    def _positions(self, step: int, part: int, rows: Rows) -> list[Tensor]:
+        """The sampled positions of a part, of both views of these rows where each image has its own."""
+        self.generator.manual_seed(seed_of(POSITIONS, self.config.run.seed, step, part))
+        whole = rows.batch + rows.synthetic
+        drawn = draw_positions(self.model.encoder.sizes, self.config.loss, whole, self.generator)
+        if not self.config.loss.positions_per_image:
+            return drawn
+        own = [torch.cat([p[piece.start : piece.stop] for piece in rows.pieces]) for p in drawn]
+        return [p.repeat(2, 1) for p in own]
+
+    def _fill(self, batch: Batch) -> None:
+        """The first prototypes, under autocast so that they have the precision of the first queries."""
+        rows = [chunk for part in self.shares.parts for chunk in part]
+        normal = self._normal_rows(batch)
+
+        def encoded() -> Iterator[tuple[Rows, list[Tensor]]]:
+            for number, chunk in enumerate(rows):
+                views, _ = self.views_of(batch, chunk, 2)
+                with autocast(self.config.run, self.model.device), self._dropout(0, 0, number):
+                    yield chunk, self.network(views)
+
+        with torch.no_grad(), autocast(self.config.run, self.model.device):
+            self.generator.manual_seed(seed_of(FILL, self.config.run.seed))
+            source = torch.Generator(self.model.device).manual_seed(seed_of(FILL, self.config.run.seed))
+            fill_memories(self.model, encoded(), normal, source, self.ranks)
+
+    def _normal_rows(self, batch: Batch) -> Tensor | None:
+        """[rows of the whole batch] bool, from all processes; None when all are normal."""
+        chunks = [chunk for part in self.shares.parts for chunk in part]
+        if self.is_normal is None and not chunks[0].synthetic:
+            return None
+        flags = torch.zeros(chunks[0].batch + chunks[0].synthetic, device=self.model.device)
+        for rows in chunks:
+            piece = rows.images
+            own = 1.0 if self.is_normal is None else self.is_normal[batch.indices_at(piece)].float()
+            flags[piece.start : piece.stop] = own
+        return self.ranks.mean(flags) > 0
+
+    @contextmanager
+    def _dropout(self, *key: int) -> Iterator[None]:
+        """Around the encoder: dropout draws from torch's own generator, here the same for the same key."""
+        gpus = [self.model.device] if self.model.device.type == "cuda" else []
+        seed = seed_of(DROPOUT, self.config.run.seed, *key, self.ranks.index)
+        with torch.random.fork_rng(gpus):
+            torch.default_generator.manual_seed(seed)
+            for device in gpus:
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+            yield
+
+
+def joined_views(vectors: Sequence[Tensor]) -> Tensor:
+    """Micro-batches [n, 2R_i, d], first views and then second in each, as one batch [n, 2ΣR_i, d] of that order."""
+    halves = [x.chunk(2, dim=1) for x in vectors]
+    return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)], dim=1)
+
+
+def separate_views(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The inverse of `joined_views` for micro-batches of R_i rows."""
+    first, second = (half.split(list(sizes), dim=1) for half in joined.chunk(2, dim=1))
+    return [torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)]

@@ -1,0 +1,50 @@
+"""Commands in the processes that torchrun starts, and `--profile`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from anomem.cli import main
+from tests.cli import jobs
+from tests.processes import in_processes
+
+
+def test_processes_score_a_folder_as_one_does(finished: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for shade in range(5):
+        Image.new("L", (16, 16), 40 * shade).save(photos / f"{shade}.png")
+    (photos / "4.png").write_bytes(b"no image")
+    alone, together = tmp_path / "alone.csv", tmp_path / "together.csv"
+    score = ["score", str(photos), "--run", str(finished)]
+    assert main([*score, "--output", str(alone)]) == 1  # one of the images is none
+    in_processes(2, jobs.command, [*score, "--output", str(together)], 1, str(tmp_path))
+    expected, found = (list(csv.DictReader(path.open())) for path in (alone, together))
+    assert [row["path"] for row in found] == [row["path"] for row in expected]
+    for row, other in zip(found, expected, strict=True):  # to rounding: of other batches
+        for name in ("plain", "prior", "energy", "detector"):
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+    assert (tmp_path / "out0").read_text() == f"4 scores written to {together}\n"
+    assert "1 could not be scored, 4 images were" in (tmp_path / "err0").read_text()
+    assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
+
+
+def test_a_profile_of_the_real_loop(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *tiny, "--run.directory", str(tmp_path / "run"), "--profile", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    phases = ["batch", "augment", "encode", "contrast", "backward", "optimizer", "step"]
+    assert [line.split()[0] for line in lines[:-1]] == phases
+    assert lines[-2].endswith("images/s")
+    trace = tmp_path / "run-trace.json.gz"
+    assert lines[-1] == f"trace of 2 steps in {trace}; open it in ui.perfetto.dev"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {f"anomem.{phase}" for phase in phases[:-1]} <= names
+    assert not (tmp_path / "run").exists()
+    assert main(["train", "--profile", "2", "--resume", str(tmp_path / "run")]) == 2
+    assert "`--profile` trains no run" in capsys.readouterr().err

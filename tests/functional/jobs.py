@@ -1,0 +1,208 @@
+"""What each process of a job checks in `test_distributed.py`: its share of a loss against the joint batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from anomem import functional as AF
+from anomem import nn as ann
+from anomem.errors import ArgumentError
+from anomem.testing import assert_within_budget, draw
+
+UNEVEN = {2: (3, 2), 3: (3, 1, 2), 4: (2, 1, 3, 1)}
+FEATURES = 6
+Loss = Callable[[list[Tensor], nn.Module, "tuple[int, ...] | None", "Tensor | None"], Tensor]
+
+
+def own(everyone: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """This process's share of [..., ΣB, d]."""
+    return everyone.split(counts, dim=-2)[dist.get_rank()]
+
+
+def losses(gathered: bool) -> Iterator[tuple[str, nn.Module, Loss]]:
+    """Every loss of `anomem.nn` on three views, [B, d] each: name, module with parameters, and its call."""
+
+    def pairs(views: list[Tensor], loss: nn.Module, counts: object, _: object) -> Tensor:
+        return loss(views[0], views[1], counts=counts) + loss(views[0], views[2], counts=counts)
+
+    def alone(views: list[Tensor], loss: nn.Module, counts: object, _: object) -> Tensor:
+        return loss(torch.stack(views), counts=counts)
+
+    def memory(views: list[Tensor], loss: nn.Module, counts: object, normal: Tensor | None) -> Tensor:
+        z, z_pair = (torch.stack([views[0], views[i]]) for i in (1, 2))
+        total: Tensor = loss.criterion(z, z_pair, loss.memory, normal, counts=counts)[0]
+        return total
+
+    for ring in (False, True):
+        options = {"gather_distributed": gathered, "ring": ring}
+        yield f"nt_xent {ring=}", ann.NTXentLoss(0.3, learn_temperature=True, **options), pairs
+        yield f"info_nce {ring=}", ann.InfoNCELoss(0.3, learn_temperature=True, **options), pairs
+        for negatives in ("image", "both") if not ring else ("image",):
+            both = nn.Module()
+            torch.manual_seed(2)
+            both.memory = ann.HopfieldMemory(FEATURES, 4, learn_beta=True)
+            both.criterion = ann.ContrastedMemoryLoss(0.3, 0.4, negatives=negatives, **options)  # type: ignore[arg-type]
+            yield f"memory {negatives} {ring=}", both, memory
+    yield "variance", ann.VarianceHinge(gather_distributed=gathered), alone
+
+
+def gradients_are_those_of_one_process() -> None:
+    """Of an encoder under DDP and `fully_shard`, called three times, and of the losses' own parameters; in float64."""
+    counts = UNEVEN[dist.get_world_size()]
+    x = [draw(sum(counts), 5, seed=seed).double() for seed in (1, 2, 3)]
+    normal = torch.arange(sum(counts)) % 3 != 1
+    for (name, module, call), (_, plain, _) in zip(losses(True), losses(False), strict=True):
+        whole = encoder()
+        plain = plain.double()
+        expected = call([whole(view) for view in x], plain, None, normal)
+        expected.backward()
+        for wrap in (DistributedDataParallel, fully_shard):
+            module.double().zero_grad()
+            wrapped = wrap(encoder())
+            own_normal = normal.split(counts)[dist.get_rank()]
+            loss = call([wrapped(own(view, counts)) for view in x], module, counts, own_normal)
+            loss.backward()
+            torch.testing.assert_close(mean(loss.detach()), expected.detach(), msg=f"{name}: loss")
+            found = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in wrapped.parameters()]
+            found += [mean(p.grad) for p in module.parameters()]
+            whole_of = [*whole.parameters(), *plain.parameters()]
+            assert len(found) == len(whole_of) >= 2
+            for gradient, parameter in zip(found, whole_of, strict=True):
+                assert parameter.grad.abs().max() > 0, name
+                torch.testing.assert_close(gradient, parameter.grad, msg=f"{name} {wrap.__name__}: {gradient}")
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, FEATURES)).double()
+
+
+def mean(values: Tensor) -> Tensor:
+    """Over the processes."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def rows_are_those_of_one_process() -> None:
+    """Row by row in float32; with groups; in the implementations that run here; gathered and in the ring."""
+    counts = UNEVEN[dist.get_world_size()]
+    for shape in ((sum(counts), 16), (3, sum(counts), 16)):
+        z, z_pair = (draw(*shape, seed=seed) for seed in (1, 2))
+        plain, exact = (
+            AF.nt_xent(z.to(dtype), z_pair.to(dtype), temperature=0.1, reduction="none", impl="reference")
+            for dtype in (torch.float32, torch.float64)
+        )
+        expected = [
+            torch.cat([own(half[..., None], counts)[..., 0] for half in x.chunk(2, -1)], -1) for x in (plain, exact)
+        ]
+        for impl, ring in (("reference", False), ("native", False), ("native", True), ("auto", True)):
+            rows = AF.nt_xent_distributed(
+                own(z, counts), own(z_pair, counts), temperature=0.1, reduction="none", counts=counts, ring=ring,
+                impl=impl,
+            )  # fmt: skip
+            assert_within_budget(rows, *expected)
+
+
+def gathering_is_twice_differentiable() -> None:
+    """Σ of cubes over all processes: the second derivative of one's rows is 6 W x."""
+    world = dist.get_world_size()
+    counts = UNEVEN[world]
+    x = own(draw(sum(counts), 4).double(), counts).requires_grad_()
+    assert AF.rows_per_process(len(x)) == counts
+    gathered = AF.gather_rows(x, counts=counts)
+    assert gathered.shape == (sum(counts), 4)
+    torch.testing.assert_close(own(gathered.detach(), counts), x.detach())
+    (first,) = torch.autograd.grad(gathered.pow(3).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 3 * world * x**2)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * world * x.detach())
+
+
+def groups_meshes_and_mistakes() -> None:
+    """A mesh dimension is a group; what cannot be sent is refused in every process before anything is sent."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    z, z_pair = draw(3, 4, seed=rank), draw(3, 4, seed=10 + rank)
+    expected = AF.nt_xent_distributed(z, z_pair)
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("one", "all"))
+    for group in (dist.group.WORLD, (mesh, "all"), (mesh, 1), mesh["all"]):
+        assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=group), expected)
+    assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=(mesh, "one")), AF.nt_xent(z, z_pair))
+    for wrong in ({"process_group": mesh}, {"counts": (3,)}, {"counts": (4,) * world}):
+        with pytest.raises(ArgumentError, match=r"`(process_group|counts|z)`: expected"):
+            AF.nt_xent_distributed(z, z_pair, **wrong)
+
+
+def the_compiler_traces_a_loss() -> None:
+    """One graph, the collective within."""
+    z, z_pair = (draw(3, 4, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return AF.nt_xent_distributed(a, b, impl="reference")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(z, z_pair), (z, z_pair))
+    for actual, gradient in zip(torch.autograd.grad(compiled(z, z_pair), (z, z_pair)), expected, strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
+def the_ring_sends_what_the_documentation_says() -> None:
+    """(W − 1)·S forward; backward the columns again and W·S of gradients."""
+    world = dist.get_world_size()
+    z, z_pair = (draw(3, 4, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
+    sent: list[int] = []
+    message = dist.P2POp
+
+    def counted(way: object, tensor: Tensor, *rest: object) -> dist.P2POp:
+        sent.append(tensor.numel() * tensor.element_size() if way is dist.isend else 0)
+        return message(way, tensor, *rest)  # type: ignore[arg-type]
+
+    size = 2 * 3 * 4 * 4  # both views, in float32
+    with mock.patch.object(dist, "P2POp", counted):
+        loss = AF.nt_xent_distributed(z, z_pair, ring=True)
+        assert sum(sent) == (world - 1) * size
+        loss.backward()
+    assert sum(sent) == (world - 1) * size + (2 * world - 1) * size
+
+
+def rows_agree_with_lightly() -> None:
+    """Loss and what reaches the views."""
+    from lightly.loss import NTXentLoss
+
+    views = [draw(6, 16, seed=seed + dist.get_rank()).double() for seed in (5, 16)]
+    results = []
+    for criterion in (NTXentLoss(0.5, gather_distributed=True), ann.NTXentLoss(0.5, gather_distributed=True)):
+        leaves = [view.clone().requires_grad_() for view in views]
+        loss = criterion(*leaves)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        gradients_are_those_of_one_process,
+        rows_are_those_of_one_process,
+        gathering_is_twice_differentiable,
+        groups_meshes_and_mistakes,
+        the_compiler_traces_a_loss,
+        the_ring_sends_what_the_documentation_says,
+        rows_agree_with_lightly,
+    )
+}
+
+
+def check(names: list[str]) -> None:
+    """Do these checks."""
+    for name in names:
+        CHECKS[name]()

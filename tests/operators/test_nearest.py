@@ -1,0 +1,211 @@
+"""The nearest prototypes and greedy k-center, by every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomem.backends import Impl
+from anomem.errors import ArgumentError
+from anomem.functional import k_center, nearest
+from anomem.testing import draw
+from tests.operators.contract import (
+    BF16,
+    F32,
+    F64,
+    NATIVE,
+    REFERENCE,
+    TRITON,
+    Contract,
+    cases,
+    compare_values,
+    each,
+    each_dtype,
+)
+
+ALL = (REFERENCE, NATIVE, TRITON)
+
+
+class TestNearest(Contract):
+    implementations = ALL
+    differentiable = False
+    mapped = False
+
+    def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
+        return [draw(rows, 6, dtype=dtype), draw(9, 6, dtype=dtype, seed=1)]
+
+    def call(self, impl: Impl, *inputs: Any) -> tuple[Tensor, ...]:
+        x, prototypes = inputs[:2]
+        return tuple(nearest(x, prototypes, k=3, impl=impl))
+
+    def operator_calls(self, impl: Impl) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        x, prototypes = self.inputs(7)
+        for operator in ("nearest", "k_center"):
+            arguments = (x[None], prototypes[None], 3) if operator == "nearest" else (x, 4, 1)
+            yield getattr(torch.ops.anomem, f"{impl}_{operator}"), arguments
+
+
+# N, M, d, k: tails of vectors, panels, tiles of columns and chunks of rows; the largest k, alone and among many.
+SIZES = [(1, 1, 1, 1), (5, 3, 7, 3), (43, 70, 33, 1), (90, 1100, 40, 5), (9, 32, 16, 32), (43, 2100, 24, 32)]
+
+
+@cases(
+    "dtype, sizes",
+    {
+        REFERENCE: product([F32], SIZES[:3]),
+        NATIVE: product(NATIVE.dtypes, SIZES),
+        TRITON: [*product(TRITON.dtypes, SIZES[:3]), (F32, (9, 40, 20, 4)), (F32, (2, 2100, 8, 2))],
+    },
+)
+def test_nearest_within_budget(impl: Impl, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+    n, m, d, k = sizes
+
+    def run(name: Impl, x: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+        return tuple(nearest(x, prototypes, k=k, impl=name))
+
+    compare_values(run, impl, [draw(n, d, dtype=dtype), draw(m, d, dtype=dtype, seed=1)])
+
+
+@cases("shared", {one: [(False,), (True,)] for one in ALL})
+def test_banks_are_searched_one_by_one(impl: Impl, shared: bool) -> None:
+    x, banks = draw(3, 20, 12), draw(3, 11, 12, seed=1)
+    found = nearest(x[0] if shared else x, banks, k=2, impl=impl)
+    for bank in range(3):
+        alone = nearest(x[0 if shared else bank], banks[bank], k=2, impl=impl)
+        torch.testing.assert_close(found.distance[bank], alone.distance)
+        assert torch.equal(found.index[bank], alone.index)
+    assert nearest(x, banks, impl=impl).index.shape == (3, 20)
+
+
+@each(*ALL)
+def test_lowest_of_equal_prototypes(impl: Impl) -> None:
+    """Whole numbers: every implementation computes the same distances, and many are equal."""
+    x, prototypes = draw(30, 8).round(), draw(7, 8, seed=1).round().repeat(11, 1)
+    found = nearest(x, prototypes, k=16, impl=impl)
+    exact = torch.cdist(x.double(), prototypes.double()).square().round()
+    expected = exact.sort(dim=1, stable=True)
+    assert torch.equal(found.index, expected.indices[:, :16])
+    assert torch.equal(found.distance.double(), expected.values[:, :16])
+
+
+@each_dtype(*ALL, among=(F32, BF16))
+def test_a_prototype_is_nearest_to_itself(impl: Impl, dtype: torch.dtype) -> None:
+    """At distance 0, however long it is: |x|² − 2 x·m + |m|² would not give 0."""
+    prototypes = draw(40, 24, dtype=dtype) + 100
+    prototypes[1:] += draw(39, 24, dtype=dtype, seed=1) * 8
+    distance, index = nearest(prototypes, prototypes, impl=impl)
+    assert torch.equal(index, torch.arange(40))
+    assert not bool(distance.any())
+
+
+@cases("bad", {one: [(torch.nan,), (torch.inf,)] for one in (REFERENCE, NATIVE)})
+def test_a_bad_prototype_is_taken_last(impl: Impl, bad: float) -> None:
+    x, prototypes = draw(20, 8), draw(5, 8, seed=1)
+    prototypes[2, 3] = bad
+    found = nearest(x, prototypes, k=5, impl=impl)
+    rest = nearest(x, prototypes[[0, 1, 3, 4]], k=4, impl=impl)
+    assert torch.equal(found.distance[:, :4], rest.distance)
+    assert torch.equal(found.index[:, 4], torch.full((20,), 2))
+    assert not bool(found.distance[:, 4].isfinite().any())
+
+
+@each(REFERENCE, NATIVE)
+def test_a_bad_row_spoils_itself_only(impl: Impl) -> None:
+    x, prototypes = draw(50, 8), draw(70, 8, seed=1)
+    expected = nearest(x, prototypes, impl=impl)
+    x[7, 2] = torch.nan
+    found = nearest(x, prototypes, impl=impl)
+    assert torch.equal(found.distance.isnan().nonzero().flatten(), torch.tensor([7]))
+    good = torch.arange(50) != 7
+    torch.testing.assert_close(found.distance[good], expected.distance[good])
+    assert int(found.index[7]) == 0
+
+
+@each(NATIVE)
+def test_nearly_equal_prototypes_are_told_apart(impl: Impl) -> None:
+    """Closer to each other than bfloat16 can tell, and all of them candidates: the rough product decides nothing."""
+    base = draw(1, 64)
+    prototypes = base + draw(1500, 64, seed=1) * 2e-3
+    x = prototypes[torch.randperm(1500)[:100]] + draw(100, 64, seed=2) * 1e-4
+    compare_values(lambda name, *tensors: tuple(nearest(*tensors, k=2, impl=name)), impl, [x, prototypes])
+
+
+def greedy(x: Tensor, count: int, first: int) -> list[int]:
+    """K-center in float64, one row at a time."""
+    chosen, distance = [first], torch.full((len(x),), torch.inf, dtype=F64)
+    for _ in range(count - 1):
+        distance = torch.minimum(distance, (x.double() - x[chosen[-1]].double()).square().sum(dim=1))
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return chosen
+
+
+@cases(
+    "dtype, sizes",
+    {
+        REFERENCE: [(F32, (50, 9, 10))],
+        NATIVE: product(NATIVE.dtypes, [(1, 3, 1), (50, 9, 50), (1500, 20, 300)]),
+        TRITON: [(F32, (1, 3, 1)), (BF16, (50, 9, 12)), (F32, (600, 5, 3))],
+    },
+)
+def test_k_center_takes_the_farthest(impl: Impl, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    n, d, count = sizes
+    x = draw(n, d, dtype=dtype)
+    assert k_center(x, count, first=n // 2, impl=impl).tolist() == greedy(x, count, n // 2)
+
+
+@cases("sizes", {NATIVE: [((2000, 40),), ((9000, 200),)], REFERENCE: [((300, 20),)], TRITON: [((64, 8),)]})
+def test_k_center_of_clusters(impl: Impl, sizes: tuple[int, int]) -> None:
+    """One row of each cluster in a row, so that the pool of the farthest is used up again and again."""
+    n, count = sizes
+    x = draw(12, 16, seed=1)[torch.arange(n) % 12] * 4 + draw(n, 16) * 0.05
+    assert k_center(x, count, impl=impl).tolist() == greedy(x, count, 0)
+
+
+@each(*ALL)
+def test_k_center_of_equal_rows_is_distinct(impl: Impl) -> None:
+    x = draw(4, 5).round().repeat(6, 1)
+    chosen = k_center(x, 24 if impl != "triton" else 9, impl=impl).tolist()
+    assert chosen == greedy(x, len(chosen), 0)
+    assert len(set(chosen)) == len(chosen)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_threads(threads: int) -> None:
+    x, prototypes = draw(700, 20), draw(300, 20, seed=1)
+    expected = *nearest(x, prototypes, k=4, impl="native"), k_center(x, 100, impl="native")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = *nearest(x, prototypes, k=4, impl="native"), k_center(x, 100, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: nearest(draw(5, 4), draw(3, 5)), "prototypes"),
+        (lambda: nearest(draw(5, 4), draw(0, 4)), "prototypes"),
+        (lambda: nearest(draw(5, 0), draw(3, 0)), "x"),
+        (lambda: nearest(draw(2, 5, 4), draw(3, 3, 4)), "x"),
+        (lambda: nearest(draw(5, 4), draw(3, 4).double()), "prototypes"),
+        (lambda: nearest(draw(5, 4), draw(3, 4), k=4), "k"),
+        (lambda: nearest(draw(5, 4), draw(3, 4), k=0), "k"),
+        (lambda: nearest(draw(5, 4), draw(50, 4), k=33), "k"),
+        (lambda: k_center(draw(5, 4), 6), "count"),
+        (lambda: k_center(draw(5, 4), 0), "count"),
+        (lambda: k_center(draw(5, 4), 2, first=5), "first"),
+        (lambda: k_center(draw(5, 4, 4), 2), "x"),
+        (lambda: k_center(draw(0, 4), 1), "x"),
+    ],
+)
+def test_mistakes(call: Any, argument: str) -> None:
+    with pytest.raises(ArgumentError, match=f"`{argument}`"):
+        call()

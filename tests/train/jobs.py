@@ -1,0 +1,150 @@
+"""What each process of a job does in `test_ranks.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anomem.augment import AugmentConfig
+from anomem.data import ResidentImages
+from anomem.errors import UserError
+from anomem.models import DeviationHead, ModelConfig, build_model
+from anomem.train import (
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunDirectory,
+    Stage2Config,
+    Stage2OptimizerConfig,
+    TrainConfig,
+    stage1,
+    train_stage1,
+    train_stage2,
+)
+from anomem.train.config import from_dict
+from anomem.train.run import head_for, resume, train
+from anomem.train.stopping import Interrupted
+
+SIDE = 16
+
+
+def config_of(parallel: str = "ddp", **changes: Any) -> TrainConfig:
+    """Uneven shares, random augmentation, synthetic outliers, positions of each image, batch norm, clipping."""
+    shared = {"steps": 3, "batch_size": 11, "warmup": 0}
+    config = TrainConfig(
+        augment=AugmentConfig(),
+        model=ModelConfig(prototypes=(5,)),
+        loss=LossConfig(max_positions=3, negatives="both", positions_per_image=True),
+        optimizer=OptimizerConfig(**shared, learning_rate=0.02, clip=1.0),
+        stage2=Stage2Config(hidden=4, embedding=4, optimizer=Stage2OptimizerConfig(**shared)),
+        run=RunConfig(
+            device="cpu",
+            precision="float32",
+            memory_format="contiguous",
+            parallel=parallel,
+            log_every=1,  # type: ignore[arg-type]
+        ),
+        synthetic_outliers=0.4,
+    )
+    return replace(config, optimizer=replace(config.optimizer, **changes))
+
+
+def trained(config: TrainConfig, run: RunDirectory | None = None) -> dict[str, Tensor]:
+    """Weights, buffers and head after both stages, on 13 images of which 3 are labelled anomalies."""
+    images = ResidentImages(torch.randint(256, (13, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2)).byte())
+    is_normal = torch.tensor([True] * 10 + [False] * 3)
+    model = build_model(config.model, images.size, 3, (0.5,) * 3, (0.25,) * 3)
+    train_stage1(model, images, is_normal, config, run, quiet=True)
+    head: DeviationHead = head_for(config, model)
+    train_stage2(model, head, images, is_normal, config, run, quiet=True)
+    return {**model.state_dict(), **{f"head.{name}": value for name, value in head.state_dict().items()}}
+
+
+def same_weights(folder: str, cases: list[dict[str, Any]]) -> None:
+    """Train each case; the weights are those of one process, which are in a file."""
+    for number, case in enumerate(cases):
+        run = RunDirectory(Path(folder) / f"run{number}-{dist.get_world_size()}")
+        if dist.get_rank() == 0:
+            run.checkpoints.mkdir(parents=True)
+        dist.barrier()
+        found = trained(config_of(**case), run)
+        expected = torch.load(Path(folder) / f"case{number}.pt", weights_only=True)
+        assert_same_weights(found, expected, str(case))
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], about: str) -> None:
+    """To the rounding of three steps in float32."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{about} {n}: {m}")
+
+
+def a_run(settings: dict[str, Any], stop_after: int | None, again: bool) -> None:
+    """A whole run, or one that a signal to the last process stops after a step; or its continuation."""
+    config = from_dict(TrainConfig, settings)
+    path = Path(str(config.run.directory))
+    act_after_a_step(stop_after, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if stop_after is None:
+        _ = resume(path, quiet=True) if again else train(config, quiet=True)
+    elif dist.get_rank() == 0:
+        with pytest.raises(Interrupted, match=f"stage1 is saved up to step {stop_after}; continue with `anomem train"):
+            train(config, quiet=True)
+    else:
+        leaves(config, 128 + signal.SIGTERM)
+
+
+def a_process_dies(settings: dict[str, Any]) -> None:
+    """The last one, in the middle of the training: the first says so, the others leave without a word, in time."""
+    config = from_dict(TrainConfig, settings)
+    began = time.monotonic()
+    act_after_a_step(1, lambda: os._exit(0))
+    if dist.get_rank() == 0:
+        with pytest.raises(UserError, match="another process of the job has ended or does not answer"):
+            train(config, quiet=True)
+    else:
+        leaves(config, 2)
+    assert time.monotonic() - began < 60
+    os._exit(0)
+
+
+def mistakes(settings: dict[str, Any], batch: int) -> None:
+    """Said in the first process; the others leave without a word. None hangs."""
+    config = from_dict(TrainConfig, settings)
+    other = replace(config, optimizer=replace(config.optimizer, learning_rate=0.1 + dist.get_rank()))
+    small = replace(config, optimizer=replace(config.optimizer, batch_size=batch))
+    for wrong, reason in ((other, "`optimizer.learning_rate`: expected the same"), (small, "start fewer processes")):
+        if dist.get_rank() == 0:
+            with pytest.raises(UserError, match=reason):
+                train(wrong, quiet=True)
+        else:
+            leaves(wrong, 2)
+    assert not Path(str(config.run.directory)).exists()
+
+
+def act_after_a_step(done: int | None, act: Callable[[], None]) -> None:
+    """Have the last process act when so many steps are done."""
+    apply = stage1.apply_gradients
+
+    def and_act(optimizer: Any, options: Any, step: int) -> None:
+        apply(optimizer, options, step)
+        if step + 1 == done and dist.get_rank() == dist.get_world_size() - 1:
+            act()
+
+    stage1.apply_gradients = and_act
+
+
+def leaves(config: TrainConfig, code: int) -> None:
+    """The training ends this process without a word."""
+    with pytest.raises(SystemExit) as left:
+        train(config, quiet=True)
+    assert left.value.code == code

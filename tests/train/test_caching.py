@@ -1,0 +1,148 @@
+"""Gradient caching: the same loss and gradients as with the graph of the whole batch, in memory that stays flat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from anomem.augment import AugmentConfig
+from anomem.data import ResidentImages
+from anomem.models import AnoMem, ModelConfig, NetworkEncoder, build_model
+from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig
+from anomem.train.batches import training_batches
+from anomem.train.network import Network
+from anomem.train.ranks import ONE
+from anomem.train.steps import Stage1Step, joined_views, separate_views
+from benchmarks.harness.measure import peak_bytes
+from tests.stand_in.calls import HAVE_NATIVE
+
+SIDE = 16
+
+
+class Small(nn.Module):
+    """Two maps, with dropout and, if wanted, batch norm."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6) if norm else nn.Tanh())
+        self.second = nn.Sequential(nn.Dropout(0.3), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.first(x)
+        return [first, self.second(first)]
+
+
+def config_of(**changes: object) -> TrainConfig:
+    """Random augmentation, labelled anomalies in a batch of seven, positions of each image."""
+    config = TrainConfig(
+        augment=AugmentConfig(),
+        model=ModelConfig(prototypes=(5,), projection=4),
+        loss=LossConfig(max_positions=3, negatives="both", positions_per_image=True),
+        optimizer=OptimizerConfig(steps=2, batch_size=7, warmup=0),
+        run=RunConfig(device="cpu", precision="float32", memory_format="contiguous"),
+        synthetic_outliers=0.5,
+        prototypes_from="normal",
+    )
+    return replace(config, optimizer=replace(config.optimizer, **changes))  # type: ignore[arg-type]
+
+
+def model_of(config: TrainConfig, norm: bool) -> AnoMem:
+    torch.manual_seed(1)
+    encoder = NetworkEncoder(Small(norm), (SIDE, SIDE), 1)
+    return build_model(config.model, (SIDE, SIDE), 1, [0.5], [0.25], encoder=encoder).double()
+
+
+def gradients(config: TrainConfig, norm: bool, chunked: bool = False) -> tuple[float, dict[str, Tensor], AnoMem]:
+    """Loss and gradients of the first step in float64; `chunked` keeps the graphs of all micro-batches."""
+    images = ResidentImages(torch.randint(256, (9, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(2)).byte())
+    model = model_of(config, norm).train()
+    is_normal = torch.tensor([True] * 6 + [False] * 3)
+    step = Stage1Step(model, Network(model, ONE), images, is_normal, config, ONE)
+    views_of = step.views_of
+
+    def in_float64(*given: Any) -> tuple[Tensor, Tensor | None]:
+        views, normal = views_of(*given)
+        return views.double(), normal
+
+    step.views_of = in_float64  # type: ignore[assignment]
+    batch = next(iter(training_batches(images, step.shares.batch, 0, 0, 1, step.shares.places)))
+    if not chunked:
+        loss = step(batch).total
+    else:
+        (chunks,) = step.shares.parts
+        found = [step._sampled(batch, 0, rows, number) for number, rows in enumerate(chunks)]
+        joined = [joined_views(vectors) for vectors in zip(*(sampled for sampled, _ in found), strict=True)]
+        loss, _ = step._loss(joined, torch.cat([normal for _, normal in found]), 0)
+        loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, model
+
+
+def assert_same(one: tuple[float, dict[str, Tensor], AnoMem], other: tuple[float, dict[str, Tensor], AnoMem]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-9)
+    assert one[1].keys() == other[1].keys()
+    assert len(one[1]) > 6
+    for name, gradient in other[1].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(one[1][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("micro", [2, 4])
+def test_cached_gradients_are_those_of_the_graph(norm: bool, micro: int) -> None:
+    cached = gradients(config_of(micro_batch=micro), norm)
+    with_graphs = gradients(config_of(micro_batch=micro), norm, chunked=True)
+    assert_same(cached, with_graphs)
+    for name, buffer in with_graphs[2].named_buffers():  # running averages are updated once
+        torch.testing.assert_close(dict(cached[2].named_buffers())[name], buffer, msg=name)
+
+
+def test_without_dropout_and_batch_norm_they_are_those_of_the_whole_batch() -> None:
+    with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
+        whole = gradients(config_of(), False)
+        assert_same(gradients(config_of(micro_batch=3), False), whole)
+        with pytest.raises(AssertionError):  # of parts, each contrasted on its own, they are not
+            assert_same(gradients(config_of(accumulate=2), False), whole)
+
+
+def test_a_second_pass_with_other_dropout_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_graphs = gradients(config_of(micro_batch=2), False, chunked=True)
+
+    def unseeded(*_: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(Stage1Step, "_dropout", contextmanager(unseeded))
+    with pytest.raises(AssertionError):
+        assert_same(gradients(config_of(micro_batch=2), False), with_graphs)
+
+
+def test_views_are_put_together_and_taken_apart() -> None:
+    parts = [torch.randn(3, 2 * rows, 4) for rows in (1, 3, 2)]
+    joined = joined_views(parts)
+    assert torch.equal(joined[:, 1:4], parts[1][:, :3])
+    for part, found in zip(parts, separate_views(joined, [1, 3, 2]), strict=True):
+        assert torch.equal(part, found)
+
+
+@pytest.mark.skipif(not HAVE_NATIVE, reason="plain PyTorch stores the pairs")
+def test_memory_does_not_grow_with_the_batch() -> None:
+    peaks = {}
+    for batch, micro in ((32, 8), (128, 8), (128, None)):
+        config = config_of(micro_batch=micro, batch_size=batch)
+        config = replace(config, loss=replace(config.loss, negatives="image"), synthetic_outliers=0.0)
+        config = replace(config, model=replace(config.model, impl="native"))
+        images = ResidentImages(torch.zeros(batch, 1, SIDE, SIDE, dtype=torch.uint8))
+        model = model_of(config, True).float().train()
+        step = Stage1Step(model, Network(model, ONE), images, None, config, ONE)
+        batch_of = next(iter(training_batches(images, batch, 0, 0, 1, step.shares.places)))
+        step(batch_of)
+        peaks[batch, micro] = peak_bytes(lambda step=step, batch_of=batch_of: step(batch_of), "cpu")
+    # Of four times the batch the images and the sampled vectors grow; the maps, most of the memory, do not.
+    assert peaks[128, 8] < 3 * peaks[32, 8]
+    assert peaks[128, 8] < peaks[128, None] / 3

@@ -1,0 +1,108 @@
+"""Training by several processes: the weights are those of one, checkpoints go on with another number, none hangs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anomem.data import load_task
+from anomem.errors import UserError
+from anomem.train import TrainConfig, load_scorer, model_for, resume, train
+from anomem.train.checkpoint import load_checkpoint
+from anomem.train.config import to_dict
+from anomem.train.ranks import Ranks, joined
+from anomem.train.rows import Rows, blocks, seed_of, shares
+from anomem.train.rundir import RunDirectory
+from tests.processes import in_processes
+from tests.train import jobs
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"parallel": "fsdp", "accumulate": 2, "ema": 0.5},
+]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_many_processes_train_the_weights_of_one(count: int, tmp_path: Path) -> None:
+    for number, case in enumerate(CASES):
+        torch.save(jobs.trained(jobs.config_of(**case)), tmp_path / f"case{number}.pt")
+    in_processes(count, jobs.same_weights, str(tmp_path), CASES)
+    # One process reads what they have written.
+    for number, case in enumerate(CASES):
+        path = tmp_path / f"run{number}-{count}"
+        found = load_checkpoint(path / "checkpoints", "stage1")
+        assert found is not None
+        assert found.step == 3
+        rows = [(row["stage"], row["step"]) for row in RunDirectory(path).rows()]
+        assert rows == [(stage, step) for stage in ("stage1", "stage2") for step in (1, 2, 3)]
+        jobs.assert_same_weights(
+            jobs.trained(jobs.config_of(**case), RunDirectory(path)),
+            torch.load(tmp_path / f"case{number}.pt", weights_only=True),
+            "read by one process",
+        )
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tiny: TrainConfig, tmp_path: Path) -> None:
+    float32 = replace(tiny, run=replace(tiny.run, precision="float32", memory_format="contiguous"))
+    whole = train(replace(float32, run=replace(float32.run, directory=str(tmp_path / "whole"))), quiet=True)
+    in_processes(3, jobs.a_run, to_dict(float32), 2, False)  # a signal to the last process alone
+    run = Path(str(tiny.run.directory))
+    with pytest.raises(UserError, match="not finished"):
+        load_scorer(run)
+    in_processes(2, jobs.a_run, to_dict(float32), None, True)
+    start = model_for(float32, load_task(float32.data)).state_dict()
+    expected, found = (load_scorer(path).model.state_dict() for path in (whole, run))
+    moved, apart = (
+        torch.cat(
+            [(expected[name] - other[name]).flatten() for name in start if start[name].is_floating_point()]
+        ).norm()
+        for other in (start, found)
+    )
+    assert apart < 1e-3 * moved  # the same trajectory, to rounding
+    assert resume(run, quiet=True) == run  # finished
+
+
+def test_mistakes_are_said_once_and_none_hangs(tiny: TrainConfig) -> None:
+    in_processes(3, jobs.mistakes, to_dict(tiny), 2)
+
+
+def test_a_process_that_dies_ends_the_job(tiny: TrainConfig) -> None:
+    in_processes(3, jobs.a_process_dies, to_dict(tiny))
+
+
+def test_processes_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set"), joined("cpu"):
+        pass
+
+
+def test_one_process_needs_no_others() -> None:
+    ranks = Ranks.current()
+    values = torch.randn(3)
+    assert (ranks.index, ranks.count, ranks.first) == (0, 1, True)
+    assert ranks.mean(values) is values
+    assert ranks.largest(3, 0) == [3, 0]
+    ranks.require_same({"a": 1})
+    assert ranks.on_first(lambda: 5) == 5
+
+
+def test_shares_are_contiguous_and_complete() -> None:
+    rows = Rows.of(11, 0.4)
+    assert (len(rows), rows.synthetic) == (15, 4)
+    for parts in (1, 2, 3, 4):
+        found = rows.split(parts)
+        assert [i for part in found for i in part.images] == list(range(11))
+        assert [j for part in found for j in part.outliers] == list(range(4))
+        assert [len(part.images) for part in found] == [len(part) for part in shares(11, parts)]
+    second = rows.split(2)[1]
+    assert second.pieces == (range(5, 11), range(13, 15))
+    assert sorted(second.sources()) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # those of all outliers, one block
+    assert blocks(range(60, 130)) == [(0, range(60, 64)), (1, range(64)), (2, range(2))]
+    assert len({seed_of(purpose, 0, step) for purpose in range(4) for step in range(100)}) == 400
