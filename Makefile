@@ -87,11 +87,13 @@ report: $(VENV)/.installed
 	$(PY) -m benchmarks.report
 
 # Python itself is not instrumented, so the sanitizers' runtime is preloaded, with libstdc++: it looks up the functions
-# behind C++ exceptions. --capture=sys keeps a sanitizer's last message visible when it ends the process.
+# behind C++ exceptions. --capture=sys keeps a sanitizer's last message visible when it ends the process. Memory that was
+# not written is NaN.
 sanitize: $(VENV)/.installed
 	ANOMEM_BUILD=cpu ANOMEM_SANITIZE=address,undefined $(PY) setup.py --quiet build_ext --force \
 	  --build-temp build/sanitized/objects --build-lib build/sanitized
-	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	ANOMEM_LIBRARY=build/sanitized/anomem ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
+	  UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
 	  $(PY) -m pytest -p no:xdist --capture=sys -k native tests/native tests/operators
 

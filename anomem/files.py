@@ -24,6 +24,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except FileExistsError as error:  # of a folder that is to be made
+        raise UserError(f"cannot write {path}: it is no folder") from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 

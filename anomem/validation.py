@@ -112,6 +112,14 @@ def require_number(value: float | Tensor, argument: str) -> None:
     require(right, argument, "a finite number or a 0-dim tensor", lambda: repr(value))
 
 
+def require_schedule(value: float | Tensor, argument: str) -> None:
+    """A finite number, or a 0-dim floating tensor on the CPU without gradient: a number that is set while training."""
+    require_number(value, argument)
+    if isinstance(value, Tensor):
+        require(value.device.type in ("cpu", "meta"), argument, "a number or a tensor on the CPU", value.device)
+        require(not value.requires_grad, argument, "a number or a tensor without gradient", "one that requires grad")
+
+
 def require_count(value: object, argument: str, at_least: int, at_most: int | None = None) -> None:
     """An integer with a lower and, where given, an upper bound."""
     right = isinstance(value, int) and not isinstance(value, bool) and value >= at_least

@@ -108,7 +108,7 @@ def main(options: Options) -> None:
             n, m, d, k = sizes
             calls = CASES[what](*sizes)
             contestants = prepared(calls, what, sizes)
-            seconds = 0.3 if options.small else 2.0
+            seconds = 0.2 if options.small else 0.4
             take_turns(contestants, lambda c, s=seconds: sum(c.seconds) > s and len(c.seconds) >= 3, most=30)
             measured = [row_of(what, sizes, one) for one in contestants]
             if not options.small:

@@ -40,7 +40,6 @@ from benchmarks.harness.measure import peak_bytes
 from benchmarks.harness.rows import Step
 from benchmarks.report.tables import number
 
-ROUNDS = 5
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
@@ -62,6 +61,8 @@ class Options:
     """Steps measured without the profiler, and as many with it."""
     warmup: int = 3
     """Steps before, each time the loop is started; at least 1."""
+    rounds: int = 5
+    """Times that pipelines take turns; the median counts."""
     workers: int = 2
     """Processes of the usual pipeline."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -102,7 +103,7 @@ def main(options: Options) -> int:
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
     alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
     found: list[Step] = []
-    for group, rounds in ((alternating, ROUNDS), (alone, 1)):
+    for group, rounds in ((alternating, options.rounds), (alone, 1)):
         say(", ".join(each.name for each in group))
         with rows.Others() as others:
             for _ in range(rounds):
@@ -127,7 +128,8 @@ def main(options: Options) -> int:
                 )
             )
     path = Path(options.json) if options.json else rows.RESULTS / f"{device}-steps.jsonl"
-    rows.write(path, found)
+    titles = {row.title for row in found}
+    rows.write(path, [*(row for row in rows.read(path, Step) if row.title not in titles), *found])
     show(title, found)
     say(f"rows in {path}, traces in {out}")
     if importlib.util.find_spec("matplotlib") is None:

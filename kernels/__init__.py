@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +98,12 @@ def implementation(operator: str) -> Callable[..., Any]:
         operator: a key of `OPERATORS`.
     """
     module, function, _ = OPERATORS[operator]
-    return getattr(importlib.import_module(f"anomem.kernels.{module}"), function)
+    return getattr(_module(module), function)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"anomem.kernels.{name}")
 
 
 def support(operator: str, dtype: torch.dtype, features: int) -> str | None:

@@ -73,6 +73,8 @@ COMMITTED = Path(__file__).resolve().parent / "ahead_of_time.json"
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
 ANY_WIDTH = ("retrieve_resident", "retrieve_chunked_weights", "contrast_chunked_weights")
 """Kernels that sum over slices of rows of any length, compiled for 512 features."""
+PORTION = 24
+"""Kernels that `--write` compiles before it stores their rows: one that was interrupted goes on where it stopped."""
 SAMPLE = 60
 """Kernels that `--check` compiles though their digest is that of the committed row."""
 # Compiled with the best tile at whole rows only: their other launches resemble those of sm_80.
@@ -206,10 +208,11 @@ def contrast_calls(dtype: torch.dtype, d: int, batch: int, learned: bool, groups
     view, matrix = empty(groups[0], batch, d, dtype=dtype), empty(groups[0], 2 * batch, d, dtype=dtype)
     contrast.nt_xent_forward(view, view, temperature, 0.2)
     contrast.info_nce_forward(matrix, matrix, index, index, temperature, 0.2)
-    matrix, row = empty(groups[1], 2 * batch, d, dtype=dtype), empty(groups[1], 2 * batch)
-    contrast.nt_xent_backward(row, row, row, matrix, row, temperature, 0.2)
+    width = contrast_rows.whole_vectors(d, dtype)
+    matrix, row = empty(groups[1], 2 * batch, width, dtype=dtype), empty(groups[1], 2 * batch)
+    contrast.nt_xent_backward(row, row, row, matrix, row, temperature, 0.2, d)
     if learned:
-        contrast.info_nce_backward(row, row, row, matrix, matrix, row, row, index, index, temperature, 0.2)
+        contrast.info_nce_backward(row, row, row, matrix, matrix, row, row, index, index, temperature, 0.2, d)
 
 
 def row_calls(d: int) -> None:
@@ -671,7 +674,9 @@ def write(rows: dict[str, Row]) -> None:
         + "\n  }"
         for release, rows in sorted(table.items())
     )
-    COMMITTED.write_text("{\n" + text + "\n}\n")
+    temporary = COMMITTED.with_suffix(f".{os.getpid()}")
+    temporary.write_text("{\n" + text + "\n}\n")
+    temporary.replace(COMMITTED)
 
 
 def show(rows: dict[str, Row]) -> None:
@@ -709,10 +714,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen.all and known and (chosen.write or chosen.check):
         wanted = {*unlike(known), *(sample() if chosen.check else ())}
         keys = [key for key in keys if key in wanted]
-    rows = compile_all(keys, chosen.processes)
-    found = list(faults(rows, None if chosen.write else committed))
+    rows: dict[str, Row] = {}
+    portion = PORTION if chosen.write else max(len(keys), 1)
+    for first in range(0, len(keys), portion):
+        rows |= compile_all(keys[first : first + portion], chosen.processes)
+        if chosen.write:
+            write(known | rows)
     if chosen.write:
         write(known | rows)
+    found = list(faults(rows, None if chosen.write else committed))
     if not chosen.check:
         show(rows)
     for fault in found:

@@ -26,7 +26,7 @@ from torch import Tensor
 from anomem.kernels import contrast_chunked
 from anomem.kernels.contrast_backward import COLUMNS, JOINED, ROWS, gradient
 from anomem.kernels.contrast_forward import losses
-from anomem.kernels.contrast_rows import Inputs, plan, scaled_rows
+from anomem.kernels.contrast_rows import Inputs, plan, scaled_rows, whole_vectors
 
 
 def nt_xent_forward(
@@ -41,10 +41,10 @@ def nt_xent_forward(
         tau: see `temperature`.
 
     Returns:
-        rows [G, 2B] float32, lse [G, 2B] float32, scaled [G, 2B, d] (see `contrast_rows`), inverse [G, 2B] float32.
+        rows [G, 2B] float32, lse [G, 2B] float32, scaled [G, 2B, D] (see `contrast_rows`), inverse [G, 2B] float32.
     """
     groups, batch, features = z.shape
-    scaled = z.new_empty(groups, 2 * batch, features)
+    scaled = z.new_empty(groups, 2 * batch, whole_vectors(features, z.dtype))
     inverse = z.new_empty(groups, 2 * batch, dtype=torch.float32)
     scaled_rows(z, scaled[:, :batch], inverse[:, :batch], z_pair, scaled[:, batch:], inverse[:, batch:])
     rows, lse = losses(scaled, scaled, inverse, inverse, None, None, temperature, tau)
@@ -59,6 +59,7 @@ def nt_xent_backward(
     inverse: Tensor,
     temperature: Tensor | None,
     tau: float,
+    features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the views and the temperature.
 
@@ -66,11 +67,12 @@ def nt_xent_backward(
         drows: [G, 2B] float32, contiguous.
         rows, lse, scaled, inverse: results of the forward.
         temperature, tau: as in the forward.
+        features: d.
 
     Returns:
         dz [G, B, d], dz_pair [G, B, d], dtemperature 0-dim float32 (empty without a learned temperature).
     """
-    groups, count, features = scaled.shape
+    groups, count, _ = scaled.shape
     dz, dz_pair = (scaled.new_empty(groups, count // 2, features) for _ in range(2))
     learned = temperature is not None
     inputs = Inputs(scaled, inverse, (dz, dz_pair))
@@ -103,10 +105,11 @@ def info_nce_forward(
         tau: see `temperature`.
 
     Returns:
-        loss [G, R] float32, lse [G, R] float32, scaled rows [G, R, d] and columns [G, C, d] (see `contrast_rows`), and
+        loss [G, R] float32, lse [G, R] float32, scaled rows [G, R, D] and columns [G, C, D] (see `contrast_rows`), and
         their 1/|row| [G, R] and [G, C] float32.
     """
-    x, y = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+    width = whole_vectors(rows.shape[2], rows.dtype)
+    x, y = (raw.new_empty(*raw.shape[:2], width) for raw in (rows, columns))
     inverse_x, inverse_y = (raw.new_empty(raw.shape[:2], dtype=torch.float32) for raw in (rows, columns))
     scaled_rows(rows, x, inverse_x, columns, y, inverse_y)
     loss, lse = losses(x, y, inverse_x, inverse_y, positive.contiguous(), _contiguous(exclude), temperature, tau)
@@ -125,6 +128,7 @@ def info_nce_backward(
     exclude: Tensor | None,
     temperature: Tensor | None,
     tau: float,
+    features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the rows, the columns and the temperature.
 
@@ -132,11 +136,12 @@ def info_nce_backward(
         dloss: [G, R] float32, contiguous.
         loss, lse, x, y, inverse_x, inverse_y: results of the forward.
         positive, exclude, temperature, tau: as in the forward.
+        features: d.
 
     Returns:
         drows [G, R, d], dcolumns [G, C, d], dtemperature 0-dim float32 (empty without a learned temperature).
     """
-    drows, dcolumns = torch.empty_like(x), torch.empty_like(y)
+    drows, dcolumns = (scaled.new_empty(*scaled.shape[:2], features) for scaled in (x, y))
     arguments = (loss, lse, dloss, positive.contiguous(), _contiguous(exclude), temperature, tau)
     learned = temperature is not None
     rows, columns = Inputs(x, inverse_x, (drows,)), Inputs(y, inverse_y, (dcolumns,))

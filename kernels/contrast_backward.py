@@ -44,6 +44,7 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
+    launch_kernel,
     load_tile,
     multiprocessors,
     operand,
@@ -98,8 +99,8 @@ def rectangle_weights(logit, lse, upstream, missing, target, hidden, column, col
 
 @triton.jit(do_not_specialize=["groups", "owned_count", "streamed_count", "border", "splits", "streamed_per_split"])
 def contrast_backward_kernel(
-    owned,  # [G, X, d], scaled rows
-    streamed,  # [G, Y, d], scaled rows
+    owned,  # [G, X, D], scaled rows
+    streamed,  # [G, Y, D], scaled rows
     owned_inverse,  # [G, X] float32, 1/|row|
     streamed_inverse,  # [G, Y] float32
     loss,  # [G, R] float32
@@ -112,7 +113,7 @@ def contrast_backward_kernel(
     first,  # [G, border, d], written if `partial` is None: see `store_row_gradient`
     second,  # [G, X − border, d], or None
     moment,  # [splits, G, X] float32: Σ_j W_ij c_ij / tau, for the temperature's gradient; None if not needed
-    partial,  # [splits, G, X, d] float32, or None
+    partial,  # [splits, G, X, D] float32, or None
     inverse_tau,
     groups,
     owned_count,
@@ -121,6 +122,7 @@ def contrast_backward_kernel(
     splits,
     streamed_per_split,
     FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROLE: tl.constexpr,
     FIXED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,8 +135,8 @@ def contrast_backward_kernel(
     tile = tl.program_id(0) % tiles
     split = (tl.program_id(0) // tiles) % splits
     group = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    x = owned + group * owned_count * FEATURES
-    y = streamed + group * streamed_count * FEATURES
+    x = owned + group * owned_count * WIDTH
+    y = streamed + group * streamed_count * WIDTH
     row_count = streamed_count if ROLE == COLUMNS else owned_count
     y_inverse = streamed_inverse + group * streamed_count
     group_loss = loss + group * row_count
@@ -158,7 +160,7 @@ def contrast_backward_kernel(
             x_hidden = load_index(exclude, x_rows, owned_count)[:, None]
     r = tl.load(owned_inverse + group * owned_count + x_rows, mask=x_rows < owned_count, other=0.0)  # [BLOCK_X]
     x_factor = mantissa(r)
-    x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+    x_tile = load_tile(x, tile * BLOCK_X, owned_count, 0, WIDTH, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
 
     du = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     x_moment = tl.zeros((BLOCK_X,), tl.float32)
@@ -166,7 +168,7 @@ def contrast_backward_kernel(
     end = tl.minimum(begin + streamed_per_split, streamed_count)
     for start in range(begin, end, BLOCK_Y):
         y_rows = start + tl.arange(0, BLOCK_Y)  # [BLOCK_Y]
-        y_tile = load_tile(y, start, streamed_count, 0, FEATURES, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
+        y_tile = load_tile(y, start, streamed_count, 0, WIDTH, BLOCK_Y, BLOCK_D)  # [BLOCK_Y, BLOCK_D]
         product = dot(x_tile, tl.trans(y_tile), tl.zeros((BLOCK_X, BLOCK_Y), tl.float32), PRECISION)
         y_factor = load_mantissa(y_inverse, y_rows, streamed_count)  # [BLOCK_Y]
         logit = rounded_product(cosines(product, x_factor, y_factor), inverse_tau)  # [BLOCK_X, BLOCK_Y]
@@ -207,12 +209,12 @@ def contrast_backward_kernel(
         at = part * owned_count + x_rows
         tl.store(moment + at, x_moment / amplify, mask=x_rows < owned_count)
     if partial is None:
-        s = load_tile(x, tile * BLOCK_X, owned_count, 0, FEATURES, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
+        s = load_tile(x, tile * BLOCK_X, owned_count, 0, WIDTH, BLOCK_X, BLOCK_D)  # [BLOCK_X, BLOCK_D]
         u = s.to(tl.float32) * x_factor[:, None]
         store_row_gradient(du, u, r, first, second, group, x_rows, owned_count, border, FEATURES, BLOCK_D)
     else:
-        mask = (x_rows < owned_count)[:, None] & (tl.arange(0, BLOCK_D) < FEATURES)[None, :]
-        at = (part * owned_count + x_rows)[:, None] * FEATURES + tl.arange(0, BLOCK_D)[None, :]
+        mask = (x_rows < owned_count)[:, None] & (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
+        at = (part * owned_count + x_rows)[:, None] * WIDTH + tl.arange(0, BLOCK_D)[None, :]
         tl.store(partial + at, du, mask=mask)
 
 
@@ -239,7 +241,7 @@ def gradient(
         Σ_ij W_ij c_ij / tau over all groups, 0-dim float32, if `wants_moment`. Its order of summation is fixed.
     """
     rows, others = owned.scaled, streamed.scaled
-    groups, owned_count, features = rows.shape
+    groups, owned_count, width = rows.shape
     if rows.numel() == 0 or others.numel() == 0:
         for result in owned.gradients:
             result.zero_()
@@ -253,17 +255,18 @@ def gradient(
         parts, streamed_per_part = split_loop(others.shape[1], tile.columns, blocks, multiprocessors(rows))
         partial = None if parts == 1 else rows.new_empty(parts, *rows.shape, dtype=torch.float32)
         moment = lse.new_empty(parts, groups, owned_count) if wants_moment else None
-        compiled = contrast_backward_kernel[(blocks * parts,)](
+        compiled = launch_kernel(contrast_backward_kernel, (blocks * parts,),
             rows, others, owned.inverse, streamed.inverse, loss, lse, upstream, positive, exclude, temperature, peak,
             first, second, moment, partial, 1 / tau, groups, owned_count, others.shape[1], first.shape[1],
-            parts, streamed_per_part, FEATURES=features, ROLE=role, FIXED=fixed, PRECISION=cut.precision,
+            parts, streamed_per_part, FEATURES=first.shape[2], WIDTH=width,
+            ROLE=role.value, FIXED=fixed, PRECISION=cut.precision,
             BLOCK_X=tile.rows, BLOCK_Y=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
             row_gradient(partial, owned)
         return Launched(compiled, moment)
 
-    facts = {"dtype": rows.dtype, "d": features, "role": role.value, "exclude": exclude is not None}
+    facts = {"dtype": rows.dtype, "d": width, "role": role.value, "exclude": exclude is not None}
     facts |= {"learned": temperature is not None, "fixed": fixed, "moment": wants_moment}
     with device_of(rows):
         moment = launch(Site(cut.entry, facts, groups * owned_count, others.shape[1], rows.device), run)

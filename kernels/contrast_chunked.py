@@ -36,6 +36,7 @@ from anomem.kernels.primitives import (
     add_library_product,
     cdiv,
     device_of,
+    launch_kernel,
     library_product,
     round_to,
     rounded_product,
@@ -49,8 +50,8 @@ PASS = Tile(rows=8, columns=256, warps=4, stages=1, shared=1)
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "row_count", "column_count"])
 def contrast_chunked_weights_kernel(
-    scaled_rows,  # [G, R, d]
-    scaled_columns,  # [G, C, d]
+    scaled_rows,  # [G, R, D]
+    scaled_columns,  # [G, C, D]
     row_inverse,  # [G, R] float32, 1/|row|
     column_inverse,  # [G, C] float32
     loss,  # [G, R] float32
@@ -178,7 +179,7 @@ def gradients(
         def run(tile: Tile) -> Launched:
             programs = count * cdiv(end - first, tile.rows) * cdiv(column_count, tile.columns)
             moment = lse.new_empty(programs) if wants_moment else None
-            compiled = contrast_chunked_weights_kernel[(programs,)](
+            compiled = launch_kernel(contrast_chunked_weights_kernel, (programs,),
                 own, other, x.inverse[of], columns.inverse[of], loss[of], lse[of], upstream[of],
                 positive, exclude, temperature, None if peak is None else peak[of], products, weights, moment,
                 1 / tau, first, end, row_count, column_count,

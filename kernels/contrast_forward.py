@@ -34,6 +34,7 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
+    launch_kernel,
     library_product,
     load_tile,
     multiprocessors,
@@ -91,8 +92,8 @@ def store_losses(loss, lse, at, mask, shift, running_sum, matched, hidden, inver
     ]
 )  # fmt: skip
 def contrast_forward_kernel(
-    scaled_rows,  # [G, R, d]
-    scaled_columns,  # [G, C, d]
+    scaled_rows,  # [G, R, D]
+    scaled_columns,  # [G, C, D]
     row_inverse,  # [G, R] float32, 1/|row|
     column_inverse,  # [G, C] float32
     positive,  # [R] int64; None for two joined views, in which each row is hidden from itself
@@ -258,8 +259,8 @@ def losses(
     """Loss and log-sum-exp of each row.
 
     Args:
-        scaled_rows: [G, R, d] contiguous; see `contrast_rows`.
-        scaled_columns: [G, C, d] contiguous; the same tensor for two joined views.
+        scaled_rows: [G, R, D] contiguous; see `contrast_rows`.
+        scaled_columns: [G, C, D] contiguous; the same tensor for two joined views.
         row_inverse: [G, R] float32, 1/|row|.
         column_inverse: [G, C] float32.
         positive: [R] int64, or None for two joined views.
@@ -289,14 +290,14 @@ def losses(
         blocks = groups * cdiv(row_count, tile.rows)
         parts, columns_per_part = split_loop(column_count, tile.columns, blocks, multiprocessors(scaled_rows))
         partial = loss.new_empty(3, parts, groups, row_count) if parts > 1 else None
-        compiled = contrast_forward_kernel[(blocks * parts,)](
+        compiled = launch_kernel(contrast_forward_kernel, (blocks * parts,),
             scaled_rows, scaled_columns, row_inverse, column_inverse, positive, exclude, temperature,
             loss, lse, partial, None, 1 / tau, groups, row_count, column_count, parts, columns_per_part, None, None,
             FEATURES=features, FIXED=fixed, SLICED=cut.sliced, PRECISION=cut.precision,
             BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_D=cut.block_d, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            contrast_add_splits_kernel[(cdiv(loss.numel(), 256),)](
+            launch_kernel(contrast_add_splits_kernel, (cdiv(loss.numel(), 256),),
                 partial, positive, exclude, temperature, loss, lse, 1 / tau, loss.numel(), row_count, parts,
                 BLOCK_R=256, num_warps=4,
             )  # fmt: skip
@@ -326,7 +327,7 @@ def _exact(
     for chunk in chunks(scaled_rows, column_count):
         of, first, end = chunk.groups, chunk.rows.start, chunk.rows.stop
         x, y = scaled_rows[of], scaled_columns[of]
-        contrast_forward_kernel[(x.shape[0] * cdiv(end - first, EXACT.rows),)](
+        launch_kernel(contrast_forward_kernel, (x.shape[0] * cdiv(end - first, EXACT.rows),),
             x, y, row_inverse[of], column_inverse[of], positive, exclude, temperature,
             loss[of], lse[of], None, library_product(x[:, chunk.rows], y.mT),
             1 / tau, x.shape[0], x.shape[1], column_count, 1, column_count, first, end,

@@ -11,8 +11,9 @@ Scaled rows
     rounded first, so s, m and r are those of the rounded row. Of rows beyond 8e37 r would be subnormal and lose its
     mantissa: there 2^200 r is stored, which no other row has (`times_inverse`).
 
-    A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous.
-    The row passes are memory bound.
+    A raw matrix may have any strides between its rows and groups; features are adjacent. Scaled rows are contiguous,
+    with zeros up to D, the next multiple of 16 bytes: rows of any length are loaded as whole vectors. The row passes
+    are memory bound.
 
 Feature axis
     Up to `WHOLE` features a block holds its rows whole. Beyond, the forward sums its products over slices of BLOCK_D
@@ -33,6 +34,7 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
+    launch_kernel,
     load_rows,
     load_tile,
     operand,
@@ -95,7 +97,7 @@ def scale_tile(
     x,  # [G, count, d]
     x_group_stride,
     x_row_stride,
-    scaled,  # [G, count, d], rows contiguous; groups may lie further apart, if `scaled` is one half of joined views
+    scaled,  # [G, count, D], rows contiguous; groups may lie further apart, if `scaled` is one half of joined views
     scaled_group_stride,
     inverse,  # [G, count] float32
     inverse_group_stride,
@@ -103,6 +105,7 @@ def scale_tile(
     tile,
     count,
     FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -123,7 +126,7 @@ def scale_tile(
     s = shrunk * power_of_two(factor)[:, None]  # [BLOCK_R, BLOCK_D]
     subnormal = (factor > 0.0) & (factor * shrink < SMALLEST_NORMAL)
     factor = tl.where(subnormal, factor * RAISE * (shrink * RAISE), factor * shrink)
-    store_rows(scaled + group * scaled_group_stride, s, rows, FEATURES, count, FEATURES, BLOCK_D)
+    store_rows(scaled + group * scaled_group_stride, s, rows, WIDTH, count, WIDTH, BLOCK_D)
     tl.store(inverse + group * inverse_group_stride + rows, factor, mask=rows < count)
 
 
@@ -141,10 +144,10 @@ def scale_tile(
 )
 def contrast_scaled_rows_kernel(
     first,  # [G, first_count, d]
-    first_scaled,
+    first_scaled,  # [G, first_count, D]
     first_inverse,
     second,  # [G, second_count, d]
-    second_scaled,
+    second_scaled,  # [G, second_count, D]
     second_inverse,
     first_group_stride,
     first_row_stride,
@@ -157,6 +160,7 @@ def contrast_scaled_rows_kernel(
     first_count,
     second_count,
     FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -175,13 +179,13 @@ def contrast_scaled_rows_kernel(
         scale_tile(
             first, first_group_stride, first_row_stride,
             first_scaled, first_scaled_group_stride, first_inverse, first_inverse_group_stride,
-            group, tile, first_count, FEATURES, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
+            group, tile, first_count, FEATURES, WIDTH, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     else:
         scale_tile(
             second, second_group_stride, second_row_stride,
             second_scaled, second_scaled_group_stride, second_inverse, second_inverse_group_stride,
-            group, tile - first_tiles, second_count, FEATURES, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
+            group, tile - first_tiles, second_count, FEATURES, WIDTH, PRECISION, ALIGNED, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -216,8 +220,8 @@ def store_row_gradient(
 
 @triton.jit(do_not_specialize=["groups", "count", "border", "splits"])
 def contrast_row_gradient_kernel(
-    partial,  # [splits, G, count, d] float32
-    scaled,  # [G, count, d]
+    partial,  # [splits, G, count, D] float32
+    scaled,  # [G, count, D]
     inverse,  # [G, count] float32, 1/|row|
     peak,  # [G] float32, or None: see `amplification`
     temperature,  # 0-dim float32, or None
@@ -230,6 +234,7 @@ def contrast_row_gradient_kernel(
     splits,
     SUMS_OF_WEIGHTS: tl.constexpr,
     FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -242,9 +247,9 @@ def contrast_row_gradient_kernel(
     rows = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     du = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for split in range(splits):
-        base = partial + (tl.full((), split, tl.int64) * groups + group) * count * FEATURES
-        du += load_rows(base, rows, FEATURES, count, FEATURES, BLOCK_D)
-    s = load_rows(scaled + group * count * FEATURES, rows, FEATURES, count, FEATURES, BLOCK_D)  # [BLOCK_R, BLOCK_D]
+        base = partial + (tl.full((), split, tl.int64) * groups + group) * count * WIDTH
+        du += load_rows(base, rows, WIDTH, count, WIDTH, BLOCK_D)
+    s = load_rows(scaled + group * count * WIDTH, rows, WIDTH, count, WIDTH, BLOCK_D)  # [BLOCK_R, BLOCK_D]
     factor = tl.load(inverse + group * count + rows, mask=rows < count, other=0.0)
     m = mantissa(factor)
     if SUMS_OF_WEIGHTS:
@@ -333,6 +338,12 @@ def load_index(index, rows, count):
     return tl.minimum(tl.maximum(value, -1), 0x7FFFFFFF).to(tl.int32)
 
 
+def whole_vectors(features: int, dtype: torch.dtype) -> int:
+    """D, the length of scaled rows: features up to the next 16 bytes."""
+    step = 16 // dtype.itemsize
+    return cdiv(features, step) * step
+
+
 def scaled_rows(
     first: Tensor,
     first_scaled: Tensor,
@@ -345,10 +356,10 @@ def scaled_rows(
 
     Args:
         first: [G, R, d], features adjacent.
-        first_scaled: [G, R, d], written: s; each group contiguous.
+        first_scaled: [G, R, D], written: s; each group contiguous.
         first_inverse: [G, R] float32, written: 1/|row|.
         second: [G, C, d], features adjacent.
-        second_scaled: [G, C, d], written.
+        second_scaled: [G, C, D], written.
         second_inverse: [G, C], written.
     """
     groups, rows, features = first.shape
@@ -361,11 +372,11 @@ def scaled_rows(
     scaled_strides = (first_scaled.stride(0), second_scaled.stride(0))
     aligned = all(stride % 16 == 0 for stride in (*strides, *scaled_strides))
     with device_of(first):
-        contrast_scaled_rows_kernel[(tiles,)](
+        launch_kernel(contrast_scaled_rows_kernel, (tiles,),
             first, first_scaled, first_inverse, second, second_scaled, second_inverse,
             *strides, *scaled_strides, first_inverse.stride(0), second_inverse.stride(0),
             rows, columns,
-            FEATURES=features, PRECISION=precision(first.dtype), ALIGNED=aligned,
+            FEATURES=features, WIDTH=first_scaled.shape[2], PRECISION=precision(first.dtype), ALIGNED=aligned,
             BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
         )  # fmt: skip
 
@@ -374,7 +385,7 @@ class Inputs(NamedTuple):
     """The rows of one side of a contrast, and where their gradients go."""
 
     scaled: Tensor
-    """[G, count, d], contiguous."""
+    """[G, count, D], contiguous."""
     inverse: Tensor
     """[G, count] float32, 1/|row|."""
     gradients: tuple[Tensor, ...]
@@ -397,19 +408,19 @@ def row_gradient(partial: Tensor, rows: Inputs, scale: Scale | None = None) -> N
     """The gradient of raw rows from its partial sums.
 
     Args:
-        partial: [splits, G, count, d] float32, contiguous.
+        partial: [splits, G, count, D] float32, contiguous.
         rows: whose gradients are written.
         scale: of sums of weights; None for sums of du.
     """
-    groups, count, features = rows.scaled.shape
-    block_r = rows_per_block(features)
+    groups, count, width = rows.scaled.shape
+    block_r = rows_per_block(width)
     peak, temperature, inverse_tau = scale or (None, None, 1.0)
     first, second = (*rows.gradients, None)[:2]
     with device_of(rows.scaled):
-        contrast_row_gradient_kernel[(groups * cdiv(count, block_r),)](
+        launch_kernel(contrast_row_gradient_kernel, (groups * cdiv(count, block_r),),
             partial, rows.scaled, rows.inverse, peak, temperature, first, second, inverse_tau,
             groups, count, first.shape[1], partial.shape[0], SUMS_OF_WEIGHTS=scale is not None,
-            FEATURES=features, BLOCK_R=block_r, BLOCK_D=block_of(features), num_warps=4,
+            FEATURES=first.shape[2], WIDTH=width, BLOCK_R=block_r, BLOCK_D=block_of(width), num_warps=4,
         )  # fmt: skip
 
 

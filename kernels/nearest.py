@@ -55,7 +55,7 @@ def nearest_select_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The K largest scores of each row in order, and the squared distances of their prototypes. Grid: [tiles of rows]."""
+    """The K largest scores of each row in order, and the distances of their prototypes. Grid: [tiles of rows]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     b = score_scale(beta, scale)
     last = tl.full((BLOCK_N,), float("inf"), tl.float32)  # the score that was taken last
@@ -105,7 +105,7 @@ def nearest_center_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Chooses centre number `step` and lowers all distances to those from it. Grid: at most BLOCKS, `span` rows each."""
+    """Chooses centre number `step` and lowers the distances to it. Grid: at most BLOCKS, `span` rows each."""
     block = tl.program_id(0)
     blocks = tl.arange(0, BLOCKS)  # [BLOCKS]
     read, write = (step + 1) % 2 * BLOCKS, step % 2 * BLOCKS

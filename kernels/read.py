@@ -84,8 +84,9 @@ def read_finish_kernel(
     q = load_rows(query, queries, D, N, D, BLOCK_D)  # [BLOCK, BLOCK_D]
     r = load_rows(read, queries, D, N, D, BLOCK_D) / tl.load(total + queries, mask=queries < N, other=1.0)[:, None]
     difference = q - r
-    lengths = tl.maximum(tl.sqrt_rn(tl.sum(q * q, axis=1)), 1e-12) * tl.maximum(tl.sqrt_rn(tl.sum(r * r, axis=1)), 1e-12)
+    length, read_length = tl.sqrt_rn(tl.sum(q * q, axis=1)), tl.sqrt_rn(tl.sum(r * r, axis=1))  # [BLOCK]
     tl.store(residual + queries, tl.sqrt_rn(tl.sum(difference * difference, axis=1)), mask=queries < N)
+    lengths = tl.maximum(length, 1e-12) * tl.maximum(read_length, 1e-12)
     tl.store(cosine + queries, 1.0 - tl.sum(q * r, axis=1) / lengths, mask=queries < N)
     store_rows(out, difference if DEVIATION else r, queries, D, N, D, BLOCK_D)
 
@@ -158,9 +159,7 @@ def _read_bank(
         scores = product(unit, keys.mT)  # [R, M]
         length = scores.shape[0]
         if lengths is not None:
-            select(
-                scores, lengths, None, 1.0, unit, keys, index=index[chunk, None], distance=distance[chunk, None]
-            )
+            select(scores, lengths, None, 1.0, unit, keys, index=index[chunk, None], distance=distance[chunk, None])
         least = least_index = None
         if top_k > 0:
             largest, places = scores.new_empty(length, top_k), index.new_empty(length, top_k)

@@ -28,6 +28,7 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
+    launch_kernel,
     load_normaliser,
     load_slice,
     multiprocessors,
@@ -222,7 +223,7 @@ def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         scores = product(rows.normalized(query[chunk], normalize), keys.mT)  # [R, M] float32
         weights = scores if query.dtype == torch.float32 else scores.new_empty(scores.shape, dtype=query.dtype)
         with device_of(query):
-            retrieve_chunked_softmax_kernel[(cdiv(scores.shape[0], block_n),)](
+            launch_kernel(retrieve_chunked_softmax_kernel, (cdiv(scores.shape[0], block_n),),
                 scores, weights, beta, lse[chunk], normaliser[chunk],
                 scores.shape[0], prototypes, scale, block_n, block_m,
             )  # fmt: skip
@@ -242,23 +243,34 @@ def backward(
         out, normaliser: the results of `forward`.
     """
     if query.dtype == torch.float32:
-        weights_of: Weights = Softmaxes(dout, dlse, query, memory)
+        weights_of: Weights = Softmaxes(dlse, query, memory)
     else:
         weights_of = Tiles(dout, dlse, query, memory, out, normaliser)
     (count, d), normalize = query.shape, memory.normalize
+    dv = dout.shape[1]
     dquery = query.new_empty(count, d)
     parts = spans(memory.keys.shape[0], d, query)
     key_sums = value_sums = None
     for chunk in chunks(query, memory.keys.shape[0]):
-        unit = rows.normalized(query[chunk], normalize)  # [R, d]
-        weights, dscores = weights_of(chunk, unit)
-        rows.normalized_backward(weights_of.unit_gradient(chunk, dscores)[None], query[chunk], normalize, dquery[chunk])
+        unit, slope = whole_vectors(rows.normalized(query[chunk], normalize)), whole_vectors(dout[chunk])
+        weights, dscores = weights_of(chunk, unit, slope)
+        gradient = weights_of.unit_gradient(chunk, dscores)[None, :, :d].contiguous()
+        rows.normalized_backward(gradient, query[chunk], normalize, dquery[chunk])
         key_sums = add_products(key_sums, dscores, unit, parts)
         if memory.values is None:
-            key_sums = add_products(key_sums, weights, dout[chunk], parts)
+            key_sums = add_products(key_sums, weights, slope, parts)
         else:
-            value_sums = add_products(value_sums, weights, dout[chunk], parts)
-    return dquery, key_sums, value_sums, weights_of.dbeta
+            value_sums = add_products(value_sums, weights, slope, parts)
+    assert key_sums is not None
+    value_sums = None if value_sums is None else value_sums[..., :dv].contiguous()
+    return dquery, key_sums[..., :d].contiguous(), value_sums, weights_of.dbeta
+
+
+def whole_vectors(x: Tensor) -> Tensor:
+    """16-bit rows [X, d] with zeros up to the next 16 bytes: loads and the library's products take them as vectors."""
+    if x.dtype == torch.float32 or x.shape[1] % 8 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
 
 
 class Softmaxes:
@@ -267,17 +279,17 @@ class Softmaxes:
     Args: as of `backward`.
     """
 
-    def __init__(self, dout: Tensor, dlse: Tensor | None, query: Tensor, memory: Memory) -> None:
-        self._dout, self._dlse, self._memory = dout, dlse, memory
+    def __init__(self, dlse: Tensor | None, query: Tensor, memory: Memory) -> None:
+        self._dlse, self._memory = dlse, memory
         self._dbeta = None if memory.beta is None else query.new_empty(query.shape[0], dtype=torch.float32)
 
-    def __call__(self, chunk: slice, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, b dS) [R, M] of these queries; unit: [R, d], normalised."""
+    def __call__(self, chunk: slice, unit: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, b dS) [R, M] of these queries; unit: [R, d], normalised; dout: [R, dv]."""
         keys, _, beta, scale, _ = self._memory
-        scores, dweights = product(unit, keys.mT), product(self._dout[chunk], self._memory.read_values.mT)
+        scores, dweights = product(unit, keys.mT), product(dout, self._memory.read_values.mT)
         block_n, block_m = block_of_scores(keys.shape[0])
         with device_of(unit):
-            retrieve_chunked_softmax_backward_kernel[(cdiv(scores.shape[0], block_n),)](
+            launch_kernel(retrieve_chunked_softmax_backward_kernel, (cdiv(scores.shape[0], block_n),),
                 scores, dweights, scores, dweights, beta,
                 None if self._dlse is None else self._dlse[chunk], None if self._dbeta is None else self._dbeta[chunk],
                 scores.shape[0], keys.shape[0], scale, block_n, block_m,
@@ -303,24 +315,26 @@ class Tiles:
     def __init__(
         self, dout: Tensor, dlse: Tensor | None, query: Tensor, memory: Memory, out: Tensor, normaliser: Tensor
     ) -> None:
-        self._dout, self._dlse, self._memory, self._normaliser = dout, dlse, memory, normaliser
+        self._dlse, self._beta, self._scale, self._normaliser = dlse, memory.beta, memory.scale, normaliser
         self._delta = rows.row_constant(out, dout, dlse)
-        self._mean = memory.keys.mean(0, dtype=torch.float32)  # [d]
-        self._centred = (memory.keys - self._mean).to(query.dtype)  # [M, d]
+        self._keys = whole_vectors(memory.keys)
+        self._values = None if memory.values is None else whole_vectors(memory.values)
+        self._mean = self._keys.mean(0, dtype=torch.float32)  # [d]
+        self._centred = (self._keys - self._mean).to(query.dtype)  # [M, d]
         self._dbeta: list[Tensor] = []
 
-    def __call__(self, chunk: slice, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, b dS) [R, M] of these queries; unit: [R, d], normalised."""
-        keys, values, beta, scale, _ = self._memory
+    def __call__(self, chunk: slice, unit: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, b dS) [R, M] of these queries; unit: [R, d], normalised; dout: [R, dv]; both of whole vectors."""
+        keys, values, beta, scale = self._keys, self._values, self._beta, self._scale
         count, prototypes = unit.shape[0], keys.shape[0]
-        dout, dlse = self._dout[chunk], None if self._dlse is None else self._dlse[chunk]
+        dlse = None if self._dlse is None else self._dlse[chunk]
         weights, dscores = (unit.new_empty(count, prototypes) for _ in range(2))
 
         def run(tile: Tile) -> Launched:
             tiles = cdiv(count, tile.rows) * cdiv(prototypes, tile.columns)
             dbeta = None if beta is None else unit.new_empty(tiles, dtype=torch.float32)
-            compiled = retrieve_chunked_weights_kernel[(tiles,)](
-                unit, keys, self._memory.read_values, dout, self._normaliser[chunk], self._delta[chunk],
+            compiled = launch_kernel(retrieve_chunked_weights_kernel, (tiles,),
+                unit, keys, keys if values is None else values, dout, self._normaliser[chunk], self._delta[chunk],
                 weights, dscores, beta, dlse, dbeta, count, prototypes, unit.stride(0), scale,
                 TIED=values is None, D=unit.shape[1], DV=dout.shape[1],
                 BLOCK_N=tile.rows, BLOCK_M=tile.columns, BLOCK_D=BLOCK_D, **tile.options,
@@ -339,9 +353,8 @@ class Tiles:
         """b dS K [R, d] float32."""
         gradient = product(dscores, self._centred)
         if self._dlse is not None:
-            beta, scale = self._memory.beta, self._memory.scale
-            slopes = self._dlse[chunk] * scale
-            gradient.addr_(slopes if beta is None else slopes * beta, self._mean)
+            slopes = self._dlse[chunk] * self._scale
+            gradient.addr_(slopes if self._beta is None else slopes * self._beta, self._mean)
         return gradient
 
     @property

@@ -28,6 +28,7 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
+    launch_kernel,
     load_normaliser,
     load_rows,
     multiprocessors,
@@ -259,7 +260,7 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
     lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
 
     def run(tile: Tile) -> Launched:
-        compiled = retrieve_flash_forward_kernel[(cdiv(count, tile.rows),)](
+        compiled = launch_kernel(retrieve_flash_forward_kernel, (cdiv(count, tile.rows),),
             query, keys, values, beta, out, lse, normaliser, count, keys.shape[0], query.stride(0), scale,
             NORMALIZE=normalize, PRECISION=precision(query.dtype), D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=tile.columns,
             BLOCK_D=block_of(d), BLOCK_DV=block_of(dv), **tile.options,
@@ -312,7 +313,7 @@ def backward(
             tiles = cdiv(prototypes, tile.rows)
             parts, span = split_loop(count, tile.columns, tiles, multiprocessors(query))
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)
-            compiled = retrieve_flash_prototype_sums_kernel[(tiles, parts)](
+            compiled = launch_kernel(retrieve_flash_prototype_sums_kernel, (tiles, parts),
                 unit, keys, values, beta, dout, normaliser, delta, partials,
                 count, prototypes, span, unit.stride(0), scale,
                 PART=part, TWO_SUMS=two_sums, BLOCK_N=tile.columns, BLOCK_M=tile.rows, **sizes, **tile.options,
@@ -325,7 +326,7 @@ def backward(
     def query_gradient(tile: Tile) -> Launched:
         tiles = cdiv(count, tile.rows)
         dbeta = None if beta is None else query.new_empty(tiles, dtype=torch.float32)
-        compiled = retrieve_flash_query_gradient_kernel[(tiles,)](
+        compiled = launch_kernel(retrieve_flash_query_gradient_kernel, (tiles,),
             query, keys, keys_mean, values, beta, dout, dlse, normaliser, delta, dquery, dbeta,
             count, prototypes, query.stride(0), scale,
             NORMALIZE=normalize, BLOCK_N=tile.rows, BLOCK_M=tile.columns, **sizes, **tile.options,

@@ -18,6 +18,7 @@ from anomem.kernels.primitives import (
     device_of,
     dot,
     finite_shift,
+    launch_kernel,
     load_slice,
     next_power_of_2,
     round_to,
@@ -98,7 +99,7 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
     lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
 
     def run(tile: Tile) -> Launched:
-        compiled = retrieve_resident_kernel[(cdiv(count, tile.rows),)](
+        compiled = launch_kernel(retrieve_resident_kernel, (cdiv(count, tile.rows),),
             query, keys, values, beta, out, lse, normaliser, count, keys.shape[0], query.stride(0), scale,
             D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=block_of_memory(keys.shape[0]), BLOCK_D=BLOCK_D, **tile.options,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.primitives import block_of, cdiv, device_of, load_rows, operand, store_rows
+from anomem.kernels.primitives import block_of, cdiv, device_of, launch_kernel, load_rows, operand, store_rows
 
 NONE, LAYER, L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LAYER_EPS = tl.constexpr(1e-5)
@@ -163,8 +163,18 @@ def normalized(x: Tensor, normalize: int, out: Tensor | None = None, precision: 
     count, width = x.shape
     block = rows_per_block(width)
     with device_of(x):
-        row_normalize_kernel[(cdiv(count, block),)](
-            x, out, count, x.stride(0), normalize, precision, width, block, block_of(width)
+        launch_kernel(
+            row_normalize_kernel,
+            (cdiv(count, block),),
+            x,
+            out,
+            count,
+            x.stride(0),
+            normalize,
+            precision,
+            width,
+            block,
+            block_of(width),
         )
     return out
 
@@ -181,8 +191,19 @@ def normalized_backward(partials: Tensor, x: Tensor, normalize: int, dx: Tensor)
     split, count, width = partials.shape
     block = rows_per_block(width)
     with device_of(x):
-        row_normalize_backward_kernel[(cdiv(count, block),)](
-            partials, x, dx, split, count, x.stride(0), normalize, width, block, block_of(width)
+        launch_kernel(
+            row_normalize_backward_kernel,
+            (cdiv(count, block),),
+            partials,
+            x,
+            dx,
+            split,
+            count,
+            x.stride(0),
+            normalize,
+            width,
+            block,
+            block_of(width),
         )
 
 
@@ -201,7 +222,9 @@ def row_constant(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     delta = out.new_empty(count, dtype=torch.float32)
     block = rows_per_block(width)
     with device_of(out):
-        row_constant_kernel[(cdiv(count, block),)](out, dout, dlse, delta, count, width, block, block_of(width))
+        launch_kernel(
+            row_constant_kernel, (cdiv(count, block),), out, dout, dlse, delta, count, width, block, block_of(width)
+        )
     return delta
 
 

@@ -60,7 +60,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     ("retrieve_flash_forward", "half", 128): {
         80: (Tile(64, 64, 4, 2, 56), Tile(128, 64, 8, 2, 64)),
         86: (Tile(64, 32, 4, 2, 44),),
-        90: (Tile(64, 64, 4, 2, 80), Tile(64, 128, 4, 2, 144)),
+        90: (Tile(64, 64, 4, 3, 112), Tile(64, 128, 4, 2, 144)),
         100: (Tile(64, 64, 4, 2, 81), Tile(64, 128, 4, 2, 145)),
     },
     ("retrieve_flash_forward", "half", 256): {
@@ -83,7 +83,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
         80: (Tile(64, 64, 4, 3, 48),),
         86: (Tile(64, 64, 4, 2, 24),),
         90: (Tile(64, 128, 4, 3, 96), Tile(128, 128, 8, 3, 144)),
-        100: (Tile(64, 64, 4, 3, 64),),
+        100: (Tile(64, 64, 4, 3, 73),),
     },
     # Queries × all prototypes; the entry ends in BLOCK_M.
     ("retrieve_resident", "half", 64): {
@@ -118,7 +118,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     },
     ("retrieve_flash_prototype_sums", "half", 128): {
         80: (Tile(64, 32, 4, 2, 53),),
-        90: (Tile(64, 64, 4, 2, 97),),
+        90: (Tile(64, 64, 4, 3, 130),),
         100: (Tile(64, 64, 4, 2, 114), Tile(128, 64, 8, 2, 146)),
     },
 }
@@ -126,9 +126,9 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
 # NT-Xent and InfoNCE: owned × streamed rows, one tile each for sm_80, sm_90 and sm_100. The forward's entry with twice
 # the longest whole row is for all rows that are loaded in slices; that of the chunked weights ends in their length.
 _CONTRAST = {
-    ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 2, 24), Tile(64, 64, 4, 2, 25)),
-    ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
-    ("contrast_forward", "half", 256): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
+    ("contrast_forward", "half", 64): (Tile(64, 64, 4, 2, 17), Tile(64, 64, 4, 3, 32), Tile(64, 64, 4, 2, 25)),
+    ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 3, 64), Tile(64, 64, 4, 2, 49)),
+    ("contrast_forward", "half", 256): (Tile(64, 32, 4, 2, 49), Tile(128, 64, 8, 3, 160), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "half", 512): (
         Tile(128, 128, 8, 3, 64), Tile(128, 128, 8, 3, 97), Tile(128, 128, 8, 3, 97),
     ),
@@ -136,7 +136,7 @@ _CONTRAST = {
     ("contrast_forward", "tf32", 128): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "tf32", 256): (Tile(64, 64, 4, 2, 16), Tile(64, 64, 4, 2, 32), Tile(64, 32, 4, 2, 32)),
     ("contrast_backward", "half", 64): (Tile(64, 32, 4, 2, 13), Tile(64, 64, 4, 2, 33), Tile(64, 32, 4, 2, 22)),
-    ("contrast_backward", "half", 128): (Tile(32, 32, 4, 2, 25), Tile(64, 32, 4, 2, 50), Tile(64, 32, 4, 1, 32)),
+    ("contrast_backward", "half", 128): (Tile(32, 32, 4, 2, 25), Tile(64, 64, 4, 3, 80), Tile(64, 32, 4, 1, 32)),
     ("contrast_backward", "tf32", 64): (Tile(32, 32, 4, 2, 25), Tile(64, 32, 4, 2, 41), Tile(64, 32, 4, 3, 43)),
     ("contrast_chunked_weights", "half", 64): (
         Tile(64, 64, 4, 3, 32), Tile(64, 128, 4, 3, 72), Tile(64, 64, 4, 3, 64),
@@ -147,6 +147,7 @@ _CONTRAST = {
 }  # fmt: skip
 for _entry, _tiles in _CONTRAST.items():
     TABLE[_entry] = {architecture: (tile,) for architecture, tile in zip((80, 90, 100), _tiles, strict=True)}
+TABLE["contrast_forward", "half", 512][86] = (Tile(64, 64, 4, 2, 16),)
 
 
 def tiles_of(entry: Entry, architecture: int) -> tuple[Tile, ...]:

@@ -159,8 +159,8 @@ FLOORS = [
         "csrc/cpu",
         set(WORDS),
         {
-            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline", "kernels",
-            "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+            "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
+            "kernels", "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
         },
     ),
     Floor(

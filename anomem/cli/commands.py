@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anomem.errors import UserError
+from anomem.errors import ArgumentError, UserError
 from anomem.files import Guard, make_folder, printable, write_atomically
 from anomem.train.config import FitConfig, Preset, TrainConfig, preset
 
@@ -150,6 +150,8 @@ def fit(command: Fit) -> None:
     """Fit a detector and write a run directory."""
     from anomem.train.fitting import fit_run
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a fit takes seconds and runs in one process: start it without torchrun")
     config = command.settings
     if command.folder is not None:
         if config.data.dataset != "folder":
@@ -315,7 +317,7 @@ def score(command: Score) -> int:
     if not rows:
         raise UserError("none of the images could be scored")
     if failures:
-        print(f"anomem: {len(failures)} could not be scored, {len(rows)} images were", file=sys.stderr)
+        print(f"anomem: {len(rows)} images were scored, with {len(failures)} failures", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -378,7 +380,8 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
         check_alpha(command.alpha, "--alpha")
         calibration.check(command.alpha)
     elif calibration.count < normals_needed(detector.alpha) and first:
-        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}; see --alpha", file=sys.stderr)
+        advice = "; see --alpha" if calibration.count else ""
+        print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}{advice}", file=sys.stderr)
     if first and command.maps is not None and calibration.count >= normals_needed(alpha):
         name = "plain" if by == "plain" else "local"
         threshold = calibration.pixel_threshold(name, alpha)
@@ -430,6 +433,7 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
     import torch
 
     from anomem.data import ImageFiles
+    from anomem.data.folder import warn_of_unused_range
     from anomem.train.rows import shares
 
     judge, run, config = _judge(command)
@@ -442,6 +446,30 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
         levels=config.data.levels,
         max_megapixels=command.max_megapixels or config.data.max_megapixels,
     )
+    if config.data.levels is None:
+        warn_of_unused_range(files.paths, files.max_megapixels)
+
+    def judged(pixels: dict[int, Tensor]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Number, row and deviations [H, W] of the images that have a score."""
+        if not pixels:
+            return
+        try:
+            columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
+        except ArgumentError as error:  # the fault of one image: each is judged alone
+            if len(pixels) == 1:
+                failures.extend(f"{given[i].name}: {error}" for i in pixels)
+                return
+            for i, image in pixels.items():
+                yield from judged({i: image})
+            return
+        for place, i in enumerate(pixels):
+            row = {name: values[place] for name, values in columns.items()}
+            unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+            if unfit:
+                failures.append(f"{given[i].name}: its score {unfit[0]} is not finite")
+            else:
+                yield i, row, deviations[place]
+
     rows: list[dict[str, Any]] = []
     # Batch by batch: the maps of a large folder would not fit into memory.
     share = shares(len(given), ranks.count)[ranks.index]
@@ -452,16 +480,12 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
                 pixels[i] = files[i]
             except UserError as error:
                 failures.append(str(error).replace(str(given[i].file), given[i].name))
-        if not pixels:
-            continue
-        columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
-        for place, i in enumerate(pixels):
-            row = {"path": given[i].name, "kind": None, "anomalous": None}
-            row |= {name: values[place] for name, values in columns.items()}
+        for i, values, deviation in judged(pixels):
+            row = {"path": given[i].name, "kind": None, "anomalous": None, **values}
             rows.append(row)
             if maps:
                 try:
-                    _write_map(maps[i], deviations[place].cpu(), given[i].file, files)
+                    _write_map(maps[i], deviation.cpu(), given[i].file, files)
                 except UserError as error:
                     failures.append(str(error))
             if command.output is None and judge.decide is None and ranks.count == 1:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -56,11 +57,19 @@ def opened(path: Path, max_megapixels: float = MEGAPIXELS) -> Iterator[Image.Ima
         raise UserError(
             f"{path}: expected a readable image (not a {', '.join(FORMATS)} file); repair or remove the file"
         ) from error
+    except OSError as error:
+        if error.filename is None:
+            raise _unreadable(path, error) from error
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
     # Pillow raises these for damaged files, and SyntaxError for some broken PNG files.
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except (ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: expected a readable image ({error}); repair or remove the file") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: expected a readable image ({error}); repair or remove the file")
 
 
 @contextmanager
@@ -122,6 +131,32 @@ def upright_size(path: Path, max_megapixels: float = MEGAPIXELS) -> tuple[int, i
             turned = False
         width, height = image.size
     return (width, height) if turned else (height, width)
+
+
+def unused_range(images: Iterable[Any]) -> float | None:
+    """The brightest value of grey images of 16 bits where it is below half of their range, else None.
+
+    A camera of 10 to 14 bits writes such files. As 8 bits of the whole range they keep 4 to 64 levels of grey.
+
+    Args:
+        images: PIL images, arrays or tensors; those of other kinds are left out.
+    """
+    brightest = []
+    for image in images:
+        mode = getattr(image, "mode", None)
+        of_pillow = isinstance(mode, str)
+        if not of_pillow or mode.startswith("I"):
+            values = np.asarray(image)
+            if values.dtype == np.uint16 or (of_pillow and values.dtype.kind == "i"):
+                brightest.append(float(values.max(initial=0)))
+    top = max(brightest, default=0.0)
+    return top if 0 < top < 2**15 else None
+
+
+def levels_for(brightest: float) -> str:
+    """The option that spans the values of a camera whose brightest one is given."""
+    white = brightest if brightest <= 1 else 2 ** math.ceil(math.log2(brightest + 1)) - 1
+    return f"--data.levels 0 {white:g}"
 
 
 def as_uint8(image: Any, name: str = "image", levels: Levels | None = None) -> Tensor:

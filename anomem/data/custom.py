@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomem.data.config import DataConfig, Levels
-from anomem.data.convert import as_uint8, resize
+from anomem.data.convert import as_uint8, levels_for, resize, unused_range
 from anomem.data.images import Picked, ResidentImages, resident_or_streamed
-from anomem.data.task import Task, assemble, class_index, stratified_split, training_rows
+from anomem.data.task import FLAT, Task, assemble, class_index, stratified_split, training_rows
 from anomem.validation import require
 
 
@@ -107,6 +108,16 @@ def task_from_dataset(
     require(highest < len(names), "classes", lambda: f"a name for each label up to {highest}", len(names))
     normal = class_index(config.normal, names)
     rows, is_normal = training_rows(labels[train_rows] == normal, config.outlier_ratio, config.seed)
+
+    if config.levels is None:
+        picked_ones = train_rows[rows].tolist()[:: max(1, len(rows) // 8)][:8]
+        brightest = unused_range(train[i][0] for i in picked_ones)
+        if brightest is not None and brightest >= FLAT * 65535:
+            warnings.warn(
+                f"{config.dataset}: images of 16 bits whose brightest value is {brightest:g} of 65535 keep few of 256 "
+                f"levels of grey: set `data.levels`, in the command line {levels_for(brightest)}",
+                stacklevel=2,
+            )
 
     train_set, test_set = (
         resident_or_streamed(

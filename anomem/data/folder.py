@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomem.data.config import MEGAPIXELS, DataConfig, Levels
-from anomem.data.convert import opened, read_image, read_mask, resize_masks, upright_size
+from anomem.data.convert import levels_for, opened, read_image, read_mask, resize_masks, unused_range, upright_size
 from anomem.data.frame import box_of, framed, height_and_width
 from anomem.data.images import ResidentImages, resident_or_streamed
-from anomem.data.task import Split, Task, assemble, generator, outlier_count, stratified_split
+from anomem.data.task import FLAT, Split, Task, assemble, generator, outlier_count, stratified_split
 from anomem.errors import ArgumentError, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 GOOD = ("good", "normal", "ok")
@@ -122,7 +125,10 @@ def folder_task(config: DataConfig, trained_on: Split | None = None, fewest: int
         trained_on: see `load_task`.
         fewest: see `load_task`.
     """
-    root, size = Path(config.root), height_and_width(config.image_size or 128)
+    root, size = Path(config.root), height_and_width(128 if config.image_size is None else config.image_size)
+    if not os.path.isdir(root):
+        found = "which is a file" if root.is_file() else "which is not there"
+        raise UserError(f"expected a folder of images at {root}, {found}; create it or set `data.root`")
     layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
     listing = layout(root, config, trained_on)
     train, labelled = _split(listing, root, config, trained_on)
@@ -137,6 +143,8 @@ def folder_task(config: DataConfig, trained_on: Split | None = None, fewest: int
         warnings.warn(f"{name}: there are no {missing} test images, so that nothing can be measured", stacklevel=2)
 
     files = [*train, *labelled]
+    if config.levels is None:
+        warn_of_unused_range(train, config.max_megapixels, FLAT)  # darker ones are nearly constant: `assemble` says so
     train_set, test_set = (
         resident_or_streamed(
             ImageFiles(
@@ -256,7 +264,7 @@ def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: tuple[int
     result, max_megapixels = torch.zeros(len(test), *size, dtype=torch.bool), config.max_megapixels
     stems = Counter((kind, path.stem) for path, kind, is_anomalous in test if is_anomalous)
     by_stem = {kind: _by_stem(folder / kind) for kind, _ in stems}
-    doubtful = []
+    doubtful, mostly, marked = [], 0, 0
     for i, (image, kind, is_anomalous) in enumerate(test):
         if not is_anomalous:
             continue
@@ -277,11 +285,19 @@ def _masks(folder: Path, test: Sequence[tuple[Path, str, bool]], size: tuple[int
                 )
             top, left, rows, columns = box_of((rows, columns), size) if config.letterbox else (0, 0, *size)
             result[i, top : top + rows, left : left + columns] |= resize_masks(mask[None], (rows, columns))[0]
+            marked += 1
+            mostly += 0.5 < float(mask.float().mean()) < 1
         if bool(result[i].all()) or not bool(result[i].any()):
             doubtful.append(f"{kind}/{image.name}")
     if doubtful:
         warnings.warn(
             f"{folder}: masks of {len(doubtful)} anomalous images mark nothing or everything: {_some(doubtful)}",
+            stacklevel=2,
+        )
+    if mostly > marked / 2:
+        warnings.warn(
+            f"{folder}: {mostly} of {marked} masks mark more than half of their image as defect: white marks defects; "
+            "invert the masks if black does",
             stacklevel=2,
         )
     return result
@@ -372,5 +388,28 @@ def _advice(paths: Sequence[Path], config: DataConfig) -> str:
                 brightest = max(brightest, float(np.asarray(image).max()))
     if not brightest:
         return "check that they show what they should, and that files of more than 8 bits are grey"
-    white = brightest if brightest <= 1 else 2 ** math.ceil(math.log2(brightest + 1)) - 1
-    return f"the brightest value in these files is {brightest:g}: try --data.levels 0 {white:g}"
+    return f"the brightest value in these files is {brightest:g}: try {levels_for(brightest)}"
+
+
+def warn_of_unused_range(paths: Sequence[Path], max_megapixels: float = MEGAPIXELS, darkest: float = 0) -> None:
+    """Warn where files of 16 bits use less than half of their range, which 8 bits of it would hardly tell apart.
+
+    Args:
+        paths: of images; a few of them are opened.
+        max_megapixels: of an image.
+        darkest: share of the range below which nothing is said.
+    """
+
+    def opened_ones() -> Iterator[Image.Image]:
+        for path in paths[:: max(1, len(paths) // 8)][:8]:
+            with suppress(UserError), opened(path, max_megapixels) as image:
+                if image.mode.startswith("I") and image.format != "PPM":  # which tells its own range
+                    yield image
+
+    brightest = unused_range(opened_ones())
+    if brightest is not None and brightest >= darkest * 65535:
+        warnings.warn(
+            f"{paths[0].parent}: images of 16 bits whose brightest value is {brightest:g} of 65535 keep "
+            f"{max(1, round(brightest / 257))} of 256 levels of grey: set their range, {levels_for(brightest)}",
+            stacklevel=3,
+        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -157,6 +160,7 @@ class StreamedImages:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=pinned,
+            worker_init_fn=_outlive_a_signal,
         )
         for images, part in zip(loader, parts, strict=True):
             if isinstance(images, UserError):
@@ -166,6 +170,24 @@ class StreamedImages:
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same data set, delivered on another device."""
         return StreamedImages(self.dataset, self.workers, device)
+
+
+def _outlive_a_signal(_: int) -> None:
+    """In a worker: a signal to all processes of a job is the main one's to act on, which needs images to end its step.
+
+    The main process ends its workers with SIGTERM where they do not end by themselves: the second one is obeyed.
+    """
+    received = []
+
+    def on_sigterm(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class _Stacks(Dataset[Any]):

@@ -148,9 +148,11 @@ def scalar(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
     return None, float(value)
 
 
-def numbers(*values: float) -> list[Any]:
-    """The numbers; if one varies under torch.compile, all as 0-dim CPU tensors, which a `scheduled` overload takes."""
-    if any(_varies(value) for value in values):
+def numbers(*values: float | Tensor) -> list[Any]:
+    """The numbers; if one is a tensor or varies under torch.compile, all as 0-dim CPU tensors, as `scheduled` overloads
+    take them.
+    """
+    if any(isinstance(value, Tensor) or _varies(value) for value in values):
         return [torch.ones((), dtype=torch.float64) * value for value in values]
     return [float(value) for value in values]
 

@@ -23,7 +23,7 @@ def deviation(
     beta: float | Tensor | None = None,
     steps: int = 1,
     normalize: Normalize = "layer",
-    shrink: float = 0.0,
+    shrink: float | Tensor = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
     """norm(q) − HF(q): how a feature differs from what the memory gives back, in the memory's own space.

@@ -35,7 +35,7 @@ def contrasted_memory_loss(
     temperature: float | Tensor = 0.2,
     negatives: Negatives = "image",
     symmetric: bool = True,
-    variance_gamma: float = 1.0,
+    variance_gamma: float | Tensor = 1.0,
     distributed: bool = False,
     process_group: Group | None = None,
     counts: Sequence[int] | None = None,
@@ -58,7 +58,8 @@ def contrasted_memory_loss(
         negatives: "image" (other images at the same position), "position" (other positions of the same image) or the
             sum of "both".
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
-        variance_gamma: target standard deviation of the variance term; 1 for raw, 1/sqrt(d) for unit vectors.
+        variance_gamma: target standard deviation of the variance term, as gamma of `variance_hinge`; 1 for raw,
+            1/sqrt(d) for unit vectors.
         distributed: the batch is that of all processes: negatives and variance are the joint batch's, and the mean over
             the processes is its loss. See `nt_xent_distributed` for this and the next three.
         process_group: whose processes; torch.distributed's default group when None.

@@ -26,7 +26,7 @@ def nearest(x: Tensor, prototypes: Tensor, *, k: int | None = None, impl: Impl =
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`. The reference does hold [N, M].
 
     Returns:
-        `Nearest(distance, index)`: squared distances [..., k] (for banks [L, N, k]) in float32 (float64 for float64),
+        `Nearest(distance, indices)`: squared distances [..., k] (for banks [L, N, k]) in float32 (float64 for float64),
         the smallest first, and int64 indices. Of equal distances the lowest index comes first; a NaN comes last.
 
     Raises:

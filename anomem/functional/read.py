@@ -46,8 +46,8 @@ def read_memory(
         part: where the named implementation has no such kernel, choose by "auto".
 
     Returns:
-        `MemoryRead(out, residual, cosine, distance, index, entropy, lse)`: out [..., d] in query's dtype, the others
-        [...] in float32 (float64 for float64); distance and index are None without `nearest`. For banks all begin
+        `MemoryRead(out, residual, cosine, distance, indices, entropy, lse)`: out [..., d] in query's dtype, the others
+        [...] in float32 (float64 for float64); distance and indices are None without `nearest`. For banks all begin
         with the axis L. All but the index are differentiable; the gradient is the reference's, in blocks of queries.
 
     Raises:
@@ -55,7 +55,7 @@ def read_memory(
 
     Example:
         >>> found = read_memory(torch.randn(100, 16), torch.randn(8, 16), top_k=4, nearest=True)
-        >>> found.out.shape, found.residual.shape, found.index.shape
+        >>> found.out.shape, found.residual.shape, found.indices.shape
         (torch.Size([100, 16]), torch.Size([100]), torch.Size([100]))
     """
     require_choice(normalize, "normalize", NORMALIZE)
@@ -100,7 +100,13 @@ def read_memory(
             bias = None if bias is None else bias.contiguous()
             options = top_k or 0, nearest, deviation, chosen
             found = MemoryRead(*operators.read(unit_inner_stride(rows), kernel_memory(memory), bias, *options))
+    distance, indices = (found.distance, found.indices) if nearest else (None, None)
     return MemoryRead(
         found.out.reshape(*shape, features),
-        *(None if x is None or (not nearest and i in (2, 3)) else x.reshape(shape) for i, x in enumerate(found[1:])),
+        found.residual.reshape(shape),
+        found.cosine.reshape(shape),
+        None if distance is None else distance.reshape(shape),
+        None if indices is None else indices.reshape(shape),
+        found.entropy.reshape(shape),
+        found.lse.reshape(shape),
     )

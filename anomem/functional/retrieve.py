@@ -18,7 +18,7 @@ from anomem.functional._inputs import (
 )
 from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.reference import Normalize, normalize_rows
-from anomem.validation import require, require_count, require_number, require_tensor
+from anomem.validation import require, require_count, require_schedule, require_tensor
 
 
 @overload
@@ -30,7 +30,7 @@ def hopfield_retrieve(
     beta: float | Tensor | None = ...,
     steps: int = ...,
     normalize: Normalize = ...,
-    shrink: float = ...,
+    shrink: float | Tensor = ...,
     return_lse: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
     impl: Impl = ...,
@@ -44,7 +44,7 @@ def hopfield_retrieve(
     beta: float | Tensor | None = ...,
     steps: int = ...,
     normalize: Normalize = ...,
-    shrink: float = ...,
+    shrink: float | Tensor = ...,
     return_lse: bool = ...,
     return_entropy: bool = ...,
     impl: Impl = ...,
@@ -57,7 +57,7 @@ def hopfield_retrieve(
     beta: float | Tensor | None = None,
     steps: int = 1,
     normalize: Normalize = "layer",
-    shrink: float = 0.0,
+    shrink: float | Tensor = 0.0,
     return_lse: bool = False,
     return_entropy: bool = False,
     impl: Impl = "auto",
@@ -71,7 +71,8 @@ def hopfield_retrieve(
         beta: inverse temperature, a finite number or a learned 0-dim tensor; 1/sqrt(d) when None.
         steps: number of reads ≥ 1; all but the last update the state, q ← softmax(beta q Kᵀ) K.
         normalize: "layer" (LayerNorm without affine), "l2" or "none", applied to query and prototypes.
-        shrink: threshold of MemAE's hard shrinkage of the weights (Gong et al. 2019, Eq. 7); 0 is off.
+        shrink: threshold of MemAE's hard shrinkage of the weights (Gong et al. 2019, Eq. 7), in [0, 1); 0 is off. A
+            number, or a 0-dim tensor on the CPU (a schedule).
         return_lse: also give logsumexp(beta q Kᵀ) of the last read; −lse/beta is the Hopfield energy up to |q|² terms.
         return_entropy: also give the entropy of each query's weights, in nats.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
@@ -85,12 +86,13 @@ def hopfield_retrieve(
     """
     require_tensor(query, "query", (), "[..., d]")
     require_count(steps, "steps", 1)
-    require_number(shrink, "shrink")
-    require(not isinstance(shrink, Tensor) and 0 <= shrink < 1, "shrink", "a number in [0, 1)", shrink)
+    require_schedule(shrink, "shrink")
+    scheduled = isinstance(shrink, Tensor)
+    require(scheduled or 0 <= shrink < 1, "shrink", "a number in [0, 1)", shrink)
     features = query.shape[-1]
     query, memory = memory_inputs(query, "query", features, prototypes, values, beta, normalize)
 
-    operator = "shrink" if shrink > 0 or return_entropy else "retrieve"
+    operator = "shrink" if scheduled or shrink > 0 or return_entropy else "retrieve"
     rows, columns = query.numel() // features, prototypes.shape[0]
     problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
     chosen = backends.choose(problem, impl)
@@ -107,7 +109,7 @@ def hopfield_retrieve(
 
 
 def _by_reference(
-    query: Tensor, memory: Memory, steps: int, shrink: float, want_lse: bool, want_entropy: bool
+    query: Tensor, memory: Memory, steps: int, shrink: float | Tensor, want_lse: bool, want_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulator(query)
     with without_autocast(query.device.type):
@@ -128,7 +130,8 @@ def _by_kernel(
     from anomem.ops import retrieve
 
     flat = query.dim() == 2
-    state = unit_inner_stride(query if flat else query.reshape(-1, query.shape[-1]))  # [N, d]
+    rows = query.numel() // query.shape[-1]  # not −1: an empty vmap cannot tell it
+    state = unit_inner_stride(query if flat else query.reshape(rows, query.shape[-1]))  # [N, d]
     memory = kernel_memory(memory)
     if steps > 1:
         # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.

@@ -14,7 +14,7 @@ from anomem.validation import (
     require,
     require_choice,
     require_index,
-    require_positive_number,
+    require_schedule,
     require_tensor,
 )
 
@@ -72,8 +72,8 @@ def gather_positions(
 def variance_hinge(
     x: Tensor,
     *,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
+    gamma: float | Tensor = 1.0,
+    eps: float | Tensor = 1e-4,
     reduction: Literal["mean", "none"] = "mean",
     impl: Impl = "auto",
     part: bool = False,
@@ -82,8 +82,8 @@ def variance_hinge(
 
     Args:
         x: [B, d] or [G, B, d], B ≥ 2; the unbiased variance is over B.
-        gamma: target standard deviation > 0, in the unit of x.
-        eps: > 0, keeps the square root differentiable.
+        gamma: target standard deviation > 0, in the unit of x; a number, or a 0-dim tensor on the CPU (a schedule).
+        eps: > 0, keeps the square root differentiable; as gamma.
         reduction: "mean" over the groups, or "none".
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
         part: where the named implementation has no such kernel, choose by "auto".
@@ -98,8 +98,8 @@ def variance_hinge(
     require(x.shape[-2] >= 2, "x", "at least two rows to have a variance", x)
     require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", x)
     for value, name in ((gamma, "gamma"), (eps, "eps")):
-        require_positive_number(value, name)
-        require(not isinstance(value, Tensor), name, "a number", "a tensor")
+        require_schedule(value, name)
+        require(isinstance(value, Tensor) or value > 0, name, "a number > 0", value)
     require_choice(reduction, "reduction", ("mean", "none"))
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape

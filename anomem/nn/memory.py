@@ -35,7 +35,7 @@ class HopfieldMemory(nn.Module):
         normalize: "layer", "l2" or "none".
         learn_beta: make beta a parameter.
         value_features: dv of a separate, learned value matrix; None reads the normalised prototypes.
-        shrink: MemAE's hard-shrinkage threshold; 0 is off.
+        shrink: MemAE's hard-shrinkage threshold; 0 is off. Set `memory.shrink` for a schedule.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
@@ -65,9 +65,12 @@ class HopfieldMemory(nn.Module):
         require_count(steps, "steps", 1)
         require_choice(normalize, "normalize", NORMALIZE)
         require_number(shrink, "shrink")
+        right = not isinstance(shrink, Tensor) and 0 <= shrink < 1
+        require(right, "shrink", "a number in [0, 1)", shrink, "set `memory.shrink` to change it while training")
         if beta is None:
             beta = features**-0.5
         require_number(beta, "beta")
+        require(not isinstance(beta, Tensor), "beta", "a number", beta, "use learn_beta=True")
         if value_features is not None:
             require_count(value_features, "value_features", 1)
         self.steps = steps
@@ -125,7 +128,9 @@ class HopfieldMemory(nn.Module):
 
     def energy(self, query: Tensor) -> Tensor:
         """−lse/beta, the Hopfield energy up to terms in |q|²: [..., d] -> [...]."""
-        _, lse = AF.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **self._options())
+        # Without the values, on which the energy does not depend: they get no gradient, also from a compiled graph.
+        options = {**self._options(), "values": None}
+        _, lse = AF.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **options)
         energy: Tensor = -lse / self.beta
         return energy
 

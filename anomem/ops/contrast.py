@@ -2,8 +2,8 @@
 
 A forward returns the loss and what its backward wants beside it (`anomem.reference.contrast` derives the gradients):
 
-    Triton   lse of each row; the row scaled by a power of two to a length in [1, 2); and 1/norm, whose mantissa is
-             that length's inverse
+    Triton   lse of each row; the row scaled by a power of two to a length in [1, 2), with zeros up to a multiple of
+             16 bytes; and 1/norm, whose mantissa is that length's inverse
     native   total of each row, its lse or the sum whose logarithm is its lse; and 1/norm, with which the backward
              normalises the rows again
 """
@@ -48,12 +48,18 @@ def _native_nt_xent_backward_fake(
     return empty(z, *z.shape), empty(z_pair, *z_pair.shape), empty_scalar(temperature, total)
 
 
+def _whole_vectors(features: int, rows: Tensor) -> int:
+    """The length of Triton's scaled rows: features up to the next 16 bytes."""
+    step = 16 // rows.dtype.itemsize
+    return (features + step - 1) // step * step
+
+
 def _triton_nt_xent_fake(
     z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, batch, features = z.shape
     rows, lse, inv_norm = _native_nt_xent_fake(z, z_pair, temperature, tau)
-    return rows, lse, empty(z, groups, 2 * batch, features), inv_norm
+    return rows, lse, empty(z, groups, 2 * batch, _whole_vectors(features, z)), inv_norm
 
 
 def _triton_nt_xent_backward_fake(
@@ -64,8 +70,9 @@ def _triton_nt_xent_backward_fake(
     inv_norm: Tensor,
     temperature: Tensor | None,
     tau: float,
+    features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, count, features = unit.shape
+    groups, count, _ = unit.shape
     dz, dz_pair = (empty(unit, groups, count // 2, features) for _ in range(2))
     return dz, dz_pair, empty_scalar(temperature, lse)
 
@@ -99,7 +106,8 @@ def _triton_info_nce_fake(
     loss, lse, inv_norm_rows, inv_norm_columns = _native_info_nce_fake(
         rows, columns, positive, exclude, temperature, tau
     )
-    return loss, lse, empty(rows, *rows.shape), empty(columns, *columns.shape), inv_norm_rows, inv_norm_columns
+    unit_rows, unit_columns = (empty(x, *x.shape[:2], _whole_vectors(x.shape[2], x)) for x in (rows, columns))
+    return loss, lse, unit_rows, unit_columns, inv_norm_rows, inv_norm_columns
 
 
 def _triton_info_nce_backward_fake(
@@ -114,8 +122,9 @@ def _triton_info_nce_backward_fake(
     exclude: Tensor | None,
     temperature: Tensor | None,
     tau: float,
+    features: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    drows, dcolumns = (empty(unit, *unit.shape) for unit in (unit_rows, unit_columns))
+    drows, dcolumns = (empty(unit, *unit.shape[:2], features) for unit in (unit_rows, unit_columns))
     return drows, dcolumns, empty_scalar(temperature, lse)
 
 
@@ -138,8 +147,8 @@ define(
 )
 define(
     "triton_nt_xent_bwd",
-    "(Tensor drows, Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm, Tensor? temperature, float tau) -> "
-    "(Tensor dz, Tensor dz_pair, Tensor dtemperature)",
+    "(Tensor drows, Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm, Tensor? temperature, float tau, "
+    "SymInt features) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)",
     _triton_nt_xent_backward_fake,
 )
 define(
@@ -164,8 +173,8 @@ define(
 define(
     "triton_info_nce_bwd",
     "(Tensor dloss, Tensor loss, Tensor lse, Tensor unit_rows, Tensor unit_columns, Tensor inv_norm_rows, "
-    "Tensor inv_norm_columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
-    "(Tensor drows, Tensor dcolumns, Tensor dtemperature)",
+    "Tensor inv_norm_columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau, "
+    "SymInt features) -> (Tensor drows, Tensor dcolumns, Tensor dtemperature)",
     _triton_info_nce_backward_fake,
 )
 
@@ -242,9 +251,9 @@ class _NTXent(autograd.Function):
             inputs = (z, z_pair, temperature)
             grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:3], (drows,))
             return (*grads, None, None)
-        views = (z, z_pair) if ctx.backend == "native" else ()
+        views, features = ((z, z_pair), ()) if ctx.backend == "native" else ((), (z.shape[2],))
         dz, dz_pair, dtemperature = operator("nt_xent_bwd", ctx.backend)(
-            drows.contiguous(), *views, *kept, temperature, ctx.tau
+            drows.contiguous(), *views, *kept, temperature, ctx.tau, *features
         )
         return dz, dz_pair, None if temperature is None else dtemperature, None, None
 
@@ -290,9 +299,9 @@ class _InfoNCE(autograd.Function):
                 composite, (rows, columns, temperature), (needed[0], needed[1], needed[4]), (dloss,)
             )
             return drows, dcolumns, None, None, dtemperature, None, None
-        matrices = (rows, columns) if ctx.backend == "native" else ()
+        matrices, features = ((rows, columns), ()) if ctx.backend == "native" else ((), (rows.shape[2],))
         drows, dcolumns, dtemperature = operator("info_nce_bwd", ctx.backend)(
-            dloss.contiguous(), *matrices, *kept, positive, exclude, temperature, ctx.tau
+            dloss.contiguous(), *matrices, *kept, positive, exclude, temperature, ctx.tau, *features
         )
         return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None
 

@@ -6,6 +6,7 @@ Triton kernels; csrc/ registers the native ones.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -53,6 +54,12 @@ class Memory(NamedTuple):
         return self.keys, self.values, self.beta, self.scale, NORMALIZE_CODES[self.normalize]
 
 
+@functools.cache
+def _kernels() -> Any:
+    """`anomem.kernels`, which needs Triton."""
+    return importlib.import_module("anomem.kernels")
+
+
 def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) -> None:
     """Declare `anomem::name`, and let it run `anomem.kernels.implementation` if it is an operator of Triton's.
 
@@ -68,9 +75,10 @@ def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) ->
     if scheduled:
         _define_scheduled(name, schema, fake, scheduled)
     if name.startswith("triton_"):
+        operator = f"anomem::{name}"
 
         def run(*args: Any) -> Any:
-            return importlib.import_module("anomem.kernels").implementation(f"anomem::{name}")(*args)
+            return _kernels().implementation(operator)(*args)
 
         # CPU tensors run in Triton's interpreter, which `anomem.backends` admits only when it is switched on.
         for key in ("CPU", "CUDA"):
@@ -194,6 +202,10 @@ def vmap(
     size = info.batch_size
     if any(dim is not None for dim in in_dims[folded:]):
         pairs = list(zip(args, in_dims, strict=True))
+        if size == 0:  # one call with zeros tells the shapes
+            zeros = (a if dim is None else a.new_zeros(_without(a.shape, dim)) for a, dim in pairs)
+            outs = apply(*zeros)
+            return tuple(out.new_empty(0, *out.shape) for out in outs), (0,) * len(outs)
         results = [apply(*(a if dim is None else a.select(dim, i) for a, dim in pairs)) for i in range(size)]
         stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
@@ -203,6 +215,10 @@ def vmap(
     ]  # [V, batch, ...] each
     outs = apply(*(x.flatten(0, 1).contiguous() for x in batched), *args[folded:])
     return tuple(out.unflatten(0, batched[0].shape[:2]) for out in outs), (0,) * len(outs)
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != dim]
 
 
 def wants_graph() -> bool:

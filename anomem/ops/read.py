@@ -205,9 +205,8 @@ def _read_backward(
         for first in range(0, query.shape[1], rows):
             part = slice(first, first + rows)
             block = query.detach()[:, part].to(dtype).requires_grad_()
-            used = [
-                (out, grad[:, part]) for out, grad in zip(composite(block, *shared), grads, strict=True) if grad.dim() > 1
-            ]
+            pairs = zip(composite(block, *shared), grads, strict=True)
+            used = [(out, grad[:, part]) for out, grad in pairs if grad.dim() > 1]
             gradients = torch.autograd.grad(
                 [out for out, _ in used],
                 [block, *present],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anomem import reference
 from anomem.ops import library
@@ -192,7 +193,10 @@ class _Retrieve(torch.autograd.Function):
             inputs = (query, keys, values, beta)
             needed = list(ctx.needs_input_grad[:4])
             needed[2] &= upstream[0] is not None
-            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold)
+            kept = None
+            if ctx.threshold is not None:
+                kept = _kept(query, keys, beta, ctx.scale, ctx.normalize, ctx.threshold)
+            composite = _composite(ctx.scale, ctx.normalize, ctx.threshold, kept)
             grads = library.differentiable_gradients(composite, inputs, needed, upstream)
             return (*grads, None, None, None, None)
         dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
@@ -210,13 +214,33 @@ class _Retrieve(torch.autograd.Function):
         return library.vmap(_Retrieve.apply, 1, info, in_dims, args)
 
 
-def _composite(scale: float, normalize: int, threshold: float | None) -> Callable[..., tuple[Tensor, ...]]:
+def _kept(
+    query: Tensor, keys: Tensor, beta: Tensor | None, scale: float, normalize: int, threshold: float | Tensor
+) -> Tensor:
+    """[N, M] bool, the weights that the forward pass kept: a weight at the threshold could round to the other side."""
+    forward = library.overload(operator("shrink_fwd", "native"), threshold)
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        # What a retrieval reads of an identity is its weights. They do not depend on the values.
+        identity = torch.eye(keys.shape[0], dtype=keys.dtype, device=keys.device)
+        weights: Tensor = forward(query, keys, identity, beta, scale, normalize, threshold)[0]
+    return weights > 0
+
+
+def _composite(
+    scale: float, normalize: int, threshold: float | Tensor | None, kept: Tensor | None
+) -> Callable[..., tuple[Tensor, ...]]:
     name = _NORMALIZE_NAMES[normalize]
 
     def composite(query: Tensor, keys: Tensor, values: Tensor | None, beta: Tensor | None) -> tuple[Tensor, ...]:
         factor = Memory(keys, values, beta, scale, name).inverse_temperature
         out, lse, weights = reference.hopfield_retrieve(
-            query, keys, values=values, beta=factor, normalize=name, shrink=threshold or 0.0
+            query,
+            keys,
+            values=values,
+            beta=factor,
+            normalize=name,
+            shrink=0.0 if threshold is None else threshold,
+            kept=kept,
         )
         return (out, lse) if threshold is None else (out, lse, reference.weights_entropy(weights))
 

@@ -56,7 +56,10 @@ def draw_figures(
     scored = score_images(scorer, task.test)
     best = "stage2" if "stage2" in scored.scores else "detector"
     try:
-        loss_curves(rows, paths["loss"])
+        if rows:
+            loss_curves(rows, paths["loss"])
+        else:  # nothing was trained
+            del paths["loss"]
         score_histograms(scored.scores, is_anomaly, paths["histograms"])
         if two_classes:
             everything = {**scored.scores, **baselines(task.to("cpu"), seed)}

@@ -17,7 +17,7 @@ class Nearest(NamedTuple):
 
     distance: Tensor
     """[..., N, k], squared Euclidean distances."""
-    index: Tensor
+    indices: Tensor
     """[..., N, k] int64, of the prototypes; of equal distances the lowest index first."""
 
 
@@ -30,7 +30,7 @@ def nearest(x: Tensor, prototypes: Tensor, k: int = 1) -> Nearest:
         k: from 1 to M.
 
     Returns:
-        `Nearest(distance, index)`; a distance that is NaN counts as the largest.
+        `Nearest(distance, indices)`; a distance that is NaN counts as the largest.
     """
     key = prototypes.square().sum(dim=-1)[..., None, :] / 2 - x @ prototypes.mT  # [..., N, M]
     if k == 1:

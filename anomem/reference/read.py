@@ -29,7 +29,7 @@ class MemoryRead(NamedTuple):
     """[...], 1 − cos(norm(q), r), from 0 to 2."""
     distance: Tensor | None
     """[...], squared distance to the nearest of all prototypes; None where it was not asked for."""
-    index: Tensor | None
+    indices: Tensor | None
     """[...] int64, of the nearest prototype."""
     entropy: Tensor
     """[...], of the weights, in nats."""
@@ -78,7 +78,7 @@ def read_memory(
         distance(q, out, "l2"),
         distance(q, out, "cosine"),
         None if found is None else found.distance[..., 0],
-        None if found is None else found.index[..., 0],
+        None if found is None else found.indices[..., 0],
         weights_entropy(weights),
         torch.logsumexp(scores, dim=-1),
     )

@@ -121,8 +121,9 @@ def hopfield_retrieve(
     beta: float | Tensor | None = None,
     steps: int = 1,
     normalize: Normalize = "layer",
-    shrink: float = 0.0,
+    shrink: float | Tensor = 0.0,
     log_prior: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Retrieval:
     """HF(q) = softmax(beta · norm(q) norm(K)ᵀ) V, row by row; V = norm(K) unless given.
 
@@ -133,8 +134,10 @@ def hopfield_retrieve(
         beta: inverse temperature, a number or a 0-dim tensor; 1/sqrt(d) when None.
         steps: number of reads; all but the last update the state, q ← softmax(beta q Kᵀ) K.
         normalize: what is done to query and prototypes first; "none" leaves both alone.
-        shrink: hard-shrinkage threshold on the weights (MemAE, Gong et al. 2019, Eq. 7); 0 keeps the softmax.
+        shrink: hard-shrinkage threshold on the weights (MemAE, Gong et al. 2019, Eq. 7), a number or a 0-dim tensor; 0
+            keeps the softmax.
         log_prior: [..., M], added to the logits of the last read (`log pi(prototype | position)`).
+        kept: [..., M] bool, as `shrink_weights` takes it.
 
     Returns:
         `Retrieval(out, lse, weights)`; `lse` is of the logits of the last read, before any shrinkage.
@@ -143,7 +146,7 @@ def hopfield_retrieve(
     if log_prior is not None:
         logits = logits + log_prior
     lse = torch.logsumexp(logits, dim=-1)  # [...]
-    weights = retrieval_weights(logits, shrink)  # [..., M]
+    weights = retrieval_weights(logits, shrink, kept)  # [..., M]
     return Retrieval(weights @ (keys if values is None else values), lse, weights)
 
 
@@ -165,13 +168,15 @@ def retrieval_logits(
     return beta * (state @ keys.mT), keys
 
 
-def retrieval_weights(logits: Tensor, shrink: float = 0.0) -> Tensor:
+def retrieval_weights(logits: Tensor, shrink: float | Tensor = 0.0, kept: Tensor | None = None) -> Tensor:
     """The softmax of logits [..., M], shrunk by `shrink_weights` where `shrink` > 0."""
     weights = torch.softmax(logits, dim=-1)
-    return shrink_weights(weights, shrink) if shrink > 0 else weights
+    if isinstance(shrink, Tensor) or shrink > 0:  # the value of a tensor is not read
+        weights = shrink_weights(weights, shrink, kept)
+    return weights
 
 
-def shrink_weights(weights: Tensor, threshold: float) -> Tensor:
+def shrink_weights(weights: Tensor, threshold: float | Tensor, kept: Tensor | None = None) -> Tensor:
     """Hard shrinkage with renormalisation (MemAE, Gong et al. 2019, Eqs. 6–7).
 
     w ← relu(w − t) · w / (|w − t| + 1e-12), then w ← w / max(Σ w, 1e-12). A row all of whose weights are at or below
@@ -180,13 +185,18 @@ def shrink_weights(weights: Tensor, threshold: float) -> Tensor:
     Args:
         weights: [..., M], non-negative, rows sum to 1.
         threshold: t ≥ 0; MemAE recommends 1/M to 3/M.
+        kept: [..., M] bool, which weights another computation found above t: a weight at t rounds to either side. The
+            1e-12 of the first step is left out. None compares.
 
     Returns:
         [..., M], rows sum to 1 or to 0.
     """
-    excess = weights - threshold
-    kept = torch.relu(excess) * weights / (excess.abs() + 1e-12)
-    return kept / kept.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    if kept is None:
+        excess = weights - threshold
+        shrunk = torch.relu(excess) * weights / (excess.abs() + 1e-12)
+    else:
+        shrunk = torch.where(kept, weights, 0.0)
+    return shrunk / shrunk.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def weights_entropy(weights: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
     return l2_normalize(vectors) if normalize else vectors
 
 
-def variance_hinge(x: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
+def variance_hinge(x: Tensor, gamma: float | Tensor = 1.0, eps: float | Tensor = 1e-4) -> Tensor:
     """L_V = (1/d) Σ_j max(0, gamma − sqrt(Var_k(x_kj) + eps)), the unbiased variance over the batch.
 
     The hinge against collapse of VICReg (Bardes et al. 2022, Eq. 1).

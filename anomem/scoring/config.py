@@ -28,8 +28,9 @@ class ScoreConfig:
     """Detector: one Gaussian per position, or one for all; "auto" asks the data set whether its images are aligned."""
     copies: int = 2
     """Lightly augmented copies of each training image to which the detector is fitted besides the image itself."""
-    detector_megabytes: int = 1024
-    """Limit of the detector's matrices, one per position; more are fitted to fewer channels, by a fixed projection."""
+    detector_megabytes: int = 3072
+    """Limit of what the detector's Gaussians, one per position, take while they are fitted; where they would take more,
+    they are fitted to fewer channels, by a fixed projection. A third of it is kept."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0

@@ -186,8 +186,8 @@ class Calibration:
         check_alpha(alpha)
         if self.count == 0:
             return (
-                "nothing: the only normal image is fitted and none is left to calibrate with, so that scores and maps "
-                "rank images but give no verdict"
+                "the only normal image is fitted and none is left to calibrate with: scores and maps rank images, "
+                "every p-value is 1"
             )
         normals = f"{self.count} calibration normal{'s' if self.count > 1 else ''}"
         if self.count < normals_needed(alpha):

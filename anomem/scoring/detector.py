@@ -13,8 +13,10 @@ from anomem.validation import require, require_choice
 
 ROUNDING = 1e-5
 """Relative difference up to which two float32 distances count as equal."""
-BLOCK = 1 << 22
+BLOCK = 1 << 18
 """Numbers of a temporary while Gaussians are fitted: their positions are taken in blocks."""
+BYTES = 12
+"""Of a number of a covariance while it is fitted: a float64 sum and a float32 whitening matrix."""
 Alignment = Literal["per_position", "pooled"]
 Batches = Callable[[], Iterable[Sequence[Tensor]]]
 """Each call gives the same batches of S tensors [B, P_s, d_s]."""
@@ -36,7 +38,7 @@ class DeviationDetector(nn.Module):
         positions: P_s = H_s·W_s of each scale.
         features: d_s of each scale.
         alignment: "per_position" or "pooled".
-        megabytes: limit of the whitening matrices; fitting takes three times as much.
+        megabytes: limit of what the Gaussians take while they are fitted; a third of it is kept.
 
     Shape:
         S tensors [B, P_s, d_s] -> scores [B].
@@ -51,7 +53,7 @@ class DeviationDetector(nn.Module):
     map_spread: Tensor
 
     def __init__(
-        self, positions: Sequence[int], features: Sequence[int], alignment: Alignment, megabytes: int = 1024
+        self, positions: Sequence[int], features: Sequence[int], alignment: Alignment, megabytes: int = 3072
     ) -> None:
         super().__init__()
         require_choice(alignment, "alignment", get_args(Alignment))
@@ -143,7 +145,8 @@ class DeviationDetector(nn.Module):
 
 
 def kept_features(positions: Sequence[int], features: Sequence[int], megabytes: int) -> list[int]:
-    """Channels to which each scale is projected, so that Σ P_s k_s² float32 numbers fit; all where they fit already.
+    """Channels to which each scale is projected, so that Σ P_s k_s² numbers fit while they are fitted; all where they
+    fit already.
 
     Args:
         positions: P_s.
@@ -151,7 +154,7 @@ def kept_features(positions: Sequence[int], features: Sequence[int], megabytes: 
         megabytes: the limit.
     """
     numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
-    share = math.sqrt(min(1.0, megabytes * 2**18 / numbers))
+    share = math.sqrt(min(1.0, megabytes * 2**20 / BYTES / numbers))
     return [max(1, int(d * share)) for d in features]
 
 
@@ -276,8 +279,11 @@ class Gaussians(nn.Module):
         """
         for part in sums.blocks(sums.second.shape[-1] ** 2):
             mean, covariance, _ = sums.gaussian(part)
-            level = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(1e-30)
-            floor = torch.finfo(torch.float32).eps * level
+            eps = torch.finfo(torch.float32).eps
+            # Features are of the order of 1: what differs by less than their rounding is equal. Identical images have
+            # no variance at all, and distances in units of it would overflow.
+            level = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(eps)
+            floor = eps * level
             eye = torch.eye(mean.shape[-1], dtype=torch.float64, device=mean.device)
             factor, failed = torch.linalg.cholesky_ex(covariance + floor[:, None, None] * eye)
             whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)

@@ -143,7 +143,7 @@ def nearest(rows: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """
     block = max(1, BLOCK_ELEMENTS // (prototypes.numel() // prototypes.shape[-1]))
     parts = [AF.nearest(part, prototypes) for part in rows.split(block)]
-    return torch.cat([part.index for part in parts], dim=-1), torch.cat([part.distance for part in parts], dim=-1)
+    return torch.cat([part.indices for part in parts], dim=-1), torch.cat([part.distance for part in parts], dim=-1)
 
 
 def _sums(rows: Tensor, label: Tensor, count: int) -> Tensor:

@@ -2,61 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from anomem.data import Images
-from anomem.data.images import Batches
+from anomem.data.chosen import ChosenImages
 
 FEW = 0.1
 """Labelled anomalies per normal image below which a filled memory uses them better than stage 2."""
-
-
-class ChosenImages:
-    """Some images of a set, in a given order and as often as wanted.
-
-    Args:
-        images: N images.
-        rows: [n] int64, which of them.
-
-    Example:
-        >>> twice = ChosenImages(images, torch.arange(len(images)).repeat(2))
-        >>> batch, index = next(twice.batches(torch.arange(len(twice)), 64))  # [64, C, H, W], [64] below len(twice)
-    """
-
-    def __init__(self, images: Images, rows: Tensor) -> None:
-        self.images, self.rows = images, rows.cpu()
-
-    @property
-    def dataset(self) -> Any:
-        """The files behind a streamed set, by which a resumed run knows it; else None."""
-        return getattr(self.images, "dataset", None)
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.images.channels
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        return self.images.size
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batches(self, order: Tensor, batch_size: int) -> Batches:
-        """See `Images.batches`."""
-        order = order.cpu()
-        parts = order.split(batch_size)
-        for (batch, index), part in zip(self.images.batches(self.rows[order], batch_size), parts, strict=True):
-            yield batch, part.to(index.device, non_blocking=True)
-
-    def to(self, device: torch.device | str) -> ChosenImages:
-        """The same images, delivered on another device."""
-        return ChosenImages(self.images.to(device), self.rows)
 
 
 def balanced(images: Images, is_normal: Tensor | None) -> tuple[Images, Tensor | None]:

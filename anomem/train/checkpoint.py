@@ -100,7 +100,7 @@ def load_checkpoint(directory: Path, name: str) -> Checkpoint | None:
     if note is None:
         return None
     file = directory / note["tensors"]
-    anew = f"delete {note_file} to start this stage anew"
+    anew = _remedy(note_file)
     try:
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != note["sha256"]:
@@ -130,7 +130,7 @@ def _read_note(note_file: Path) -> dict[str, Any] | None:
     """The JSON file of a checkpoint, checked; None where there is none."""
     if not note_file.exists():
         return None
-    anew = "delete it to start this stage anew"
+    anew = _remedy(note_file)
     try:
         note = read_json(note_file)
         note = note if isinstance(note, dict) else {}
@@ -195,6 +195,15 @@ def _digests_before(directory: Path, name: str) -> dict[str, str]:
     """Stage -> digest of its tensors, for the stages before this checkpoint."""
     notes = {stage: _read_note(directory / f"{stage}.json") for stage in STAGES if stage < name or name not in STAGES}
     return {stage: note["sha256"] for stage, note in notes.items() if note is not None}
+
+
+def _remedy(note_file: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    if note_file.stem in STAGES:
+        return f"delete {note_file} to start this stage anew"
+    if note_file.stem == "detector":
+        return "fit anew, into another directory"
+    return f"delete {note_file}, then continue the run with `anomem train --resume`"
 
 
 def _tensor_file(name: str, step: int) -> str:

@@ -89,7 +89,7 @@ class OptimizerConfig:
     section: ClassVar[str] = "optimizer"  # in the configuration, for messages
 
     steps: int = 150
-    """Gradient steps."""
+    """Gradient steps. 0 in stage 1 leaves the encoder as it is and fills the memories with features of all normals."""
     batch_size: int = 1024
     """Images per step; a smaller training set is one batch."""
     learning_rate: float = 0.05
@@ -111,7 +111,8 @@ class OptimizerConfig:
     grows with the batch. Batch norm sees micro-batches. None encodes the batch at once."""
 
     def __post_init__(self) -> None:
-        require_count(self.steps, f"{self.section}.steps", 1, STEPS)
+        fewest = 0 if self.section == "optimizer" else 1
+        require_count(self.steps, f"{self.section}.steps", fewest, STEPS)
         enough = isinstance(self.batch_size, int) and self.batch_size >= 2
         hint = "the contrast needs another image"
         require(enough, f"{self.section}.batch_size", "an integer ≥ 2", self.batch_size, hint)
@@ -480,7 +481,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise _wrong(hint, value, where)
         return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(hint, value, where) from None
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is not bool and value is True)):
         raise _wrong(hint, value, where)
     return value

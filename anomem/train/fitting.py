@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anomem.augment import AugmentConfig
 from anomem.data import DataConfig, ImageFiles, Images, ResidentImages, StreamedImages, Task, image_files, load_task
+from anomem.data.chosen import JoinedImages
 from anomem.data.convert import as_uint8
 from anomem.data.frame import framed, height_and_width
 from anomem.data.task import assemble
@@ -309,12 +310,11 @@ def _fitted(
     calibration: Images | None,
     say: Callable[[str], None],
 ) -> FittedDetector:
-    images, is_normal = task.train.to(model.device), task.train_is_normal.cpu()
+    images: Images = task.train.to(model.device)
+    is_normal = task.train_is_normal.cpu()
     if defects is not None:
-        images, is_normal = (
-            _joined(images, defects),
-            torch.cat([is_normal, torch.zeros(len(defects), dtype=torch.bool)]),
-        )
+        images = JoinedImages(images, defects.to(model.device))
+        is_normal = torch.cat([is_normal, torch.zeros(len(defects), dtype=torch.bool)])
     begin = time.perf_counter()
     with enough_memory("--fill.batch-size, --fill.prototypes or --data.image-size"):
         if config.encoder == "small":
@@ -351,14 +351,6 @@ def _train_small(config: FitConfig, task: Task, model: AnoMem) -> None:
     train_stage1(model, task.train.to(model.device), is_normal, settings, quiet=True)
 
 
-def _joined(first: Images, second: Images) -> Images:
-    """Two sets as one in memory; only the first may be large, and then it is small enough to label."""
-    parts = []
-    for images in (first, second):
-        parts += [batch.cpu() for batch, _ in images.batches(torch.arange(len(images)), 64)]
-    return ResidentImages(torch.cat(parts))
-
-
 def explained(detector: FittedDetector, report: FitReport, config: FitConfig, task: Task, seconds: float) -> list[str]:
     """What was chosen and why, how fast it is, and what the verdict promises; one line each."""
     model, calibration = detector.model, detector.calibration
@@ -381,12 +373,13 @@ def explained(detector: FittedDetector, report: FitReport, config: FitConfig, ta
     }[detector.lead]
     held = f"too few normals to leave {normals_needed(config.alpha)} out: each was scored by a fit without it"
     if calibration.count == 0:
-        held = "one normal image: none is left"
+        held = "none"
     elif report.fitted == report.normals and calibration.held == "split":
         held = f"{calibration.count} normals of their own"
     elif calibration.held == "split":
         held = f"{report.normals - report.fitted} of {report.normals} normals were left out of the fit to calibrate"
-    seen = f"{task.name}: {report.normals} normal images at {size} pixels, {report.defects} labelled defects"
+    images = "image" if report.normals == 1 else "images"
+    seen = f"{task.name}: {report.normals} normal {images} at {size} pixels, {report.defects} labelled defects"
     if report.duplicates:
         seen += f"; {report.duplicates} left out that equal another one"
     if report.copies:

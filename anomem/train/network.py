@@ -46,11 +46,14 @@ class Network:
         if ranks.count == 1:
             return
         self.encoder = with_joint_batch_norm(copy.deepcopy(model.encoder))
+        if model.encoder._compiled_call_impl is not None:
+            self.encoder.compile()
         trained = any(p.requires_grad for p in self.encoder.parameters())
         self.call = self.encoder
         if trained and shard:
             from torch.distributed.fsdp import fully_shard
 
+            self.encoder.to(memory_format=torch.contiguous_format)  # of weights; it shards no others
             for part in self.encoder.modules():
                 if isinstance(part, nn.ModuleDict):  # the stages of a chain, each gathered when it is its turn
                     for stage in part.values():

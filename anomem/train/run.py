@@ -14,8 +14,8 @@ from anomem.data import Task, load_task
 from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, DeviationHead, Encoder, build_model, describe
 from anomem.models.encoders import SMALL_IMAGE
-from anomem.scoring import Scorer, fit_scorer, useless_scores
-from anomem.scoring.detector import kept_features
+from anomem.scoring import NormalQueries, Scorer, fill_memories, fit_scorer, useless_scores
+from anomem.scoring.detector import BYTES, kept_features
 from anomem.scoring.scorer import alignment_of
 from anomem.train.balance import few_labels
 from anomem.train.checkpoint import (
@@ -251,7 +251,10 @@ def _train_and_fit(
     """`train_task`; of several processes the first one fits the scorer, the others return None."""
     is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
     config = settled(config, model.device)
-    train_stage1(model, task.train, is_normal, config, run, quiet=not loud)
+    if config.optimizer.steps:
+        train_stage1(model, task.train, is_normal, config, run, quiet=not loud)
+    else:
+        _fill(model, task, config)
     head = None
     if config.has_stage2:
         advice = None if is_normal is None else few_labels(is_normal)
@@ -273,6 +276,20 @@ def _train_and_fit(
             config=config.score,
             head=head,
         )
+
+
+def _fill(model: AnoMem, task: Task, config: TrainConfig) -> None:
+    """Fill the memories with k-means centres of the features of all normals, in place of stage 1.
+
+    Raises:
+        ArgumentError: fewer features of a scale than prototypes.
+    """
+    normals = task.train_is_normal.nonzero().flatten()
+    queries = NormalQueries(model, lambda: (x for x, _ in task.train.batches(normals, config.score.batch_size)))
+    wanted = [len(memory.prototypes) for memory in model.memories]
+    for scale, count in zip(fill_memories(model, queries, wanted, seed=config.run.seed), wanted, strict=True):
+        allowed = f"at most {scale.rows}, the features of normals at scale {scale.name}"
+        require(scale.prototypes == count, "model.prototypes", allowed, count)
 
 
 def model_for(config: TrainConfig, task: Task, encoder: Encoder | None = None) -> AnoMem:
@@ -332,8 +349,10 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
         kept = kept_features(positions, model.features, config.score.detector_megabytes)
         numbers = sum(p * d**2 for p, d in zip(positions, kept, strict=True))
         channels = "" if kept == model.features else f"; channels projected from {model.features} to {kept}"
-        print(f"detector: one Gaussian per position, {numbers * 12 / 1e9:.2g} GB while it is fitted{channels}")
-    stages = f"{config.optimizer.steps} steps"
+        print(f"detector: one Gaussian per position, {numbers * BYTES / 1e9:.2g} GB while it is fitted{channels}")
+    stages = (
+        f"{config.optimizer.steps} steps" if config.optimizer.steps else "none, memories are filled from all normals"
+    )
     if config.has_stage2:
         stages += f", then {config.stage2.optimizer.steps} of stage 2"
     every = f" and every {config.run.checkpoint_minutes:g} min" if config.run.checkpoint_minutes else ""

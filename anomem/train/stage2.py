@@ -150,5 +150,6 @@ def fit_unit(head: DeviationHead, deviations: list[Tensor], normal: Tensor, rank
         ranks: the processes.
     """
     normals = normal.cpu().nonzero().flatten()
-    chosen = (normals if len(normals) else torch.arange(len(normal))).to(normal.device)
+    (most,) = ranks.largest(len(normals))
+    chosen = (normals if most else torch.arange(len(normal))).to(normal.device)
     head.fit_rms([[d[chosen] for d in deviations]], None if ranks.count == 1 else ranks.mean)

@@ -25,6 +25,7 @@ from anomem.train.network import Network, statistics_kept
 from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, scale_criterion
 from anomem.train.ranks import Ranks
 from anomem.train.rows import DROPOUT, FILL, POSITIONS, Rows, seed_of
+from anomem.validation import require
 
 
 class Loss(NamedTuple):
@@ -50,6 +51,9 @@ class Shares:
 
     def __init__(self, images: int, config: OptimizerConfig, synthetic: float, ranks: Ranks) -> None:
         self.batch = min(config.batch_size, images)
+        enough = self.batch >= 2 * config.accumulate
+        expected = "at most half of the images of a batch"
+        require(enough, f"{config.section}.accumulate", expected, lambda: f"{config.accumulate} of {self.batch}")
         self.parts: list[list[Rows]] = []
         """Micro-batches of each part."""
         self.counts: list[list[int]] = []
@@ -61,7 +65,10 @@ class Shares:
             # As many in every process: they exchange batch-norm statistics.
             micro = 1 if config.micro_batch is None else -(-most // config.micro_batch)
             self.parts.append(rows[ranks.index].split(min(micro, min(len(share.images) for share in rows) or 1)))
-        self.places = list(dict.fromkeys(p for part in self.parts for rows in part for p in rows.sources()))
+        chunks = [rows for part in self.parts for rows in part]
+        # First those of the rows themselves, so that the images of a micro-batch follow each other.
+        own = [place for rows in chunks for place in rows.images]
+        self.places = list(dict.fromkeys([*own, *(place for rows in chunks for place in rows.sources())]))
 
 
 class Stage1Step:

@@ -28,6 +28,7 @@ from anomem.scoring.fitted import FEW, EncodedImages
 from anomem.scoring.fitted import ROWS as ENOUGH
 from anomem.train import FitConfig, preset
 from anomem.train.fitting import model_to_fit, resolved
+from anomem.validation import require_choice
 from benchmarks.accuracy.settings import one_prototype, trained, untrained
 from benchmarks.harness import rows
 
@@ -140,7 +141,7 @@ def fitted(everything: EncodedImages, normals: Tensor, fill: FillConfig) -> Fill
     few = len(normals) < FEW
     queries = everything.with_copies(normals, ENOUGH, 0) if few else everything.rows(normals)
     fill_memories(model, queries, fill.prototypes, fill.method)
-    scorer = FilledScorer(model, "per_position", fill.top_fraction)
+    scorer = FilledScorer(model, "per_position", fill.top_fraction, fill.top_k)
     scorer.fit(queries)
     return scorer
 
@@ -262,6 +263,7 @@ FIRST: dict[str, Setting] = {
     "k-means 1024": Setting(filled),
     "k-means 1024, 192 px": Setting(filled, size=LARGE),
     "rivals": Setting(rivals),
+    "rivals, 192 px": Setting(rivals, size=LARGE),
     "pixels": Setting(pixels),
     "verdict": Setting(judged),
     "5% labelled": Setting(judged, labels=0.05),
@@ -278,17 +280,17 @@ THEN: dict[str, Setting] = {
     "k-means 1%": filled_with(prototypes=(0.01,)),
     "one prototype": filled_with(prototypes=(1,)),
     "random weights": Setting(filled, weights="none"),
-    **{
-        f"{name} {count}": filled_with(method=method, prototypes=(count,))
-        for method, name in (("kmeans", "k-means"), ("coreset", "coreset"), ("random", "random"))
-        for count in (64, 256, 1024, 2048)
-        if (method, count) != ("kmeans", 1024)
-    },
+}
+FILLS = {
+    f"{name} {count}": filled_with(method=method, prototypes=(count,))
+    for method, name in (("kmeans", "k-means"), ("coreset", "coreset"), ("random", "random"))
+    for count in (64, 256, 1024, 2048)
+    if (method, count) != ("kmeans", 1024)
 }
 LAST = {"from scratch, 64 px": Setting(from_scratch)}
 ONCE = ("100 splits",)
 """Settings that do not depend on the seed's split."""
-SETTINGS = {**FIRST, **THEN, **LAST}
+SETTINGS = {**FIRST, **THEN, **FILLS, **LAST}
 
 
 @dataclass
@@ -341,10 +343,12 @@ class Options:
 
 def main(options: Options) -> None:
     """Run what is missing, the most wanted first."""
+    for name in options.settings:
+        require_choice(name, "settings", tuple(SETTINGS))
     torch.set_num_threads(1)
     path = options.results / ROWS
     done = set() if options.again else {(r.kind, r.seed, r.setting) for r in rows.read(path, CellRow)}
-    for group in (FIRST, THEN, LAST):
+    for group in (FIRST, THEN, FILLS, LAST):
         for seed in options.seeds:
             for kind in TYPES:
                 for name, setting in group.items():

@@ -11,6 +11,7 @@ from anomem.evaluate.metrics import pixel_auroc
 from anomem.evaluate.report import Metrics, control, evaluate_scorer, fill_from_features, image_metrics
 from anomem.scoring import fit_scorer
 from anomem.train import TrainConfig, preset
+from anomem.train.config import MemoryFormat, Precision
 from anomem.train.run import model_for, train_task
 
 SYNTHETIC = 1.0
@@ -76,8 +77,19 @@ def with_exposure(config: TrainConfig) -> TrainConfig:
     return replace(config, data=replace(config.data, outlier_ratio=EXPOSED))
 
 
+def executed(precision: Precision, memory_format: MemoryFormat) -> Configured:
+    """The preset in a precision and a memory format of its own, in place of what the machine would choose."""
+
+    def change(config: TrainConfig) -> TrainConfig:
+        return replace(config, run=replace(config.run, precision=precision, memory_format=memory_format))
+
+    return change
+
+
 SETTINGS: dict[str, tuple[Configured, Measured]] = {
     "one-class": (as_it_is, trained),
+    "one-class, float32": (executed("float32", "contiguous"), trained),
+    "one-class, bf16": (executed("bf16", "channels_last"), trained),
     "one-class, refilled": (as_it_is, refilled),
     "untrained": (as_it_is, untrained),
     "one prototype": (as_it_is, one_prototype),

@@ -304,6 +304,48 @@ def training_steps(device: str) -> Callable[[Path], str]:
     return section
 
 
+def execution(device: str) -> Callable[[Path], str]:
+    """Processor time of a step as the library executes it, beside plain float32 and the usual pipeline."""
+
+    def section(results: Path) -> str:
+        measured = [row for row in rows.read(results / f"{device}-execution.jsonl", Step) if row.cpu_seconds_per_step]
+        if not measured:
+            return NOT_MEASURED[device]
+        lines = ["| processor time of a step, ms | " + " | ".join(f"{name}" for name in EXECUTIONS.values()) + " |"]
+        lines.append("|---|" + "--:|" * len(EXECUTIONS))
+        for title in dict.fromkeys(row.title for row in measured):
+            found = {row.pipeline.split(" ")[0]: row for row in measured if row.title == title}
+            ours = found["anomem"].cpu_seconds_per_step or 0.0
+            cells = []
+            for name in EXECUTIONS:
+                seconds = found[name].cpu_seconds_per_step or 0.0 if name in found else None
+                ratio = "" if name == "anomem" or seconds is None else f" ({seconds / ours:.2f}×)"
+                cells.append("–" if seconds is None else f"{number(1e3 * seconds)}{ratio}")
+            executed = found["anomem"].config
+            how = f"{executed['precision']}, {executed['memory_format']}"
+            lines.append(f"| {title.removeprefix('Stage 1, ')}; anomem: {how} | {' | '.join(cells)} |")
+        head = f"{machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+        return "\n".join([head, "", *lines])
+
+    return section
+
+
+EXECUTIONS = {"eager": "eager float32", "anomem": "anomem", "usual": "usual pipeline"}
+
+
+def batches(results: Path) -> str:
+    """Peak memory of a step over batches, at once and by gradient caching."""
+    measured = rows.read(results / "cpu-batches.jsonl", Step)
+    if not measured:
+        return NOT_MEASURED["cpu"]
+    lines = ["| step | peak memory | processor time |", "|---|--:|--:|"]
+    for row in measured:
+        seconds = row.cpu_seconds_per_step or 0.0
+        lines.append(f"| {row.pipeline} | {size(row.peak_bytes)} | {number(1e3 * seconds)} ms |")
+    head = f"{measured[0].title}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+    return "\n".join([head, "", *lines])
+
+
 def picture(title: str, name: str) -> str:
     """A link to a picture of `benchmarks.report.pictures`."""
     return f"![{title}](pictures/{name}.png)"
@@ -385,5 +427,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("losses", losses(device)),
         ("crossovers", crossovers(device)),
         ("training", training_steps(device)),
+        ("execution", execution(device)),
     )
 }
+SECTIONS["cpu-batches"] = batches

@@ -76,7 +76,8 @@ template <class T>
 inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
   if (shrinkage.entropy) {
     const T threshold = static_cast<T>(shrinkage.threshold);
-    std::memcpy(softmax, p, m * sizeof(T));
+    // Whole vectors: the zeros behind the last weight too, which the second loop and pairs of bfloat16 read.
+    for_vectors<T>(m, [&](int64_t j, int64_t) { store(softmax + j, load(p + j)); });
     const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T{1};
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);

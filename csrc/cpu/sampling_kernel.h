@@ -53,7 +53,7 @@ void compute(const Gather& a) {
       const int64_t row = (first + i) * batch + image;
       S* out = static_cast<S*>(a.out) + row * channels;
       if (a.normalize) static_cast<T*>(a.inv_norm)[row] = unit_row(x, channels, out);
-      else std::memcpy(out, x, channels * sizeof(S));
+      else if (channels > 0) std::memcpy(out, x, channels * sizeof(S));  // undefined for null pointers, even of 0 bytes
     }
   });
 }

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from anomem.data import DataConfig
+from anomem.scoring import Scored, Scorer
 from anomem.train.config import TrainConfig, preset
 from anomem.train.rundir import default_directory
 
@@ -239,7 +240,8 @@ def test_bad_files_do_not_stop_the_others(
     named = done.err.splitlines()
     for name in ("bad.png", "empty.jpg", "pipe.png", "missing.png"):
         assert sum(name in line for line in named) == 1, done.err
-    assert named[-1] == "anomem: 4 could not be scored, 3 images were"
+    assert named[-1] == "anomem: 3 images were scored, with 4 failures"
+    assert f"anomem: {mixed / 'missing.png'}: cannot read it: No such file or directory" in named
     if suffix is None:
         paths = [line.split("\t")[1] for line in done.out.splitlines()]
     else:
@@ -247,6 +249,36 @@ def test_bad_files_do_not_stop_the_others(
         paths = [row["path"] for row in rows]
     assert [Path(path).name for path in paths] == ["0.png", "1.tiff", "2.bmp"]
     assert {path.name for path in (tmp_path / "maps").iterdir()} == {"0.tiff", "1.tiff", "2.tiff"}
+
+
+def test_scores_that_are_not_finite_are_no_scores(
+    anomem: Command, finished: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fault of a device would give them: of the second image of three."""
+    forward = Scorer.forward
+
+    def spoiled(self: Scorer, images: torch.Tensor) -> Scored:
+        found = forward(self, images)
+        found.scores["plain"][1] = float("nan")
+        return found
+
+    monkeypatch.setattr(Scorer, "forward", spoiled)
+    files = [mixed / name for name in ("0.png", "1.tiff", "2.bmp")]
+    done = anomem("score", *files, "--run", finished, "--output", tmp_path / "s.json")
+    assert done.code == 1
+    assert done.err.splitlines()[0] == f"anomem: {files[1]}: its score plain is not finite"
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert [row["path"] for row in rows] == [str(files[0]), str(files[2])]
+    refused = anomem("evaluate", finished, "--no-baselines")
+    assert refused.code == 2
+    assert "`scores['plain']`: expected finite numbers" in refused.err
+
+
+def test_images_of_16_bits_that_use_few_of_them(anomem: Command, finished: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 900, np.uint16)).save(tmp_path / "x.png")
+    done = anomem("score", tmp_path, "--run", finished)
+    assert done.code == 0
+    assert "value is 900 of 65535 keep 4 of 256 levels of grey: set their range, --data.levels 0 1023" in done.err
 
 
 def test_scores_do_not_depend_on_bad_files(anomem: Command, finished: Path, mixed: Path) -> None:
@@ -416,6 +448,7 @@ def test_levels_are_those_of_the_run(anomem: Command, tmp_path: Path) -> None:
     scored = anomem("score", tmp_path / "test" / "cut", "--run", run)
     found = [line.split("\t") for line in scored.out.splitlines()]
     assert [float(value) for value, _ in found] == pytest.approx([rows[path] for _, path in found], rel=1e-4)
+    assert not scored.err
     truth = torch.tensor(["cut" in path for path in rows])
     values = torch.tensor(list(rows.values()))
     assert float(values[truth].min()) > float(values[~truth].max())

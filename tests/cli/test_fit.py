@@ -154,9 +154,21 @@ def test_evaluate_and_plot(anomem: Command, run: Path, tmp_path: Path) -> None:
 
 def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, photos: Path, tmp_path: Path) -> None:
     picture = photos / "test" / "good" / "00.png"
+    damaged, endless = tmp_path / "damaged", tmp_path / "endless"
+    (tmp_path / "empty").mkdir()
+    for copy in (damaged, endless):
+        shutil.copytree(run, copy)
+    next(damaged.rglob("*.safetensors")).write_bytes(b"")
+    settings = json.loads((run / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps({**settings, "alpha": 10**400}))
     for arguments, sentence in (
+        (("score", picture, "--run", damaged), "was written with); fit anew, into another directory"),
+        (("score", picture, "--run", endless), "`alpha`: expected float, received 1000"),
         (("fit",), "expected a folder of good images"),
-        (("fit", tmp_path), "expected folders of images"),
+        (("fit", tmp_path / "empty"), "expected folders of images"),
+        (("fit", tmp_path / "none"), "expected a folder of images at"),
+        (("fit", picture), "which is a file"),
+        (("fit", photos, "--run.directory", picture), "it is no folder"),
         (("fit", photos, "--data.dataset", "digits"), "reads no folder"),
         (("fit", photos, "--run.directory", run), "already holds a run"),
         (("fit", photos, "--alpha", "0"), "between 0 and 1"),

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from anomem.data import DataConfig, Images, Split, StreamedImages, image_files, load_task, read_image, upright_size
+from anomem.data import (
+    DataConfig,
+    Images,
+    Split,
+    StreamedImages,
+    image_files,
+    load_task,
+    read_image,
+    task_from_dataset,
+    upright_size,
+)
 from anomem.data.convert import read_mask
 from anomem.errors import ArgumentError, UserError
 
@@ -389,6 +399,24 @@ def test_nearly_constant_training_images_are_said(root: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_task(config(root, levels=(0, 4095)))
+
+
+def test_fourteen_bits_are_warned_about(tmp_path: Path) -> None:
+    """Not nearly constant, but 64 of 256 levels."""
+    source = np.random.default_rng(0)
+    pixels = [source.integers(0, 2**14, (20, 30), dtype=np.uint16) for _ in range(3)]
+    (tmp_path / "train" / "good").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "train" / "good" / f"{i}.png")
+    sentence = r"16 bits whose brightest value is 16\d\d\d of 65535 keep 6\d of 256 levels of grey: .*levels 0 16383"
+    with pytest.warns(UserWarning, match=sentence):
+        load_task(config(tmp_path))
+    own = DataConfig("mine", normal="0", image_size=16)
+    with pytest.warns(UserWarning, match=r"brightest value is 16\d\d\d of 65535 .* --data\.levels 0 16383"):
+        task_from_dataset([(image, 0) for image in pixels], config=own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_task(config(tmp_path, levels=(0, 16383)))
 
 
 @pytest.mark.parametrize("levels", [(5, 5), (1, 0), (0, float("inf"))])

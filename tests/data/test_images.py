@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +98,22 @@ class Broken(Numbered):
         if index == 4:
             raise UserError("4.png: expected a readable image")
         return super().__getitem__(index)[:, : 2 if index == 5 else 3]
+
+
+class Signalled(Numbered):
+    """The worker that reads image 4 receives the signals of a job that is being stopped."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 4:
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+def test_workers_outlive_the_signals_of_a_job() -> None:
+    """The main process ends its step with the images they read, and saves."""
+    images = StreamedImages(Signalled(7), workers=1)
+    assert torch.cat([index for _, index in images.batches(torch.arange(7), 3)]).tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -218,6 +218,18 @@ def test_masks_of_nothing_and_of_everything(root: Path, value: int) -> None:
         load_task(config(root))
 
 
+def test_masks_drawn_the_other_way_round(root: Path, truth: Truth) -> None:
+    """One large defect among small ones may be; most masks of most of the image are inverted."""
+    folder = root / "ground_truth" / "cut"
+    save(folder / "0.png", (~truth).astype(np.uint8) * 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_task(config(root))
+    save(folder / "1.png", (~truth).astype(np.uint8) * 255)
+    with pytest.warns(UserWarning, match=r"2 of 2 masks mark more than half of their image as defect: .* invert"):
+        load_task(config(root))
+
+
 def test_several_masks_of_an_image(root: Path) -> None:
     """MVTec LOCO: a folder of masks for each image."""
     for part in range(2):

@@ -14,19 +14,19 @@ from anomem.testing import draw
 from tests.functional import jobs
 from tests.processes import in_processes
 
-EVERYWHERE = ["gradients_are_those_of_one_process", "rows_are_those_of_one_process"]
 ONCE = [
+    "rows_are_those_of_one_process",
     "gathering_is_twice_differentiable",
     "groups_meshes_and_mistakes",
     "the_ring_sends_what_the_documentation_says",
-    "the_compiler_traces_a_loss",
 ]
-WITH_LIGHTLY = ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []
+IN_TWO = ["the_compiler_traces_a_loss"]  # its import takes seconds in every process
+IN_TWO += ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []
 
 
-@pytest.mark.parametrize(("count", "more"), [(2, WITH_LIGHTLY), (3, ONCE), (4, [])])
+@pytest.mark.parametrize(("count", "more"), [(2, IN_TWO), (3, ONCE), (4, [])])
 def test_processes_are_one(count: int, more: list[str]) -> None:
-    in_processes(count, jobs.check, [*EVERYWHERE, *more])
+    in_processes(count, jobs.check, ["gradients_are_those_of_one_process", *more])
 
 
 def test_without_processes_it_is_the_plain_loss() -> None:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from anomem import functional as AF
 from anomem import nn as ann
 from anomem.backends import Impl
+from anomem.errors import ArgumentError
 from anomem.ops import native
 from anomem.testing import draw
 
@@ -92,6 +93,35 @@ def test_one_graph_serves_every_number_of_a_schedule(name: str, impl: Impl) -> N
     assert graphs.frame_count <= 2
 
 
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_may_be_a_tensor(name: str, impl: Impl) -> None:
+    """A 0-dim tensor gives what its number gives, with both derivatives, and in one compiled graph."""
+    if impl == "native" and (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    function = SCHEDULES[name]
+    compiled = torch.compile(lambda x, t: function(impl, x, t), fullgraph=True, backend=graphs)
+    for number in (0.25, 0.125):
+        leaf = draw(6, 8).requires_grad_()
+        found = []
+        for t in (number, torch.tensor(number), torch.tensor(number, dtype=torch.float64)):
+            result = function(impl, leaf, t).sum()
+            (slope,) = torch.autograd.grad(result, leaf, create_graph=True)
+            found.append((result, slope, torch.autograd.grad(slope.square().sum(), leaf)[0]))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])
+        torch.testing.assert_close(compiled(leaf, torch.tensor(number)).sum(), found[0][0])
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["shrink", "gamma", "eps"])
+def test_a_schedule_that_is_learned_is_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}.*without gradient"):
+        SCHEDULES[name]("reference", draw(6, 8), torch.tensor(0.1, requires_grad=True))
+
+
 def test_one_graph_serves_a_temperature_that_is_set() -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -101,3 +131,16 @@ def test_one_graph_serves_a_temperature_that_is_set() -> None:
         criterion.temperature = 0.5 + 0.04 * i
         torch.testing.assert_close(compiled(draw(6, 8), draw(6, 8, seed=1)), criterion(draw(6, 8), draw(6, 8, seed=1)))
     assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_a_compiled_energy_gives_the_values_no_gradient(impl: Impl) -> None:
+    """None, not zeros: weight decay would move values that the energy does not depend on."""
+    if impl == "native" and (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    torch.compiler.reset()
+    memory = ann.HopfieldMemory(8, 5, value_features=3, impl=impl)
+    torch.compile(memory.energy, fullgraph=True, backend="aot_eager")(draw(4, 8)).sum().backward()
+    assert memory.values is not None
+    assert memory.values.grad is None
+    assert memory.prototypes.grad is not None

@@ -147,7 +147,7 @@ class Copies:
         return torch.logsumexp(logits + copies.log(), dim=1)[self.row(torch.arange(2 * self.batch))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tau", [0.02, 0.2])
 def test_nt_xent_of_65536_pairs(
     tau: float, dtype: torch.dtype, ends_of_grids: Ends, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +166,7 @@ def test_nt_xent_of_65536_pairs(
         cosines = torch.cosine_similarity(*(view[0].double() for view in rows.views), dim=-1)  # [B]
         all_losses = lse - torch.cat([cosines, cosines]) / tau  # [2B]
         totals = [x.float()[None] for x in (all_losses, lse)]
-        dz, dz_pair, _ = contrast.nt_xent_backward(upstream, *totals, scaled, inverse, None, tau)
+        dz, dz_pair, _ = contrast.nt_xent_backward(upstream, *totals, scaled, inverse, None, tau, features)
     assert cut == ["contrast_forward_kernel", "contrast_backward_kernel"]
 
     def losses_and_slopes(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +197,7 @@ def test_nt_xent_of_2_31_numbers(ends_of_grids: Ends, monkeypatch: pytest.Monkey
     """258 groups: the last rows of the last group get what they get in a group of their own."""
     from anomem.kernels.contrast_backward import JOINED, gradient
     from anomem.kernels.contrast_forward import losses
-    from anomem.kernels.contrast_rows import scaled_rows
+    from anomem.kernels.contrast_rows import Inputs, plan, scaled_rows
 
     batch, features = 32768, 128
     tiles_of(monkeypatch, 32, 8192)
@@ -215,8 +215,9 @@ def test_nt_xent_of_2_31_numbers(ends_of_grids: Ends, monkeypatch: pytest.Monkey
             loss, lse = losses(scaled, scaled, inverse, inverse, None, None, None, 0.2)
             all_losses[-1, -TAIL:], all_lse[-1, -TAIL:] = loss[-1, -TAIL:], lse[-1, -TAIL:]
             upstream[-1, -TAIL:] = 1.0
-            matrices = (scaled, scaled, inverse, inverse)
-            gradient(JOINED, *matrices, all_losses, all_lse, upstream, None, None, None, 0.2, dz, dz_pair, False)
+            rows, cut_up = Inputs(scaled, inverse, (dz, dz_pair)), plan("contrast_backward", scaled)
+            assert cut_up is not None
+            gradient(JOINED, rows, rows, all_losses, all_lse, upstream, None, None, None, 0.2, False, cut_up)
         assert cut == ["contrast_scaled_rows_kernel", "contrast_forward_kernel", "contrast_backward_kernel"]
         return [x[-1, -TAIL:] for x in (loss, lse, scaled, inverse, dz_pair)]
 

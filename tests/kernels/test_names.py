@@ -89,9 +89,9 @@ def test_operators_launch_the_kernels_that_the_table_names() -> None:
         view, columns = empty(groups, 32, d, dtype=dtype), empty(groups, 64, d, dtype=dtype)
         index = empty(32, dtype=torch.int64)
         rows, *kept = call("nt_xent_fwd", view, view, None, 0.2)
-        call("nt_xent_bwd", rows, rows, *kept, None, 0.2)
+        call("nt_xent_bwd", rows, rows, *kept, None, 0.2, d)
         loss, *kept = call("info_nce_fwd", view, columns, index, None, None, 0.2)
-        call("info_nce_bwd", loss, loss, *kept, index, None, None, 0.2)
+        call("info_nce_bwd", loss, loss, *kept, index, None, None, 0.2, d)
     for operator, names in launches.items():
         assert set(names) == set(kernels.OPERATORS[operator].kernels), operator
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +50,15 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             # Exact products: the budget is that of float32. tests/kernels/test_tf32.py tests the rounding.
             for name in ("round_to_tf32", "truncate_to_tf32"):
                 monkeypatch.setattr(f"anomem.kernels.primitives.{name}", lambda x: x)
+    poison_malloc(implementation.name == "native")
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if implementation.allow_tf32 else "ieee"
     yield implementation.name
     torch.backends.cuda.matmul.fp32_precision = before
+    poison_malloc(False)
+
+
+def poison_malloc(on: bool) -> None:
+    """Fill what glibc's malloc gives with NaN: the scratch of the C++ kernels comes from it, not from torch."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-6, 0x100 if on else 0)  # M_PERTURB: its low byte is inverted

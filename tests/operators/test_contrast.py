@@ -79,7 +79,8 @@ class TestNTXent(Contract):
             yield forward, arguments
             outputs = forward(*arguments)
             inputs = (z, z_pair) if impl == "native" else ()
-            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, temperature, 0.2)
+            features = () if impl == "native" else (4,)
+            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, temperature, 0.2, *features)
 
 
 class TestInfoNCE(Contract):
@@ -110,7 +111,8 @@ class TestInfoNCE(Contract):
             yield forward, (rows, columns, *rest)
             outputs = forward(rows, columns, *rest)
             inputs = (rows, columns) if impl == "native" else ()
-            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, *rest)
+            features = () if impl == "native" else (3,)
+            yield backward, (torch.ones_like(outputs[0]), *inputs, *outputs, *rest, *features)
 
 
 TAUS = [0.005, 0.022, 0.023, 0.2, 10.0]

@@ -78,8 +78,8 @@ def test_banks_are_searched_one_by_one(impl: Impl, shared: bool) -> None:
     for bank in range(3):
         alone = nearest(x[0 if shared else bank], banks[bank], k=2, impl=impl)
         torch.testing.assert_close(found.distance[bank], alone.distance)
-        assert torch.equal(found.index[bank], alone.index)
-    assert nearest(x, banks, impl=impl).index.shape == (3, 20)
+        assert torch.equal(found.indices[bank], alone.indices)
+    assert nearest(x, banks, impl=impl).indices.shape == (3, 20)
 
 
 @each(*ALL)
@@ -89,7 +89,7 @@ def test_lowest_of_equal_prototypes(impl: Impl) -> None:
     found = nearest(x, prototypes, k=16, impl=impl)
     exact = torch.cdist(x.double(), prototypes.double()).square().round()
     expected = exact.sort(dim=1, stable=True)
-    assert torch.equal(found.index, expected.indices[:, :16])
+    assert torch.equal(found.indices, expected.indices[:, :16])
     assert torch.equal(found.distance.double(), expected.values[:, :16])
 
 
@@ -110,7 +110,7 @@ def test_a_bad_prototype_is_taken_last(impl: Impl, bad: float) -> None:
     found = nearest(x, prototypes, k=5, impl=impl)
     rest = nearest(x, prototypes[[0, 1, 3, 4]], k=4, impl=impl)
     assert torch.equal(found.distance[:, :4], rest.distance)
-    assert torch.equal(found.index[:, 4], torch.full((20,), 2))
+    assert torch.equal(found.indices[:, 4], torch.full((20,), 2))
     assert not bool(found.distance[:, 4].isfinite().any())
 
 
@@ -123,7 +123,7 @@ def test_a_bad_row_spoils_itself_only(impl: Impl) -> None:
     assert torch.equal(found.distance.isnan().nonzero().flatten(), torch.tensor([7]))
     good = torch.arange(50) != 7
     torch.testing.assert_close(found.distance[good], expected.distance[good])
-    assert int(found.index[7]) == 0
+    assert int(found.indices[7]) == 0
 
 
 @each(NATIVE)

@@ -75,7 +75,6 @@ class TestRead(Contract):
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
                 assert [x.shape for x in operator(*arguments)] == given
 
-
     def test_saved_tensors_may_come_back_in_another_layout(self, impl: Impl) -> None:
         """The gradient is plain PyTorch's, whose products may differ in the last bit."""
         inputs = [*self.inputs(6), *self.parameters()]
@@ -147,7 +146,7 @@ def test_all_prototypes_are_a_retrieval(impl: Impl, dtype: torch.dtype) -> None:
     )
     torch.testing.assert_close((found.out, found.lse, found.entropy), (out, lse, entropy), rtol=1e-5, atol=1e-5)
     assert found.distance is None
-    assert found.index is None
+    assert found.indices is None
     assert found.residual.shape == (2, 5)
 
 
@@ -159,15 +158,15 @@ def test_one_prototype_with_the_bias_of_distances_is_the_nearest(impl: Impl) -> 
     options: dict[str, Any] = {"beta": 2 / tau, "bias": bias, "normalize": "none", "nearest": True, "impl": impl}
     found = read_memory(query, prototypes, top_k=1, **options)
     expected = nearest(query, prototypes, impl="reference")
-    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.distance, expected.distance)
     torch.testing.assert_close(found.residual.square(), expected.distance)
-    torch.testing.assert_close(found.out, prototypes[expected.index])
+    torch.testing.assert_close(found.out, prototypes[expected.indices])
     assert not bool(found.entropy.any())
     soft = read_memory(query, prototypes, **options)
     weights = (torch.cdist(query, prototypes).square() / -tau).softmax(dim=1)
     torch.testing.assert_close(soft.out, weights @ prototypes, rtol=1e-4, atol=1e-4)
-    assert torch.equal(soft.index, expected.index)
+    assert torch.equal(soft.indices, expected.indices)
 
 
 @cases("shared", {one: [(False,), (True,)] for one in ALL})

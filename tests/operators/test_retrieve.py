@@ -471,6 +471,20 @@ def test_weights_at_the_threshold_are_on_one_side_in_both_passes(impl: Impl, dty
     assert float(dquery.abs().max()) < 1e-3
 
 
+@cases("dtype, m", {one: product((F32, BF16, F64), (6, 7, 10, 17, 21)) for one in (REFERENCE, NATIVE)})
+def test_a_differentiable_gradient_keeps_the_weights_that_were_read(impl: Impl, dtype: torch.dtype, m: int) -> None:
+    """Weights at the threshold: uniform ones, and one of a row that is the threshold to the last bit."""
+    (query, prototypes), values = pair(6, m, 24, dtype), draw(m, 3, dtype=dtype, seed=3)
+    weights = R.hopfield_retrieve(query.float(), prototypes.float(), normalize="l2").weights
+    for keys, shrink in ((prototypes[:1].repeat(m, 1), 1 / m), *((prototypes, float(w)) for w in weights.amax(1))):
+        gradients = []
+        for create_graph in (False, True):
+            leaves = [x.clone().requires_grad_() for x in (query, keys, values)]
+            out = hopfield_retrieve(leaves[0], leaves[1], values=leaves[2], shrink=shrink, normalize="l2", impl=impl)
+            gradients.append(torch.autograd.grad(out.sum(), leaves, create_graph=create_graph)[2])
+        torch.testing.assert_close(*gradients)
+
+
 @each(REFERENCE, NATIVE)
 def test_entropy_lies_between_none_and_uniform(impl: Impl) -> None:
     query, prototypes = pair(60, 40, 24)

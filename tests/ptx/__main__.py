@@ -24,7 +24,7 @@ SUBSET = (
     "contrast_forward joined fixed half d64", "contrast_forward rectangle half d99",
     "contrast_backward joined half d64", "contrast_backward rows tf32 d64", "contrast_backward columns half d99",
     "contrast_chunked_weights joined half d504", "contrast_chunked_weights rectangle tf32 d504",
-    "retrieve_chunked_weights tied half d504", "retrieve_chunked_weights separate half d300",
+    "retrieve_chunked_weights tied half d504", "retrieve_chunked_weights separate half d304",
     "retrieve_flash_forward tied half d56", "retrieve_flash_forward separate tf32 d64",
     "retrieve_flash_query_gradient tied half d33", "retrieve_flash_prototype_sums tied half d64",
 )  # fmt: skip

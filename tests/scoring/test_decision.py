@@ -135,7 +135,7 @@ def test_one_normal_calibrates_nothing() -> None:
     assert hold_out(1, 0.01) == ("cross", [])
     nobody = Calibration({"x": torch.zeros(0)}, {"x": torch.zeros(0)}, "cross")
     assert nobody.p_values("x", torch.tensor([-1.0, 1e9])).tolist() == [1.0, 1.0]
-    assert nobody.promise(0.5).startswith("nothing: the only normal image is fitted")
+    assert nobody.promise(0.5).startswith("the only normal image is fitted")
     for ask in (lambda: nobody.anomalous("x", torch.zeros(1), 0.99), lambda: nobody.pixel_threshold("x", 0.99)):
         with pytest.raises(ArgumentError, match="alpha"):
             ask()

@@ -99,17 +99,28 @@ def test_two_images_are_in_units_of_their_distance(alignment: str) -> None:
     assert detector([images]).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
+@pytest.mark.parametrize("alignment", ["per_position", "pooled"])
+def test_identical_images_leave_finite_distances(alignment: str) -> None:
+    """Their variance is zero: whatever differs is far away, and not infinitely far."""
+    image = torch.randn(1, 4, 3)
+    for normal in (image, torch.zeros_like(image)):
+        detector = DeviationDetector([4], [3], alignment)  # type: ignore[arg-type]
+        detector.fit(lambda normal=normal: [[normal.expand(5, -1, -1)]])  # type: ignore[misc]
+        near, far = detector([torch.cat([normal, normal + 100])]).tolist()
+        assert near < 1 < 1e6 < far < 1e15
+
+
 def test_memory_is_bounded_by_fewer_channels() -> None:
     positions, features = [1024, 256], [64, 128]
     numbers = sum(p * d**2 for p, d in zip(positions, features, strict=True))
-    kept = kept_features(positions, features, 1)
+    kept = kept_features(positions, features, 3)
     assert sum(p * k**2 for p, k in zip(positions, kept, strict=True)) <= 2**18 < numbers
-    assert kept_features(positions, features, 1024) == features
-    detector = DeviationDetector(positions, features, "per_position", megabytes=1)
+    assert kept_features(positions, features, 3072) == features
+    detector = DeviationDetector(positions, features, "per_position", megabytes=3)
     assert sum(buffer.numel() for name, buffer in detector.named_buffers() if "whitening" in name) <= 2**18
     state = detector.state_dict()
     assert state["projection0"].shape == (64, kept[0])
-    again = DeviationDetector(positions, features, "per_position", megabytes=1).state_dict()
+    again = DeviationDetector(positions, features, "per_position", megabytes=3).state_dict()
     assert torch.equal(state["projection1"], again["projection1"])
 
 

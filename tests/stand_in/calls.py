@@ -65,6 +65,21 @@ def deviation_map(feature_map: Tensor, prototypes: Tensor) -> Tensor:
     return AF.deviation_map(feature_map, prototypes, impl="native")
 
 
+def read(query: Tensor, prototypes: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    found = AF.read_memory(query, prototypes, bias=bias.float(), top_k=3, nearest=True, impl="triton")
+    return found.out, found.residual, found.cosine, found.entropy, found.lse
+
+
+@torch.no_grad()
+def nearest(x: Tensor, prototypes: Tensor) -> Tensor:
+    return AF.nearest(x, prototypes, k=3, impl="triton").distance
+
+
+@torch.no_grad()
+def k_center(x: Tensor) -> Tensor:
+    return AF.k_center(x, 3, impl="triton")
+
+
 # The retrieval's schemes by Triton are flash, resident scores and, where the library multiplies matrices, chunks.
 TRITON: dict[str, tuple[Callable[..., Any], Shapes]] = {
     "retrieve": (retrieve("triton"), [(300, 64), (40, 64)]),
@@ -72,6 +87,9 @@ TRITON: dict[str, tuple[Callable[..., Any], Shapes]] = {
     "retrieve d=256": (retrieve("triton"), [(300, 256), (40, 256)]),
     "retrieve d=512": (retrieve("triton"), [(300, 512), (200, 512)]),
     "retrieve d=1024": (retrieve("triton"), [(300, 1024), (2000, 1024)]),
+    "read": (read, [(300, 64), (40, 64), (40,)]),
+    "nearest": (nearest, [(300, 64), (40, 64)]),
+    "k_center": (k_center, [(300, 64)]),
     "nt_xent": (nt_xent, [(4, 65, 100), (4, 65, 100)]),
     "nt_xent learned": (nt_xent, [(4, 65, 100), (4, 65, 100), ()]),
     "info_nce": (info_nce, [(65, 100), (90, 100)]),

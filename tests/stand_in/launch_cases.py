@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.backends.nvidia.driver import CudaLauncher
 
 from anomem import functional as AF
 from anomem import nn as ann
@@ -46,6 +47,34 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
         with recorded() as replayed:
             graph.replay()
         assert work_of(replayed, "replayed") == work
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRITON)
+def test_a_bound_launch_passes_what_triton_passes(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`launch_kernel` of `anomem.kernels` runs a kernel that Triton found before with Triton's arguments."""
+    from anomem.kernels import primitives
+
+    launch, passed = CudaLauncher.__call__, []
+
+    def record(self: Any, *arguments: Any) -> Any:
+        grid, function, rest = arguments[:3], arguments[4], arguments[9:]
+        shown = [(x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in rest]
+        passed.append((grid, function, shown))
+        return launch(self, *arguments)
+
+    call = Call(*TRITON[name], dtype)
+    call()
+    monkeypatch.setattr(CudaLauncher, "__call__", record)
+    call()
+    bound = passed.copy()
+    passed.clear()
+    monkeypatch.setattr(primitives, "_bound", {})
+    call()
+    assert bound
+    assert bound == passed
 
 
 @pytest.mark.parametrize("rows", [304, 303], ids=["a multiple of 16", "odd"])

@@ -50,7 +50,7 @@ def config_of(parallel: str = "ddp", **changes: Any) -> TrainConfig:
         run=RunConfig(
             device="cpu",
             precision="float32",
-            memory_format="contiguous",
+            memory_format="channels_last",
             parallel=parallel,
             log_every=1,  # type: ignore[arg-type]
         ),

@@ -9,7 +9,7 @@ import torch
 
 from anomem.data import ResidentImages, load_task
 from anomem.train import preset, train_task
-from anomem.train.balance import ChosenImages, balanced, few_labels
+from anomem.train.balance import balanced, few_labels
 from anomem.train.run import model_for
 
 
@@ -39,12 +39,6 @@ def test_one_kind_is_left_as_it_is() -> None:
     images = numbered(3)
     for flags in (None, torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)):
         assert balanced(images, flags) == (images, flags)
-
-
-def test_rows_may_be_repeated() -> None:
-    batch, index = next(iter(ChosenImages(numbered(4), torch.tensor([3, 3, 1])).batches(torch.tensor([2, 0, 1]), 3)))
-    assert batch[:, 0, 0, 0].tolist() == [1, 3, 3]
-    assert index.tolist() == [2, 0, 1]
 
 
 def test_few_labels_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def test_few_shot(count: int) -> None:
     if count == 1:
         assert bad.verdicts is None
         assert bool((bad.p_values == 1).all())
-        assert calibration.promise(0.5).startswith("nothing")
+        assert calibration.promise(0.5).startswith("the only normal image")
     else:
         assert bad.verdicts is not None
         assert bool(bad.verdicts.all())

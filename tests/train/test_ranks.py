@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from anomem.data import load_task
+from anomem.cli import main
+from anomem.data import ResidentImages, load_task
 from anomem.errors import UserError
-from anomem.train import TrainConfig, load_scorer, model_for, resume, train
+from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, resume, train
+from anomem.train.batches import training_batches
 from anomem.train.checkpoint import load_checkpoint
 from anomem.train.config import to_dict
 from anomem.train.ranks import Ranks, joined
 from anomem.train.rows import Rows, blocks, seed_of, shares
 from anomem.train.rundir import RunDirectory
+from anomem.train.steps import Shares
 from tests.processes import in_processes
 from tests.train import jobs
 
@@ -26,8 +29,8 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_many_processes_train_the_weights_of_one(count: int, tmp_path: Path) -> None:
+def test_many_processes_train_the_weights_of_one(tmp_path: Path) -> None:
+    count = 3
     for number, case in enumerate(CASES):
         torch.save(jobs.trained(jobs.config_of(**case)), tmp_path / f"case{number}.pt")
     in_processes(count, jobs.same_weights, str(tmp_path), CASES)
@@ -106,3 +109,30 @@ def test_shares_are_contiguous_and_complete() -> None:
     assert sorted(second.sources()) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]  # those of all outliers, one block
     assert blocks(range(60, 130)) == [(0, range(60, 64)), (1, range(64)), (2, range(2))]
     assert len({seed_of(purpose, 0, step) for purpose in range(4) for step in range(100)}) == 400
+
+
+@pytest.mark.parametrize(("batch", "ratio", "micro"), [(70, 2.0, 9), (130, 0.9, 20), (11, 0.4, None)])
+def test_every_row_gets_its_image(batch: int, ratio: float, micro: int | None) -> None:
+    pixels = torch.arange(batch + 5).to(torch.uint8).view(-1, 1, 1, 1)
+    images = ResidentImages(pixels)
+    order = next(training_batches(images, batch, 0, 0, 1)).indices
+    config = OptimizerConfig(batch_size=batch, accumulate=2, micro_batch=micro)
+    seen = []
+    for rank in range(3):
+        chunks = Shares(len(images), config, ratio, Ranks(rank, 3))
+        given = next(training_batches(images, batch, 0, 0, 1, chunks.places))
+        for rows in (rows for part in chunks.parts for rows in part):
+            expected = order[rows.images.start : rows.images.stop]
+            assert torch.equal(given.indices_at(rows.images), expected)
+            assert torch.equal(given.at(rows.images).flatten(), expected.to(torch.uint8))
+            for block in rows.outlier_blocks():
+                sources = torch.cat(given.runs([j % batch for j in block])).flatten()
+                assert torch.equal(sources, order[[j % batch for j in block]].to(torch.uint8))
+            seen += [*rows.pieces[0], *rows.pieces[1]]
+    assert sorted(seen) == list(range(batch + round(ratio * batch)))
+
+
+def test_a_fit_is_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["fit", "."]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_memories_are_not_decayed() -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "argument"),
     [
-        (OptimizerConfig, {"steps": 0}, "optimizer.steps"),
+        (OptimizerConfig, {"steps": -1}, "optimizer.steps"),
         (OptimizerConfig, {"batch_size": 1}, "optimizer.batch_size"),
         (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate"),
         (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum"),

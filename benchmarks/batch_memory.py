@@ -1,0 +1,84 @@
+"""`python -m benchmarks.batch_memory`: peak memory of a training step over batches, at once and by gradient caching."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from anomem.data import ResidentImages
+from anomem.models import build_model
+from anomem.train.batches import training_batches
+from anomem.train.execution import arrange, settled
+from anomem.train.network import Network
+from anomem.train.ranks import ONE
+from anomem.train.steps import Stage1Step
+from benchmarks.harness import rows
+from benchmarks.harness.console import say
+from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.rows import Step
+from benchmarks.profile_training import MEAN, STD, config_of, random_images
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which batches."""
+
+    batches: tuple[int, ...] = (128, 512, 2048)
+    """B."""
+    micro_batch: int = 128
+    """Images encoded at once by gradient caching."""
+    at_once: int = 512
+    """Largest batch that is also encoded at once."""
+    side: int = 32
+    """Pixels of an image's side."""
+    json: Path = rows.RESULTS / "cpu-batches.jsonl"
+    """File of rows."""
+
+
+def main(options: Options) -> int:
+    """Measure the small encoder on the CPU."""
+    title = f"Stage 1, small, {options.side}×{options.side} pixels, micro-batches of {options.micro_batch}"
+    found = []
+    for batch in options.batches:
+        for micro in (None, options.micro_batch):
+            if micro is None and batch > options.at_once:
+                continue
+            config = config_of("small", "native", batch, "cpu")
+            config = replace(config, optimizer=replace(config.optimizer, micro_batch=micro))
+            config = settled(config, torch.device("cpu"))
+            images = ResidentImages(random_images(batch, options.side))
+            model = build_model(config.model, images.size, images.channels, MEAN, STD).train()
+            arrange(model, config.run)
+            step = Stage1Step(model, Network(model, ONE), images, None, config, ONE)
+            (given,) = training_batches(images, batch, 0, 0, 1, step.shares.places)
+            step(given)
+            began, clock = time.process_time(), time.perf_counter()
+            step(given)
+            processor, seconds = time.process_time() - began, time.perf_counter() - clock
+            peak = peak_bytes(lambda step=step, given=given: step(given), "cpu")
+            name = f"{'at once' if micro is None else 'gradient caching'}, B = {batch}"
+            say(f"{name}: {peak / 2**20:.1f} MiB, {processor:.2f} s of processor time")
+            found.append(
+                Step(
+                    pipeline=name,
+                    title=title,
+                    config={"batch": batch, "micro_batch": micro, "precision": config.run.precision},
+                    about=rows.about("cpu"),
+                    seconds_per_step=seconds,
+                    milliseconds={},
+                    peak_bytes=peak,
+                    images_per_second=batch / seconds,
+                    cpu_seconds_per_step=processor,
+                )
+            )
+    rows.write(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

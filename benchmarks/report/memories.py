@@ -1,0 +1,47 @@
+"""Table of filling and reading memories in docs/PERFORMANCE.md, from benchmarks/results/memories.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import rows
+from benchmarks.memories import ROWS, MemoryRow
+
+MISSING = "Not measured yet."
+RIVALS = ("PyTorch", "cdist", "faiss", "scikit-learn")
+WORDS = {
+    "nearest": "`nearest`",
+    "read": "`read_memory`, 8 nearest",
+    "read all": "`read_memory`, all",
+    "kmeans": "k-means, 20 iterations",
+    "coreset": "greedy k-center",
+}
+
+
+def memories(results: Path) -> str:
+    """Case × implementation -> milliseconds, and how many times as long the fastest rival takes."""
+    latest = {row.key: row for row in rows.read(results / ROWS, MemoryRow)}
+    if not latest:
+        return MISSING
+    lines = [
+        f"| | N, M, d | native, ms | {' | '.join(RIVALS)} | fastest rival |",
+        "|---|---|--:|" + "--:|" * (len(RIVALS) + 1),
+    ]
+    for case in dict.fromkeys((r.what, r.rows, r.prototypes, r.features, r.k) for r in latest.values()):
+        found = {name: latest.get((*case, name)) for name in ("native", *RIVALS)}
+        times = {name: row.milliseconds["p50"] for name, row in found.items() if row is not None}
+        rivals = [time for name, time in times.items() if name != "native"]
+        cells = [f"{times[name]:.3g}" if name in times else "–" for name in ("native", *RIVALS)]
+        sizes = ", ".join(f"{n:,}" for n in case[1:4])
+        ahead = f"{min(rivals) / times['native']:.2f}×" if rivals and "native" in times else "–"
+        lines.append(f"| {WORDS[case[0]]} | {sizes} | {' | '.join(cells)} | {ahead} |")
+    about = next(reversed(latest.values()))
+    libraries = {(r.implementation, r.library) for r in latest.values() if r.implementation in RIVALS[2:]}
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(libraries))
+    scaled = "Rivals of greedy k-center were timed for 100 centres and scaled: their time is linear in the centres."
+    lines += ["", f"{about.processor}, CPU time of {about.threads} thread, torch {about.torch}, {versions}. {scaled}"]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"memories": memories}

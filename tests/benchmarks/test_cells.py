@@ -1,0 +1,41 @@
+"""Committed rows of solar cells keep what was promised, and the tables say when they do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.accuracy.cells import ROWS, SEEDS, CellRow
+from benchmarks.harness import rows
+from benchmarks.harness.rows import RESULTS
+from benchmarks.report.cells import GOALS, band, goals, read
+
+
+def test_false_alarms_over_splits_are_within_the_binomial_band() -> None:
+    found = [row for row in read(RESULTS) if row.splits is not None]
+    assert {(row.kind, row.alpha) for row in found} == {(k, a) for k in ("mono", "poly") for a in (0.01, 0.05)}
+    for row in found:
+        assert row.splits is not None
+        assert row.splits >= 100
+        low, high = band(row)
+        assert row.false_alarms is not None
+        assert low <= row.false_alarms <= high, (row.kind, row.alpha)
+        assert row.alpha is not None
+        assert 2.5 * row.alpha > high, "a rate that is far off would be seen"
+
+
+def test_every_aim_is_measured_on_every_split() -> None:
+    found = read(RESULTS)
+    for kind, setting, score, _ in GOALS:
+        seeds = [r.seed for r in found if (r.kind, r.setting, r.score) == (kind, setting, score)]
+        assert tuple(seeds) == SEEDS, (kind, setting, score)
+    assert not any(row.dirty for row in found)
+
+
+def test_an_aim_that_is_missed_is_called_so(tmp_path: Path) -> None:
+    (first, *_) = GOALS
+    (row,) = [r for r in read(RESULTS) if (r.kind, r.setting, r.score, r.seed) == (*first[:3], 0)]
+    for auroc, reached in ((first.aim, "yes"), (first.aim - 1e-6, "no")):
+        rows.append(tmp_path / ROWS, replace(row, auroc=auroc))  # the last row counts
+        assert isinstance(row, CellRow)
+        assert goals(tmp_path).splitlines()[-1].endswith(f"| {reached} |")
