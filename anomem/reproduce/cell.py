@@ -18,6 +18,7 @@ from anomem.models import AnoMem
 from anomem.reproduce.protocol import FOLDERS, Scale, base_config, scaled, scaled_task, write_split
 from anomem.scoring import Scorer
 from anomem.train import RunDirectory, TrainConfig, model_for, train_stage1, train_task
+from anomem.train.execution import settled
 from anomem.train.run import device_of
 
 
@@ -163,5 +164,6 @@ def run_cell(cell: Cell, setting: Setting, sweep: Path, device: str = "auto") ->
         "seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - busy, 2),
         "device": str(device_of(config.run)),
+        "precision": settled(config, device_of(config.run)).run.precision,
         "threads": torch.get_num_threads(),
     }

@@ -275,8 +275,11 @@ def commit() -> str:
             return ""
         return found.stdout.strip()
 
-    head = git("rev-parse", "--short=12", "HEAD") or f"version {anomem.__version__}"
-    if head.startswith("version") or git("status", "--porcelain", "--", "."):
+    # A package that lies in another project's checkout is not of its commit.
+    head = git("rev-parse", "--short=12", "HEAD") if git("ls-files", "__init__.py") else ""
+    changed = not head or git("status", "--porcelain", "--", ".", "../kernels", "../csrc")
+    head = head or f"version {anomem.__version__}"
+    if changed:
         digest = hashlib.sha256()
         for path in sorted(package.rglob("*.py")):
             digest.update(path.read_bytes())

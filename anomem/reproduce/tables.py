@@ -102,13 +102,14 @@ def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned
     scale = ", ".join(f"{name} {value}" for name, value in header["scale"].items() if value is not None)
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
     threads = ", ".join(str(t) for t in sorted({row["threads"] for row in rows}))
+    precision = ", ".join(sorted({row.get("precision", "float32") for row in rows}))  # the first sweeps knew no other
     images = sorted({row["train_images"] for row in rows})
     lines = [
         f"`{header['command']}`",
         "",
-        f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {threads} thread(s) a cell. "
-        f"{len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to "
-        f"{images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
+        f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {precision}, "
+        f"{threads} thread(s) a cell. {len(rows)} cells, {minutes:.1f} CPU minutes; seeds "
+        f"{', '.join(map(str, seeds))}; {images[0]} to {images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
     ]
     if planned is not None and len(rows) < planned:
         lines += ["", f"**Not complete: {len(rows)} of {planned} cells.** The same command goes on."]
