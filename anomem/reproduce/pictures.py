@@ -62,13 +62,14 @@ def _margins(experiment: Experiment, values: Values, path: Path) -> None:
     with figure(path, 6.4, 4.0) as fig:
         axes = fig.subplots()
         colours = shades(len(experiment.settings))
-        for setting, colour, marker in zip(experiment.settings, colours, MARKERS, strict=False):
+        for i, (setting, colour, marker) in enumerate(zip(experiment.settings, colours, MARKERS, strict=False)):
             found = {name: values.by_seed(setting, name) for name in (*margins, "adaptive")}
             if not found["adaptive"]:
                 continue
             means = [statistics.mean(found[name]) for name in margins]
             spreads = [statistics.stdev(found[name]) if len(found[name]) > 1 else 0.0 for name in margins]
-            axes.errorbar(range(len(margins)), means, spreads, color=colour, marker=marker, capsize=3, label=setting)
+            places = [place + 0.06 * (i - 1) for place in range(len(margins))]  # the bars lie beside each other
+            axes.errorbar(places, means, spreads, color=colour, marker=marker, capsize=3, label=setting)
             axes.axhline(statistics.mean(found["adaptive"]), color=colour, linestyle=(0, (4, 2)), linewidth=1.0)
         axes.set_xticks(range(len(margins)), [name.removeprefix("M = ") for name in margins])
         axes.set_xlabel("M; dashed: adapted while training")

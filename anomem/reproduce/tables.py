@@ -107,9 +107,9 @@ def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned
     lines = [
         f"`{header['command']}`",
         "",
-        f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {precision}, "
-        f"{threads} thread(s) a cell. {len(rows)} cells, {minutes:.1f} CPU minutes; seeds "
-        f"{', '.join(map(str, seeds))}; {images[0]} to {images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
+        f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {precision}, {threads} thread(s) "
+        f"a cell. {len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to "
+        f"{images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
     ]
     if planned is not None and len(rows) < planned:
         lines += ["", f"**Not complete: {len(rows)} of {planned} cells.** The same command goes on."]

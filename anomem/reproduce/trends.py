@@ -154,20 +154,27 @@ def best_margin(margins: Sequence[str], expected: str = "M = 2") -> Callable[[Va
 
     def sentences(values: Values) -> list[str]:
         found = []
-        for setting in dict.fromkeys(row["setting"] for row in values.rows):
-            fixed = values.of(setting, expected)
+        ratios = tuple(dict.fromkeys(row["setting"] for row in values.rows))
+        for settings in [(ratio,) for ratio in ratios] + ([ratios] if len(ratios) > 1 else []):
+            fixed = _joined(values, settings, expected)
             groups: dict[int | None, list[str]] = {}
             for name in (*margins, "adaptive"):
-                gap = difference(fixed, values.of(setting, name))
+                gap = difference(fixed, _joined(values, settings, name))
                 if name != expected and gap.pairs:
                     groups.setdefault(gap.verdict, []).append(f"{name} ({gap})")
             relations = {1: "is above", 0: "is not told apart from", -1: "is below", None: "too few cells against"}
             parts = [f"{relations[v]} {', '.join(groups[v])}" for v in relations if v in groups]
             if parts:
-                found.append(f"{setting}: {expected} {'; '.join(parts)}. The paper takes {expected}.")
+                which = settings[0] if len(settings) == 1 else "All ratios together"
+                found.append(f"{which}: {expected} {'; '.join(parts)}. The paper takes {expected}.")
         return found
 
     return sentences
+
+
+def _joined(values: Values, settings: Sequence[str], score: str) -> dict[tuple[str, str, int], float]:
+    """(setting, class, seed) -> AUROC of a score in several settings."""
+    return {(name, *key): x for name in settings for key, x in values.of(name, score).items()}
 
 
 def near_prototypes(values: Values) -> list[str]:
