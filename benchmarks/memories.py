@@ -40,6 +40,8 @@ ITERATIONS = 20
 """Of k-means."""
 CENTRES = 100
 """What is linear in the number of centres is timed for so many and scaled up."""
+EXCHANGED = 1e-3
+"""Part of a result's rows that may differ."""
 LIBRARIES = {"faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -160,9 +162,12 @@ def wrong(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], limit: float) ->
         if one.shape != truth.shape:
             return f"result {i} has shape {tuple(one.shape)}"
         unit = float(truth.abs().max())
-        error = float((one.double() - truth).abs().max())
-        if not error <= limit * unit:
-            return f"result {i} errs by {error:.3g} of {unit:.3g}"
+        errors = (one.double() - truth).abs().flatten(1 if truth.dim() > 1 else 0)
+        errors = errors.amax(dim=1) if truth.dim() > 1 else errors  # of each row
+        # Rounding may exchange the last of the k nearest with the next one.
+        differ = float((~(errors <= limit * unit)).double().mean())
+        if differ > EXCHANGED:
+            return f"result {i} errs in {differ:.2%} of its rows, by up to {float(errors.max()):.3g} of {unit:.3g}"
     return None
 
 

@@ -30,13 +30,16 @@ DISTURBED = 0.1
 class Options:
     """What is measured, and for how long."""
 
-    suite: Literal["smoke", "kernels", "grid", "training", "scaling"] = "kernels"
-    """smoke: every operator, small; kernels: every operator at its sizes in training; grid: retrieval and contrast over
-    a grid of sizes, with torch.compile; training: the loss of each scale; scaling: sweeps."""
+    suite: Literal["smoke", "kernels", "grid", "training", "scaling", "small"] = "kernels"
+    """smoke: every operator, small; small: eight queries a call; kernels: every operator at its sizes in training;
+    grid: retrieval and contrast over a grid of sizes, with torch.compile; training: the loss of each scale; scaling:
+    sweeps."""
     device: Literal["cpu", "cuda"] | None = None
     """A GPU if there is one, when not given."""
     filter: str = ""
     """Only cases whose title contains this."""
+    only: tuple[str, ...] = ()
+    """Names of the implementations to measure; all when not given."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-<suite>.jsonl when not given, none for smoke."""
     resume: bool = True
@@ -82,7 +85,7 @@ def main(options: Options) -> int:
         except ValueError as error:
             say(f"--base: {error}")
             return 2
-        runner = Runner(chosen, device, bounds, base, known)
+        runner = Runner(chosen, device, bounds, base, known, options.only)
         with Bar(len(cases)) as bar:
             for case in cases:
                 for row in runner.run(case, bar.note):

@@ -67,6 +67,23 @@ def smoke(device: str) -> Suite:
     return Suite("smoke", cases, seconds=0.1, compiled_groups=())
 
 
+def small(device: str) -> Suite:
+    """Calls of eight queries or pairs: what an operator costs beside its arithmetic."""
+    shapes: dict[str, dict[str, int]] = {
+        "retrieve": {"N": 8, "M": 64, "d": 128, "B": 8},
+        "nt_xent": {"G": 1, "B": 8, "d": 128},
+        "info_nce": {"R": 8, "C": 8, "d": 128},
+        "variance": {"G": 1, "B": 8, "d": 128},
+        "usage": {"N": 8, "M": 64, "d": 128},
+    }
+    cases = [
+        case(operator, **shape, training=training, group="small")
+        for operator, shape in shapes.items()
+        for training in ((False,) if operator == "usage" else (False, True))
+    ]
+    return Suite("small", tuple(cases), seconds=0.05, most_repeats=400, compiled_groups=())
+
+
 def kernels(device: str) -> Suite:
     """Each operator at the sizes of training AnoMem on CIFAR, and at the larger sizes that its kernel is made for."""
     batch = 1024 if device == "cuda" else 128
@@ -211,6 +228,7 @@ def positions(side: int) -> int:
 
 SUITES: dict[str, Callable[[str], Suite]] = {
     "smoke": smoke,
+    "small": small,
     "kernels": kernels,
     "grid": grid,
     "training": training,

@@ -452,7 +452,7 @@ def chunks(x: Tensor, columns: int) -> Iterator[Chunk]:
     """
     groups, rows, _ = x.shape
     row_bytes = max(columns, 1) * x.dtype.itemsize
-    limit = scratch_bytes(x)
+    limit = scratch_bytes(x.device)
     if groups > 0 and rows * row_bytes <= limit:
         step = max(1, limit // max(rows * row_bytes, 1))
         for first in range(0, groups, step):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.primitives import block_of, cdiv, device_of, load_slice, next_power_of_2, score_scale
+from anomem.kernels.primitives import block_of, cdiv, device_of, launch_kernel, load_slice, next_power_of_2, score_scale
 from anomem.kernels.retrieve_chunked import block_of_scores, chunks, product, scratch_offsets
 
 MOST_BLOCKS = 1024
@@ -158,7 +158,7 @@ def nearest(x: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for bank, of_bank in enumerate(prototypes):
         rows = x[bank if x.shape[0] > 1 else 0]
         offset = of_bank.float().square().sum(dim=1) / -2
-        for chunk in chunks(x.shape[1], of_bank.shape[0], x.shape[2], x.dtype):
+        for chunk in chunks(x.shape[1], of_bank.shape[0], x.shape[2], x.dtype, x.device):
             part = rows[chunk]
             select(
                 product(part, of_bank.mT), offset, None, 1.0, part, of_bank,
@@ -202,7 +202,7 @@ def select(
     value = scores.new_empty(count, k) if value is None else value
     width = x.shape[1]
     with device_of(x):
-        nearest_select_kernel[(cdiv(count, block_n),)](
+        launch_kernel(nearest_select_kernel, (cdiv(count, block_n),),
             scores, offset, beta, x, prototypes, value, index, distance,
             count, prototypes_count, x.stride(0), scale, k,
             D=width, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_D=min(block_of(width), max(2048 // block_n, 16)),
@@ -232,7 +232,7 @@ def k_center(x: Tensor, count: int, first: int) -> Tensor:
     chosen = x.new_empty(count, dtype=torch.int64)
     with device_of(x):
         for step in range(count):
-            nearest_center_kernel[(blocks,)](
+            launch_kernel(nearest_center_kernel, (blocks,),
                 x, distance, before, before_index, chosen, rows, x.stride(0), step, first, span,
                 D=width, BLOCKS=padded, BLOCK_N=block_n, BLOCK_D=block_d,
             )  # fmt: skip

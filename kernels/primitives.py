@@ -229,11 +229,11 @@ def load_normaliser(normaliser, queries, N):
 SCRATCH_BYTES = 256 * 2**20
 
 
-def scratch_bytes(tensor: Tensor) -> int:
-    """Bytes of scores that a chunk on the tensor's GPU may take."""
-    if not tensor.is_cuda:
+def scratch_bytes(device: torch.device) -> int:
+    """Bytes of scores that a chunk on a device may take."""
+    if device.type != "cuda":
         return SCRATCH_BYTES
-    return min(SCRATCH_BYTES, torch.cuda.get_device_properties(tensor.device).total_memory // 32)
+    return min(SCRATCH_BYTES, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
 def library_product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from anomem.kernels import rows
 from anomem.kernels.nearest import memory_scores, select
-from anomem.kernels.primitives import LOG2E, block_of, cdiv, device_of, finite_shift, load_rows, score_scale, store_rows
+from anomem.kernels.primitives import (
+    LOG2E,
+    block_of,
+    cdiv,
+    device_of,
+    finite_shift,
+    launch_kernel,
+    load_rows,
+    score_scale,
+    store_rows,
+)
 from anomem.kernels.retrieve_chunked import block_of_scores, chunks, product, scratch_offsets
 
 
@@ -154,7 +164,7 @@ def _read_bank(
     lengths = keys.square().sum(dim=1) / -2 if nearest else None
     block_n, block_m = block_of_scores(prototypes)
     block = rows.rows_per_block(width)
-    for chunk in chunks(count, prototypes, width, torch.float32):
+    for chunk in chunks(count, prototypes, width, torch.float32, query.device):
         unit = rows.normalized(query[chunk].float(), normalize)  # [R, d] float32
         scores = product(unit, keys.mT)  # [R, M]
         length = scores.shape[0]
@@ -167,11 +177,11 @@ def _read_bank(
             least, least_index = largest[:, -1].contiguous(), places[:, -1].contiguous()
         total = scores.new_empty(length)
         with device_of(query):
-            read_softmax_kernel[(cdiv(length, block_n),)](
+            launch_kernel(read_softmax_kernel, (cdiv(length, block_n),),
                 scores, bias, beta, least, least_index, total, entropy[chunk], lse[chunk],
                 length, prototypes, scale, block_n, block_m,
             )  # fmt: skip
-            read_finish_kernel[(cdiv(length, block),)](
+            launch_kernel(read_finish_kernel, (cdiv(length, block),),
                 unit, torch.mm(scores, keys), total, out[chunk], residual[chunk], cosine[chunk],
                 length, deviation, width, block, block_of(width),
             )  # fmt: skip

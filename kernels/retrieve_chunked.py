@@ -219,7 +219,7 @@ def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
     out = query.new_empty(count, values.shape[1])
     lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
     block_n, block_m = block_of_scores(prototypes)
-    for chunk in chunks(query, prototypes):
+    for chunk in chunks(count, prototypes, query.shape[1], query.dtype, query.device):
         scores = product(rows.normalized(query[chunk], normalize), keys.mT)  # [R, M] float32
         weights = scores if query.dtype == torch.float32 else scores.new_empty(scores.shape, dtype=query.dtype)
         with device_of(query):
@@ -251,7 +251,7 @@ def backward(
     dquery = query.new_empty(count, d)
     parts = spans(memory.keys.shape[0], d, query)
     key_sums = value_sums = None
-    for chunk in chunks(query, memory.keys.shape[0]):
+    for chunk in chunks(count, memory.keys.shape[0], d, query.dtype, query.device):
         unit, slope = whole_vectors(rows.normalized(query[chunk], normalize)), whole_vectors(dout[chunk])
         weights, dscores = weights_of(chunk, unit, slope)
         gradient = weights_of.unit_gradient(chunk, dscores)[None, :, :d].contiguous()
@@ -366,18 +366,20 @@ class Tiles:
 Weights = Softmaxes | Tiles
 
 
-def chunks(query: Tensor, prototypes: int) -> Iterator[slice]:
+def chunks(count: int, prototypes: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
     """Slices of the queries, in order, whose scratch takes about SCRATCH_BYTES and whose rows at most ROW_BYTES.
 
     Args:
-        query: [N, d].
+        count: N.
         prototypes: M.
+        width: d.
+        dtype: of the queries.
+        device: of the queries.
     """
-    count, width = query.shape
     # float32 has S and dP, which become P and dS. 16 bits have P and dS, and S and P in the forward.
-    scratch_per_query = prototypes * (8 if query.dtype == torch.float32 else 6)  # bytes
-    row_bytes = width * (4 + query.dtype.itemsize)
-    size = max(1, min(scratch_bytes(query) // scratch_per_query, ROW_BYTES // row_bytes) // 128) * 128
+    scratch_per_query = prototypes * (8 if dtype == torch.float32 else 6)  # bytes
+    row_bytes = width * (4 + dtype.itemsize)
+    size = max(1, min(scratch_bytes(device) // scratch_per_query, ROW_BYTES // row_bytes) // 128) * 128
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 

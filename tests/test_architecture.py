@@ -44,16 +44,18 @@ ALLOWED: dict[str, set[str]] = {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
+    "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "report": {
         "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
     },
+    "drift": {"errors", "validation"},
     "reproduce": {
         "__init__", "augment", "data", "errors", "evaluate", "files", "models", "plots", "reference", "scoring",
         "train", "validation",
     },
     "cli": {
-        "__init__", "augment", "backends", "data", "env", "errors", "evaluate", "export", "files", "functional",
-        "models", "nn", "plots", "reference", "report", "reproduce", "scoring", "train", "validation",
+        "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files",
+        "functional", "models", "nn", "plots", "reference", "report", "reproduce", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",
@@ -67,7 +69,7 @@ LAZY = {
     "sklearn", "skimage", "matplotlib", "tensorboard", "triton", "PIL", "scipy", "onnx", "onnxscript", "onnxruntime",
     "openvino", "jinja2", "pyod", "anomalib",
 }  # fmt: skip
-LAZY_EXCEPTIONS = {"triton": {"kernels"}, "matplotlib": {"plots"}}
+LAZY_EXCEPTIONS = {"sklearn": {"sklearn"}, "triton": {"kernels"}, "matplotlib": {"plots"}}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -160,7 +162,8 @@ FLOORS = [
         set(WORDS),
         {
             "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
-            "kernels", "memory", "operands", "panels", "parallel", "product", "rows", "simd", "softmax", "types",
+            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "rows", "simd",
+            "softmax", "types",
         },
     ),
     Floor(

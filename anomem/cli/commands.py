@@ -11,8 +11,9 @@ import re
 import stat
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anomem.cli import outputs
 from anomem.errors import ArgumentError, UserError
 from anomem.files import Guard, make_folder, printable, write_atomically
 from anomem.train.config import FitConfig, Preset, TrainConfig, preset
@@ -82,6 +84,10 @@ class Evaluate:
     """Fit kNN, one-class SVM, LOF and isolation forest on raw pixels."""
     overwrite: bool = False
     """Replace files of the run directory that anomem did not write."""
+    device: str | None = None
+    """In place of the run's: cpu, cuda or cuda:N."""
+    root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
+    """Folder of the run's images where they have moved."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,22 @@ class Score:
     scored and the files of the run are never replaced."""
     max_megapixels: int | None = None
     """Refuse larger images, in millions of pixels; data.max_megapixels of the run when not given."""
+    recursive: bool = False
+    """Take the images in folders of the given folders too."""
+    overlays: bool = False
+    """With --maps: also a PNG of each image with its map laid over it."""
+    masks: bool = False
+    """With --maps: also a PNG of the anomalous pixels, white; of a fitted run, at the threshold of its alpha."""
+    sheet: Path | None = None
+    """Write a PNG with the 36 most anomalous images and their scores."""
+    json: bool = False
+    """Print one JSON object a line instead of tabs."""
+    watch: bool = False
+    """Go on with the images that arrive in the given folders, until it is interrupted; says when the stream drifts."""
+    device: str | None = None
+    """In place of the run's: cpu, cuda or cuda:N."""
+    root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
+    """Folder of the run's images where they have moved; nothing is written into it."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,10 @@ class Plot:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    device: str | None = None
+    """In place of the run's: cpu, cuda or cuda:N."""
+    root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
+    """Folder of the run's images where they have moved."""
     overwrite: bool = False
     """Replace figures that anomem did not write."""
 
@@ -180,7 +206,7 @@ def _evaluate_fitted(command: Evaluate) -> None:
 
     if command.controls:
         raise UserError(f"`--controls`: {command.run} was not trained, so that it has no controls of a training")
-    run, config, task, detector = load_fitted_run(command.run)
+    run, config, task, detector = load_fitted_run(command.run, device=command.device, root=command.root)
     _guard_results(run, command.overwrite)
     found = detector.over(task.test, maps=task.test_masks is not None)
     _write_rows(run.scores_file, _score_rows(task, {**found.scores, "p_value": found.p_values}))
@@ -205,7 +231,7 @@ def _evaluate_trained(command: Evaluate) -> None:
 
     if command.baselines:
         require_packages()
-    run, config, task, scorer = load_run(command.run)
+    run, config, task, scorer = load_run(command.run, device=command.device, root=command.root)
     _guard_results(run, command.overwrite)
     scored = score_images(scorer, task.test)
     _write_rows(run.scores_file, _score_rows(task, scored.scores))
@@ -299,12 +325,14 @@ def score(command: Score) -> int:
     from anomem.train.run import device_named
 
     # The processes of a job score in their own time, and meet at the end only.
-    with joined(device_named(command.run), wait=timedelta(days=7)) as ranks:
+    if command.watch:
+        return _watch(command)
+    with joined(command.device or device_named(command.run), wait=timedelta(days=7)) as ranks:
         with tempfile.TemporaryDirectory(prefix="anomem-") as scratch:
             failures: list[str] = []
             if ranks.count > 1 and any(str(path) == "-" or _is_stream(path) for path in command.paths):
                 raise UserError("`paths`: expected files or folders for a job of several processes, received a stream")
-            given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures)))
+            given = list(dict.fromkeys(_given(command.paths, Path(scratch), failures, command.recursive)))
             if not given and not failures:
                 raise UserError("`paths`: expected image files or folders of them, received none")
             rows = _score(command, given, failures, ranks) if given else []
@@ -334,6 +362,10 @@ class Judge(NamedTuple):
     """Columns that are printed."""
     decide: Callable[[list[float]], list[str]] | None = None
     """All p-values -> verdicts, where they depend on each other."""
+    pixel_threshold: float | None = None
+    """Above which a pixel is anomalous, where that is calibrated."""
+    calibration: Tensor | None = None
+    """[n], scores `by` of the calibration normals."""
 
 
 def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
@@ -344,12 +376,12 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
         return _fitted_judge(command)
     from anomem.train.run import load_scorer
 
-    run, config = RunDirectory.open(command.run)
+    run, config = RunDirectory.open(command.run, device=command.device, root=command.root)
     if command.alpha is not None:
         raise UserError(f"`--alpha`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
     if command.fdr is not None:
         raise UserError(f"`--fdr`: {command.run} is not calibrated; `anomem fit` makes runs that say yes or no")
-    scorer = load_scorer(command.run)
+    scorer = load_scorer(command.run, device=command.device)
     by = _chosen(command.by, "detector" if scorer.head is None else "stage2", scorer.names)
 
     def columns(images: Tensor) -> tuple[dict[str, list[Any]], Tensor]:
@@ -367,8 +399,8 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     from anomem.train.fitting import load_detector
     from anomem.train.rundir import RunDirectory
 
-    run, config = RunDirectory.open_fitted(command.run)
-    detector = load_detector(command.run)
+    run, config = RunDirectory.open_fitted(command.run, device=command.device, root=command.root)
+    detector = load_detector(command.run, device=command.device)
     by = _chosen(command.by, detector.lead, detector.names)
     first = os.environ.get("RANK", "0") == "0"
     calibration, alpha = detector.calibration, command.alpha or detector.alpha
@@ -382,9 +414,10 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     elif calibration.count < normals_needed(detector.alpha) and first:
         advice = "; see --alpha" if calibration.count else ""
         print(f"anomem: no verdicts: {calibration.promise(detector.alpha)}{advice}", file=sys.stderr)
-    if first and command.maps is not None and calibration.count >= normals_needed(alpha):
-        name = "plain" if by == "plain" else "local"
-        threshold = calibration.pixel_threshold(name, alpha)
+    threshold = None
+    if command.maps is not None and calibration.count >= normals_needed(alpha):
+        threshold = calibration.pixel_threshold("plain" if by == "plain" else "local", alpha)
+    if first and threshold is not None:
         print(
             f"anomem: maps above {threshold:.6g} are anomalous pixels: at most {alpha:.2%} of normal images have any",
             file=sys.stderr,
@@ -411,7 +444,9 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
         return {**values, "p_value": found.p_values.tolist(), "verdict": verdicts}, maps
 
     together = None if command.fdr is None else decide
-    return Judge(detector.model, detector.batch_size, by, columns, (by, "p_value", "verdict"), together), run, config
+    shown = (by, "p_value", "verdict")
+    judge = Judge(detector.model, detector.batch_size, by, columns, shown, together, threshold, calibration.scores[by])
+    return judge, run, config
 
 
 def _verdicts(anomalous: Tensor) -> list[str]:
@@ -424,8 +459,21 @@ def _chosen(by: str | None, default: str, names: Sequence[str]) -> str:
     return by or default
 
 
-def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: Ranks) -> list[dict[str, Any]]:
+def _score(
+    command: Score,
+    given: Sequence[Given],
+    failures: list[str],
+    ranks: Ranks,
+    ready: tuple[Judge, RunDirectory, TrainConfig | FitConfig] | None = None,
+) -> list[dict[str, Any]]:
     """Score the images that can be read and name the others in `failures`, each process its share of them.
+
+    Args:
+        command: as given.
+        given: images.
+        failures: gets sentences about those that cannot be scored.
+        ranks: of the processes.
+        ready: `_judge(command)`, where it is known.
 
     Returns:
         The rows; in other processes than the first their own.
@@ -436,7 +484,7 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
     from anomem.data.folder import warn_of_unused_range
     from anomem.train.rows import shares
 
-    judge, run, config = _judge(command)
+    judge, run, config = ready or _judge(command)
     maps = _places(command, given, run, Path(config.data.root))
     files = ImageFiles(
         [image.file for image in given],
@@ -471,9 +519,10 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
                 yield i, row, deviations[place]
 
     rows: list[dict[str, Any]] = []
+    pictures = outputs.Pictures(command.overlays, command.masks, command.sheet is not None, judge.pixel_threshold)
     # Batch by batch: the maps of a large folder would not fit into memory.
     share = shares(len(given), ranks.count)[ranks.index]
-    for start in range(share.start, share.stop, judge.batch_size):
+    for start in _progress(range(share.start, share.stop, judge.batch_size), command, len(share)):
         pixels: dict[int, Tensor] = {}
         for i in range(start, min(start + judge.batch_size, share.stop)):
             try:
@@ -488,8 +537,15 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
                     _write_map(maps[i], deviation.cpu(), given[i].file, files)
                 except UserError as error:
                     failures.append(str(error))
+            if pictures.any:
+                try:
+                    file = maps[i] if maps else None
+                    score = float(values[judge.by])
+                    pictures.add(given[i].name, score, deviation.cpu(), given[i].file, files, file)
+                except UserError as error:
+                    failures.append(str(error))
             if command.output is None and judge.decide is None and ranks.count == 1:
-                _print_row(row, judge.shown)
+                _print_row(row, judge.shown, command.json)
     if ranks.count > 1:
         listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
         parts = ranks.all((rows, listed))
@@ -498,31 +554,104 @@ def _score(command: Score, given: Sequence[Given], failures: list[str], ranks: R
         rows = [row for part, _ in parts for row in part]
         failures.extend(name for _, names in parts for name in names if name not in failures)
         for row in rows if command.output is None and judge.decide is None else ():
-            _print_row(row, judge.shown)
+            _print_row(row, judge.shown, command.json)
     if judge.decide is not None and rows:
         for row, verdict in zip(rows, judge.decide([row["p_value"] for row in rows]), strict=True):
             row["verdict"] = verdict
             if command.output is None:
-                _print_row(row, judge.shown)
+                _print_row(row, judge.shown, command.json)
+    if command.sheet is not None:
+        pictures.write_sheet(command.sheet)
     if command.output is not None and rows:
         _write_rows(command.output, rows)
         print(f"{len(rows)} scores written to {command.output}")
     return rows
 
 
-def _print_row(row: Mapping[str, Any], shown: Sequence[str]) -> None:
+def _progress(starts: range, command: Score, count: int) -> Iterable[int]:
+    """The starts of the batches; a bar on the terminal where there are several and nothing else is printed there."""
+    from rich.progress import track
+
+    quiet = command.output is None and sys.stdout.isatty()
+    if len(starts) < 2 or quiet or command.watch or not sys.stderr.isatty():
+        return starts
+    return track(starts, f"scoring {count} images", console=Console(stderr=True), transient=True)
+
+
+def _watch(command: Score) -> int:
+    """Score what arrives in a folder until it is interrupted, and say when the stream drifts.
+
+    A file is scored when its size has not changed for a second, so that one that is still being written is left alone.
+
+    Returns:
+        The exit code: 1 where some of the images could not be scored.
+    """
+    from anomem.drift import Martingale, OnlinePValues
+    from anomem.train.ranks import joined
+
+    if len(command.paths) != 1 or not os.path.isdir(command.paths[0]):
+        raise UserError("`--watch`: expected one folder")
+    if command.fdr is not None or command.sheet is not None:
+        raise UserError("`--watch`: expected neither --fdr nor --sheet, which need all images at once")
+    ready = _judge(command)
+    judge, alone = ready[0], replace(command, output=None)
+    p_of = None if judge.calibration is None else OnlinePValues(judge.calibration)
+    drift, sizes, done = Martingale(ignore=command.alpha or 0.01), dict[Given, int](), set[Given]()
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    try:
+        with joined("cpu", wait=timedelta(days=7)) as ranks:
+            while True:
+                listed: list[str] = []
+                now = {g: size for g in _given(command.paths, Path(), listed, command.recursive) if (size := _size(g))}
+                arrived = [g for g, size in now.items() if g not in done and sizes.get(g) == size]
+                sizes = now
+                done.update(arrived)
+                failures: list[str] = []
+                new = _score(alone, arrived, failures, ranks, ready) if arrived else []
+                rows += new
+                failed += len(failures)
+                for failure in failures:
+                    print(f"anomem: {printable(failure)}", file=sys.stderr)
+                for row in new:
+                    if p_of is not None and drift.update(p_of(row[judge.by])):
+                        print(f"anomem: {drift.sentence()}", file=sys.stderr)
+                if new and command.output is not None:
+                    _write_rows(command.output, rows)
+                sys.stdout.flush()
+                time.sleep(1)
+    except KeyboardInterrupt:
+        seen = f"; {drift.sentence()}" if drift.seen else ""
+        print(f"anomem: {len(rows)} images were scored, {failed} could not be{seen}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _size(image: Given) -> int:
+    """Bytes of a file; 0 where it has gone."""
+    try:
+        return os.stat(image.file).st_size
+    except OSError:
+        return 0
+
+
+def _print_row(row: Mapping[str, Any], shown: Sequence[str], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps({name: value for name, value in row.items() if value is not None}))
+        return
     cells = [f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in shown]
     print("\t".join([*cells, printable(row["path"])]))
 
 
-def _given(paths: Sequence[Path], scratch: Path, failures: list[str]) -> Iterator[Given]:
+def _given(paths: Sequence[Path], scratch: Path, failures: list[str], recursive: bool = False) -> Iterator[Given]:
     """The images of files, folders and streams; what cannot be listed is named in `failures`."""
     from anomem.data import image_files
+    from anomem.data.folder import image_trees
 
     for number, path in enumerate(paths):
         try:
             if str(path) != "-" and not _is_stream(path):
-                yield from (Given(str(f), f) for f in (image_files(path) if os.path.isdir(path) else [path]))
+                listed = (image_trees if recursive else image_files)(path) if os.path.isdir(path) else [path]
+                yield from (Given(str(f), f) for f in listed)
                 continue
             content = _read_stream(path)
             image = scratch / f"stdin{number or ''}"
@@ -588,11 +717,22 @@ def _places(command: Score, given: Sequence[Given], run: RunDirectory, root: Pat
         if command.output.suffix not in (".csv", ".json"):
             raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
         guard.require(command.output, "--output", lambda path: _begins(path, ROWS))
+    if command.sheet is not None:
+        if command.sheet.suffix != ".png":
+            raise UserError(f"`--sheet`: expected a .png file, received {command.sheet}")
+        guard.require(command.sheet, "--sheet", outputs.is_ours)
     if command.maps is None:
+        if command.overlays or command.masks:
+            raise UserError(
+                f"`--{'overlays' if command.overlays else 'masks'}`: expected --maps, the folder to write to"
+            )
         return []
-    files = _map_files(command.maps, given)
+    files = _map_files(command.maps, given, command.paths[0] if command.watch else None)
     for file in files:
         guard.require(file, "--maps", _is_map)
+        for suffix, wanted in ((outputs.OVERLAY, command.overlays), (outputs.MASK, command.masks)):
+            if wanted:
+                guard.require(file.with_suffix(suffix), "--maps", outputs.is_ours)
     if not command.overwrite:
         for folder in {file.parent for file in files}:
             data = [part for name in ("train", "test", "ground_truth") if os.path.isdir(part := root / name)]
@@ -603,8 +743,13 @@ def _places(command: Score, given: Sequence[Given], run: RunDirectory, root: Pat
     return files
 
 
-def _map_files(folder: Path, images: Sequence[Given]) -> list[Path]:
+def _map_files(folder: Path, images: Sequence[Given], base: Path | None = None) -> list[Path]:
     """One .tiff per image in a folder, laid out as the images are.
+
+    Args:
+        folder: of the maps.
+        images: all of them.
+        base: the folder of the images; the deepest one that holds them all when None.
 
     Raises:
         UserError: two images differ only in their suffix, so that their maps would be one file, or a link in the
@@ -612,7 +757,7 @@ def _map_files(folder: Path, images: Sequence[Given]) -> list[Path]:
     """
     # Without "..": with it a map would leave the folder.
     absolute = [Path(os.path.abspath(i.name if str(i.file) == i.name else i.file.name)) for i in images]
-    common = os.path.commonpath([path.parent for path in absolute])
+    common = os.path.commonpath([path.parent for path in absolute]) if base is None else os.path.abspath(base)
     files = [(folder / path.relative_to(common)).with_suffix(".tiff") for path in absolute]
     ((file, count),) = Counter(files).most_common(1)
     if count > 1:
@@ -639,7 +784,7 @@ def _holds_images(folder: Path) -> bool:
     from anomem.data import image_files
 
     try:
-        return os.path.isdir(folder) and not all(_is_map(path) for path in image_files(folder))
+        return os.path.isdir(folder) and not all(_is_map(p) or outputs.is_ours(p) for p in image_files(folder))
     except UserError:  # none in it
         return False
 
@@ -695,10 +840,10 @@ def plot(command: Plot) -> None:
     for path in figure_files(RunDirectory(command.run).figures).values():
         guard.require(path, "RUN", is_figure)
     if RunDirectory(command.run).is_fitted():
-        run, _, task, detector = load_fitted_run(command.run)
+        run, _, task, detector = load_fitted_run(command.run, device=command.device, root=command.root)
         drawn = draw_fitted(task, detector, run.figures)
     else:
-        run, config, task, scorer = load_run(command.run)
+        run, config, task, scorer = load_run(command.run, device=command.device, root=command.root)
         drawn = draw_figures(run.rows(), task, scorer, run.figures, config.run.seed)
     for path in drawn:
         print(path)

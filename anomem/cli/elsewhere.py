@@ -1,4 +1,4 @@
-"""Commands that take a run elsewhere: export, report."""
+"""Commands that take a run elsewhere: export, report, drift."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from anomem.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class Report:
     """Folder of the run's images where they have moved."""
     overwrite: bool = False
     """Replace a file that is no report."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Say whether scores in a file, in their order, still come from the normals that were calibrated with."""
+
+    scores: tyro.conf.Positional[Path]
+    """A .csv or .json file of `anomem score --output`, of a fitted run."""
+    run: Path | None = None
+    """The run: its calibration makes the bound on false alarms exact."""
+    false_alarm: float = 0.01
+    """At most this part of streams without drift raise the alarm."""
+    ignore: float = 0.01
+    """p-values up to this are anomalies and no evidence of drift; 0 counts all."""
 
 
 def export(command: Export) -> None:
@@ -95,3 +111,30 @@ def report(command: Report) -> None:
         overwrite=command.overwrite,
     )
     print(f"written to {written} ({written.stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
+def drift(command: Drift) -> int:
+    """Bet against a stream of scores and print what it showed.
+
+    Returns:
+        The exit code: 1 where it drifts.
+    """
+    from anomem.drift import Martingale, OnlinePValues, column, read_rows
+
+    rows = read_rows(command.scores)
+    martingale = Martingale(command.false_alarm, command.ignore)
+    if command.run is None:
+        p_values = column(rows, "p_value", command.scores)
+        martingale.steps = round(1 / min(p_values))
+        right = all(0 < p <= 1 for p in p_values)
+        if not right:
+            raise UserError(f"{command.scores}: expected p-values above 0 and at most 1, received others")
+        martingale.over(p_values)
+    else:
+        from anomem.train import load_detector
+
+        detector = load_detector(command.run, device="cpu")
+        p_of = OnlinePValues(detector.calibration.scores[detector.lead])
+        martingale.over(p_of(score) for score in column(rows, detector.lead, command.scores))
+    print(martingale.sentence())
+    return 0 if martingale.alarm_at is None else 1

@@ -1,4 +1,4 @@
-"""The command `anomem`: fit, train, evaluate, score, plot, export, report, reproduce.
+"""The command `anomem`: fit, train, evaluate, score, plot, export, report, drift, reproduce.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
 (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
@@ -25,7 +25,7 @@ from anomem.files import printable
 
 if TYPE_CHECKING:
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
-    from anomem.cli.elsewhere import Export, Report
+    from anomem.cli.elsewhere import Drift, Export, Report
     from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
@@ -93,6 +93,8 @@ def _run(arguments: list[str]) -> int:
             elsewhere.export(command)
         elif isinstance(command, elsewhere.Report):
             elsewhere.report(command)
+        elif isinstance(command, elsewhere.Drift):
+            return elsewhere.drift(command)
         elif isinstance(command, reproduce.Reproduce):
             reproduce.reproduce(command, arguments)
         else:
@@ -109,11 +111,11 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Reproduce:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce:
     import tyro
 
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
-    from anomem.cli.elsewhere import Export, Report
+    from anomem.cli.elsewhere import Drift, Export, Report
     from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
@@ -126,13 +128,14 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Expo
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Drift, tyro.conf.subcommand("drift")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     )
     about = "Anomaly detection with contrasted memories. `anomem --version` prints the version."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Fit | Train | Evaluate | Score | Plot | Export | Report | Reproduce = tyro.cli(
+            command: Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce = tyro.cli(
                 kinds, args=arguments, prog="anomem", description=about
             )
     except SystemExit as stop:

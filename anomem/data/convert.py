@@ -144,10 +144,9 @@ def unused_range(images: Iterable[Any]) -> float | None:
     brightest = []
     for image in images:
         mode = getattr(image, "mode", None)
-        of_pillow = isinstance(mode, str)
-        if not of_pillow or mode.startswith("I"):
+        if not isinstance(mode, str) or mode.startswith("I"):
             values = np.asarray(image)
-            if values.dtype == np.uint16 or (of_pillow and values.dtype.kind == "i"):
+            if values.dtype == np.uint16 or (isinstance(mode, str) and values.dtype.kind == "i"):
                 brightest.append(float(values.max(initial=0)))
     top = max(brightest, default=0.0)
     return top if 0 < top < 2**15 else None

@@ -103,6 +103,24 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
+def image_trees(folder: Path) -> list[Path]:
+    """The image files of a folder and of all folders below it, as `image_files`; links to folders are not followed.
+
+    Raises:
+        UserError: as `image_files`.
+    """
+    found: list[Path] = []
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        entries = _entries(here)
+        found += [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+        waiting += [path for path in reversed(entries) if os.path.isdir(path) and not os.path.islink(path)]
+    if not found:
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}) in it or below, found none; add some")
+    return found
+
+
 def folder_task(config: DataConfig, trained_on: Split | None = None, fewest: int = 2) -> Task:
     """Images in folders with the layout of MVTec-AD, MVTec LOCO or VisA.
 

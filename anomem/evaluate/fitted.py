@@ -141,6 +141,7 @@ def baselines_on_the_encoder(detector: FittedDetector, task: Task, seed: int = 0
     return encoder_baselines(train.part(normals), test, seed)
 
 
+@torch.no_grad()
 def encoder_baselines(train: EncodedImages, test: EncodedImages, seed: int = 0) -> dict[str, Tensor]:
     """PatchCore and PaDiM on the encoder's two finest scales, fitted to all normals.
 

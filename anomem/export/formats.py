@@ -93,9 +93,18 @@ def _onnx(program: Program) -> dict[str, bytes]:
             input_names=["images"],
             output_names=list(program.names),
             opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.sort.stable: _sorted},
             verbose=False,
         )
     return {".onnx": written.model_proto.SerializeToString()}
+
+
+def _sorted(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX's TopK in place of torch's stable sort: of equal values the one with the lower index comes first in both."""
+    from onnxscript import opset18
+
+    size = opset18.Gather(opset18.Shape(x), opset18.Constant(value_ints=[dim]))
+    return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def _run_onnx(file: Path) -> Runner:

@@ -32,6 +32,7 @@ class Program(nn.Module):
         alpha: false-alarm rate of the verdict; that of the fit when None. Only of a fitted detector.
         pixels: dtype of the images: "uint8", or "float32" in [0, 1].
         channels: of the images, 1 or 3; those of the model when None.
+        letterbox: whether images keep their aspect ratio; the detector's own setting when None.
         portable: resize by products with matrices, which every runtime computes alike, instead of by torch's operator.
 
     Shape:
@@ -59,6 +60,7 @@ class Program(nn.Module):
         alpha: float | None = None,
         pixels: Pixels = "uint8",
         channels: int | None = None,
+        letterbox: bool | None = None,
         portable: bool = True,
     ) -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class Program(nn.Module):
         own = source.model.mean.shape[0]
         right = channels in (None, own) or {channels, own} == {1, 3}
         require(right, "channels", "1 or 3" if own in (1, 3) else str(own), channels)
+        self.letterbox = getattr(source, "letterbox", False) if letterbox is None else letterbox
         self.pixels, self.channels, self.portable = pixels, channels or own, portable
         self.source = copy.deepcopy(source).cpu().eval()
         for memory in self.source.model.memories:
@@ -102,8 +105,8 @@ class Program(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         size = (images.shape[2], images.shape[3])
-        scores, heat = self._scored(self._prepared(images), size)
-        found = {"score": scores, "map": heat}
+        scores, heat = self._scored(self._prepared(images), self.model.encoder.image_size if self.letterbox else size)
+        found = {"score": scores, "map": unframed(heat, size) if self.letterbox else heat}
         if "p_value" in self.names:
             # 1 + the number of calibration normals that score at least as high.
             higher = 1 + (self.calibration[None] >= scores[:, None]).int().sum(dim=1, dtype=torch.int32)
@@ -121,7 +124,11 @@ class Program(nn.Module):
             else:
                 red, green, blue = (w / 65536 * images[:, i : i + 1] for i, w in enumerate(GREY))
                 images = red + green + blue
-        resized = resized_to(images.float(), self.model.encoder.image_size, self.portable)
+        frame = self.model.encoder.image_size
+        if self.letterbox:
+            resized = framed(images.float(), frame)
+        else:
+            resized = resized_to(images.float(), frame, self.portable)
         if whole:
             resized = resized.round().clamp(0, 255) / 255
         return resized.expand(-1, own, -1, -1) if self.channels == 1 and own == 3 else resized
@@ -157,16 +164,48 @@ def resized_to(images: Tensor, size: tuple[int, int], portable: bool) -> Tensor:
     return rows @ (images @ columns.mT)
 
 
-def weights(source: int, target: int) -> Tensor:
+def framed(images: Tensor, frame: tuple[int, int]) -> Tensor:
+    """Images [B, C, H, W] float letterboxed into a frame, as `anomem.data.frame.framed` does."""
+    lengths = box(images, frame)
+    rows, columns = (weights(images.shape[2 + i], frame[i], lengths[i]) for i in range(2))
+    return rows @ (images @ columns.mT)
+
+
+def unframed(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, H', W'] of a frame at the size (H, W) of the images that were letterboxed into it."""
+    frame = (maps.shape[1], maps.shape[2])
+    lengths = box(maps.new_zeros(1, 1, *size), frame)
+    matrices = []
+    for count, length, target in zip(size, lengths, frame, strict=True):
+        position = torch.arange(count, dtype=torch.float32)
+        place = (position + 0.5) * length / torch.ones_like(position).sum() - 0.5
+        centre = torch.minimum(place.clamp_min(0), length - 1) + ((target - length) / 2).floor()
+        matrices.append((1 - (torch.arange(target, dtype=torch.float32)[None] - centre[:, None]).abs()).clamp_min(0))
+    return matrices[0] @ (maps @ matrices[1].mT)
+
+
+def box(images: Tensor, frame: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Height and width, 0-dim, of letterboxed images [B, C, H, W] in their frame; see `anomem.data.frame.box_of`."""
+    height, width = (torch.ones(images.shape[2 + i], dtype=torch.float64).sum() for i in range(2))
+    scale = torch.minimum(frame[0] / height, frame[1] / width)
+    found = [(n * scale).round().clamp(1, f).float() for n, f in zip((height, width), frame, strict=True)]
+    return found[0], found[1]
+
+
+def weights(source: int, target: int, length: Tensor | None = None) -> Tensor:
     """[target, source], the triangular filter of antialiased bilinear resizing; rows add up to 1.
 
     Args:
         source: pixels of the given image along one axis; symbolic while it is exported.
         target: pixels wanted.
+        length: 0-dim, of the image among them, in the middle, with its border pixels repeated; all of them when None.
     """
     position = torch.arange(source, dtype=torch.float32)[None] + 0.5
-    scale = torch.ones_like(position).sum() / target
-    centre = (torch.arange(target, dtype=torch.float32)[:, None] + 0.5) * scale
+    place = torch.arange(target, dtype=torch.float32)[:, None]
+    if length is not None:
+        place = torch.minimum((place - ((target - length) / 2).floor()).clamp_min(0), length - 1)
+    scale = torch.ones_like(position).sum() / (target if length is None else length)
+    centre = (place + 0.5) * scale
     triangle = (1 - ((position - centre) / scale.clamp_min(1)).abs()).clamp_min(0)
     return triangle / triangle.sum(dim=1, keepdim=True)
 

@@ -86,8 +86,8 @@ def export_run(
     images, name = check_images(source, run, config)
     about = {"run": path.resolve().name, "images_of": name, "config": to_dict(config)}
     return export(
-        source, format, output, by=by, alpha=alpha, pixels=pixels, channels=channels, images=images, about=about,
-        overwrite=overwrite,
+        source, format, output, by=by, alpha=alpha, pixels=pixels, channels=channels, letterbox=config.data.letterbox,
+        images=images, about=about, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def export(
     alpha: float | None = None,
     pixels: Pixels = "uint8",
     channels: int | None = None,
+    letterbox: bool | None = None,
     images: Tensor | None = None,
     about: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -110,7 +111,7 @@ def export(
         source: a fitted detector or a scorer.
         format: "pt2", "onnx" or "openvino".
         output: the file.
-        by, alpha, pixels, channels: see `Program`.
+        by, alpha, pixels, channels, letterbox: see `Program`.
         images: [B, C, H, W] uint8 of the model's size to check with; smooth noise when None.
         about: more for the metadata.
         overwrite: replace an existing file.
@@ -128,7 +129,9 @@ def export(
         if file.exists() and not overwrite:
             raise UserError(f"`output`: {file} exists; choose another name, or add --overwrite")
         guard.require(file, "output", lambda _: False)
-    program = Program(source, by=by, alpha=alpha, pixels=pixels, channels=channels, portable=kind.portable)
+    program = Program(
+        source, by=by, alpha=alpha, pixels=pixels, channels=channels, letterbox=letterbox, portable=kind.portable
+    )
     contents = kind.contents(program)
     given = _channels(noise(source) if images is None else images, program.channels)
     with tempfile.TemporaryDirectory(prefix="anomem-") as folder:
@@ -181,6 +184,7 @@ def described(program: Program, source: FittedDetector | Scorer, kind: Format, n
             for n in program.names
         ],
         "resized_to": list(program.model.encoder.image_size),
+        "letterbox": program.letterbox,
         "score": program.by,
         "alpha": program.alpha if "verdict" in program.names else None,
         "promise": calibration.promise(program.alpha) if calibration and program.alpha else None,

@@ -191,8 +191,8 @@ def info_nce_distributed(
 def variance_hinge_distributed(
     x: Tensor,
     *,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
+    gamma: float | Tensor = 1.0,
+    eps: float | Tensor = 1e-4,
     process_group: Group | None = None,
     counts: Sequence[int] | None = None,
     impl: Impl = "auto",

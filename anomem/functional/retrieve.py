@@ -88,7 +88,7 @@ def hopfield_retrieve(
     require_count(steps, "steps", 1)
     require_schedule(shrink, "shrink")
     scheduled = isinstance(shrink, Tensor)
-    require(scheduled or 0 <= shrink < 1, "shrink", "a number in [0, 1)", shrink)
+    require(scheduled or bool(0 <= shrink < 1), "shrink", "a number in [0, 1)", shrink)
     features = query.shape[-1]
     query, memory = memory_inputs(query, "query", features, prototypes, values, beta, normalize)
 

@@ -68,8 +68,7 @@ def read_memory(
     if bias is not None:
         scores = scores + bias[..., None, :]
     if top_k is not None:
-        read = (-scores.detach()).sort(dim=-1, stable=True).indices[..., :top_k]
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(-1, read, False), -torch.inf)
+        scores = torch.where(among_largest(scores.detach(), top_k), scores, -torch.inf)
     weights = torch.softmax(scores, dim=-1)
     out = weights @ keys
     found = nearest(q, keys) if want_nearest else None
@@ -82,3 +81,20 @@ def read_memory(
         weights_entropy(weights),
         torch.logsumexp(scores, dim=-1),
     )
+
+
+def among_largest(scores: Tensor, k: int) -> Tensor:
+    """Which scores are the k largest of their row: of equal ones the first, and NaN last.
+
+    Args:
+        scores: [..., M].
+        k: from 1 to M.
+
+    Returns:
+        [..., M] bool, k in each row.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    larger, equal = scores > least, scores == least
+    left = k - larger.sum(dim=-1, keepdim=True)
+    return larger | (equal & (equal.cumsum(dim=-1) <= left))

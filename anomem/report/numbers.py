@@ -31,12 +31,8 @@ class Confusion(NamedTuple):
 def confusion(scores: Tensor, is_anomaly: Tensor, threshold: float) -> Confusion:
     """What calling every image anomalous whose score [N] is at least the threshold does."""
     called = scores.double() >= threshold
-    return Confusion(
-        *(
-            int(x.sum())
-            for x in (called & is_anomaly, called & ~is_anomaly, ~called & ~is_anomaly, ~called & is_anomaly)
-        )
-    )
+    of_class = (called & is_anomaly, called & ~is_anomaly, ~called & ~is_anomaly, ~called & is_anomaly)
+    return Confusion(*(int(x.sum()) for x in of_class))
 
 
 def alpha_at(calibration: Tensor, threshold: float) -> float:

@@ -111,10 +111,9 @@ def _fitted(path: Path, device: str | None, root: str | None, with_baselines: bo
     rivals = {}
     if with_baselines:
         rivals = {**baselines_on_the_encoder(detector, task, config.run.seed), **pixel_baselines(task)}
-    by = detector.lead
     return Found(
-        config, task, detector.model, detector.batch_size, said.scores, said.maps["plain" if by == "plain" else "local"],
-        by, detector.calibration, said.p_values, [], rivals, verdict_metrics(detector, said, task.test_is_anomaly),
+        config, task, detector.model, detector.batch_size, said.scores, said.maps["local"], detector.lead,
+        detector.calibration, said.p_values, [], rivals, verdict_metrics(detector, said, task.test_is_anomaly),
     )  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def render(found: Found, path: Path, metrics: dict[str, Any], at_most: int = MOS
     kind = "Fitted" if isinstance(found.config, FitConfig) else "Trained"
     raw = jinja2.utils.markupsafe.Markup
     source = Path(__file__).parent
-    return environment.get_template("page.html.jinja").render(
+    text: str = environment.get_template("page.html.jinja").render(
         title=task.name,
         date=datetime.date.today().isoformat(),
         version=anomem.__version__,
@@ -176,12 +175,13 @@ def render(found: Found, path: Path, metrics: dict[str, Any], at_most: int = MOS
         prototypes=prototypes(
             found.model, task.train, task.train_is_normal.nonzero().flatten().cpu(), found.batch_size
         ),
-        prototypes_note="The most used prototypes of the coarsest scale, each as the normal images that retrieve it most.",
+        prototypes_note="The most used prototypes of the coarsest scale, each as the images that retrieve it most.",
         settings=json.dumps(to_dict(found.config), indent=2),
         json=raw(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
         style=raw((source / "style.css").read_text(encoding="utf-8")),
         script=raw((source / "script.js").read_text(encoding="utf-8")),
     )
+    return text
 
 
 def page_data(found: Found, at_most: int) -> dict[str, Any]:

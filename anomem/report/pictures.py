@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def heat(values: Tensor, low: float, high: float) -> str:
 
 
 def _colour(level: float) -> tuple[int, int, int, int]:
-    for (low, start), (high, end) in zip(HEAT[:-1], HEAT[1:], strict=True):
+    for (low, start), (high, end) in itertools.pairwise(HEAT):
         if level <= high:
             part = (level - low) / (high - low)
             mixed = [round(a + part * (b - a)) for a, b in zip(start, end, strict=True)]

@@ -317,7 +317,7 @@ class FilledScorer(nn.Module):
         for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
             # Two products: torch's upsampling is several times slower.
             rows, columns = (_bilinear(*sides, d) for sides in zip(size, (height, width), strict=True))
-            result.baddbmm_(rows.expand(len(d), -1, -1), (d / by).unflatten(1, (height, width)) @ columns.T)
+            result.baddbmm_(rows.expand(d.shape[0], -1, -1), (d / by).unflatten(1, (height, width)) @ columns.T)
         return result
 
 

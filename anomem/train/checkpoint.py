@@ -61,6 +61,8 @@ def save_checkpoint(
     """
     bad = _not_finite(tensors)
     if bad is not None:
+        if name == "detector":
+            raise UserError(f"{name}: the values of `{bad}` are not finite; check the images and the encoder's weights")
         raise UserError(
             f"{name}: the values of `{bad}` are not finite after step {step}; "
             f"lower --{'stage2.' if name == 'stage2' else ''}optimizer.learning-rate, or check the images"

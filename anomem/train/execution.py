@@ -1,8 +1,8 @@
-"""How a run executes where its configuration says "auto": precision and memory format, by rules with rows behind them.
+"""How a run executes where its configuration says "auto": precision and memory format, by rule.
 
 A stage-1 step on a Zen 4 processor (AVX512-BF16, one thread, CPU time), small encoder, 64 images of 64 pixels: eager
-float32 689 ms, channels-last 453 ms, channels-last with bfloat16 273 ms; benchmarks/results/cpu-execution.jsonl has the
-rows. Not measured on a GPU yet.
+float32 689 ms, channels-last 453 ms, channels-last with bfloat16 273 ms. `python -m benchmarks.profile_training`
+measures another machine. Not measured on a GPU yet.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ class Views:
                 uniforms.append(uniform[:, inside.start : inside.stop])
                 if normal is not None:
                     normals.append(normal[inside.start : inside.stop])
+        if len(uniforms) == 1:  # a batch of one block needs no copy
+            return uniforms[0], normals[0] if normals else None
         return torch.cat(uniforms, dim=1), torch.cat(normals) if normals else None
 
 

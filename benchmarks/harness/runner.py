@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -27,14 +27,24 @@ class Runner:
         bounds: of one call.
         base: another revision to measure beside the working tree, or None.
         known: keys of rows that need not be measured again.
+        only: names of the implementations to measure; all where empty.
     """
 
-    def __init__(self, suite: Suite, device: str, bounds: Bounds, base: Base | None, known: set[str]) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        device: str,
+        bounds: Bounds,
+        base: Base | None,
+        known: set[str],
+        only: Collection[str] = (),
+    ) -> None:
         self.suite = suite
         self.device = device
         self.bounds = bounds
         self.base = base
         self.known = known
+        self.only = only
         self.ceilings = Ceilings(device)
         self._rates: dict[tuple[str, str, bool, str], float] = {}
 
@@ -52,6 +62,8 @@ class Runner:
         bench = Bench(case, self.device, self.bounds)
         ready: list[Ready] = []
         for implementation in implementations(case.operator):
+            if self.only and implementation.name not in self.only:
+                continue
             for revision in self._revisions(implementation):
                 row = self._row(case, implementation.name, revision, rows.MEASURED)
                 if row.key in self.known:

@@ -8,10 +8,8 @@ from pathlib import Path
 from benchmarks.report import accuracy, cells, counts, export, memories, tables
 
 PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md", "docs/EXPORT.md")
-SECTIONS = (
-    tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS | export.SECTIONS | memories.SECTIONS
-)
-_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS | export.SECTIONS | memories.SECTIONS
+_MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(text: str, results: Path) -> str:

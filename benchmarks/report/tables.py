@@ -17,7 +17,7 @@ from benchmarks.harness.rows import Row, Step
 OURS = ("native", "triton")
 NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
 """Statuses of what was tried and has no time."""
-NOT_MEASURED = {"cpu": "Not measured yet.", "cuda": "Not measured on a GPU yet."}
+NOT_MEASURED = {"cpu": "Not measured yet.", "cpu-zen4": "Not measured yet.", "cuda": "Not measured on a GPU yet."}
 
 
 def load(results: Path, device: str, suite: str) -> list[Row]:
@@ -233,7 +233,7 @@ def losses(device: str) -> Callable[[Path], str]:
     """The cases in which a rival is fastest."""
 
     def section(results: Path) -> str:
-        suites = ("kernels", "grid", "training")
+        suites = ("kernels", "grid", "training", "small")
         measured = [row for suite in suites for row in load(results, device, suite)]
         lines = ["| operator and size | fastest | ms | anomem ms | anomem / fastest |", "|---|---|--:|--:|--:|"]
         head = len(lines)
@@ -372,7 +372,9 @@ def commits(abouts: Iterable[dict[str, object]]) -> str:
 def machine_line(about: dict[str, object]) -> str:
     """Device and versions."""
     cuda = f", CUDA {about['cuda']}, Triton {about['triton']}" if about["cuda"] else ""
-    return f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}{cuda}."
+    alone = about["threads"] == 1 and not about["cuda"]
+    threads = "1 thread, processor time" if alone else f"{about['threads']} threads"
+    return f"{about['device_name']}, {threads}, torch {about['torch']}{cuda}."
 
 
 def label(row: Row) -> str:
@@ -416,7 +418,7 @@ def escape(text: str | None) -> str:
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
-    for device in ("cpu", "cuda")
+    for device in ("cpu", "cpu-zen4", "cuda")
     for name, section in (
         ("readme", headline(device)),
         ("summary", summary(device)),
@@ -428,6 +430,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("crossovers", crossovers(device)),
         ("training", training_steps(device)),
         ("execution", execution(device)),
+        ("small", details(device, "small")),
     )
 }
 SECTIONS["cpu-batches"] = batches

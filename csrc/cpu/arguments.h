@@ -14,6 +14,7 @@
 #include "cpu/contrast.h"
 #include "cpu/deviation_map.h"
 #include "cpu/isa.h"
+#include "cpu/library_product.h"
 #include "cpu/nearest.h"
 #include "cpu/parallel.h"
 #include "cpu/read.h"

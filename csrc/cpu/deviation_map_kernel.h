@@ -48,19 +48,24 @@ void compute(const DeviationMap& a) {
   const int64_t m = a.memory.prototypes, d = a.memory.features;
   const int64_t area = a.map.area(), n = a.map.batch * area;
   const ReadPanels<S> panels(a.memory);
-  const int64_t rows = chunk_rows(n, m), score_stride = padded_stride<T>(m), retrieved_stride = padded_stride<T>(d);
+  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), retrieved_stride = padded_stride<T>(d);
   const T* prior = static_cast<const T*>(a.log_prior.data);
   parallel((n + rows - 1) / rows, [&](int64_t chunk) {
     const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
+    const int64_t height = a.memory.library ? rows : count;
+    const LibraryProducts library(a.memory.library, false);
     Buffer<int64_t> offsets(rows);
     Buffer<T> query(rows * d), scores(rows * score_stride), retrieved(rows * retrieved_stride), scale(rows);
     read_vectors<S>(a.map, a.memory.normalize, first, count, offsets.data(), query.data());
-    product(count, m, d, query.data(), d, 1, panels.keys_transposed(), scores.data(), score_stride, false);
+    std::memset(query.data() + count * d, 0, (rows - count) * d * sizeof(T));
+    product(height, m, d, query.data(), d, 1, panels.keys_transposed(), scores.data(), score_stride, false,
+            a.memory.library);
     for (int64_t r = 0; r < count; ++r) {
       const T* row_prior = a.log_prior.given ? prior + (first + r) % area * m : nullptr;
       scale[r] = 1 / exponentials(scores.data() + r * score_stride, m, static_cast<T>(a.memory.beta), row_prior).sum;
     }
-    product(count, d, m, scores.data(), score_stride, 1, panels.values(), retrieved.data(), retrieved_stride, false);
+    product(height, d, m, scores.data(), score_stride, 1, panels.values(), retrieved.data(), retrieved_stride, false,
+            a.memory.library);
     for (int64_t r = 0; r < count; ++r)
       static_cast<T*>(a.out)[first + r] =
           row_distance(query.data() + r * d, retrieved.data() + r * retrieved_stride, d, scale[r], a.distance);

@@ -204,6 +204,23 @@ class FactorRows {
     else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded);
   }
 
+  // The first `count` rows become columns, to [length, rows]; columns of zeros follow.
+  void transpose(int64_t count, int64_t rows, F* packed) const {
+    constexpr int64_t block = kLanes<T>;
+    Element* const to = reinterpret_cast<Element*>(packed);
+    for (int64_t first = 0; first < rows; first += block) {
+      const int64_t height = rows - first < block ? rows - first : block;
+      for (int64_t p = 0; p < length_; p += block) {
+        const int64_t width = length_ - p < block ? length_ - p : block;
+        vec<T> square[block];
+        for (int64_t r = 0; r < block; ++r)
+          square[r] = first + r < count ? load_some(data_.data() + (first + r) * stride_ + p, width) : vec<T>{};
+        transpose_square<T>(square);
+        for (int64_t j = 0; j < width; ++j) store_some(to + (p + j) * rows + first, square[j], height);
+      }
+    }
+  }
+
  private:
   int64_t length_, stride_;
   Buffer<Element> data_;

@@ -16,6 +16,7 @@ struct Memory {
   int64_t value_features;       // dv; d without values
   Normalize normalize;
   double beta;
+  bool library;  // whether the library makes the products of its reads (library_product.h)
 
   bool tied() const { return !values.given; }
 };
@@ -28,10 +29,11 @@ struct Queries {
 };
 
 // Rows of a chunk of queries: multiples of every register block's height, as many as leave the chunk's scores in the
-// second-level cache. Short inputs get shorter chunks, so that all threads have work. Depends on sizes alone.
-inline int64_t chunk_rows(int64_t queries, int64_t prototypes) {
-  if (prototypes > 1024 || queries < 16 * 126) return 42;
-  return 126;
+// second-level cache. Short inputs get shorter chunks, so that all threads have work. Depends on sizes alone. With the
+// library's products a memory of many prototypes is read less often instead.
+inline int64_t chunk_rows(int64_t queries, int64_t prototypes, bool library) {
+  if (queries < 16 * 126) return 42;
+  return prototypes > 1024 && !library ? 42 : 126;
 }
 
 }  // namespace anomem::cpu

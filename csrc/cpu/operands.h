@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "cpu/library_product.h"
 #include "cpu/memory.h"
 #include "cpu/nearest.h"
 #include "cpu/types.h"
@@ -80,14 +81,16 @@ inline void check_indices(const Tensor& index, const char* argument, int64_t siz
 // The memory of a call whose queries have `features` features.
 inline Memory memory_of(const Tensor& queries, int64_t features, const Tensor& keys, const OptionalTensor& values,
                         const OptionalTensor& beta, double scale, int64_t normalize) {
-  check_memory(queries, features, keys, values, beta, accumulator(type_of(queries, "query")), normalize);
+  const Type type = type_of(queries, "query");
+  check_memory(queries, features, keys, values, beta, accumulator(type), normalize);
   return {keys.const_data_ptr(),
           optional_data(values),
           keys.size(0),
           features,
           values ? values->size(1) : features,
           static_cast<Normalize>(normalize),
-          scale * value_of(beta, 1)};
+          scale * value_of(beta, 1),
+          takes_library_products(type, queries.numel() / features, keys.size(0), features)};
 }
 
 }  // namespace anomem::cpu

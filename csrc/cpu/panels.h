@@ -112,9 +112,11 @@ class QueryRows {
   using T = accumulator_t<S>;
 
   QueryRows(int64_t rows, int64_t d, Normalize how)
-      : d_(d), how_(how), copy_(rows * d), factors_(rows), in_place_(std::is_same_v<S, T> && how == Normalize::kNone) {}
+      : rows_(rows), d_(d), how_(how), copy_(rows * d), factors_(rows) {}
 
+  // The rows from `count` on are zeros up to the end of the chunk.
   void load(const S* query, int64_t stride, int64_t count) {
+    in_place_ = std::is_same_v<S, T> && how_ == Normalize::kNone && count == rows_;
     if constexpr (std::is_same_v<S, T>) {
       if (in_place_) {
         data_ = query;
@@ -124,6 +126,7 @@ class QueryRows {
     }
     for (int64_t r = 0; r < count; ++r)
       factors_[r] = normalize_row(query + r * stride, d_, how_, copy_.data() + r * d_);
+    std::memset(copy_.data() + count * d_, 0, (rows_ - count) * d_ * sizeof(T));
     data_ = copy_.data();
     stride_ = d_;
   }
@@ -134,10 +137,10 @@ class QueryRows {
   T factor(int64_t r) const { return in_place_ ? T{1} : factors_[r]; }
 
  private:
-  int64_t d_;
+  int64_t rows_, d_;
   Normalize how_;
   Buffer<T> copy_, factors_;
-  bool in_place_;
+  bool in_place_ = false;
   const T* data_ = nullptr;
   int64_t stride_ = 0;
 };

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/factors.h"
+#include "cpu/library_product.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -84,11 +85,59 @@ inline void product_last(int64_t left, int64_t first, int64_t k, const F* a, int
   }
 }
 
-// C = A B on the calling thread, k factors long; `finish(i, to, sums)` stores one vector of row i.
+// Factors as the library's products take them.
+template <class F>
+using library_element_t = std::conditional_t<std::is_same_v<F, sum_t<F>>, F, Bfloat16>;
+template <class F>
+constexpr bool kInLibrary = ANOMEM_VECTOR_BYTES == 64 && std::is_same_v<sum_t<F>, float>;
+
+template <class F>
+ANOMEM_INLINE const library_element_t<F>* library_elements(const F* factors) {
+  return reinterpret_cast<const library_element_t<F>*>(factors);
+}
+
+// C = A B by the library, a panel of B at a time.
+template <class F, class Finish>
+inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, const F* packed,
+                                 float* c, int64_t c_stride, const Finish& finish) {
+  constexpr int width = Block<float>::kWidth;
+  constexpr int64_t terms = static_cast<int64_t>(sizeof(F) / sizeof(library_element_t<F>));
+  constexpr bool accumulate = std::is_same_v<Finish, Accumulate>;
+  for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
+    for (int64_t start = 0; start < k; start += kChain)
+      library_product(m, width, terms * (k - start < kChain ? k - start : kChain), library_elements(a + start),
+                      terms * row_stride, library_elements(packed + start * width), width, c, c_stride,
+                      accumulate || start > 0);
+    if constexpr (!accumulate && !std::is_same_v<Finish, Overwrite>)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t half = 0; half < width; half += kLanes<float>) {
+          float* to = c + i * c_stride + half;
+          finish.template operator()<float>(i, to, load(to));
+        }
+  }
+}
+
+// C = A B or C += A B by the library, for A [m, k] of elements and B as `in_columns` leaves a tile, k terms long.
+template <class S>
+inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, const factor_t<S>* tile,
+                                    int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate) {
+  if constexpr (kInLibrary<factor_t<S>>) {
+    constexpr int64_t width = 128;
+    const int64_t padded = round_up(n, Block<float>::kWidth);
+    for (int64_t column = 0; column < padded; column += width)
+      library_product(m, padded - column < width ? padded - column : width, k, library_elements(a), k,
+                      library_elements(tile + column), tile_stride, c + column, c_stride, accumulate);
+  }
+}
+
+// C = A B on the calling thread, k factors long; `finish(i, to, sums)` stores one vector of row i. `library`: with the
+// library's products; the terms of A are then adjacent.
 template <class F, class T, class Finish>
 inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
-                         const F* packed, T* c, int64_t c_stride, const Finish& finish) {
+                         const F* packed, T* c, int64_t c_stride, const Finish& finish, bool library = false) {
   constexpr int width = Block<T>::kWidth;
+  if constexpr (kInLibrary<F>)
+    if (library) return library_product_with(m, n, k, a, row_stride, packed, c, c_stride, finish);
   for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
     int64_t i = 0;
     for (; i + kTall <= m; i += kTall)
@@ -100,9 +149,9 @@ inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t ro
 // C = A B, or C += A B.
 template <class F, class T>
 inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
-                    const F* packed, T* c, int64_t c_stride, bool accumulate) {
-  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Accumulate());
-  product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Overwrite());
+                    const F* packed, T* c, int64_t c_stride, bool accumulate, bool library = false) {
+  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Accumulate(), library);
+  product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Overwrite(), library);
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,4 +1,4 @@
-// native_retrieve_fwd, native_retrieve_bwd, native_shrink_fwd, native_shrink_bwd.
+// native_retrieve_fwd, native_retrieve_bwd, native_retrieve_kept_fwd, native_retrieve_kept_bwd, native_shrink_fwd, native_shrink_bwd.
 #include "cpu/retrieve.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,10 +11,12 @@
 namespace anomem::cpu {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor, Tensor>;
+struct Forward {
+  Tensor out, lse, entropy, kept;
+};
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
-                double scale, int64_t normalize, const Shrinkage& shrinkage) {
+                double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
   check_query(query);
   const Type type = type_of(query, "query");
   const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
@@ -22,16 +24,19 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   const ScalarType sums = accumulator(type);
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
+  if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
+  Tensor weights = empty({kept, kept_stride(memory.prototypes)}, query.scalar_type());
   run(RetrieveForward{type, memory, shrinkage, queries_of(query), out.mutable_data_ptr(), lse.mutable_data_ptr(),
-                      entropy.mutable_data_ptr()});
-  return {out, lse, entropy};
+                      entropy.mutable_data_ptr(), {kept, weights.mutable_data_ptr()}});
+  return {out, lse, entropy, weights};
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Backward backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy, const Tensor& query,
                   const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta, double scale,
-                  int64_t normalize, const Shrinkage& shrinkage, const Tensor& lse) {
+                  int64_t normalize, const Shrinkage& shrinkage, const Tensor& lse,
+                  const OptionalTensor& weights = std::nullopt) {
   check_query(query);
   const Type type = type_of(query, "query");
   const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
@@ -41,6 +46,9 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(lse, "lse", query, sums, {queries});
   check_operand(dlse, "dlse", query, sums, {queries});
   check_operand(dentropy, "dentropy", query, sums, {queries});
+  check_operand(weights, "weights", query, elements, {"kept", kept_stride(memory.prototypes)});
+  const Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data};
+  if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   Tensor dquery = empty({queries, memory.features}, elements);
   Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
@@ -49,15 +57,32 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),
                        optional_data(dlse), optional_data(dentropy), dquery.mutable_data_ptr(),
                        dkeys.mutable_data_ptr(), dvalues.mutable_data_ptr(), beta ? &slope : nullptr,
-                       workspace.mutable_data_ptr()});
+                       workspace.mutable_data_ptr(), kept});
   Tensor dbeta = beta ? scalar(scale * slope, sums) : empty({0}, sums);
   return {dquery, dkeys, dvalues, dbeta};
 }
 
 std::tuple<Tensor, Tensor> retrieve_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
                                             const OptionalTensor& beta, double scale, int64_t normalize) {
-  Forward result = forward(query, keys, values, beta, scale, normalize, {});
-  return {std::get<0>(result), std::get<1>(result)};
+  Forward result = forward(query, keys, values, beta, scale, normalize, {}, 0);
+  return {result.out, result.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> retrieve_kept_forward(const Tensor& query, const Tensor& keys,
+                                                         const OptionalTensor& values, double scale, int64_t normalize,
+                                                         int64_t kept) {
+  Forward result = forward(query, keys, values, std::nullopt, scale, normalize, {}, kept);
+  return {result.out, result.lse, result.kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> retrieve_kept_backward(const Tensor& dout, const OptionalTensor& dlse,
+                                                          const Tensor& query, const Tensor& keys,
+                                                          const OptionalTensor& values, double scale,
+                                                          int64_t normalize, const Tensor& lse,
+                                                          const Tensor& weights) {
+  Backward result =
+      backward(dout, dlse, std::nullopt, query, keys, values, std::nullopt, scale, normalize, {}, lse, weights);
+  return {std::get<0>(result), std::get<1>(result), std::get<2>(result)};
 }
 
 Backward retrieve_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& keys,
@@ -66,9 +91,11 @@ Backward retrieve_backward(const Tensor& dout, const OptionalTensor& dlse, const
   return backward(dout, dlse, std::nullopt, query, keys, values, beta, scale, normalize, {}, lse);
 }
 
-Forward shrink_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
-                       const OptionalTensor& beta, double scale, int64_t normalize, double shrink) {
-  return forward(query, keys, values, beta, scale, normalize, {true, shrink});
+std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Tensor& keys,
+                                                  const OptionalTensor& values, const OptionalTensor& beta,
+                                                  double scale, int64_t normalize, double shrink) {
+  Forward result = forward(query, keys, values, beta, scale, normalize, {true, shrink}, 0);
+  return {result.out, result.lse, result.entropy};
 }
 
 Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy,
@@ -84,6 +111,8 @@ Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const O
 STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) {
   m.impl("native_retrieve_fwd", TORCH_BOX(&anomem::cpu::retrieve_forward));
   m.impl("native_retrieve_bwd", TORCH_BOX(&anomem::cpu::retrieve_backward));
+  m.impl("native_retrieve_kept_fwd", TORCH_BOX(&anomem::cpu::retrieve_kept_forward));
+  m.impl("native_retrieve_kept_bwd", TORCH_BOX(&anomem::cpu::retrieve_kept_backward));
   m.impl("native_shrink_fwd", TORCH_BOX(&anomem::cpu::shrink_forward));
   m.impl("native_shrink_bwd", TORCH_BOX(&anomem::cpu::shrink_backward));
 }

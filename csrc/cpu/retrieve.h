@@ -12,6 +12,17 @@ struct Shrinkage {
   double threshold = 0;  // of MemAE's hard shrinkage; 0: none
 };
 
+// Row stride of kept weights: whole panels of every instruction set.
+inline int64_t kept_stride(int64_t prototypes) { return round_up(prototypes, 32); }
+
+// exp(logit − largest logit) of the first `rows` queries, S [rows, kept_stride(M)]: the backward pass does not make them
+// again. They are the softmax's weights up to their sum.
+template <class Data>
+struct Kept {
+  int64_t rows = 0;
+  Data* weights = nullptr;
+};
+
 struct RetrieveForward {
   Type type;
   Memory memory;
@@ -20,6 +31,7 @@ struct RetrieveForward {
   void* out;      // S [N, dv]
   void* lse;      // T [N]
   void* entropy;  // T [N], with shrinkage.entropy only
+  Kept<void> kept;
 };
 
 struct RetrieveBackward {
@@ -36,26 +48,31 @@ struct RetrieveBackward {
   void* dvalues;                  // S [M, dv]; not written for a tied memory
   double* dbeta;                  // one number, or null
   void* workspace;                // T [BackwardPlan::workspace]
+  Kept<const void> kept;          // from the forward pass
 };
 
 // How the backward pass is divided. The memory's gradient is a sum over all queries. Chunks of queries are shared out
 // to `slots` partial sums, which are added in order: the result does not depend on the number of threads.
 struct BackwardPlan {
   int64_t rows, chunks, slots;       // rows of a chunk
-  int64_t key_stride, value_stride;  // row strides of a slot's sums, [M, d] and [M, dv]; no values if tied: 0
-  int64_t workspace;                 // elements of all sums
+  // A slot's sums: [M, d] and [M, dv], or with the library's products [d, M] and [dv, M].
+  int64_t key_stride, value_stride;  // between rows
+  int64_t key_sums, value_sums;      // elements; no values if tied: 0
+  int64_t workspace;                 // elements of all slots
 
   BackwardPlan(Type type, const Memory& memory, int64_t queries) {
     const bool is_float64 = type == Type::kFloat64;
     const auto padded = [&](int64_t n) { return is_float64 ? padded_stride<double>(n) : padded_stride<float>(n); };
-    key_stride = padded(memory.features);
-    value_stride = memory.tied() ? 0 : padded(memory.value_features);
-    rows = chunk_rows(queries, memory.prototypes);
+    key_stride = padded(memory.library ? memory.prototypes : memory.features);
+    value_stride = padded(memory.library ? memory.prototypes : memory.value_features);
+    key_sums = key_stride * (memory.library ? memory.features : memory.prototypes);
+    value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
+    rows = chunk_rows(queries, memory.prototypes, memory.library);
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache.
     const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
     if (rows > 84 && bytes * rows > (int64_t{896} << 10)) rows = 84;
     chunks = (queries + rows - 1) / rows;
-    const int64_t sums = memory.prototypes * (key_stride + value_stride);
+    const int64_t sums = key_sums + value_sums;
     const int64_t affordable = (int64_t{1} << 22) / sums;  // 16 MiB of floats
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;

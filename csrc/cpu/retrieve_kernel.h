@@ -12,21 +12,35 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
+// The elements in which a row of weights reaches the product with the values.
+template <class S>
+using kept_source_t = std::conditional_t<kInPairs<S>, S, accumulator_t<S>>;
+
+// Whole panels of a row: no further element is read.
+template <class From, class S>
+inline void keep_weights(const From* weights, int64_t m, S* to) {
+  const int64_t width = round_up(m, Block<accumulator_t<S>>::kWidth);
+  if constexpr (std::is_same_v<From, S>) std::memcpy(to, weights, width * sizeof(S));
+  else scaled_copy(weights, width, From{1}, to);
+}
+
 template <class S>
 void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const ReadPanels<S, S> panels(a.memory);
-  const int64_t rows = chunk_rows(n, m), score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
+  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
+    const LibraryProducts library(a.memory.library, kInPairs<S>);
     QueryRows<S> query(rows, d, a.memory.normalize);
     Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
       query.load(static_cast<const S*>(a.query.data) + first * a.query.stride, a.query.stride, count);
-      product(count, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
-              false);
+      const int64_t height = a.memory.library ? rows : count;
+      product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
+              false, a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
         T* p = scores.data() + r * score_stride;
         const RowSum<T> row =
@@ -43,8 +57,14 @@ void compute(const RetrieveForward& a) {
         }
       }
       const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_stride);
-      product(count, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
-              retrieved.data(), out_stride, false);
+      if (first + count <= a.kept.rows) {
+        S* const kept = static_cast<S*>(a.kept.weights) + first * kept_stride(m);
+        for (int64_t r = 0; r < count; ++r)
+          keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
+                       kept + r * kept_stride(m));
+      }
+      product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
+              retrieved.data(), out_stride, false, a.memory.library);
       for (int64_t r = 0; r < count; ++r)
         scaled_copy(retrieved.data() + r * out_stride, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
     }
@@ -62,10 +82,12 @@ struct Exponentials {
   static bool keeps_scores(T lse) { return !(lse < kLargest && lse > -kLargest); }
 
   T beta;
-  const T* lse;
+  const T* lse;   // [count]
+  int64_t count;  // of rows; what follows is padding
 
   template <class>
   ANOMEM_INLINE void operator()(int64_t i, T* to, vec<T> score) const {
+    if (i >= count) return;
     store(to, keeps_scores(lse[i]) ? score : exp_or_zero(multiply_add(score, broadcast(beta), broadcast(-lse[i]))));
   }
 };
@@ -102,14 +124,30 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
   });
 }
 
-// The sums over slots of one row of a memory's gradient, in order.
+constexpr int64_t kSummed = 16;  // prototypes per work item of the sum over slots
+
+// The sums over slots, in order, of the rows first … first + count of a memory's gradient: sum [count, n]. A slot holds
+// [M, stride] or, transposed, [n, stride].
 template <class T>
-inline void add_partial_sums(const T* partial, int64_t slots, int64_t stride, int64_t n, T* sum) {
-  for_vectors<T>(n, [&](int64_t j, int64_t count) {
-    vec<T> total{};
-    for (int64_t slot = 0; slot < slots; ++slot) total += load_some(partial + slot * stride + j, count);
-    store_some(sum + j, total, count);
-  });
+inline void add_slots(const T* partial, int64_t slots, int64_t slot_size, int64_t stride, bool transposed,
+                      int64_t first, int64_t count, int64_t n, T* sum) {
+  if (!transposed) {
+    for (int64_t r = 0; r < count; ++r)
+      for_vectors<T>(n, [&](int64_t j, int64_t lanes) {
+        vec<T> total{};
+        for (int64_t slot = 0; slot < slots; ++slot)
+          total += load_some(partial + slot * slot_size + (first + r) * stride + j, lanes);
+        store_some(sum + r * n + j, total, lanes);
+      });
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t begin = 0; begin < count; begin += kLanes<T>) {
+      vec<T> total{};  // a row is padded to whole vectors
+      for (int64_t slot = 0; slot < slots; ++slot)
+        total += load(partial + slot * slot_size + j * stride + first + begin);
+      for (int64_t r = begin; r < count && r < begin + kLanes<T>; ++r) sum[r * n + j] = total[r - begin];
+    }
 }
 
 // Scratch of one slot of the backward pass, and its work on one chunk.
@@ -121,6 +159,7 @@ class BackwardSlot {
   BackwardSlot(const RetrieveBackward& a, const GradientPanels<S>& panels, int64_t rows)
       : a_(a),
         panels_(panels),
+        rows_(rows),
         m_(a.memory.prototypes),
         d_(a.memory.features),
         dv_(a.memory.value_features),
@@ -137,7 +176,7 @@ class BackwardSlot {
         neighbours_(kInPairs<S> ? rows * score_stride_ / 2 : 0),
         softmax_(a.shrinkage.entropy ? score_stride_ : 0) {}
 
-  // Adds the chunk to dkeys [M, padded d] and dvalues [M, padded dv]; for a tied memory both are the same sums.
+  // Adds the chunk to the sums of dkeys and dvalues, which BackwardPlan lays out; for a tied memory they are the same.
   void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
     const T beta = static_cast<T>(a_.memory.beta);
     const T* lse = static_cast<const T*>(a_.lse) + first;
@@ -148,18 +187,23 @@ class BackwardSlot {
       dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T{1});
       scaled_query_.set(r, query_[r], beta);
     }
-    const Exponentials<T> exponential{beta, lse};
+    const bool library = a_.memory.library, kept = first + count <= a_.kept.rows;
+    const int64_t height = library ? rows_ : count;
+    const Exponentials<T> exponential{beta, lse, count};
     const auto score = [&](T* to, const auto& finish) {
-      product_with(count, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
-                   finish);
+      product_with(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
+                   finish, library);
     };
     if (keeps_scores()) score(scores_.data(), Overwrite());
-    else score(weights_.data(), exponential);
-    product(count, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), gradient_.data(),
-            score_stride_, false);
+    else if (!kept) score(weights_.data(), exponential);
+    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(),
+            gradient_.data(), score_stride_, false, library);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_stride_;
-      if (a_.shrinkage.entropy) {
+      if (kept) {
+        scaled_copy(static_cast<const S*>(a_.kept.weights) + (first + r) * kept_stride(m_),
+                    round_up(m_, Block<T>::kWidth), T{1}, p);
+      } else if (a_.shrinkage.entropy) {
         // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
         std::memcpy(p, scores_.data() + r * score_stride_, score_stride_ * sizeof(T));
         scale_row(p, m_, 1 / exponentials(p, m_, beta).sum);
@@ -176,17 +220,10 @@ class BackwardSlot {
         *dbeta += dot_product(scores_.data() + r * score_stride_, gradient_.data() + r * score_stride_, m_);
     }
     const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, m_, score_stride_, neighbours_.data());
-    product(count, d_, factors<S>(m_), across.data, across.row_stride, across.term_stride, panels_.keys(),
-            dquery_.data(), key_stride_, false);
-    const int64_t terms = factors<S>(count);
-    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_stride_);
-    dout_.pack_rows(count, packed_.data());
-    product(m_, dv_, terms, weights.data, weights.row_stride, weights.term_stride, packed_.data(), dvalues,
-            padded_stride<T>(dv_), !fresh);
-    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_stride_);
-    scaled_query_.pack_rows(count, packed_.data());
-    product(m_, d_, terms, down.data, down.row_stride, down.term_stride, packed_.data(), dkeys, key_stride_,
-            !fresh || a_.memory.tied());
+    product(height, d_, factors<S>(m_), across.data, across.row_stride, across.term_stride, panels_.keys(),
+            dquery_.data(), key_stride_, false, library);
+    if (library) add_transposed(count, fresh, dkeys, dvalues);
+    else add_down(count, fresh, dkeys, dvalues);
     for (int64_t r = 0; r < count; ++r) {
       T* row = dquery_.data() + r * key_stride_;
       // The packed keys lack their mean. A row of dS sums to dlse, so the mean's part of dQ is dlse · mean.
@@ -197,12 +234,38 @@ class BackwardSlot {
   }
 
  private:
+  // dvalues [M, padded dv] += Pᵀ dO, dkeys [M, padded d] += dSᵀ Q.
+  void add_down(int64_t count, bool fresh, T* dkeys, T* dvalues) {
+    const int64_t terms = factors<S>(count);
+    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_stride_);
+    dout_.pack_rows(count, packed_.data());
+    product(m_, dv_, terms, weights.data, weights.row_stride, weights.term_stride, packed_.data(), dvalues,
+            padded_stride<T>(dv_), !fresh);
+    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_stride_);
+    scaled_query_.pack_rows(count, packed_.data());
+    product(m_, d_, terms, down.data, down.row_stride, down.term_stride, packed_.data(), dkeys, key_stride_,
+            !fresh || a_.memory.tied());
+  }
+
+  // dvalues [dv, padded M] += dOᵀ P, dkeys [d, padded M] += Qᵀ dS: the tiles are right factors as they lie.
+  void add_transposed(int64_t count, bool fresh, T* dkeys, T* dvalues) {
+    const auto add = [&](const FactorRows<S>& left, int64_t features, Buffer<T>& tile, T* sums, bool accumulate) {
+      std::memset(tile.data() + count * score_stride_, 0, (rows_ - count) * score_stride_ * sizeof(T));
+      left.transpose(count, rows_, packed_.data());
+      const LeftFactor<S> right = in_columns<S>(tile.data(), rows_, m_, score_stride_);
+      library_product_of_tile<S>(features, m_, rows_, packed_.data(), right.data, right.term_stride, sums,
+                                 score_stride_, accumulate);
+    };
+    add(dout_, dv_, weights_, dvalues, !fresh);
+    add(scaled_query_, d_, gradient_, dkeys, !fresh || a_.memory.tied());
+  }
+
   // Whether scores are needed beside the weights.
   bool keeps_scores() const { return a_.dbeta != nullptr || a_.shrinkage.entropy; }
 
   const RetrieveBackward& a_;
   const GradientPanels<S>& panels_;
-  int64_t m_, d_, dv_, score_stride_, key_stride_;
+  int64_t rows_, m_, d_, dv_, score_stride_, key_stride_;
   QueryRows<S> query_;
   FactorRows<S> scaled_query_, dout_;
   Buffer<T> weights_, gradient_, dquery_, scores_;
@@ -217,15 +280,15 @@ void compute(const RetrieveBackward& a) {
   const bool tied = a.memory.tied();
   const BackwardPlan plan(a.type, a.memory, n);
   const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
-  const int64_t key_stride = plan.key_stride, value_stride = plan.value_stride;
-  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * m * key_stride;
+  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * plan.key_sums;
   Buffer<double> dbeta(slots);
   {
     const GradientPanels<S> panels(a.memory);
     parallel(slots, [&](int64_t slot) {
+      const LibraryProducts library(a.memory.library, kInPairs<S>);
       BackwardSlot<S> work(a, panels, rows);
-      T* keys = dkeys + slot * m * key_stride;
-      T* values = tied ? keys : dvalues + slot * m * value_stride;
+      T* keys = dkeys + slot * plan.key_sums;
+      T* values = tied ? keys : dvalues + slot * plan.value_sums;
       dbeta[slot] = 0;
       const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -238,18 +301,20 @@ void compute(const RetrieveBackward& a) {
     *a.dbeta = 0;
     for (int64_t slot = 0; slot < slots; ++slot) *a.dbeta += dbeta[slot];
   }
-  constexpr int64_t block = 16;  // prototypes per work item
-  parallel((m + block - 1) / block, [&](int64_t item) {
-    Buffer<T> sum(d > dv ? d : dv), key(d);
-    for (int64_t row = item * block; row < m && row < (item + 1) * block; ++row) {
-      add_partial_sums(dkeys + row * key_stride, slots, m * key_stride, d, sum.data());
+  parallel((m + kSummed - 1) / kSummed, [&](int64_t item) {
+    const int64_t first = item * kSummed, count = m - first < kSummed ? m - first : kSummed;
+    const int64_t width = d > dv ? d : dv;
+    Buffer<T> key(d), sums(kSummed * width);
+    add_slots(dkeys, slots, plan.key_sums, plan.key_stride, a.memory.library, first, count, d, sums.data());
+    for (int64_t row = first; row < first + count; ++row) {
+      T* sum = sums.data() + (row - first) * d;
       const T factor = normalize_row(static_cast<const S*>(a.memory.keys) + row * d, d, a.memory.normalize, key.data());
-      normalize_row_backward(sum.data(), key.data(), factor, T{1}, d, a.memory.normalize,
+      normalize_row_backward(sum, key.data(), factor, T{1}, d, a.memory.normalize,
                              static_cast<S*>(a.dkeys) + row * d);
-      if (tied) continue;
-      add_partial_sums(dvalues + row * value_stride, slots, m * value_stride, dv, sum.data());
-      scaled_copy(sum.data(), dv, T{1}, static_cast<S*>(a.dvalues) + row * dv);
     }
+    if (tied) return;
+    add_slots(dvalues, slots, plan.value_sums, plan.value_stride, a.memory.library, first, count, dv, sums.data());
+    scaled_copy(sums.data(), count * dv, T{1}, static_cast<S*>(a.dvalues) + first * dv);
   });
 }
 

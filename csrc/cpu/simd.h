@@ -125,6 +125,23 @@ ANOMEM_INLINE vec<T> rotate(vec<T> x) {
 #endif
 }
 
+// Lane j of row i and lane i of row j change places.
+template <class T, int kBy = kLanes<T> / 2>
+ANOMEM_INLINE void transpose_square(vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBy > 0) {
+    const auto lane = lane_index<T>();
+    const auto odd = (lane & kBy) != 0;  // halves of blocks of 2 · kBy lanes
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if ((i & kBy) == 0) {
+        const vec<T> first = rows[i], second = rows[i + kBy];
+        rows[i] = odd ? rotate<T, kLanes<T> - kBy>(second) : first;
+        rows[i + kBy] = odd ? second : rotate<T, kBy>(first);
+      }
+    transpose_square<T, kBy / 2>(rows);
+  }
+}
+
 // Sum and maximum over the lanes, in a fixed order: halves are folded onto each other. Both keep a NaN.
 template <class T, int kHalf = kLanes<T> / 2>
 ANOMEM_INLINE T sum_lanes(vec<T> x) {

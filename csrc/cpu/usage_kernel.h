@@ -33,6 +33,7 @@ class UsageChunk {
   UsageChunk(const Usage& a, const ReadPanels<S>& panels, int64_t rows)
       : a_(a),
         panels_(panels),
+        rows_(rows),
         m_(a.memory.prototypes),
         d_(a.memory.features),
         score_stride_(padded_stride<T>(m_)),
@@ -46,8 +47,10 @@ class UsageChunk {
 
   void add(int64_t first, int64_t count, const UsageSums& sums) {
     query_.load(static_cast<const S*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
-    product(count, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), scores_.data(), score_stride_,
-            false);
+    const bool library = a_.memory.library;
+    const int64_t height = library ? rows_ : count;
+    product(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), scores_.data(),
+            score_stride_, false, library);
     std::memset(mass_.data(), 0, m_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
       T* e = scores_.data() + r * score_stride_;
@@ -57,8 +60,8 @@ class UsageChunk {
       sums.count[strongest(e, m_)] += 1;
       add_scaled(e, m_, scale_[r], mass_.data());
     }
-    product(count, d_, m_, scores_.data(), score_stride_, 1, panels_.values(), retrieved_.data(), retrieved_stride_,
-            false);
+    product(height, d_, m_, scores_.data(), score_stride_, 1, panels_.values(), retrieved_.data(), retrieved_stride_,
+            false, library);
     std::memset(direction_.data(), 0, d_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
       T* retrieved = retrieved_.data() + r * retrieved_stride_;
@@ -72,7 +75,7 @@ class UsageChunk {
  private:
   const Usage& a_;
   const ReadPanels<S>& panels_;
-  int64_t m_, d_, score_stride_, retrieved_stride_;
+  int64_t rows_, m_, d_, score_stride_, retrieved_stride_;
   QueryRows<S> query_;
   Buffer<T> scores_, retrieved_, scale_, mass_, direction_;
 };
@@ -93,7 +96,7 @@ void compute(const Usage& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.query.count;
   const ReadPanels<S> panels(a.memory);
-  const int64_t rows = chunk_rows(n, m), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
+  const int64_t rows = chunk_rows(n, m, a.memory.library), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
   Buffer<double> masses(slots * m), directions(slots * d);
   parallel(slots, [&](int64_t slot) {
@@ -101,6 +104,7 @@ void compute(const Usage& a) {
     std::memset(sums.count, 0, m * sizeof(int64_t));
     std::memset(sums.mass, 0, m * sizeof(double));
     std::memset(sums.direction, 0, d * sizeof(double));
+    const LibraryProducts library(a.memory.library, false);
     UsageChunk<S> work(a, panels, rows);
     for (int64_t chunk = slot * chunks / slots; chunk < (slot + 1) * chunks / slots; ++chunk) {
       const int64_t first = chunk * rows;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_colour_becomes_grey_as_files_are_read() -> None:
     said = scorer(grey)
     torch.testing.assert_close(score, said.scores["detector"])
     torch.testing.assert_close(heat, said.maps["detector"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 90), (200, 71), (33, 64)])
+def test_letterboxed_images_keep_their_aspect_ratio(detector: FittedDetector, size: tuple[int, int]) -> None:
+    boxed = copy.copy(detector)
+    boxed.letterbox = True
+    images = torch.nn.functional.interpolate(parts(4, 2, defect=True).float(), size).to(torch.uint8)
+    program = Program(boxed, pixels="float32")
+    with torch.no_grad():
+        score, *_, heat = program(images.float() / 255)
+    said = boxed(images.float() / 255)
+    torch.testing.assert_close(score, said.scores[boxed.lead], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(heat, said.maps["local"], rtol=1e-4, atol=1e-3)
 
 
 def test_grey_becomes_colour(detector: FittedDetector) -> None:

@@ -191,6 +191,16 @@ def test_the_first_of_equal_prototypes_is_read(impl: Impl) -> None:
 
 
 @each(*ALL)
+def test_of_equal_scores_the_first_is_read(impl: Impl) -> None:
+    """Different prototypes of the same score: whole numbers, so that every implementation sees the tie."""
+    query = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(3, 4)
+    prototypes = torch.tensor([[0.0, 9, 0, 0], [2, 1, 0, 0], [1, 5, 0, 0], [1, 0, 5, 0], [1, 0, 0, 5], [0, 0, 9, 9]])
+    found = read_memory(query, prototypes, top_k=3, normalize="none", beta=1.0, impl=impl)
+    expected = read_memory(query, prototypes[[1, 2, 3]], normalize="none", beta=1.0, impl="reference")
+    torch.testing.assert_close(found.out, expected.out)
+
+
+@each(*ALL)
 def test_a_prototype_without_a_chance_is_not_read(impl: Impl) -> None:
     query, prototypes, bias = draw(20, 8), draw(5, 8, seed=1), torch.zeros(5)
     bias[2] = -torch.inf

@@ -14,6 +14,7 @@ from anomem import reference as R
 from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve
+from anomem.ops import retrieve as ops_retrieve
 from anomem.testing import compare, draw, gradients
 from tests.operators.contract import (
     BF16,
@@ -276,6 +277,42 @@ def test_two_steps_within_budget(impl: Impl, normalize: str) -> None:
 def test_a_learned_beta_of_two_steps_within_budget(impl: Impl) -> None:
     for normalize in ("layer", "none"):
         check(impl, [*memory(40, 70, 24, 5), torch.tensor(0.3)], steps=2, normalize=normalize)
+
+
+@each_dtype(NATIVE, among=(F32, BF16))
+def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass recomputes the weights of no, some or all chunks of queries; what is kept is bounded."""
+    for most in (0, 200 * 96 * dtype.itemsize, 2**30):
+        monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", most)
+        saved: list[Tensor] = []
+        query, prototypes = draw(260, 40, dtype=dtype, seed=1), draw(70, 40, dtype=dtype, seed=2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x) or x, lambda x: x):
+            hopfield_retrieve(query.requires_grad_(), prototypes, impl=impl)
+        kept = [x for x in saved if x.shape[-1] == 96]
+        assert sum(x.nbytes for x in kept) == min(most, 260 * 96 * dtype.itemsize)
+        check(impl, memory(260, 70, 40, dtype=dtype))
+        check(impl, memory(300, 70, 33, 24, dtype=dtype), normalize="none", beta=0.7)
+
+
+@each(NATIVE)
+def test_products_of_bfloat16_without_the_library_of_torch(impl: Impl) -> None:
+    """oneDNN refuses bfloat16 where it is switched off; the kernels' own products then take its place."""
+    inputs = memory(260, 70, 40, dtype=BF16)
+    for on in (True, False, True):
+        with torch.backends.mkldnn.flags(enabled=on):
+            check(impl, inputs)
+
+
+@each(NATIVE)
+def test_a_call_without_gradients_takes_no_autograd_function(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, prototypes = draw(8, 16, seed=1), draw(9, 16, seed=2)
+    expected = hopfield_retrieve(query.clone().requires_grad_(), prototypes, impl=impl)
+    monkeypatch.setattr(ops_retrieve._Retrieve, "apply", None)
+    assert torch.equal(hopfield_retrieve(query, prototypes, impl=impl), expected)
+    with torch.no_grad():
+        assert torch.equal(hopfield_retrieve(query.requires_grad_(), prototypes, impl=impl), expected)
+    with pytest.raises(TypeError):
+        hopfield_retrieve(query, prototypes, impl=impl)
 
 
 @each(*ALL)

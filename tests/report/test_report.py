@@ -47,8 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names:
             Image.fromarray(mask).save(root / "ground_truth" / kind / f"{name}.png")
     path = root.parent / "run"
-    options = ["--encoder=efficientnet_lite0", "--weights=none", "--data.image-size=64", "--run.device=cpu", "--alpha=0.1",
-               "--scales", "block3", "--fill.prototypes", "32"]  # fmt: skip
+    options = ["--encoder=efficientnet_lite0", "--weights=none", "--data.image-size=64", "--run.device=cpu",
+               "--alpha=0.1", "--scales", "block3", "--fill.prototypes", "32"]  # fmt: skip
     assert main(["fit", str(root), *options, "--run.directory", str(path), "--quiet"]) == 0
     return path
 
@@ -145,17 +145,23 @@ for (const level of ["error", "warn"]) console[level] = (...words) => errors.pus
 STEPS = """
 <script>
 const text = (id) => document.getElementById(id).textContent;
-const set = (id, value, type) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event(type)); };
+const set = (id, value, type) => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(type));
+};
 const cards = () => [...document.querySelectorAll("#gallery .card")];
 const key = (name, target) => target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
 const result = { steps: [], filters: {} };
 const slider = document.getElementById("threshold");
 for (let i = 0; i <= +slider.max; i += 1) {
   set("threshold", i, "input");
-  result.steps.push({ threshold, tp: text("tp"), fp: text("fp"), tn: text("tn"), fn: text("fn"), alpha: text("alpha"), fpr: text("fpr") });
+  const step = { threshold };
+  for (const name of ["tp", "fp", "tn", "fn", "alpha", "fpr"]) step[name] = text(name);
+  result.steps.push(step);
 }
-const histogramBox = document.getElementById("histogram").getBoundingClientRect();
-document.getElementById("histogram").dispatchEvent(new PointerEvent("pointermove", { buttons: 1, clientX: histogramBox.right - 9 }));
+const chart = document.getElementById("histogram");
+const clientX = chart.getBoundingClientRect().right - 9;
+chart.dispatchEvent(new PointerEvent("pointermove", { buttons: 1, clientX }));
 result.dragged = threshold;
 set("threshold", candidates.indexOf(data.threshold), "input");
 for (const outcome of ["all", "mistakes", "fp", "fn", "tp", "tn"]) {
@@ -194,7 +200,7 @@ document.body.append(out);
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_in_a_browser(run: Path, page: Path, tmp_path: Path) -> None:
-    """The slider shows what Python computes at every threshold; filters, keys and dialog work without a console error."""
+    """The slider shows what Python computes; filters, keys and dialog work; the console has no error."""
     driven = tmp_path / "driven.html"
     text = page.read_text()
     driven.write_text(text.replace("<body", DRIVER + "<body", 1).replace("</body>", STEPS + "</body>"))

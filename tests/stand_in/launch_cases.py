@@ -51,9 +51,7 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TRITON)
-def test_a_bound_launch_passes_what_triton_passes(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bound_launch_passes_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """`launch_kernel` of `anomem.kernels` runs a kernel that Triton found before with Triton's arguments."""
     from anomem.kernels import primitives
 

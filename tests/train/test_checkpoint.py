@@ -81,3 +81,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("detector", "check the images and the encoder's weights"), ("stage2", "lower --stage2.optimizer.learning-rate")],
+)
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, name: str, advice: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: the values of `x` are not finite.*; {advice}"):
+        save_checkpoint(tmp_path / "new", name, 0, {"x": torch.tensor([1.0, torch.nan])})
+    assert not (tmp_path / "new").exists()

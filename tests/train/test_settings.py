@@ -87,7 +87,7 @@ def test_memories_are_not_decayed() -> None:
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decay[id(p)] == 0 for p in model.memories.parameters())
     assert all(decay[id(p)] == 5e-4 for p in model.encoder.parameters())
-    assert all(group["nesterov"] for group in optimizer.param_groups)
+    assert all(group["nesterov"] and group["fused"] for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize(
