@@ -66,7 +66,8 @@ test-floor: $(FLOOR)/.installed
 	ANOMEM_BUILD=auto ANOMEM_CUDART=none TORCH_CUDA_ARCH_LIST=9.0 $(FLOOR)/bin/python setup.py --quiet build_ext \
 	  --build-temp $(FLOOR)/objects --build-lib $(FLOOR)/library
 	ANOMEM_LIBRARY=$(FLOOR)/library/anomem OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(WORKERS) \
-	  --dist loadgroup tests/operators tests/kernels tests/stand_in tests/functional tests/nn tests/native
+	  --dist loadgroup tests/operators tests/kernels tests/stand_in tests/functional tests/nn tests/native \
+	  tests/test_packaging.py
 
 $(FLOOR)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(FLOOR)

@@ -4,4 +4,4 @@
 Importing this package loads neither Triton nor the native library; both come with the first call that needs them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -213,4 +213,5 @@ def gradients(
                 if chunk.last:
                     row_gradient(column_sums[None], y.part(chunk.groups, slice(0, y.scaled.shape[1])), scale)
                     column_sums = None
+            del weights, sums  # before the next chunk takes its scratch
     return torch.cat(moments).sum() if wants_moment else None

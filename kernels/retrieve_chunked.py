@@ -228,6 +228,7 @@ def forward(query: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
                 scores.shape[0], prototypes, scale, block_n, block_m,
             )  # fmt: skip
         torch.mm(weights, values, out=out[chunk])
+        del scores, weights  # before the next chunk takes its scratch
     return out, lse, normaliser
 
 
@@ -261,6 +262,7 @@ def backward(
             key_sums = add_products(key_sums, weights, slope, parts)
         else:
             value_sums = add_products(value_sums, weights, slope, parts)
+        del unit, slope, weights, dscores, gradient  # before the next chunk takes its scratch
     assert key_sums is not None
     value_sums = None if value_sums is None else value_sums[..., :dv].contiguous()
     return dquery, key_sums[..., :d].contiguous(), value_sums, weights_of.dbeta

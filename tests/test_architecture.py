@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
     "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "report": {
-        "__init__", "data", "errors", "evaluate", "files", "models", "reference", "scoring", "train", "validation",
+        "__init__", "data", "drift", "errors", "evaluate", "files", "models", "reference", "scoring", "train",
+        "validation",
     },
     "drift": {"errors", "validation"},
     "reproduce": {

@@ -345,7 +345,7 @@ def score(command: Score) -> int:
     if not rows:
         raise UserError("none of the images could be scored")
     if failures:
-        print(f"anomem: {len(rows)} images were scored, with {len(failures)} failures", file=sys.stderr)
+        print(f"anomem: {len(rows)} images were scored; failures: {len(failures)}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import anomem
 from anomem.data import Task
+from anomem.drift import Martingale, OnlinePValues
 from anomem.errors import UserError, optional
 from anomem.evaluate.baselines import baselines
 from anomem.evaluate.fitted import baselines_on_the_encoder, pixel_baselines, verdict_metrics
@@ -147,7 +148,7 @@ def render(found: Found, path: Path, metrics: dict[str, Any], at_most: int = MOS
     named = (
         ("figures", "Figures", True), ("decision", "Decision", True), ("curves", "Curves", both),
         ("images", "Images", True), ("prototypes", "Prototypes", True), ("training", "Training", bool(found.rows)),
-        ("settings", "Settings", True),
+        ("drift", "Drift", data["drift"] is not None), ("settings", "Settings", True),
     )  # fmt: skip
     kind = "Fitted" if isinstance(found.config, FitConfig) else "Trained"
     raw = jinja2.utils.markupsafe.Markup
@@ -176,6 +177,7 @@ def render(found: Found, path: Path, metrics: dict[str, Any], at_most: int = MOS
             found.model, task.train, task.train_is_normal.nonzero().flatten().cpu(), found.batch_size
         ),
         prototypes_note="The most used prototypes of the coarsest scale, each as the images that retrieve it most.",
+        drift_note=None if data["drift"] is None else data["drift"]["note"],
         settings=json.dumps(to_dict(found.config), indent=2),
         json=raw(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
         style=raw((source / "style.css").read_text(encoding="utf-8")),
@@ -207,7 +209,23 @@ def page_data(found: Found, at_most: int) -> dict[str, Any]:
         "curves": curves,
         "gallery": gallery(found, labels, threshold, at_most),
         "training": training(found.rows),
+        "drift": drift(found, labels),
         "pixelated": max(task.test.size) <= 32,
+    }
+
+
+def drift(found: Found, labels: Tensor) -> dict[str, Any] | None:
+    """Capital of a bet that the normal test images differ from the calibration's; None without a calibration."""
+    normals = found.scores[found.lead][~labels].double().tolist()
+    if found.calibration is None or not normals:
+        return None
+    p_of = OnlinePValues(found.calibration.scores[found.lead])
+    martingale = Martingale().over(p_of(score) for score in normals)
+    return {
+        "points": [[i + 1, round(value, 4)] for i, value in enumerate(martingale.path)],
+        "bound": martingale.bound,
+        "note": "The normal test images in their order, as a stream: log10 of the capital of a bet that they are not "
+        f"like the calibration's. {martingale.sentence().capitalize()}. A new stream: anomem drift SCORES --run RUN.",
     }
 
 

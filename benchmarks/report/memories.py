@@ -28,7 +28,8 @@ def memories(results: Path) -> str:
         f"| | N, M, d | native, ms | {' | '.join(RIVALS)} | fastest rival |",
         "|---|---|--:|" + "--:|" * (len(RIVALS) + 1),
     ]
-    for case in dict.fromkeys((r.what, r.rows, r.prototypes, r.features, r.k) for r in latest.values()):
+    cases = {(r.what, r.rows, r.prototypes, r.features, r.k) for r in latest.values()}
+    for case in sorted(cases, key=lambda case: (list(WORDS).index(case[0]), *case[1:])):
         found = {name: latest.get((*case, name)) for name in ("native", *RIVALS)}
         times = {name: row.milliseconds["p50"] for name, row in found.items() if row is not None}
         rivals = [time for name, time in times.items() if name != "native"]

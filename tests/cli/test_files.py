@@ -240,7 +240,7 @@ def test_bad_files_do_not_stop_the_others(
     named = done.err.splitlines()
     for name in ("bad.png", "empty.jpg", "pipe.png", "missing.png"):
         assert sum(name in line for line in named) == 1, done.err
-    assert named[-1] == "anomem: 3 images were scored, with 4 failures"
+    assert named[-1] == "anomem: 3 images were scored; failures: 4"
     assert f"anomem: {mixed / 'missing.png'}: cannot read it: No such file or directory" in named
     if suffix is None:
         paths = [line.split("\t")[1] for line in done.out.splitlines()]

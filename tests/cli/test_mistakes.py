@@ -60,7 +60,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         (("--model.prototypes", "3", "4"), ("`prototypes`", "3")),
         (("--run.device=abacus",), ("`run.device`", "abacus")),
         (("--data.dataset=cifar10", "--data.root=nowhere"), ("nowhere",)),
-        (("--data.dataset=folder", "--data.root=nowhere"), ("nowhere/train", "found none")),
+        (("--data.dataset=folder", "--data.root=nowhere"), ("nowhere", "is not there")),
     ],
 )
 def test_settings_no_run_can_use(

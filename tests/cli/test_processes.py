@@ -31,7 +31,7 @@ def test_processes_score_a_folder_as_one_does(finished: Path, tmp_path: Path) ->
         for name in ("plain", "prior", "energy", "detector"):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
     assert (tmp_path / "out0").read_text() == f"4 scores written to {together}\n"
-    assert "1 could not be scored, 4 images were" in (tmp_path / "err0").read_text()
+    assert "4 images were scored; failures: 1" in (tmp_path / "err0").read_text()
     assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
 
 

@@ -128,9 +128,7 @@ def test_several_normal_classes(root: Path) -> None:
 
 
 def test_missing_root(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"expected folders of images in .*none/train, found none; the layout is train/"
-    ):
+    with pytest.raises(UserError, match=r"expected a folder of images at .*none, which is not there; create it"):
         load_task(config(tmp_path / "none"))
 
 

@@ -39,3 +39,16 @@ def test_ten_lines_load_a_file_without_anomem(
     assert float(score) == pytest.approx(float(said.scores[detector.lead]), rel=1e-5)
     assert float(p_value) == pytest.approx(float(said.p_values), rel=1e-6)
     assert verdict == "anomalous"
+
+
+def test_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    found = re.search(r"test_docs.py: sklearn -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    settings = (
+        'alpha=0.1, encoder="efficientnet_lite0", weights="none", scales=("block3",), image_size=64, prototypes=16'
+    )
+    good, new = (np.ascontiguousarray(x.movedim(1, -1).numpy()) for x in (parts(20), parts(2, 2, defect=True)))
+    room = {"good": good, "new": new}
+    exec(found[1].replace("alpha=0.1", settings), room)
+    assert room["detector"].predict(new).tolist() == [-1, -1]

@@ -90,6 +90,7 @@ def test_it_holds_what_the_run_says(run: Path, page: Path) -> None:
     assert len(data["gallery"]) == 21
     assert {item["name"].rsplit("/", 1)[-1] for item in data["gallery"]} >= {ODD}
     assert sum("mask" in item for item in data["gallery"]) == 12
+    assert len(data["drift"]["points"]) == int((~labels).sum())
 
 
 def test_numbers_by_hand() -> None:
@@ -131,6 +132,7 @@ def test_a_trained_run_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixtur
     data = data_of(path / "report.html")
     assert data["training"] is not None
     assert data["calibration"] is None
+    assert data["drift"] is None
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "holds no run" in capsys.readouterr().err
 
