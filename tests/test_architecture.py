@@ -50,9 +50,13 @@ ALLOWED: dict[str, set[str]] = {
         "validation",
     },
     "drift": {"errors", "validation"},
+    "reproduce": {
+        "__init__", "augment", "data", "errors", "evaluate", "files", "models", "plots", "reference", "scoring",
+        "train", "validation",
+    },
     "cli": {
         "__init__", "augment", "backends", "data", "drift", "env", "errors", "evaluate", "export", "files",
-        "functional", "models", "nn", "plots", "reference", "report", "scoring", "train", "validation",
+        "functional", "models", "nn", "plots", "reference", "report", "reproduce", "scoring", "train", "validation",
     },
     "demo": {
         "cli", "augment", "data", "errors", "evaluate", "functional", "models", "nn", "plots", "reference", "train",

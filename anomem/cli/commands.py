@@ -25,10 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from anomem.cli import outputs
-from anomem.data import Dataset
 from anomem.errors import ArgumentError, UserError
 from anomem.files import Guard, make_folder, printable, write_atomically
-from anomem.train.config import FitConfig, TrainConfig, preset
+from anomem.train.config import FitConfig, Preset, TrainConfig, preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ DESCRIPTION = "anomem deviation map"
 class Train:
     """Train a detector and write a run directory."""
 
-    preset: Dataset | None = None
+    preset: Preset | None = None
     """Settings to start from; that of --data.dataset when not given."""
     config: Path | None = None
     """Settings to start from: the config.json of a run. Options on the command line come on top."""

@@ -1,4 +1,4 @@
-"""The command `anomem`: fit, train, evaluate, score, plot, export, report, drift.
+"""The command `anomem`: fit, train, evaluate, score, plot, export, report, drift, reproduce.
 
 Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
 (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
@@ -26,6 +26,7 @@ from anomem.files import printable
 if TYPE_CHECKING:
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
     from anomem.cli.elsewhere import Drift, Export, Report
+    from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
 WITHOUT_FILES = ("digits", "textures")
@@ -77,7 +78,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     try:
         # They take seconds to import.
-        from anomem.cli import commands, elsewhere
+        from anomem.cli import commands, elsewhere, reproduce
 
         command = _parse(arguments)
         if isinstance(command, commands.Train):
@@ -94,6 +95,8 @@ def _run(arguments: list[str]) -> int:
             elsewhere.report(command)
         elif isinstance(command, elsewhere.Drift):
             return elsewhere.drift(command)
+        elif isinstance(command, reproduce.Reproduce):
+            reproduce.reproduce(command, arguments)
         else:
             commands.plot(command)
     except UserError as error:
@@ -108,11 +111,12 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift:
+def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce:
     import tyro
 
     from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
     from anomem.cli.elsewhere import Drift, Export, Report
+    from anomem.cli.reproduce import Reproduce
     from anomem.train.config import TrainConfig
 
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
@@ -125,12 +129,13 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Expo
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Drift, tyro.conf.subcommand("drift")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     )
     about = "Anomaly detection with contrasted memories. `anomem --version` prints the version."
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command: Fit | Train | Evaluate | Score | Plot | Export | Report | Drift = tyro.cli(
+            command: Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce = tyro.cli(
                 kinds, args=arguments, prog="anomem", description=about
             )
     except SystemExit as stop:

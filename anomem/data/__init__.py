@@ -11,7 +11,7 @@ from anomem.data.custom import task_from_dataset
 from anomem.data.elpv import elpv
 from anomem.data.folder import ImageFiles, folder_task, image_files
 from anomem.data.images import Images, ImageSet, ResidentImages, StreamedImages
-from anomem.data.task import Split, Task
+from anomem.data.task import Rows, Split, Task
 from anomem.data.textures import textures_task
 from anomem.validation import require_choice
 
@@ -23,6 +23,7 @@ __all__ = [
     "ImageSet",
     "Images",
     "ResidentImages",
+    "Rows",
     "Split",
     "StreamedImages",
     "Task",

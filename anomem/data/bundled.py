@@ -51,7 +51,7 @@ def digits_task(config: DataConfig) -> Task:
     """One digit against the nine others, each class split by `test_fraction` and seed."""
     everything = load_digits(16 if config.image_size is None else config.image_size)
     train, test = (
-        ImageSet(everything.images[rows], everything.labels[rows], everything.classes)
+        ImageSet(everything.images[rows], everything.labels[rows], everything.classes, rows)
         for rows in stratified_split(everything.labels, config.test_fraction, config.seed)
     )
     return one_against_all("digits", train, test, config, aligned=True)
@@ -78,8 +78,14 @@ def cifar100_task(config: DataConfig) -> Task:
 
 def _load_cifar(kind: type[CIFAR10], config: DataConfig, train: bool) -> ImageSet:
     """The official training or test images with their fine labels."""
+    from torchvision.datasets.utils import check_integrity
+
     root = Path(config.root)
     folder = root / kind.base_folder
+    if not folder.exists() and (root / kind.filename).is_file():
+        whole = check_integrity(str(root / kind.filename), kind.tgz_md5)
+        state = "it is whole: unpack it there" if whole else f"it is incomplete or damaged: download {kind.url} again"
+        raise UserError(f"{kind.__name__}: expected the folder {folder}, found the archive {kind.filename}; {state}")
     for file, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]:
         if not (folder / file).is_file():
             raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from anomem.data.config import DataConfig
 from anomem.data.convert import resize
 from anomem.data.images import ResidentImages
-from anomem.data.task import Task, assemble, class_index, outlier_count
+from anomem.data.task import Rows, Task, assemble, class_index, outlier_count
 from anomem.errors import UserError
 
 TYPES = ("mono", "poly")
@@ -127,4 +127,5 @@ def cells_task(cells: Cells, kind: str, config: DataConfig) -> Task:
         ["defect" if anomaly else "normal" for anomaly in is_anomaly.tolist()],
         is_anomaly,
         aligned=True if config.aligned is None else config.aligned,
+        rows=Rows(torch.cat([split.train, labelled]), test),
     )

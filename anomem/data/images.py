@@ -27,11 +27,13 @@ class ImageSet:
         images: [N, C, H, W] uint8 on the CPU.
         labels: [N] int64, indices into `classes`.
         classes: names of the classes.
+        rows: [N] int64, which images of the data set these are; None for all in their order.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    rows: Tensor | None = None
 
 
 class Images(Protocol):

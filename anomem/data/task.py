@@ -28,6 +28,15 @@ class Split(NamedTuple):
     """Labelled anomalies."""
 
 
+class Rows(NamedTuple):
+    """Which images of a data set a task consists of, so that another method can run on the same."""
+
+    train: Tensor
+    """[N] int64 into the training images of its files, in the order of `Task.train`."""
+    test: Tensor
+    """[T] int64 into the test images of its files, in the order of `Task.test`."""
+
+
 @dataclass
 class Task:
     """Training and test images with their labels.
@@ -46,6 +55,7 @@ class Task:
         aligned: whether a position means the same in every image.
         test_paths: file of each test image, or None.
         trained_on: files of the training images, or None; `load_task` takes it to give the same split again.
+        rows: which images of the data set these are, or None where they are named by files or made by a seed.
 
     Example:
         >>> task = load_task(DataConfig("digits", normal="3"))
@@ -66,6 +76,7 @@ class Task:
     aligned: bool
     test_paths: tuple[str, ...] | None = None
     trained_on: Split | None = None
+    rows: Rows | None = None
 
     def to(self, device: torch.device | str) -> Task:
         """The same task on another device: labels and masks moved, images delivered there."""
@@ -92,6 +103,7 @@ def assemble(
     test_masks: Tensor | None = None,
     test_paths: Sequence[str] | None = None,
     trained_on: Split | None = None,
+    rows: Rows | None = None,
     any_test: bool = False,
     fewest: int = 2,
     advice: Callable[[], str] = lambda: "check what is in them",
@@ -110,6 +122,7 @@ def assemble(
         test_masks: [T, H, W] bool or None.
         test_paths: T files or None.
         trained_on: see `Task`.
+        rows: see `Task`.
         any_test: the task may have no test images, or those of one class only.
         fewest: training normals.
         advice: what to do about nearly constant training images.
@@ -149,6 +162,7 @@ def assemble(
         aligned=aligned,
         test_paths=None if test_paths is None else tuple(test_paths),
         trained_on=trained_on,
+        rows=rows,
     )
 
 
@@ -173,6 +187,10 @@ def one_against_all(name: str, train: ImageSet, test: ImageSet, config: DataConf
         [test.classes[label] for label in test.labels.tolist()],
         test.labels != normal,
         aligned=aligned if config.aligned is None else config.aligned,
+        rows=Rows(
+            rows if train.rows is None else train.rows[rows],
+            torch.arange(len(test.images)) if test.rows is None else test.rows,
+        ),
     )
 
 

@@ -1,10 +1,11 @@
-"""AUROC, average precision, FPR at a TPR, pixel AUROC and AUPRO. A higher score is more anomalous.
+"""AUROC, average precision, FPR at a TPR, pixel AUROC, AUPRO and AUPIMO. A higher score is more anomalous.
 
 Computed on the device of the scores, with ties counted exactly; tests compare them with scikit-learn's.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -137,6 +138,47 @@ def aupro(maps: Any, masks: Any, limit: float = 0.3) -> float:
         end = torch.lerp(overlap[inside - 1], overlap[inside], part)
         area += (limit - low) * float(overlap[inside - 1] + end) / 2
     return area / limit
+
+
+def aupimo(maps: Any, masks: Any, bounds: tuple[float, float] = (1e-5, 1e-4)) -> float:
+    """Mean area under the per-image-overlap curve of the anomalous images (AUPIMO, Bertoldo et al. 2024).
+
+    The false-positive rate of a threshold is measured on normal images alone: the mean over them of the share of their
+    pixels at or above it. An anomalous image's overlap is the share of its anomalous pixels at or above it. The overlap
+    is averaged over the logarithm of the false-positive rate between the bounds; the threshold of a rate is the lowest
+    whose false-positive rate does not exceed it. Fewer than 1 / bounds[0] pixels of normal images cannot resolve the
+    lower bound: then thresholds above every normal pixel decide.
+
+    Args:
+        maps: [T, H, W] finite numbers, higher is more anomalous.
+        masks: [T, H, W] bool, True on anomalous pixels; at least one image without any.
+        bounds: lowest and highest false-positive rate, 0 < low < high ≤ 1.
+
+    Raises:
+        ArgumentError: as `pixel_auroc`, no normal image, or wrong bounds.
+    """
+    low, high = bounds
+    require(0 < low < high <= 1, "bounds", "two rates, 0 < low < high ≤ 1", bounds)
+    maps, masks = _checked_maps(maps, masks)
+    anomalous = masks.flatten(1).any(dim=1)
+    require(not bool(anomalous.all()), "masks", "at least one image without an anomalous pixel", "none")
+    normal = maps[~anomalous].flatten().sort(descending=True).values
+    # All images have one size: the mean of the images' shares is the share of all pixels. Thresholds are the distinct
+    # values of normal pixels, from high to low; a share `rates[k]` of the pixels is at or above the k-th.
+    last = torch.cat([normal.diff() != 0, normal.new_ones(1, dtype=torch.bool)])
+    values = normal[last]
+    rates = (last.nonzero().flatten() + 1).double() / len(normal)
+    # Between two rates the threshold lies above the value of the higher one: strictly above counts.
+    kept = rates < high
+    edges = torch.cat([rates.new_tensor([low]), rates[kept].clamp_min(low), rates.new_tensor([high])]).log()
+    widths = edges.diff() / math.log(high / low)  # of no threshold yet, then of each kept one
+    above = values[: len(widths)]
+    total = 0.0
+    for scores, mask in zip(maps[anomalous], masks[anomalous], strict=True):
+        found = scores[mask].sort().values
+        exceeding = len(found) - torch.searchsorted(found, above, right=True)
+        total += float((exceeding.double() / len(found) * widths).sum())
+    return min(1.0, total / int(anomalous.sum()))  # the widths add up to 1 but for rounding
 
 
 def regions(masks: Tensor) -> Tensor:

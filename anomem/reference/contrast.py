@@ -162,13 +162,13 @@ def scale_weights(count: int, weighting: Weighting = "exp") -> tuple[float, ...]
     return tuple(2.0 ** (s - count) for s in range(1, count + 1))
 
 
-def margin_loss(length: Tensor, is_normal: Tensor, margin: float = 2.0) -> Tensor:
+def margin_loss(length: Tensor, is_normal: Tensor, margin: float | Tensor = 2.0) -> Tensor:
     """The margin loss of stage 2 at one scale: y max(0, |g| − 1/M) + (1 − y) max(0, M − |g|), mean over the batch.
 
     Args:
         length: [B], |g_k|, length of each image's embedding.
         is_normal: [B] bool.
-        margin: M > 1; normals end inside radius 1/M, anomalies outside M.
+        margin: M ≥ 1, a number or a 0-dim tensor; normals end inside radius 1/M, anomalies outside M.
 
     Returns:
         0-dim.

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -24,7 +24,8 @@ from anomem.scoring import FillConfig, ScoreConfig
 from anomem.validation import require, require_choice, require_count, require_number, require_positive_number
 
 T = TypeVar("T")
-Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv"]
+Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv", "paper"]
+Positive = Literal["memory", "view"]
 FirstPrototypes = Literal["normal", "features"]
 Precision = Literal["auto", "float32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -38,6 +39,8 @@ EXECUTION = frozenset(
     )
 )  # fmt: skip
 """Settings that may change after a part of a run: where and how it executes, and the rate of the verdict."""
+PAPER_EPOCHS = 200
+"""Of a class, in the preset "paper"."""
 STEPS = 2**31
 """Upper bound of steps and seeds: a permutation's seed holds both in 63 bits."""
 
@@ -54,6 +57,9 @@ class LossConfig:
     """Other images at the same position, other positions of the same image, or both."""
     symmetric: bool = True
     """Contrast both ways and take the mean."""
+    positive: Positive = "memory"
+    """Positive of a normal image's vector: what the memory returns for the other view, or the other view itself (a
+    control: the memories are then not trained)."""
     ratio: float = 1.0
     """r_s: part of a map's positions sampled in a step."""
     max_positions: int = 8
@@ -71,6 +77,7 @@ class LossConfig:
             0 <= self.variance_weight <= 1e6, "loss.variance_weight", "a number ≥ 0, up to 1e6", self.variance_weight
         )
         require_choice(self.negatives, "loss.negatives", get_args(Negatives))
+        require_choice(self.positive, "loss.positive", get_args(Positive))
         require(0 < self.ratio <= 1, "loss.ratio", "a part of the positions in (0, 1]", self.ratio)
         require_count(self.max_positions, "loss.max_positions", 1)
 
@@ -150,7 +157,9 @@ class Stage2Config:
     enabled: bool = True
     """Run it where there are anomalies."""
     margin: float = 2.0
-    """M > 1: normals end inside radius 1/M, anomalies outside M."""
+    """M ≥ 1: normals end inside radius 1/M, anomalies outside M; 1 puts both on the unit sphere."""
+    adaptive: bool = False
+    """Adapt M while training, from `margin` on (`anomem.train.margin`); beyond the paper."""
     hidden: int = 32
     """Channels of the head's convolutions."""
     embedding: int = 32
@@ -160,7 +169,7 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         require_number(self.margin, "stage2.margin")
-        require(1 < self.margin <= 1e4, "stage2.margin", "a number > 1, up to 1e4", self.margin)
+        require(1 <= self.margin <= 1e4, "stage2.margin", "a number ≥ 1, up to 1e4", self.margin)
         require_count(self.hidden, "stage2.hidden", 1, 4096)
         require_count(self.embedding, "stage2.embedding", 1, 65536)
 
@@ -298,11 +307,12 @@ def preset(name: str) -> TrainConfig:
     """The preset of a data set.
 
     digits and textures: the small encoder and a hundred-odd steps, seconds to minutes on a CPU. cifar10, cifar100:
-    the paper's setting (ResNet-18 and batches of 1024; 200 epochs of a class). folder, elpv: the small encoder on 64
-    pixels with light augmentation; `anomem fit` is faster and, with a pretrained encoder, better.
+    ResNet-18 and batches of 1024; 200 epochs of a class. paper: the paper's setting, cifar10 with
+    ResNet-50. folder, elpv: the small encoder on 64 pixels with light augmentation; `anomem fit` is faster and, with a
+    pretrained encoder, better.
 
     Args:
-        name: as in `DataConfig.dataset`.
+        name: as in `DataConfig.dataset`, or "paper".
 
     Raises:
         ArgumentError: an unknown name.
@@ -324,6 +334,10 @@ def preset(name: str) -> TrainConfig:
             optimizer=OptimizerConfig(batch_size=64),
             run=RunConfig(checkpoint_every=100),
         )
+    if name == "paper":
+        # 5,000 images of a class are four batches of 1,024.
+        config, optimizer = preset("cifar10"), OptimizerConfig(steps=4 * PAPER_EPOCHS, learning_rate=0.1, warmup=40)
+        return replace(config, model=replace(config.model, backbone="resnet50"), optimizer=optimizer)
     return TrainConfig(
         data=DataConfig(dataset=name, normal="0"),
         augment=augment,

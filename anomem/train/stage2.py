@@ -9,6 +9,8 @@ and 0.988 on classes 3 and 8 (seed 0); with three anomalies per hundred normals 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -22,6 +24,7 @@ from anomem.train.batches import Average, apply_gradients, build_optimizer, lear
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
 from anomem.train.execution import autocast, settled
+from anomem.train.margin import AdaptiveMargin
 from anomem.train.monitor import Monitor
 from anomem.train.objective import Views
 from anomem.train.ranks import Ranks
@@ -33,17 +36,19 @@ from anomem.validation import require
 MEMORY = "--stage2.optimizer.batch-size or --data.image-size"
 
 
-def margin_objective(head: DeviationHead, deviations: list[Tensor], normal: Tensor, margin: float) -> Tensor:
+def margin_objective(
+    weights: Sequence[float], lengths: Sequence[Tensor], normal: Tensor, margin: float | Tensor
+) -> Tensor:
     """Σ_s lambda_s · margin loss of |g(s)|: 0-dim.
 
     Args:
-        head: computes g(s); has lambda_s.
-        deviations: S tensors [B, P_s, d_s].
+        weights: lambda_s.
+        lengths: |g(s)| of each scale, S tensors [B].
         normal: [B] bool.
-        margin: M > 1.
+        margin: M ≥ 1.
     """
-    losses = [AF.margin_loss(length, normal, margin) for length in head.lengths(deviations)]
-    return torch.stack([w * loss for w, loss in zip(head.scale_weights, losses, strict=True)]).sum()
+    losses = [AF.margin_loss(length, normal, margin) for length in lengths]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
 
 
 def train_stage2(
@@ -85,7 +90,9 @@ def train_stage2(
     named = [(f"head.{name}", p) for name, p in head.named_parameters()]
     optimizer = build_optimizer(settings, head.parameters())
     average = Average(named, settings.ema)
-    state = StageState("stage2", {"head": head}, optimizer, images, config, run, average, ranks)
+    adaptive = AdaptiveMargin(config.stage2.margin).to(model.device) if config.stage2.adaptive else None
+    modules = {"head": head} if adaptive is None else {"head": head, "margin": adaptive}
+    state = StageState("stage2", modules, optimizer, images, config, run, average, ranks)
     start = state.restore()
     model.eval()
     head.train()
@@ -97,7 +104,8 @@ def train_stage2(
     ):
         # Uint8 and on the device already, as in stage 1.
         for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
-            total = torch.zeros((), device=model.device)
+            total, violations = torch.zeros((), device=model.device), []
+            margin = config.stage2.margin if adaptive is None else adaptive.value.clone()
             for number, rows in enumerate(parts):
                 with record_function("anomem.augment"):
                     views, normal = views_of(batch, rows, 1)  # [R, C, H, W], [R]
@@ -111,7 +119,10 @@ def train_stage2(
                         fit_unit(head, deviations, normal, ranks)
                     with record_function("anomem.margin"):
                         weight = len(rows) * ranks.count / everything
-                        loss = margin_objective(head, deviations, normal, config.stage2.margin) * weight
+                        lengths = head.lengths(deviations)
+                        loss = margin_objective(head.scale_weights, lengths, normal, margin) * weight
+                        if adaptive is not None:
+                            violations.append(adaptive.violations(lengths, normal, head.scale_weights))
                 with record_function("anomem.backward"):
                     loss.backward()
                 total = total + loss.detach()
@@ -119,9 +130,12 @@ def train_stage2(
                 ranks.average_gradients(head.parameters())
                 apply_gradients(optimizer, settings, batch.step)
                 average.update(batch.step)
+                if adaptive is not None:
+                    adaptive.update(ranks.mean(torch.stack(violations).sum(dim=0)))
             if monitor.due(batch.step, shares.batch):
                 # No `loss.item()`: it would wait for the device. The host reads the value once it has arrived.
-                monitor.log(batch.step, learning_rate(settings, batch.step), {"loss": total})
+                terms = {"loss": total} | ({"margin": margin} if isinstance(margin, Tensor) else {})
+                monitor.log(batch.step, learning_rate(settings, batch.step), terms)
             state.step_done(batch.step + 1, settings.steps, monitor, request)
     average.finish()
     head.eval()

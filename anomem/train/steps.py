@@ -160,6 +160,8 @@ class Stage1Step:
             return self.model.sample(maps, self._positions(batch.step, part, rows)), normal
 
     def _loss(self, sampled: Sequence[Tensor], normal: Tensor | None, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.loss.positive == "view":  # none of them is answered by the memory
+            normal = torch.zeros(sampled[0].shape[1] // 2, dtype=torch.bool, device=sampled[0].device)
         counts = self.shares.counts[part] if self.ranks.count > 1 else None
         return multi_scale_loss(self.model, self.criterion, sampled, normal, counts)
 

@@ -12,7 +12,7 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.evaluate import aupro, auroc, average_precision, fpr_at_tpr, pixel_auroc, roc_curve
+from anomem.evaluate import aupimo, aupro, auroc, average_precision, fpr_at_tpr, pixel_auroc, roc_curve
 from anomem.testing import assert_within_budget, draw
 
 
@@ -138,3 +138,57 @@ def test_small_regions_count_as_much_as_large_ones() -> None:
     assert pixel_auroc(large.double(), masks) > 0.97
     with pytest.raises(ArgumentError, match=r"`limit`: expected a false-positive rate in \(0, 1\], received 0"):
         aupro(masks.double(), masks, 0)
+
+
+def per_image_overlap_on_a_grid(maps: Tensor, masks: Tensor, low: float, high: float, points: int) -> float:
+    """AUPIMO as it is defined: at every rate of a fine logarithmic grid the lowest threshold that keeps it."""
+    images = list(zip(maps.numpy(), masks.numpy(), strict=True))
+    normal = [scores for scores, mask in images if not mask.any()]
+    # A threshold just above each value stands for all thresholds up to the next one.
+    thresholds = np.nextafter(np.unique(np.concatenate([scores.ravel() for scores in normal])), np.inf)
+    rates = np.array([np.mean([(scores >= t).mean() for scores in normal]) for t in thresholds])
+    total = []
+    for rate in np.exp(np.log(low) + (np.arange(points) + 0.5) / points * np.log(high / low)):
+        threshold = thresholds[rates <= rate].min()
+        total.append(np.mean([(scores[mask] >= threshold).mean() for scores, mask in images if mask.any()]))
+    return float(np.mean(total))
+
+
+@pytest.mark.parametrize("bounds", [(1e-5, 1e-4), (1e-3, 1e-2), (0.01, 0.5), (0.2, 1.0)])
+def test_per_image_overlap_on_a_grid(bounds: tuple[float, float]) -> None:
+    masks = torch.rand(6, 20, 30, generator=torch.Generator().manual_seed(0)) > 0.9
+    masks[:3] = False
+    maps = ((draw(6, 20, 30, dtype=torch.float64) + 2 * masks) * 20).round() / 20  # ties
+    expected = per_image_overlap_on_a_grid(maps, masks, *bounds, points=2000)
+    assert aupimo(maps, masks, bounds) == pytest.approx(expected, abs=2e-3)
+    assert 0 < expected < 1
+
+
+def test_per_image_overlap_by_hand() -> None:
+    normal = torch.arange(100.0).view(1, 10, 10)  # false-positive rate .01 at 99, .02 at 98, …
+    anomalous = torch.full((2, 10, 10), -1.0)
+    masks = torch.zeros(3, 10, 10, dtype=torch.bool)
+    masks[1:, 0, :2] = True
+    anomalous[:, 0, 0], anomalous[0, 0, 1], anomalous[1, 0, 1] = 1000.0, 98.5, 96.5
+    maps = torch.cat([normal, anomalous])
+    # Below a rate of .01 the threshold lies above 99: half of each region. From .01 to .02 it lies above 98, so 98.5 is
+    # found; 96.5 only from .03 on.
+    decade = np.log(0.1 / 0.001)
+    first = (np.log(0.01 / 0.001) * 0.5 + np.log(0.1 / 0.01)) / decade
+    second = (np.log(0.03 / 0.001) * 0.5 + np.log(0.1 / 0.03)) / decade
+    assert aupimo(maps, masks, (0.001, 0.1)) == pytest.approx((first + second) / 2)
+    # A large image's false alarms in one image of many normals: only normal images count.
+    louder = maps.clone()
+    louder[1][~masks[1]] = 5000.0
+    assert aupimo(louder, masks, (0.001, 0.1)) == aupimo(maps, masks, (0.001, 0.1))
+    assert aupimo(masks.double(), masks) == 1
+    assert aupimo(-masks.double(), masks) == 0
+
+
+def test_per_image_overlap_needs_normal_images() -> None:
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[:, 0] = True
+    with pytest.raises(ArgumentError, match="`masks`: expected at least one image without an anomalous pixel"):
+        aupimo(masks.double(), masks)
+    with pytest.raises(ArgumentError, match=r"`bounds`: expected two rates, 0 < low < high ≤ 1"):
+        aupimo(masks.double(), masks, (0.1, 0.1))
