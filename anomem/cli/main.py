@@ -24,9 +24,10 @@ from anomem.errors import UserError
 from anomem.files import printable
 
 if TYPE_CHECKING:
-    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.commands import Evaluate, Fit, Plot, Train
     from anomem.cli.elsewhere import Drift, Export, Report
     from anomem.cli.reproduce import Reproduce
+    from anomem.cli.score import Score
     from anomem.train.config import TrainConfig
 
 WITHOUT_FILES = ("digits", "textures")
@@ -78,7 +79,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     try:
         # They take seconds to import.
-        from anomem.cli import commands, elsewhere, reproduce
+        from anomem.cli import commands, elsewhere, reproduce, score
 
         command = _parse(arguments)
         if isinstance(command, commands.Train):
@@ -87,8 +88,8 @@ def _run(arguments: list[str]) -> int:
             commands.fit(command)
         elif isinstance(command, commands.Evaluate):
             commands.evaluate(command)
-        elif isinstance(command, commands.Score):
-            return commands.score(command)
+        elif isinstance(command, score.Score):
+            return score.score(command)
         elif isinstance(command, elsewhere.Export):
             elsewhere.export(command)
         elif isinstance(command, elsewhere.Report):
@@ -114,9 +115,10 @@ def _run(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce:
     import tyro
 
-    from anomem.cli.commands import Evaluate, Fit, Plot, Score, Train
+    from anomem.cli.commands import Evaluate, Fit, Plot, Train
     from anomem.cli.elsewhere import Drift, Export, Report
     from anomem.cli.reproduce import Reproduce
+    from anomem.cli.score import Score
     from anomem.train.config import TrainConfig
 
     start = _starting_point(arguments[1:]) if arguments[:1] == ["train"] else TrainConfig()
