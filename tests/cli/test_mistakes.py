@@ -43,7 +43,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         (("--data.normal=x",), ("`data.normal`", "one of 0, 1", "'x'")),
         (("--optimizer.batch-size=1",), ("`optimizer.batch_size`", "≥ 2", "1")),
         (("--stage2.optimizer.steps=0",), ("`stage2.optimizer.steps`", "0")),
-        (("--stage2.margin=1",), ("`stage2.margin`", "> 1", "1")),
+        (("--stage2.margin=0.5",), ("`stage2.margin`", "≥ 1", "0.5")),
         (("--stage2.hidden=0",), ("`stage2.hidden`", "≥ 1", "0")),
         (("--optimizer.weight-decay=-1",), ("`optimizer.weight_decay`", "≥ 0", "-1")),
         (("--optimizer.clip=0",), ("`optimizer.clip`", "> 0", "0")),

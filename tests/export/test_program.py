@@ -18,6 +18,9 @@ from anomem.scoring import FittedDetector, ScoreConfig, Scorer
 from anomem.train import fit
 from tests.train.test_fitting import CONFIG, parts
 
+# Two implementations read a memory with other roundings, which the Gaussians of few normals enlarge.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
 
 @pytest.mark.parametrize("portable", [True, False])
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])
@@ -30,10 +33,10 @@ def test_program_says_what_the_detector_says(detector: FittedDetector, pixels: s
         with torch.no_grad():
             found = dict(zip(program.names, program(images), strict=True))
         said = detector(images, by=by)
-        torch.testing.assert_close(found["score"], said.scores[by])
+        torch.testing.assert_close(found["score"], said.scores[by], **CLOSE)
         torch.testing.assert_close(found["p_value"].double(), said.p_values, rtol=1e-6, atol=0)
         assert torch.equal(found["verdict"], said.verdicts)
-        torch.testing.assert_close(found["map"], said.maps["plain" if by == "plain" else "local"])
+        torch.testing.assert_close(found["map"], said.maps["plain" if by == "plain" else "local"], **CLOSE)
 
 
 def test_every_alpha_decides_as_the_calibration_does(detector: FittedDetector) -> None:
@@ -86,7 +89,7 @@ def test_grey_becomes_colour(detector: FittedDetector) -> None:
     grey = parts(3, 1)[:, :1].contiguous()
     with torch.no_grad():
         score = Program(detector, channels=1)(grey)[0]
-    torch.testing.assert_close(score, detector(grey.expand(-1, 3, -1, -1)).scores[detector.lead])
+    torch.testing.assert_close(score, detector(grey.expand(-1, 3, -1, -1)).scores[detector.lead], **CLOSE)
 
 
 def test_what_cannot_be_promised_is_left_out() -> None:
