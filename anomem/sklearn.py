@@ -100,7 +100,7 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             y: ignored.
 
         Raises:
-            ValueError: no images, or a setting out of range.
+            ValueError: no images, images that are all alike, or a setting out of range.
             UserError: a file that cannot be read, or missing weights.
         """
         images = self._images(X)
@@ -115,6 +115,9 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         config = replace(config, alpha=self.alpha)
         self.detector_: FittedDetector = fit(images, self.alpha, aligned=self.aligned, config=config)
         known = self.detector_.calibration.scores[self.detector_.lead].sort(descending=True).values
+        if len(known) == 0:
+            times = f", {len(images)} times" if len(images) > 1 else ""
+            raise ValueError(f"X: expected images that differ, to calibrate with; received 1 sample{times}")
         allowed = math.floor(self.alpha * (1 + 1e-12) * (len(known) + 1))
         if allowed < 1:
             warnings.warn(

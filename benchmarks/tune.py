@@ -44,7 +44,9 @@ WORK = {
     "retrieve_resident": (2, 2),
     "retrieve_flash_query_gradient": (3, 3),
     "retrieve_flash_prototype_sums": (4, 2),
+    "retrieve_chunked_weights": (2, 2),
     "contrast_forward": (1, 1),
+    "contrast_chunked_weights": (1, 2),
     "contrast_backward": (2, 2),
 }
 

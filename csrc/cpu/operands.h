@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "cpu/library_product.h"
 #include "cpu/memory.h"
@@ -83,14 +85,15 @@ inline Memory memory_of(const Tensor& queries, int64_t features, const Tensor& k
                         const OptionalTensor& beta, double scale, int64_t normalize) {
   const Type type = type_of(queries, "query");
   check_memory(queries, features, keys, values, beta, accumulator(type), normalize);
+  const int64_t width = values ? values->size(1) : features;
   return {keys.const_data_ptr(),
           optional_data(values),
           keys.size(0),
           features,
-          values ? values->size(1) : features,
+          width,
           static_cast<Normalize>(normalize),
           scale * value_of(beta, 1),
-          takes_library_products(type, queries.numel() / features, keys.size(0), features)};
+          takes_library_products(type, queries.numel() / features, keys.size(0), std::min(features, width))};
 }
 
 }  // namespace anomem::cpu
