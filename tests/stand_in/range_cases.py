@@ -13,6 +13,8 @@ import torch
 
 from anomem import backends
 from anomem import functional as AF
+from anomem.kernels.primitives import SCRATCH_BYTES
+from anomem.kernels.retrieve_chunked import ROW_BYTES
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
 from tests.stand_in.recording import of, recorded
 
@@ -59,8 +61,9 @@ def test_retrieval_takes_no_memory_for_scores(impl: Any, shape: tuple[int, ...],
     peak = peak_of(call)
     results = sum(x.nbytes for x in [*call.inputs, *call.upstream])
     prototypes = sum(x.numel() * 4 for x in call.inputs[1:])
+    kept = 8 * n if impl == "triton" else 0  # largest score and log-sum of each query
     # Beside the results: float32 sums of the prototypes' gradients, normalised prototypes, and chunks.
-    assert peak <= results + 4 * prototypes + GIB // 4
+    assert peak <= results + kept + 4 * prototypes + SCRATCH_BYTES + ROW_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,8 +73,9 @@ def test_contrast_takes_no_memory_for_similarities(shape: tuple[int, ...], dtype
     peak = peak_of(call)
     groups, pairs, features = shape
     row = 4 * (features + 8)  # bytes in float32, with what is kept for each row
-    # Normalised rows, their gradients and the gradients returned.
-    assert peak <= 3 * groups * 2 * pairs * row + 2**20
+    # Normalised rows, their gradients and the gradients returned; exact float32 stores a chunk of weights.
+    weights = SCRATCH_BYTES if dtype == torch.float32 else 0
+    assert peak <= 3 * groups * 2 * pairs * row + weights + 2**20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
