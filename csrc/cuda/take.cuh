@@ -91,7 +91,7 @@ struct TakePlanes {
           __syncthreads();
           if (a.normalize != kNone && (pass == 0 || !read_twice)) measure(a, shared, width, moments);
           if (pass == 0) continue;
-          if (c == 0) settle(a, shared, b, start, moments);
+          if (c == 0) settle(a, shared, moments);
           write(a, shared, b, start, c, width);
         }
       }
@@ -128,26 +128,11 @@ struct TakePlanes {
   }
 
   // Writes the normalisation of the warp's positions to shared memory, for all of its lanes.
-  __device__ static void settle(const Arguments& a, Shared& shared, int64_t b, int64_t start,
-                                const Moments (&moments)[kPerWarp]) {
-    const int lane = threadIdx.x % kWarp;
+  __device__ static void settle(const Arguments& a, Shared& shared, const Moments (&moments)[kPerWarp]) {
+    if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-    for (int j = 0; j < kPerWarp; ++j) {
-      const int p = threadIdx.x / kWarp * kPerWarp + j;
-      const bool finite = moments[j].square <= FLT_MAX;
-      if (lane == 0) shared.affine[p] = finite ? affine_of(moments[j], a.normalize) : Affine{0.0f, -1.0f};
-    }
-    if (a.normalize != kNone) {
-#pragma unroll 1
       for (int j = 0; j < kPerWarp; ++j) {
-        const int p = threadIdx.x / kWarp * kPerWarp + j;
-        __syncwarp();
-        if (!(shared.affine[p].scale < 0) || start + p >= a.count) continue;
-        const T* x = a.vector(b, start + p);
-        Affine affine{NAN, NAN};
-        if (x != nullptr) affine = long_row_affine(x, a.stride_channel, a.channels, a.normalize, lane);
-        __syncwarp();
-        if (lane == 0) shared.affine[p] = affine;
+        shared.affine[threadIdx.x / kWarp * kPerWarp + j] = affine_of(moments[j], a.normalize);
       }
     }
     __syncwarp();
