@@ -68,6 +68,11 @@ class Call:
         stored = {"bf16": lambda: to_bf16(np.asarray(x, np.float32)), "fp16": lambda: x.astype(np.float16)}
         self._place(name, stored.get(self.kind, lambda: x.astype(np.float32))())
 
+    def whole_vectors(self, name: str, x: Array) -> None:
+        """An input in the rows' dtype, filled with zeros up to a multiple of 16 bytes as scaled rows are."""
+        width = 8 if self.kind in ("bf16", "fp16") else 4
+        self.rows(name, np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % width)]))
+
     def numbers(self, name: str, x: Any, dtype: Any = np.float32) -> None:
         """An input in float32, or in int64."""
         self._place(name, np.asarray(x, dtype))
@@ -183,12 +188,12 @@ def contrast_forward(call: Call) -> dict[str, float]:
     rows = 2 * (block_r // 2 + 13) if joined else block_r + 9
     case = Contrast(call, rows, None if joined else 2 * block_c + 5)
     columns = case.t.shape[1]
-    call.rows("scaled_rows", case.s)
+    call.whole_vectors("scaled_rows", case.s)
     call.numbers("row_inverse", case.inverse)
     call.arguments["scaled_columns"] = call.arguments["scaled_rows"]
     call.arguments["column_inverse"] = call.arguments["row_inverse"]
     if not joined:
-        call.rows("scaled_columns", case.t)
+        call.whole_vectors("scaled_columns", case.t)
         call.numbers("column_inverse", case.other_inverse)
     in_parts = call.has("partial")
     length = ceil(ceil(columns, block_c), 2 if in_parts else 1) * block_c
@@ -234,13 +239,13 @@ def contrast_backward(call: Call) -> dict[str, float]:
     dx = (du - u * (u * du).sum(-1, keepdims=True)) * inverse.astype(np.float64)[..., None]
     moment = (weights * np.einsum("gxd,gyd->gxy", u, v) / TAU).sum(-1)
 
-    call.rows("owned", owned)
+    call.whole_vectors("owned", owned)
     call.numbers("owned_inverse", inverse)
     call.arguments["streamed"], call.arguments["streamed_inverse"] = (
         call.arguments["owned"], call.arguments["owned_inverse"]
     )  # fmt: skip
     if not joined:
-        call.rows("streamed", streamed)
+        call.whole_vectors("streamed", streamed)
         call.numbers("streamed_inverse", other)
     call.numbers("loss", case.loss)
     call.numbers("lse", case.lse)
@@ -287,12 +292,12 @@ def contrast_chunked_weights(call: Call) -> dict[str, float]:
         weights = weights + weights.transpose(0, 2, 1)
     weights = weights[:, first:end]
     factors = [np.frexp(inverse)[0].astype(np.float64) for inverse in (case.inverse, case.other_inverse)]
-    call.rows("scaled_rows", case.s)
+    call.whole_vectors("scaled_rows", case.s)
     call.numbers("row_inverse", case.inverse)
     call.arguments["scaled_columns"] = call.arguments["scaled_rows"]
     call.arguments["column_inverse"] = call.arguments["row_inverse"]
     if not joined:
-        call.rows("scaled_columns", case.t)
+        call.whole_vectors("scaled_columns", case.t)
         call.numbers("column_inverse", case.other_inverse)
     call.numbers("loss", case.loss)
     call.numbers("lse", case.lse)
