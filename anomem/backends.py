@@ -211,10 +211,10 @@ AUTO: tuple[Rule, ...] = (
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
-_SMALL = "its fixed cost is below that of the reference's many operators (1.1 to 9 times as fast on AMD family 25)"
+_SMALL = "its fixed cost is below that of the reference's many operators (benchmarks/results/cpu-zen4-small.jsonl)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
-_CHUNKS = "scores in chunks of 24 MiB that stay in the second-level cache (not measured on a GPU yet)"
+_CHUNKS = "scores in chunks of at most 256 MiB, selected from in one pass (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
     *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS),
     Rule(

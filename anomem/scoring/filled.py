@@ -24,8 +24,7 @@ ImageBatches = Callable[[], Iterable[Tensor]]
 HELD_BYTES = 2**30
 """Of features that are held instead of encoded again."""
 TOP_K = 8
-"""Prototypes that a feature of a filled memory reads: within .0006 of AUROC of reading all, on four splits of solar
-cells."""
+"""Prototypes that a feature of a filled memory reads."""
 TOP_PART = 0.1
 """Of the positions, the largest distances first: their mean is an image's distance."""
 
