@@ -121,6 +121,8 @@ def test_a_watched_folder(run: Path, photos: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs, and so these tests, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["path"].endswith("first.png")
