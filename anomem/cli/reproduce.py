@@ -41,6 +41,8 @@ class Reproduce:
     """Seeds of split and training; three when not given (figure5 and mvtec: one)."""
     epochs: int | None = None
     """Passes over the training images, to scale down; the preset's when not given (cifar: the paper's 200)."""
+    steps: int | None = None
+    """Gradient steps of stage 1, in place of --epochs."""
     subset: int | None = None
     """At most so many training normals and test images of each kind, to scale down."""
     jobs: int | None = None
@@ -79,7 +81,7 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
         command.classes,
         command.settings,
         command.seeds,
-        Scale(command.epochs, command.subset),
+        Scale(command.epochs, command.steps, command.subset),
         command.jobs,
         command.device,
         shlex.join(["anomem", *arguments]),

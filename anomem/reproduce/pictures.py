@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
-from anomem.reproduce.sweep import read_sweep
+from anomem.reproduce.sweep import named_data, read_sweep
 from anomem.reproduce.trends import Values
 
 MARKERS = ("o", "D", "^", "s", "v", "P", "X", "*")
@@ -27,14 +27,15 @@ def draw(sweep: Path) -> Path:
     header, rows = read_sweep(sweep)
     experiment, values = EXPERIMENTS[header["experiment"]], Values(rows)
     path = sweep / "pictures" / "summary.png"
+    title = f"{experiment.title}: {named_data(header)}"
     if header["experiment"] == "margin":
-        _margins(experiment, values, path)
+        _margins(experiment, values, title, path)
     else:
-        _settings(experiment, values, path)
+        _settings(experiment, values, title, path)
     return path
 
 
-def _settings(experiment: Experiment, values: Values, path: Path) -> None:
+def _settings(experiment: Experiment, values: Values, title: str, path: Path) -> None:
     from anomem.plots.style import AMBER, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, figure
 
     names = [name for name in experiment.settings if any(row["setting"] == name for row in values.rows)]
@@ -50,11 +51,11 @@ def _settings(experiment: Experiment, values: Values, path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("AUROC, mean over the classes; one mark a seed")
-        axes.set_title(experiment.title)
+        axes.set_title(title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def _margins(experiment: Experiment, values: Values, path: Path) -> None:
+def _margins(experiment: Experiment, values: Values, title: str, path: Path) -> None:
     """AUROC against M, a line for each ratio of labels; the adaptive margin as a dashed level."""
     from anomem.plots.style import figure, shades
 
@@ -74,5 +75,5 @@ def _margins(experiment: Experiment, values: Values, path: Path) -> None:
         axes.set_xticks(range(len(margins)), [name.removeprefix("M = ") for name in margins])
         axes.set_xlabel("M; dashed: adapted while training")
         axes.set_ylabel("AUROC of stage 2")
-        axes.set_title(experiment.title)
+        axes.set_title(title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -9,7 +9,7 @@ from typing import Any
 
 from anomem.files import write_atomically
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
-from anomem.reproduce.sweep import read_sweep
+from anomem.reproduce.sweep import named_data, read_sweep
 from anomem.reproduce.trends import Values
 
 DASH = "–"
@@ -67,7 +67,7 @@ def markdown(sweep: Path, planned: int | None = None) -> str:
     header, rows = read_sweep(sweep)
     experiment = EXPERIMENTS[header["experiment"]]
     values = Values(rows)
-    lines = [f"# {experiment.title}: {header['data']}", "", *_about(header, rows, planned), ""]
+    lines = [f"# {experiment.title}: {named_data(header)}", "", *_about(header, rows, planned), ""]
     lines += _means(experiment, values, header["data"], rows)
     lines += [
         "",
@@ -105,8 +105,7 @@ def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned
     precision = ", ".join(sorted({row.get("precision", "float32") for row in rows}))  # the first sweeps knew no other
     images = sorted({row["train_images"] for row in rows})
     lines = [
-        f"`{header['command']}`",
-        "",
+        *(f"`{command}`\n" for command in (header["command"], *header.get("continued", ()))),
         f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {precision}, {threads} thread(s) "
         f"a cell. {len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to "
         f"{images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",

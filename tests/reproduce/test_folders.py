@@ -34,13 +34,16 @@ def test_all_classes_with_all_measures(classes: Path, tmp_path: Path, monkeypatc
     }
     for row in rows:
         assert set(row["metrics"]["lead"]) >= {"auroc", "pixel_auroc", "aupro", "aupimo"}
+    assert {row["class"] for row in rows} == {"bolt", "nut"}, "not the name of their folders of good images"
+    assert {p.name for p in (out / "splits").iterdir()} == {"folder-bolt-seed0.json", "folder-nut-seed0.json"}
     found = next(row for row in rows if (row["setting"], row["normal"]) == ("fit", "bolt"))
     assert found["metrics"]["lead"]["auroc"] == 1
     assert found["metrics"]["lead"]["pixel_auroc"] > 0.8
     table = (out / "table.md").read_text()
     for heading in ("| setting | AUROC % `lead` | pixel AUROC | AUPRO | AUPIMO |", "AUPIMO % class by class:"):
         assert heading in table
-    assert table.count("| mean |") == 4
+    assert table.count("| setting | bolt | nut | mean |") == 4
+    assert table.startswith("# Classes of a folder: MVTec-AD, MVTec LOCO or VisA: parts\n")
 
 
 def test_folders_without_classes_are_named(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

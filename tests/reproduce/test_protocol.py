@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10
 from anomem.cli import main
 from anomem.data import DataConfig, load_task
 from anomem.data.bundled import SUPERCLASSES, load_digits
+from anomem.data.folder import ImageFiles
 from anomem.errors import UserError
 from anomem.reproduce import CLASSES, EXPERIMENTS, Scale
 from anomem.reproduce.cell import Cell
@@ -42,6 +43,8 @@ def test_epochs_are_steps() -> None:
     short = scaled(config, Scale(epochs=3), 128)
     assert (short.optimizer.steps, short.optimizer.warmup, short.stage2.optimizer.steps) == (3, 0, 3)
     assert scaled(config, Scale(epochs=3), 3000).optimizer.steps == 6
+    assert scaled(config, Scale(steps=7), 3000) == scaled(config, Scale(epochs=7), 128)
+    assert scaled(base_config("cifar10", "data"), Scale(steps=7), 5000).optimizer.steps == 7
     assert scaled(config, Scale(epochs=900), 128).optimizer.warmup == config.optimizer.warmup
 
 
@@ -101,7 +104,15 @@ def test_splits_of_folders_name_files(classes: Path, tmp_path: Path) -> None:
     config = DataConfig("folder", root=str(classes / "bolt"), normal="")
     split = json.loads(write_split(load_task(config), config, tmp_path).read_text())
     assert split["train_normal"] == [f"train/good/{i}.png" for i in range(8)]
-    assert [Path(name).parent.name for name in split["test_anomalous"]] == ["scratch"] * 3
+    assert split["test_anomalous"] == [f"test/scratch/{i}.png" for i in range(3)]
+    small = scaled_task(load_task(config), Scale(subset=2), 0)
+    split = json.loads(write_split(small, config, tmp_path, "bolt").read_text())
+    assert split["normal"] == "bolt"
+    assert {part: len(names) for part, names in split.items() if part.startswith("t")} == {
+        "train_normal": 2, "train_anomalous": 0, "test_normal": 2, "test_anomalous": 2,
+    }  # fmt: skip
+    image, _ = next(small.train.batches(torch.tensor([0]), 1))
+    assert torch.equal(image[0], ImageFiles([classes / "bolt" / split["train_normal"][0]], 128)[0])
 
 
 def test_splits_of_cifar_are_rows_of_the_official_files(cifar: Path, tmp_path: Path) -> None:  # noqa: F811
