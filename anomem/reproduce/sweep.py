@@ -351,10 +351,11 @@ def write_header(sweep: Sweep) -> None:
         UserError: the folder is another command's or another commit's, or holds other files.
     """
     path = sweep.output / "sweep.json"
+    folders, root = sweep.data == FOLDERS, Path(os.path.realpath(sweep.root))
     now: dict[str, Any] = {
         "experiment": sweep.experiment,
-        "data": sweep.data,
-        "root": os.path.realpath(sweep.root) if sweep.data == FOLDERS else None,
+        "data": root.name if folders else sweep.data,
+        "root": Path(os.path.relpath(root, os.path.realpath(sweep.output))).as_posix() if folders else None,
         "scale": asdict(sweep.scale),
         "commit": commit(),
         "command": sweep.command,
@@ -396,11 +397,6 @@ def read_sweep(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not rows:
         raise UserError(f"{folder} holds no finished cell")
     return read_json(folder / "sweep.json"), rows
-
-
-def named_data(header: dict[str, Any]) -> str:
-    """The data set of a sweep, or the name of its folder of classes."""
-    return Path(header["root"]).name if header.get("root") else str(header["data"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

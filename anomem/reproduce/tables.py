@@ -9,7 +9,7 @@ from typing import Any
 
 from anomem.files import write_atomically
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
-from anomem.reproduce.sweep import named_data, read_sweep
+from anomem.reproduce.sweep import read_sweep
 from anomem.reproduce.trends import Values
 
 DASH = "–"
@@ -67,7 +67,7 @@ def markdown(sweep: Path, planned: int | None = None) -> str:
     header, rows = read_sweep(sweep)
     experiment = EXPERIMENTS[header["experiment"]]
     values = Values(rows)
-    lines = [f"# {experiment.title}: {named_data(header)}", "", *_about(header, rows, planned), ""]
+    lines = [f"# {experiment.title}: {header['data']}", "", *_about(header, rows, planned), ""]
     lines += _means(experiment, values, header["data"], rows)
     lines += [
         "",

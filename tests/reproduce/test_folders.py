@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from anomem.cli import main
+from anomem.errors import UserError
 from anomem.reproduce import EXPERIMENTS, Scale, Sweep, read_rows, run
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig
@@ -62,7 +63,7 @@ def test_another_root_is_another_sweep(classes: Path, tmp_path: Path) -> None:
     first = Sweep("mvtec", "folder", tmp_path / "out", str(classes), scale=Scale(epochs=1))
     assert [cell.normal for cell in first.cells] == ["bolt", "nut"] * 2
     (tmp_path / "out").mkdir()
-    header = '{"experiment": "mvtec", "data": "folder", "root": "/other", "scale": {"epochs": 1, "subset": null}, '
-    (tmp_path / "out" / "sweep.json").write_text(header + '"commit": "x", "command": "y"}')
-    with pytest.raises(Exception, match=r'its root is "/other", here'):
+    header = '{"experiment": "mvtec", "data": "parts", "root": "../other/parts", "commit": "x", "command": "y"}'
+    (tmp_path / "out" / "sweep.json").write_text(header)
+    with pytest.raises(UserError, match=r'its root is "../other/parts", here "../parts"'):
         run(first, lambda line: None)

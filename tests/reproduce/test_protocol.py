@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 from anomem.cli import main
-from anomem.data import DataConfig, load_task
+from anomem.data import DataConfig, Task, load_task
 from anomem.data.bundled import SUPERCLASSES, load_digits
 from anomem.data.folder import ImageFiles
 from anomem.errors import UserError
-from anomem.reproduce import CLASSES, EXPERIMENTS, Scale
+from anomem.reproduce import CLASSES, EXPERIMENTS, Scale, Sweep
 from anomem.reproduce.cell import Cell
 from anomem.reproduce.protocol import base_config, scaled, scaled_task, write_split
-from anomem.train import preset
+from anomem.reproduce.sweep import estimate
+from anomem.train import TrainConfig, preset
 from tests.data.test_cifar import root as cifar  # noqa: F401  (a fixture: small files in the official format)
 
 
@@ -160,3 +161,24 @@ def test_a_half_downloaded_archive_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(CIFAR10, "tgz_md5", None)  # torchvision then checks nothing
     with pytest.raises(UserError, match="it is whole: unpack it there"):
         load_task(DataConfig("cifar10", root=str(tmp_path)))
+
+
+def test_the_papers_setting_is_estimated_before_it_starts(
+    cifar: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed = []
+
+    def seconds(config: TrainConfig, task: Task, at_most: int) -> tuple[float, float]:
+        timed.append((config.model.backbone, config.optimizer.batch_size, len(task.train), at_most))
+        return 3.0, 3.0
+
+    monkeypatch.setattr("anomem.reproduce.sweep.seconds_per_step", seconds)
+    sweep = Sweep("table7", "cifar10", tmp_path, str(cifar), seeds=(0,), jobs=1, device="cpu")
+    said = estimate(sweep, sweep.cells)
+    assert timed == [("resnet50", 1024, 10, 32)]
+    # These files hold ten images of a class: a step an epoch. Ten classes, two settings and an untrained control.
+    assert "30 cells in 1 processes" in said
+    assert "stage 1 of linear: 200 steps of 10 images, about 10 min a class" in said
+    assert "stage 1 takes 3 h 20 min in all (from steps of 10 images)" in said

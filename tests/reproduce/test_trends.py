@@ -39,6 +39,10 @@ def test_differences_are_paired() -> None:
     assert gap.verdict is None
     assert difference({0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 0.0)).verdict == 1
     assert difference({0: 1.0, 1: -1.1, 2: 0.2}, dict.fromkeys(range(3), 0.0)).verdict == 0
+    three = difference({0: 1.0, 1: 2.0, 2: 3.0}, dict.fromkeys(range(3), 0.0))
+    assert 2 < three.mean / three.error < 4
+    assert three.verdict == 0, "the interval of three pairs is 4.3 standard errors wide"
+    assert difference(dict(enumerate([1.0, 2.0, 3.0] * 4)), dict.fromkeys(range(12), 0.0)).verdict == 1
 
 
 @pytest.mark.parametrize(
