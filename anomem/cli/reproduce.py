@@ -64,7 +64,7 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
     """
     from anomem.reproduce.pictures import draw
     from anomem.reproduce.protocol import FOLDERS, Scale
-    from anomem.reproduce.sweep import Sweep, run
+    from anomem.reproduce.sweep import Sweep, check_folder, run
     from anomem.reproduce.tables import write_table
 
     folders = command.experiment == "mvtec"
@@ -86,12 +86,13 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
         command.device,
         shlex.join(["anomem", *arguments]),
     )
-    total = len(sweep.cells)
-    if not command.table_only:
+    if command.table_only:
+        check_folder(sweep)
+    else:
         with Grid(command.quiet, f"{command.experiment} {name}") as grid:
             run(sweep, grid.say)
     draw(output)
-    table = write_table(output, total)
+    table = write_table(output)
     if not command.quiet:
         Console(width=None if sys.stdout.isatty() else 120).print(table.read_text(encoding="utf-8"), markup=False)
     print(table)

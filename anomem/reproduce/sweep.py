@@ -159,12 +159,13 @@ def run(sweep: Sweep, say: Callable[[str], None] = print) -> list[dict[str, Any]
             raise UserError(
                 f"{sweep.output}: another process works on this sweep; wait, or take another --output"
             ) from error
-        write_header(sweep)
+        header = write_header(sweep)
         done = {(row["setting"], row["normal"], row["seed"]) for row in read_rows(file)}
         cut_torn_row(file)
         cells = sweep.cells
         missing = [cell for cell in cells if cell.key not in done]
         finished = len(cells) - len(missing)
+        _write_header(sweep.output, {**header, "cells": len(done.union(cell.key for cell in cells))})
         say(f"[{finished}/{len(cells)}] cells are finished" + (" already" if finished else ""))
         if missing:
             say(estimate(sweep, missing))
@@ -344,18 +345,18 @@ def processor() -> str:
     return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 
 
-def write_header(sweep: Sweep) -> None:
+def write_header(sweep: Sweep) -> dict[str, Any]:
     """Write `sweep.json`, or check that the one there is this sweep's.
+
+    Returns:
+        Its content.
 
     Raises:
         UserError: the folder is another command's or another commit's, or holds other files.
     """
     path = sweep.output / "sweep.json"
-    folders, root = sweep.data == FOLDERS, Path(os.path.realpath(sweep.root))
     now: dict[str, Any] = {
-        "experiment": sweep.experiment,
-        "data": root.name if folders else sweep.data,
-        "root": Path(os.path.relpath(root, os.path.realpath(sweep.output))).as_posix() if folders else None,
+        **_identity(sweep),
         "scale": asdict(sweep.scale),
         "commit": commit(),
         "command": sweep.command,
@@ -365,17 +366,9 @@ def write_header(sweep: Sweep) -> None:
     if not path.exists():
         if any(not entry.name.startswith(".") for entry in sweep.output.iterdir()):
             raise UserError(f"`output`: {sweep.output} holds other files; choose a new or empty folder")
-        write_atomically(path, json.dumps(now, indent=2).encode())
-        return
-    then = read_json(path)
-    if not isinstance(then, dict) or "commit" not in then:
-        raise UserError(f"`output`: {path} is damaged; choose another --output")
-    for name in ("experiment", "data", "root", "scale"):
-        if then.get(name) != now[name]:
-            raise UserError(
-                f"`output`: {sweep.output} holds another sweep (`{then.get('command')}`: its {name} is "
-                f"{json.dumps(then.get(name))}, here {json.dumps(now[name])}); choose another --output"
-            )
+        _write_header(sweep.output, now)
+        return now
+    then = _same_header(sweep, now, ("experiment", "data", "root", "scale"))
     if then["commit"] != now["commit"]:
         raise UserError(
             f"`output`: {sweep.output} was begun with the code {then['commit']}, this is {now['commit']}, and rows of "
@@ -384,7 +377,45 @@ def write_header(sweep: Sweep) -> None:
     commands = [then.get("command"), *then.get("continued", [])]
     if sweep.command not in commands:  # more seeds or classes
         then["continued"] = [*commands[1:], sweep.command]
-        write_atomically(path, json.dumps(then, indent=2).encode())
+    return then
+
+
+def check_folder(sweep: Sweep) -> None:
+    """Check that the folder holds rows of this experiment on these data, of any commit and scale.
+
+    Raises:
+        UserError: it holds no finished cell, or another sweep.
+    """
+    read_sweep(sweep.output)
+    _same_header(sweep, _identity(sweep), ("experiment", "data"))
+
+
+def _identity(sweep: Sweep) -> dict[str, Any]:
+    """Experiment, data set and, for folders, their name and their place seen from the sweep's folder."""
+    if sweep.data != FOLDERS:
+        return {"experiment": sweep.experiment, "data": sweep.data, "root": None}
+    root, output = Path(os.path.realpath(sweep.root)), os.path.realpath(sweep.output)
+    place = Path(os.path.relpath(root, output)).as_posix()
+    return {"experiment": sweep.experiment, "data": root.name, "root": place}
+
+
+def _same_header(sweep: Sweep, now: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The header that is there; its entries of these names must be equal."""
+    path = sweep.output / "sweep.json"
+    then = read_json(path)
+    if not isinstance(then, dict) or "commit" not in then:
+        raise UserError(f"`output`: {path} is damaged; choose another --output")
+    for name in names:
+        if then.get(name) != now[name]:
+            raise UserError(
+                f"`output`: {sweep.output} holds another sweep (`{then.get('command')}`: its {name} is "
+                f"{json.dumps(then.get(name))}, here {json.dumps(now[name])}); choose another --output"
+            )
+    return then
+
+
+def _write_header(folder: Path, header: dict[str, Any]) -> None:
+    write_atomically(folder / "sweep.json", json.dumps(header, indent=2).encode())
 
 
 def read_sweep(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

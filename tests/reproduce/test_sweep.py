@@ -269,7 +269,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "[2/2] untrained" in out
-    assert "about" in out.splitlines()[0], "the time is estimated before the first cell"
+    assert "about" in out.splitlines()[1], "the time is estimated before the first cell"
     table = (folder / "table.md").read_text()
     header = json.loads((folder / "sweep.json").read_text())
     assert header["command"] == f"anomem {' '.join(arguments)}"
@@ -278,5 +278,9 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {p.name for p in (folder / "pictures").iterdir()} == {
         "summary.png", "trained-3-seed0.png", "untrained-3-seed0.png",
     }  # fmt: skip
-    assert main([*arguments, "--table-only", "--quiet"]) == 0
+    (folder / "table.md").unlink()
+    assert main(["reproduce", "figure5", "--output", str(folder), "--table-only", "--quiet"]) == 0
     assert capsys.readouterr().out == f"{folder / 'table.md'}\n"
+    assert (folder / "table.md").read_text() == table
+    assert main(["reproduce", "table6", "--output", str(folder), "--table-only", "--quiet"]) == 2
+    assert 'its experiment is "figure5", here "table6"' in capsys.readouterr().err

@@ -89,11 +89,11 @@ def test_settings_without_a_claim_are_compared_with_the_first() -> None:
 
 def test_the_papers_figures_stand_beside_ours_where_the_data_are_the_papers(tmp_path: Path) -> None:
     header = {"experiment": "table7", "data": "cifar10", "scale": {"epochs": 1}, "commit": "abc", "command": "anomem x"}
-    header |= {"torch": "2", "processor": "cpu"}
+    header |= {"torch": "2", "processor": "cpu", "cells": 12}
     content = "".join(json.dumps(r) + "\n" for r in rows_of("plain", linear=0.7, exponential=0.8))
     (tmp_path / "rows.jsonl").write_text(content)
     (tmp_path / "sweep.json").write_text(json.dumps(header))
-    table = markdown(tmp_path, 12)
+    table = markdown(tmp_path)
     assert "| exponential | 85.05 ± 0.07 | 91.50 |" in table  # mean of .8 and .9, ± the seeds' half of .1%
     assert "**Not complete: 8 of 12 cells.**" in table
     assert "scaled down: epochs 1" in table
