@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
     "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
+    "anomalib": {"data", "errors", "functional", "ops", "scoring", "train", "validation"},
     "report": {
         "__init__", "data", "drift", "errors", "evaluate", "files", "models", "reference", "scoring", "train",
         "validation",
