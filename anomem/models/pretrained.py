@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -366,6 +368,13 @@ def torchvision_file(name: str) -> Path:
     return file
 
 
+DAMAGED = (
+    RuntimeError, ValueError, EOFError, UnpicklingError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
+"""What torch.load raises of bytes that are no weights, as 900 damaged files showed."""
+
+
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """A state dictionary from a file; nothing in it is executed.
 
@@ -385,9 +394,15 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             found: Any = load_file(str(file))
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+            with warnings.catch_warnings():  # about bytes of a damaged file, taken for a version of pickle
+                warnings.simplefilter("ignore")
+                found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the weights {file}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from error
+    except DAMAGED as error:
+        reason = "it is damaged, not written by torch.save, or holds more than tensors, which alone are unpickled"
         raise UserError(f"cannot read the weights {file}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
