@@ -16,6 +16,7 @@ from anomem.validation import (
     require_choice,
     require_index,
     require_positive_number,
+    require_same_device,
     require_same_kind,
     require_tensor,
     require_views,
@@ -157,7 +158,7 @@ def _check_index(index: Tensor, name: str, rows: Tensor, columns: Tensor) -> Non
     require_index(index, name, "[R]", (1,), columns.shape[-2], "columns")
     count = rows.shape[-2]
     require(index.shape[0] == count, name, lambda: f"[{count}], one index per row", index)
-    require(index.device == rows.device, name, lambda: f"the device of `rows` ({rows.device})", index.device)
+    require_same_device(index, name, rows, "rows")
 
 
 def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
