@@ -41,8 +41,8 @@ class Score:
     run: Path
     """Run directory."""
     by: str | None = None
-    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector. Of a fitted
-    run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
+    """Trained run: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector.
+    Fitted run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
     alpha: float | None = None
     """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
     fdr: float | None = None
@@ -50,11 +50,11 @@ class Score:
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
-    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
-    --by plain, else of "detector"."""
+    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size.
+    With --by plain they are those of "plain", else of "detector", or of "local" where the run is fitted."""
     overwrite: bool = False
-    """Replace existing files that anomem did not write, and write maps into folders that hold images. Images that are
-    scored and the files of the run are never replaced."""
+    """Replace existing files that anomem did not write, and write maps into folders that hold images.
+    Images that are scored and the files of the run are never replaced."""
     max_megapixels: int | None = None
     """Refuse larger images, in millions of pixels; data.max_megapixels of the run when not given."""
     recursive: bool = False

@@ -33,16 +33,16 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python
-    may have any name."""
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0).
+    A task made in Python may have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
-    """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
-    none."""
+    """The normal class by name or by index: "3", "brick", "airplane".
+    folder: by name; a single one in train/ needs none."""
     image_size: int | tuple[int, int] | None = None
-    """Side of a square in pixels, or height and width; None is the data set's own (digits 16, textures 64, CIFAR 32,
-    folder and elpv 128)."""
+    """Side of a square in pixels, or height and width.
+    None is the data set's own: digits 16, textures 64, CIFAR 32, folder and elpv 128."""
     letterbox: bool = False
     """folder: keep the aspect ratio; border pixels are repeated around the image. Else images are stretched."""
     outlier_ratio: float = 0.0
@@ -60,8 +60,8 @@ class DataConfig:
     grey: bool = False
     """folder: read the images in grey."""
     levels: Levels | None = None
-    """Values that become black and white in images of more than 8 bits: 0 4095 for a camera of 12 bits. None: 0 and
-    65535, in floating images 0 and 1. Values outside are clipped."""
+    """Values that become black and white in images of more than 8 bits: 0 4095 for a camera of 12 bits.
+    None: 0 and 65535, in floating images 0 and 1. Values outside are clipped."""
     max_megapixels: int = MEGAPIXELS
     """Larger image files are refused: a small file can hold an image that fills the memory."""
     aligned: bool | None = None

@@ -29,8 +29,8 @@ class ScoreConfig:
     copies: int = 2
     """Lightly augmented copies of each training image to which the detector is fitted besides the image itself."""
     detector_megabytes: int = 3072
-    """Limit of what the detector's Gaussians, one per position, take while they are fitted; where they would take more,
-    they are fitted to fewer channels, by a fixed projection. A third of it is kept."""
+    """Limit of what the detector's Gaussians, one per position, take while they are fitted. A third of it is kept.
+    Where they would take more, they are fitted to fewer channels, by a fixed projection."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0

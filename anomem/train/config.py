@@ -58,8 +58,8 @@ class LossConfig:
     symmetric: bool = True
     """Contrast both ways and take the mean."""
     positive: Positive = "memory"
-    """Positive of a normal image's vector: what the memory returns for the other view, or the other view itself (a
-    control: the memories are then not trained)."""
+    """Positive of a normal image's vector: what the memory returns for the other view, or the other view itself.
+    The latter is a control: the memories are then not trained."""
     ratio: float = 1.0
     """r_s: part of a map's positions sampled in a step."""
     max_positions: int = 8
@@ -108,8 +108,8 @@ class OptimizerConfig:
     accumulate: int = 1
     """Parts of a batch that are contrasted one after another; their gradients are averaged before the step."""
     micro_batch: int | None = None
-    """Images encoded at once. The whole batch is still contrasted: every image is encoded twice, in memory that hardly
-    grows with the batch. Batch norm sees micro-batches. None encodes the batch at once."""
+    """Images encoded at once; None encodes the batch at once. The whole batch is still contrasted.
+    Every image is encoded twice, in memory that hardly grows with the batch. Batch norm sees micro-batches."""
 
     def __post_init__(self) -> None:
         fewest = 0 if self.section == "optimizer" else 1
@@ -191,8 +191,8 @@ class RunConfig:
     threads: int | None = None
     """CPU threads; torch's own choice when None."""
     precision: Precision = "auto"
-    """bf16 runs forward passes under bfloat16 autocast, weights stay float32; auto takes it where the processor or GPU
-    multiplies bfloat16 natively."""
+    """bf16 runs forward passes under bfloat16 autocast, weights stay float32.
+    auto takes it where the processor or GPU multiplies bfloat16 natively."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and maps; auto is channels_last."""
     parallel: Parallel = "ddp"
@@ -278,8 +278,8 @@ class FitConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(dataset="folder", normal=""))
     """Images and their split."""
     encoder: str = "auto"
-    """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained; auto takes efficientnet_lite0
-    where its weights are installed, else small."""
+    """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained.
+    auto takes efficientnet_lite0 where its weights are installed, else small."""
     weights: str = "default"
     """The encoder's own weights, a .safetensors or .pth file of them, or "none" for random ones: a control."""
     scales: tuple[str, ...] = ()
@@ -289,8 +289,8 @@ class FitConfig:
     calibration: str | None = None
     """Folder of other good images that set the false-alarm rate; a part of DIR when not given."""
     tile: int | None = None
-    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded; None for the whole image
-    at once."""
+    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded.
+    None encodes the whole image at once."""
     fill: FillConfig = field(default_factory=FillConfig)
     """Filled memories and their scores."""
     alpha: float = 0.01
