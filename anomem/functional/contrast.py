@@ -55,6 +55,11 @@ def nt_xent(
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+
+    Example:
+        >>> z, z_pair = torch.randn(2, 64, 16)  # two views of 64 images
+        >>> nt_xent(z, z_pair, reduction="none").shape
+        torch.Size([128])
     """
     require_views(z, "z", z_pair, "z_pair")
     require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
@@ -114,6 +119,11 @@ def info_nce(
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, an index out of range (checked where it costs no
             synchronisation), or an implementation that cannot run here.
+
+    Example:
+        >>> images, texts = torch.randn(2, 64, 16)
+        >>> info_nce(images, texts, torch.arange(64), reduction="none").shape
+        torch.Size([64])
     """
     require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
     require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")

@@ -88,6 +88,10 @@ def deviation_map(
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+
+    Example:
+        >>> deviation_map(torch.randn(2, 16, 7, 5), torch.randn(8, 16)).shape
+        torch.Size([2, 7, 5])
     """
     require_tensor(feature_map, "feature_map", (4,), "[B, d, H, W]")
     require_choice(distance, "distance", DISTANCES)
