@@ -41,6 +41,8 @@ class Reproduce:
     """Seeds of split and training; three when not given (figure5 and mvtec: one)."""
     epochs: int | None = None
     """Passes over the training images, to scale down; the preset's when not given (cifar: the paper's 200)."""
+    steps: int | None = None
+    """Gradient steps of stage 1, in place of --epochs."""
     subset: int | None = None
     """At most so many training normals and test images of each kind, to scale down."""
     jobs: int | None = None
@@ -62,7 +64,7 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
     """
     from anomem.reproduce.pictures import draw
     from anomem.reproduce.protocol import FOLDERS, Scale
-    from anomem.reproduce.sweep import Sweep, run
+    from anomem.reproduce.sweep import Sweep, check_folder, run
     from anomem.reproduce.tables import write_table
 
     folders = command.experiment == "mvtec"
@@ -79,17 +81,18 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
         command.classes,
         command.settings,
         command.seeds,
-        Scale(command.epochs, command.subset),
+        Scale(command.epochs, command.steps, command.subset),
         command.jobs,
         command.device,
         shlex.join(["anomem", *arguments]),
     )
-    total = len(sweep.cells)
-    if not command.table_only:
+    if command.table_only:
+        check_folder(sweep)
+    else:
         with Grid(command.quiet, f"{command.experiment} {name}") as grid:
             run(sweep, grid.say)
     draw(output)
-    table = write_table(output, total)
+    table = write_table(output)
     if not command.quiet:
         Console(width=None if sys.stdout.isatty() else 120).print(table.read_text(encoding="utf-8"), markup=False)
     print(table)
