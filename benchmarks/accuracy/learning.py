@@ -1,12 +1,14 @@
 """Learning's worth: trained, untrained and filled memories at equal bytes. `python -m benchmarks.accuracy.learning`.
 
-Three parts, each of which continues where it was stopped:
+Four parts, each of which continues where it was stopped:
 
 * "recipes": ways to learn the memories of a frozen encoder (`benchmarks.accuracy.recipes`), on seed 0; the chosen one
   and k-means on every seed.
-* "frozen": the library's learned memories on the frozen encoder after 25 to 200 steps, and at three sizes.
+* "frozen": the library's learned memories on the frozen encoder after 25 to 200 steps, against the centres of k-means
+  from which they start and against N(0, 1).
 * "scratch": the small encoder on 64 pixels, trained for 25 to 200 steps, against the untrained one, and each with
   memories filled by k-means.
+* "sizes": learned and filled memories of more prototypes.
 
 The solar cells are under CC BY-NC-SA 4.0: they are measured on, and neither they nor pictures of them are kept.
 """
@@ -14,7 +16,7 @@ The solar cells are under CC BY-NC-SA 4.0: they are measured on, and neither the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,36 +25,41 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from anomem.data import Task, load_task
+from anomem.data import Images, Task, load_task
 from anomem.data.elpv import TYPES
 from anomem.evaluate.metrics import auroc
 from anomem.evaluate.report import calibrate_untrained
 from anomem.models import AnoMem
-from anomem.scoring import FilledScorer, NormalQueries, Scorer, fill_memories, fit_scorer, score_images
+from anomem.scoring import FilledScorer, fill_memories
+from anomem.scoring.detector import Alignment
 from anomem.scoring.fill import fill_prototypes
 from anomem.scoring.learn import learn_prototypes
 from anomem.train import TrainConfig, preset
-from anomem.train.run import model_for, train_task
+from anomem.train.run import model_for
+from anomem.train.stage1 import train_stage1
 from benchmarks.accuracy.cells import Cut, task_of
-from benchmarks.accuracy.recipes import RECIPES, Normals, frozen_model, learn, measured, normals_of
-from benchmarks.accuracy.settings import TEXTURES
+from benchmarks.accuracy.recipes import RECIPES, frozen_model, learn, measured, normals_of
 from benchmarks.harness import rows
 
 ROWS = "learning.jsonl"
 SEEDS = (0, 1, 2)
 BUDGETS = (25, 50, 100, 200)
 """Gradient steps."""
-SIZES = (64, 256, 1024)
-"""M of each memory of the frozen encoder; the budgets are those of the first."""
+SMALL, LARGER = 64, (256, 1024)
+"""M of each memory of the frozen encoder, in "frozen" and in "sizes"."""
 BETA_FACTOR = 4.0
 """Of filled memories, in units of 1/sqrt(d); memories trained from scratch keep the preset's 1/sqrt(d)."""
 FILLED, CHOSEN = "filled: k-means", "noise 0.25"
 """The recipes that are measured on every seed."""
 SCRATCH_SIDE = 64
+UNTRAINED = -1
+"""A budget that stands for prototypes from N(0, 1)."""
+SCRATCH = (("elpv", "mono"), ("elpv", "poly"), ("textures", "brick"))
+"""Data sets and normal classes that are trained from scratch."""
 WEIGHTS = (0.25, 0.5, 1.0)
 """lambda_s of the frozen encoder's scales."""
 
-Part = Literal["recipes", "frozen", "scratch"]
+Part = Literal["recipes", "frozen", "scratch", "sizes"]
 
 
 @dataclass
@@ -171,24 +178,32 @@ def run_recipes(options: Options, log: Log) -> None:
 
 
 def run_frozen(options: Options, log: Log) -> None:
-    """The library's learned memories, their budgets at the first size and the last budget at the others."""
+    """The library's learned memories after each budget, and what they start from."""
     for seed in options.seeds:
         for kind in TYPES:
-            of = ("elpv", kind, seed)
-            for size in SIZES:
-                budgets = BUDGETS if size == SIZES[0] else BUDGETS[-1:]
-                wanted = [("untrained", 0), ("filled", 0), *(("learned", steps) for steps in budgets)]
-                missing = [(name, steps) for name, steps in wanted if not log.has("frozen", of, name, steps, [size])]
-                if missing:
-                    _frozen(options, log, of, size, missing)
+            _frozen("frozen", options, log, ("elpv", kind, seed), SMALL, (UNTRAINED, 0, *BUDGETS))
 
 
-def _frozen(options: Options, log: Log, of: tuple[str, str, int], size: int, missing: list[tuple[str, int]]) -> None:
+def run_sizes(options: Options, log: Log) -> None:
+    """Learned and filled memories of more prototypes."""
+    for size in LARGER:
+        for seed in options.seeds:
+            for kind in TYPES:
+                _frozen("sizes", options, log, ("elpv", kind, seed), size, (0, BUDGETS[-1]))
+
+
+def _frozen(
+    part: Part, options: Options, log: Log, of: tuple[str, str, int], size: int, budgets: Sequence[int]
+) -> None:
+    """Fill, learn and score memories of one size; prototypes of the budget `UNTRAINED` are drawn from N(0, 1)."""
     _, kind, seed = of
+    settings = [("untrained" if b == UNTRAINED else "learned" if b else "filled", max(b, 0)) for b in budgets]
+    missing = [setting for setting in settings if not log.has(part, of, *setting, [size])]
+    if not missing:
+        return
     normals, model = normals_of(kind, seed, options.cache), frozen_model(kind)
-    cells = normals.cells
     begin = time.process_time()
-    filled = [fill_prototypes(z.flatten(0, 1), size, "kmeans", seed=seed) for z in cells]
+    filled = [fill_prototypes(z.flatten(0, 1), size, "kmeans", seed=seed) for z in normals.cells]
     filling = time.process_time() - begin
     for name, steps in missing:
         begin = time.process_time()
@@ -198,30 +213,48 @@ def _frozen(options: Options, log: Log, of: tuple[str, str, int], size: int, mis
         else:
             chosen = [
                 learn_prototypes(z.flatten(0, 1), start, beta=float(memory.beta), steps=steps, seed=seed)
-                for z, start, memory in zip(cells, filled, model.memories, strict=True)
+                for z, start, memory in zip(normals.cells, filled, model.memories, strict=True)
             ]
         seconds = time.process_time() - begin + (0 if name == "untrained" else filling)
-        scores = _filled_scores(model, chosen, normals)
-        bytes_ = sum(prototypes.nbytes for prototypes in chosen)
-        log.add("frozen", of, name, steps, scores, prototypes=[size], memory_bytes=bytes_, seconds=round(seconds, 1))
+        for memory, prototypes in zip(model.memories, chosen, strict=True):
+            memory.prototypes = nn.Parameter(prototypes, requires_grad=False)
+        queries = list(zip(*(z.split(64) for z in normals.cells), strict=True))
+        normal, defect, _ = normals.test
+        scores = filled_scores(FilledScorer(model, "per_position"), queries, [normal], [defect])
+        log.add(
+            part, of, name, steps, scores, prototypes=[size], memory_bytes=bytes_of(model), seconds=round(seconds, 1)
+        )
 
 
-def _filled_scores(model: AnoMem, prototypes: Sequence[Tensor], normals: Normals) -> dict[str, float]:
-    """AUROC of "plain", "local" and "both" with these prototypes."""
-    for memory, chosen in zip(model.memories, prototypes, strict=True):
-        memory.prototypes = nn.Parameter(chosen, requires_grad=False)
-    scorer = FilledScorer(model, "per_position")
-    scorer.fit(list(zip(*(z.split(64) for z in normals.cells), strict=True)))
-    normal, defect, _ = normals.test
-    parts = [scorer.of_queries(cells, (1, 1)).scores for cells in (normal, defect)]
-    is_defect = torch.arange(len(normal[0]) + len(defect[0])) >= len(normal[0])
-    return {name: auroc(torch.cat([part[name] for part in parts]), is_defect) for name in ("plain", "local", "both")}
+Queries = Sequence[Sequence[Tensor]]
+"""Of each batch S tensors [b, P_s, d_s]."""
+
+
+def filled_scores(scorer: FilledScorer, fitted: Queries, normal: Queries, anomalous: Queries) -> dict[str, float]:
+    """AUROC of every score.
+
+    Args:
+        scorer: to be fitted.
+        fitted: training normals.
+        normal: test images.
+        anomalous: test images.
+    """
+    scorer.fit(fitted)
+    parts = [scorer.of_queries(of_batch, (1, 1)).scores for of_batch in (*normal, *anomalous)]
+    counts = [sum(len(of_batch[0]) for of_batch in of_class) for of_class in (normal, anomalous)]
+    is_anomaly = torch.arange(sum(counts)) >= counts[0]
+    return {name: auroc(torch.cat([part[name] for part in parts]), is_anomaly) for name in parts[0]}
+
+
+def bytes_of(model: AnoMem) -> int:
+    """Of all prototypes."""
+    return sum(memory.prototypes.nbytes for memory in model.memories)
 
 
 def run_scratch(options: Options, log: Log) -> None:
     """Trained encoders and the untrained one."""
     for seed in options.seeds:
-        for dataset, normal in (*(("elpv", kind) for kind in TYPES), *(("textures", name) for name in TEXTURES)):
+        for dataset, normal in SCRATCH:
             of = (dataset, normal, seed)
             config = scratch_config(dataset, normal, seed)
             task: Task | None = None
@@ -238,13 +271,12 @@ def run_scratch(options: Options, log: Log) -> None:
 
 
 def scratch_config(dataset: str, normal: str, seed: int) -> TrainConfig:
-    """The data set's preset, with batches of 32 and a detector without copies, which cost time on two cores."""
+    """The data set's preset with batches of 32, which two cores allow."""
     config = preset(dataset)
     return replace(
         config,
         data=replace(config.data, normal=normal, seed=seed),
         optimizer=replace(config.optimizer, batch_size=32),
-        score=replace(config.score, copies=0, pool="topk" if dataset == "elpv" else "mean"),
         run=replace(config.run, seed=seed, device="cpu"),
     )
 
@@ -254,36 +286,54 @@ def _scratch(log: Log, of: tuple[str, str, int], config: TrainConfig, task: Task
     model = model_for(config, task)
     begin = time.process_time()
     name = "trained" if steps else "untrained"
-    fields: dict[str, Any] = {
-        "prototypes": list(config.model.prototypes),
-        "memory_bytes": sum(memory.prototypes.nbytes for memory in model.memories),
-    }
-
-    def add(setting: str, scorer: Scorer) -> None:
-        found = score_images(scorer, task.test).scores
-        scores = {score: auroc(found[score], task.test_is_anomaly) for score in ("plain", "detector")}
-        log.add("scratch", of, setting, steps, scores, seconds=round(time.process_time() - begin, 1), **fields)
-
     if steps:
-        add(name, train_task(config, task, model, quiet=True))
+        train_stage1(model, task.train, None, config, quiet=True)
     else:
-        calibrate_untrained(model, task.train, task.train_is_normal, config.score.batch_size, config.run.seed)
+        calibrate_untrained(model, task.train, task.train_is_normal, seed=config.run.seed)
+    seconds = round(time.process_time() - begin, 1)
+    train, normal, anomalous = (
+        encoded(model, images, rows)
+        for images, rows in (
+            (task.train, task.train_is_normal),
+            (task.test, ~task.test_is_anomaly),
+            (task.test, task.test_is_anomaly),
+        )
+    )
+    alignment: Alignment = "per_position" if task.aligned else "pooled"
+    fields: dict[str, Any] = {"prototypes": list(config.model.prototypes), "memory_bytes": bytes_of(model)}
+    if steps:
+        # Trained memories are read as they were trained: all prototypes, beta 1/√d.
+        scores = filled_scores(FilledScorer(model, alignment, top_k=None), train, normal, anomalous)
+        log.add("scratch", of, name, steps, scores, seconds=seconds, **fields)
     for memory, width in zip(model.memories, model.features, strict=True):
         memory.beta = BETA_FACTOR / width**0.5
-    order = task.train_is_normal.nonzero().flatten()
-    queries = NormalQueries(model, lambda: (x for x, _ in task.train.batches(order, config.score.batch_size)))
-    fill_memories(model, queries, config.model.prototypes, seed=config.run.seed)
-    scorer = fit_scorer(
-        model, task.train, task.train_is_normal, aligned=task.aligned, augment=config.augment, config=config.score
-    )
-    add(f"{name}, filled", scorer)
+    begin = time.process_time()
+    fill_memories(model, train, config.model.prototypes, seed=config.run.seed)
+    seconds = round(seconds + time.process_time() - begin, 1)
+    scores = filled_scores(FilledScorer(model, alignment), train, normal, anomalous)
+    log.add("scratch", of, f"{name}, filled", steps, scores, seconds=seconds, **fields)
+
+
+@torch.no_grad()
+def encoded(model: AnoMem, images: Images, chosen: Tensor) -> list[list[Tensor]]:
+    """The queries of some images [N] bool, in batches."""
+    order = chosen.nonzero().flatten()
+    return [[query.float() for query in model.queries(model(x))] for x, _ in images.batches(order, 64)]
+
+
+RUNS: dict[Part, Callable[[Options, Log], None]] = {
+    "recipes": run_recipes,
+    "frozen": run_frozen,
+    "scratch": run_scratch,
+    "sizes": run_sizes,
+}
 
 
 def main(options: Options) -> None:
     """Run what is missing."""
     torch.set_num_threads(1)
     log = Log(options.results / ROWS)
-    for part, run in (("recipes", run_recipes), ("frozen", run_frozen), ("scratch", run_scratch)):
+    for part, run in RUNS.items():
         if part in options.parts:
             run(options, log)
 

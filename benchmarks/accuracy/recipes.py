@@ -426,6 +426,7 @@ RECIPES: dict[str, Recipe] = {
     "deviation, largest tenth": Recipe("worst"),
     "synthetic images, scores": Recipe("scores", batch=2048, steps=50),
     "synthetic images, features": Recipe("outliers", "images"),
+    "synthetic images, features, 200 steps of 1024": Recipe("outliers", "images", steps=200, batch=1024),
     "channels mixed": Recipe("outliers", "mixed", 0.5),
     "beyond another feature": Recipe("outliers", "beyond", 0.5),
     "other features' difference": Recipe("outliers", "other", 0.5),
