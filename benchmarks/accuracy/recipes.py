@@ -452,5 +452,8 @@ RECIPES: dict[str, Recipe] = {
         "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03
     ),
     "noise 0.25, 200 steps of 1024, rate 0.03": Recipe("outliers", steps=200, batch=1024, rate=0.03),
+    "beyond another feature, 200 steps of 1024, rate 0.03, 512 pairs": Recipe(
+        "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03, pairs=512
+    ),
 }
 """Name -> recipe; all have the bytes of 64 prototypes per scale, projections apart."""
