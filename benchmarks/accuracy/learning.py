@@ -2,10 +2,9 @@
 
 Four parts, each of which continues where it was stopped:
 
-* "recipes": ways to learn the memories of a frozen encoder (`benchmarks.accuracy.recipes`), on seed 0; the chosen one
-  and k-means on every seed.
-* "frozen": the library's learned memories on the frozen encoder after 25 to 200 steps, against the centres of k-means
-  from which they start and against N(0, 1).
+* "recipes": ways to learn the memories of a frozen encoder (`benchmarks.accuracy.recipes`), on seed 0.
+* "frozen": the chosen recipe as the library has it, after 25 to 200 steps, against the centres of k-means from which it
+  starts and against N(0, 1).
 * "scratch": the small encoder on 64 pixels, trained for 25 to 200 steps, against the untrained one, and each with
   memories filled by k-means.
 * "sizes": learned and filled memories of more prototypes.
@@ -37,6 +36,7 @@ from anomem.scoring.learn import learn_prototypes
 from anomem.train import TrainConfig, preset
 from anomem.train.run import model_for
 from anomem.train.stage1 import train_stage1
+from anomem.validation import require_choice
 from benchmarks.accuracy.cells import Cut, task_of
 from benchmarks.accuracy.recipes import RECIPES, frozen_model, learn, measured, normals_of
 from benchmarks.harness import rows
@@ -49,8 +49,6 @@ SMALL, LARGER = 64, (256, 1024)
 """M of each memory of the frozen encoder, in "frozen" and in "sizes"."""
 BETA_FACTOR = 4.0
 """Of filled memories, in units of 1/sqrt(d); memories trained from scratch keep the preset's 1/sqrt(d)."""
-FILLED, CHOSEN = "filled: k-means", "noise 0.25"
-"""The recipes that are measured on every seed."""
 SCRATCH_SIDE = 64
 UNTRAINED = -1
 """A budget that stands for prototypes from N(0, 1)."""
@@ -156,25 +154,21 @@ class Log:
 
 
 def run_recipes(options: Options, log: Log) -> None:
-    """Every recipe on seed 0; k-means and the chosen one on every seed."""
-    for seed in options.seeds:
-        for name, recipe in RECIPES.items():
-            wanted = name in options.recipes or not options.recipes
-            if not wanted or (seed != SEEDS[0] and name not in (FILLED, CHOSEN)):
+    """Every recipe on seed 0."""
+    seed = SEEDS[0]
+    for name in options.recipes or RECIPES if seed in options.seeds else ():
+        recipe = RECIPES[name]
+        steps = 0 if recipe.loss == "none" else recipe.steps
+        for kind in TYPES:
+            of = ("elpv", kind, seed)
+            if log.has("recipes", of, name, steps, recipe.prototypes):
                 continue
-            steps = 0 if recipe.loss == "none" else recipe.steps
-            for kind in TYPES:
-                of = ("elpv", kind, seed)
-                if log.has("recipes", of, name, steps, recipe.prototypes):
-                    continue
-                normals = normals_of(kind, seed, options.cache)
-                learned = learn(recipe, normals, seed)
-                plain, synthetic = measured(learned, normals, WEIGHTS)
-                fields = {"synthetic": synthetic, "recipe": asdict(recipe), "prototypes": list(recipe.prototypes)}
-                seconds = round(learned.seconds, 1)
-                log.add(
-                    "recipes", of, name, steps, {"plain": plain}, memory_bytes=learned.bytes, seconds=seconds, **fields
-                )
+            normals = normals_of(kind, seed, options.cache)
+            learned = learn(recipe, normals, seed)
+            plain, synthetic = measured(learned, normals, WEIGHTS)
+            fields: dict[str, Any] = {"recipe": asdict(recipe), "prototypes": list(recipe.prototypes)}
+            fields |= {"memory_bytes": learned.bytes, "seconds": round(learned.seconds, 1), "synthetic": synthetic}
+            log.add("recipes", of, name, steps, {"plain": plain}, **fields)
 
 
 def run_frozen(options: Options, log: Log) -> None:
@@ -331,6 +325,8 @@ RUNS: dict[Part, Callable[[Options, Log], None]] = {
 
 def main(options: Options) -> None:
     """Run what is missing."""
+    for name in options.recipes:
+        require_choice(name, "recipes", tuple(RECIPES))
     torch.set_num_threads(1)
     log = Log(options.results / ROWS)
     for part, run in RUNS.items():

@@ -9,12 +9,12 @@ from typing import Any
 
 from anomem.data.elpv import TYPES
 from anomem.plots.style import BLUE, GREEN
-from benchmarks.accuracy.learning import CHOSEN, FILLED, ROWS, SCRATCH, SEEDS, LearningRow, Part
+from benchmarks.accuracy.learning import ROWS, SCRATCH, SEEDS, LearningRow, Part
 from benchmarks.harness import rows
 from benchmarks.report.pictures import GREY, figure_of, legend_below, save
 
 MISSING = "Not measured yet."
-PLAIN = "plain"
+PLAIN, FILLED = "plain", "filled: k-means"
 STYLES = {
     "trained": (BLUE, "o"),
     "learned": (BLUE, "o"),
@@ -62,31 +62,20 @@ def recipes(results: Path) -> str:
     return "\n".join(lines)
 
 
-def confirmed(results: Path) -> str:
-    """The chosen recipe against k-means, seed by seed."""
-    found = [row for row in read(results) if row.part == "recipes"]
-    return _against(found, FILLED, CHOSEN, (PLAIN,))
-
-
 def sizes(results: Path) -> str:
-    """Learned against filled memories of each size, seed by seed."""
+    """Learned against filled memories of each size, seed by seed, and in how many splits they are ahead."""
     found = [row for row in read(results) if row.part in ("frozen", "sizes")]
     last = max((row.steps for row in found), default=0)
-    kept = [row for row in found if row.setting == "filled" or row.steps == last]
-    return _against(kept, "filled", "learned", (PLAIN, "local", "both"))
-
-
-def _against(found: Sequence[LearningRow], filled: str, learned: str, scores: Sequence[str]) -> str:
-    """Two settings seed by seed, and in how many splits the second is ahead."""
+    found = [row for row in found if row.setting == "filled" or row.steps == last]
     lines = [
         "| cells | M | KiB | score | filled, seed by seed | learned, seed by seed | mean difference | ahead |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for size in sorted({row.prototypes[0] for row in found if row.setting in (filled, learned)}):
+    for size in sorted({row.prototypes[0] for row in found}):
         for kind in TYPES:
-            for score in scores:
+            for score in (PLAIN, "local", "both"):
                 pair = []
-                for setting in (filled, learned):
+                for setting in ("filled", "learned"):
                     same = [
                         row
                         for row in found
@@ -153,7 +142,6 @@ def _mean(values: Sequence[float]) -> str:
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "learning-recipes": recipes,
-    "learning-confirmed": confirmed,
     "learning-frozen": budgets("frozen"),
     "learning-scratch": budgets("scratch"),
     "learning-sizes": sizes,

@@ -14,10 +14,10 @@ from anomem.data.elpv import Split
 from anomem.nn import HopfieldMemory
 from anomem.reference.contrast import nt_xent_rows
 from benchmarks.accuracy import learning, recipes
-from benchmarks.accuracy.learning import FILLED, ROWS, LearningRow
+from benchmarks.accuracy.learning import ROWS, LearningRow
 from benchmarks.accuracy.recipes import RECIPES, CellFeatures, Recipe, learn, measured, without_false
 from benchmarks.harness import rows
-from benchmarks.report.learning import SECTIONS
+from benchmarks.report.learning import FILLED, SECTIONS
 from benchmarks.report.learning import recipes as table
 
 SPLIT = Split(torch.arange(12), torch.arange(12, 20), torch.arange(20, 20), torch.arange(20, 26))
@@ -90,6 +90,18 @@ def test_a_gain_is_over_k_means_on_the_same_split(tmp_path: Path) -> None:
     (last,) = [line for line in table(tmp_path).splitlines() if line.startswith("| new |")]
     assert last.endswith("| 0.9200 | 0.7900 | +0.0050 |")
     assert "half" not in table(tmp_path), "one type is no mean"
+
+
+def test_seeds_are_compared_with_themselves(tmp_path: Path) -> None:
+    of = {"part": "frozen", "normal": "mono"}
+    filled = [row("filled", auroc=0.8 + seed / 100, seed=seed, **of) for seed in (0, 1, 2)]
+    learned = [row("learned", auroc=value, seed=seed, steps=200, **of) for seed, value in ((0, 0.82), (1, 0.80))]
+    early = row("learned", auroc=0.99, steps=25, **of)
+    rows.append(tmp_path / ROWS, *filled, *learned, early)
+    assert SECTIONS["learning-sizes"](tmp_path).splitlines()[2:] == [
+        "| mono | 64 | 96 | plain | 0.8000 / 0.8100 | 0.8200 / 0.8000 | +0.0050 | 1 of 2 |"
+    ]
+    assert "| filled | 0 | 0.8100 | – |" in SECTIONS["learning-frozen"](tmp_path)
 
 
 def test_a_finished_setting_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
