@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from anomem.reference.deviation_map import Distance
 from anomem.scoring.detector import Alignment
-from anomem.scoring.fill import Fill
+from anomem.scoring.learn import Method
 from anomem.validation import require, require_choice, require_count, require_setting
 
 Pool = Literal["mean", "max", "topk"]
@@ -52,8 +52,9 @@ class ScoreConfig:
 class FillConfig:
     """Filled memories and their scores."""
 
-    method: Fill = "kmeans"
-    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random."""
+    method: Method = "kmeans"
+    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random; learned
+    moves the centres of kmeans by gradient steps, for small memories."""
     prototypes: tuple[int | float, ...] = (1024,)
     """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
     beta_factor: float = 4.0
@@ -66,7 +67,7 @@ class FillConfig:
     """Images per forward pass."""
 
     def __post_init__(self) -> None:
-        require_choice(self.method, "fill.method", get_args(Fill))
+        require_choice(self.method, "fill.method", get_args(Method))
         require(len(self.prototypes) > 0, "fill.prototypes", "one number, or one per scale", "none")
         for count in self.prototypes:
             ratio = isinstance(count, float) and 0 < count < 1
