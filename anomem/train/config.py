@@ -30,10 +30,11 @@ FirstPrototypes = Literal["normal", "features"]
 Precision = Literal["auto", "float32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+Compile = Literal["auto", True, False]
 EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
-        "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel",
+        "run.device", "run.threads", "run.memory_format", "run.compile", "run.cuda_graph", "run.parallel",
         "loss.ring", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.tensorboard",
         "alpha", "labels", "calibration", "weights", "fill.batch_size",
     )
@@ -197,8 +198,11 @@ class RunConfig:
     """Layout of images and maps; auto is channels_last."""
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
-    compile: bool = False
-    """Compile the encoder; takes a minute before the first step."""
+    compile: Compile = "auto"
+    """Stage 1's encoder by torch.compile; auto takes it for the small encoder on CPUs where stage 1 is long enough to
+    gain more than compiling costs. Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
+    cuda_graph: bool = True
+    """On a GPU: capture stage 1's step and launch it as one CUDA graph, where it can be captured."""
     log_every: int = 10
     """Steps between log rows."""
     checkpoint_minutes: float = 5.0
@@ -213,6 +217,7 @@ class RunConfig:
         require_choice(self.precision, "run.precision", get_args(Precision))
         require_choice(self.parallel, "run.parallel", get_args(Parallel))
         require_choice(self.memory_format, "run.memory_format", get_args(MemoryFormat))
+        require_choice(self.compile, "run.compile", get_args(Compile))
         if self.threads is not None:
             require_count(self.threads, "run.threads", 1)
             require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
