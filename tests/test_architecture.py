@@ -157,7 +157,7 @@ FLOORS = [
     Floor(
         "kernels",
         {"retrieve", "contrast", "nearest", "read"},
-        {"__init__", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
+        {"__init__", "launching", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
     ),
     Floor(
         "csrc/cpu",
