@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.backends import Impl
-from anomem.functional._inputs import require_width
+from anomem.functional._inputs import autocast_inputs, require_width
 from anomem.functional.contrast import nt_xent
 from anomem.functional.distributed import group_of, nt_xent_distributed, processes, variance_hinge_distributed
 from anomem.functional.retrieve import hopfield_retrieve
@@ -90,6 +90,7 @@ def contrasted_memory_loss(
     require_tensor(z, "z", (3,), "[n, B, d]")
     require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
+    z, z_pair = autocast_inputs(z, z_pair)
     require_same_kind(z_pair, "z_pair", z, "z")
     if values is not None:
         require_width(values, z.shape[-1])
