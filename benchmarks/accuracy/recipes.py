@@ -447,7 +447,6 @@ RECIPES: dict[str, Recipe] = {
     "noise 0.25, M = 40, 64, 74": Recipe("outliers", prototypes=(40, 64, 74)),
     "noise 0.25, orthogonal half width, M = 128": Recipe("outliers", width=0.5, prototypes=(128,)),
     "deviation, largest tenth, 200 steps of 1024": Recipe("worst", steps=200, batch=1024),
-    "beyond another feature, 200 steps of 1024": Recipe("outliers", "beyond", 0.5, steps=200, batch=1024),
     "beyond another feature, 200 steps of 1024, rate 0.03": Recipe(
         "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03
     ),
