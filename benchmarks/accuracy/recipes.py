@@ -426,7 +426,6 @@ RECIPES: dict[str, Recipe] = {
     "deviation, largest tenth": Recipe("worst"),
     "synthetic images, scores": Recipe("scores", batch=2048, steps=50),
     "synthetic images, features": Recipe("outliers", "images"),
-    "synthetic images, features, 200 steps of 1024": Recipe("outliers", "images", steps=200, batch=1024),
     "channels mixed": Recipe("outliers", "mixed", 0.5),
     "beyond another feature": Recipe("outliers", "beyond", 0.5),
     "other features' difference": Recipe("outliers", "other", 0.5),
@@ -446,14 +445,12 @@ RECIPES: dict[str, Recipe] = {
     "noise 0.25, M = 121, 64, 40": Recipe("outliers", prototypes=(121, 64, 40)),
     "noise 0.25, M = 40, 64, 74": Recipe("outliers", prototypes=(40, 64, 74)),
     "noise 0.25, orthogonal half width, M = 128": Recipe("outliers", width=0.5, prototypes=(128,)),
-    "deviation, largest tenth, 200 steps of 1024": Recipe("worst", steps=200, batch=1024),
-    "beyond another feature, 200 steps of 1024": Recipe("outliers", "beyond", 0.5, steps=200, batch=1024),
     "beyond another feature, 200 steps of 1024, rate 0.03": Recipe(
         "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03
     ),
-    "noise 0.25, 200 steps of 1024, rate 0.03": Recipe("outliers", steps=200, batch=1024, rate=0.03),
     "beyond another feature, 200 steps of 1024, rate 0.03, 512 pairs": Recipe(
         "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03, pairs=512
     ),
+    "noise 0.25, 200 steps of 1024, rate 0.03": Recipe("outliers", steps=200, batch=1024, rate=0.03),
 }
 """Name -> recipe; all have the bytes of 64 prototypes per scale, projections apart."""
