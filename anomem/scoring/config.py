@@ -53,8 +53,8 @@ class FillConfig:
     """Filled memories and their scores."""
 
     method: Method = "kmeans"
-    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random; learned
-    moves the centres of kmeans by gradient steps, for small memories."""
+    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random.
+    learned: the centres of kmeans, moved by gradient steps; for small memories."""
     prototypes: tuple[int | float, ...] = (1024,)
     """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
     beta_factor: float = 4.0

@@ -199,8 +199,8 @@ class RunConfig:
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
     compile: Compile = "auto"
-    """Stage 1's encoder by torch.compile; auto takes it for the small encoder on CPUs where stage 1 is long enough to
-    gain more than compiling costs. Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
+    """Stage 1's encoder by torch.compile. auto: the small encoder on a CPU, where the time gained exceeds compiling.
+    Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
     cuda_graph: bool = True
     """On a GPU: capture stage 1's step and launch it as one CUDA graph, where it can be captured."""
     log_every: int = 10
