@@ -99,7 +99,8 @@ def test_a_second_signal_stops_at_once(tiny: TrainConfig, monkeypatch: pytest.Mo
 
 
 def test_a_terminated_command_says_how_to_continue(tiny: TrainConfig, tmp_path: Path) -> None:
-    slow = replace(tiny, optimizer=replace(tiny.optimizer, steps=100_000), run=replace(tiny.run, log_every=1))
+    settings = replace(tiny.run, log_every=1, compile=False)  # a long run would be compiled first
+    slow = replace(tiny, optimizer=replace(tiny.optimizer, steps=100_000), run=settings)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_dict(slow)))
     process = subprocess.Popen(
