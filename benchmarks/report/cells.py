@@ -33,10 +33,11 @@ GOALS = (
     Goal("poly", "k-means 1024", "plain", 0.885),
     Goal("poly", "k-means 1024", "local", 0.900),
     Goal("poly", "k-means 1024", "both", 0.900),
-    Goal("poly", "k-means 1024, 192 px", "local", 0.900),
-    Goal("poly", "k-means 1024, 192 px", "both", 0.900),
     Goal("poly", "5% labelled", "labelled", 0.905),
-    Goal("poly", "5% labelled, 192 px", "labelled", 0.905),
+    Goal("mono", "k-means 1024, 160 px", "local", 0.955),
+    Goal("mono", "k-means 1024, 160 px", "both", 0.955),
+    Goal("poly", "k-means 1024, 160 px", "local", 0.900),
+    Goal("poly", "k-means 1024, 160 px", "both", 0.900),
 )
 SCORES = ("plain", "local", "both")
 
