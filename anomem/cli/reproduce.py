@@ -23,16 +23,16 @@ class Reproduce:
     """Run an experiment of the paper, or go on with it: tables, backbones, figure 5, ablation, margins, protocols."""
 
     experiment: tyro.conf.Positional[Name]
-    """table6: weight of the variance term, linear evaluation. table7: lambda_s. backbones. figure5: t-SNE and overlap.
-    ablation. margin: M fixed and adaptive. protocol: one-class and 1, 5, 10% labelled anomalies. mvtec: all classes of
-    a folder."""
+    """table6: weight of the variance term, linear evaluation. table7: lambda_s. figure5: t-SNE and overlap.
+    margin: M fixed and adaptive. protocol: one-class and 1, 5, 10% labelled anomalies. mvtec: all classes of a folder.
+    backbones: encoders compared. ablation: one part left out at a time."""
     data: Data | None = None
     """Data set; digits when not given. mvtec reads --data.root instead."""
     root: Annotated[Path, tyro.conf.arg(name="data.root")] = Path("data")
     """Folder with the files of cifar10 and cifar100, or of mvtec with a folder for each class."""
     output: Path | None = None
-    """Folder of rows, table and pictures; runs/reproduce/EXPERIMENT-DATA when not given. Finished cells do not run
-    again."""
+    """Folder of rows, table and pictures; runs/reproduce/EXPERIMENT-DATA when not given.
+    Finished cells do not run again."""
     classes: tuple[str, ...] = ()
     """Normal classes; all when not given."""
     settings: tuple[str, ...] = ()

@@ -189,6 +189,10 @@ def tsne(
         seed: of the t-SNE and of the choice from a set larger than `at_most`.
         at_most: largest number of samples of each kind.
         title: a line above the picture's own.
+
+    Raises:
+        ArgumentError: vectors of different lengths, fewer than four, or NaN and infinity among them.
+        UserError: scikit-learn is not installed, or the file cannot be written.
     """
     with optional("t-SNE"):
         from sklearn.manifold import TSNE
