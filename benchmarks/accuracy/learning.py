@@ -173,9 +173,10 @@ def run_recipes(options: Options, log: Log) -> None:
 
 def run_frozen(options: Options, log: Log) -> None:
     """The library's learned memories after each budget, and what they start from."""
-    for seed in options.seeds:
-        for kind in TYPES:
-            _frozen("frozen", options, log, ("elpv", kind, seed), SMALL, (UNTRAINED, 0, *BUDGETS))
+    for budgets in ((0, BUDGETS[-1]), (UNTRAINED, *BUDGETS[:-1])):
+        for seed in options.seeds:
+            for kind in TYPES:
+                _frozen("frozen", options, log, ("elpv", kind, seed), SMALL, budgets)
 
 
 def run_sizes(options: Options, log: Log) -> None:
