@@ -213,9 +213,9 @@ def _frozen(
         seconds = time.process_time() - begin + (0 if name == "untrained" else filling)
         for memory, prototypes in zip(model.memories, chosen, strict=True):
             memory.prototypes = nn.Parameter(prototypes, requires_grad=False)
-        queries = list(zip(*(z.split(64) for z in normals.cells), strict=True))
-        normal, defect, _ = normals.test
-        scores = filled_scores(FilledScorer(model, "per_position"), queries, [normal], [defect])
+        split = normals.split
+        parts = (normals.encoded(rows) for rows in (split.train, split.test_normal, split.test_defect))
+        scores = filled_scores(FilledScorer(model, "per_position"), *parts)
         log.add(
             part, of, name, steps, scores, prototypes=[size], memory_bytes=bytes_of(model), seconds=round(seconds, 1)
         )

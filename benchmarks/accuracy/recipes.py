@@ -202,6 +202,11 @@ class Normals:
         self.features, self.split = features_of(kind, folder), split_of(kind, seed)
         self.cells = self.features.of(self.split.train)
 
+    def encoded(self, rows: Tensor) -> list[list[Tensor]]:
+        """Batches of cells [n] int64 as the encoder gives them, which `FilledScorer` judges in their own units."""
+        features = self.features
+        return [[of_scale[features.row[part]].float() for of_scale in features.cells] for part in rows.split(64)]
+
     @functools.cached_property
     def sets(self) -> list[list[Tensor]]:
         """The cells, and `COPIES` light copies of them."""
