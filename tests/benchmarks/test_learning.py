@@ -18,7 +18,7 @@ from benchmarks.accuracy.learning import BUDGETS, ROWS, SEEDS, LearningRow
 from benchmarks.accuracy.recipes import RECIPES, CellFeatures, Recipe, learn, measured, without_false
 from benchmarks.harness import rows
 from benchmarks.harness.rows import RESULTS
-from benchmarks.report.learning import FILLED, SECTIONS
+from benchmarks.report.learning import FILLED, SECTIONS, draw
 from benchmarks.report.learning import recipes as table
 
 SPLIT = Split(torch.arange(12), torch.arange(12, 20), torch.arange(20, 20), torch.arange(20, 26))
@@ -121,6 +121,16 @@ def test_seeds_are_compared_with_themselves(tmp_path: Path) -> None:
         "| mono | 64 | 96 | plain | 0.8000 / 0.8100 | 0.8200 / 0.8000 | +0.0050 | 1 of 2 |"
     ]
     assert "| filled | 0 | 0.8100 | – |" in SECTIONS["learning-frozen"](tmp_path)
+
+
+def test_a_picture_is_drawn_from_whatever_rows_there_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert draw(tmp_path, tmp_path) is None
+    of = {"part": "frozen", "normal": "poly"}
+    rows.append(tmp_path / ROWS, row("filled", auroc=0.8, **of), row("learned", auroc=0.9, steps=25, **of))
+    drawn = draw(tmp_path, tmp_path)
+    assert drawn is not None
+    assert drawn.stat().st_size > 10_000
 
 
 def test_a_finished_setting_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
