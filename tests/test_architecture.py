@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {
         "data", "errors", "evaluate", "files", "functional", "models", "nn", "reference", "scoring", "validation",
     },
-    "export": {"__init__", "data", "errors", "files", "models", "scoring", "train", "validation"},
+    "export": {"__init__", "data", "errors", "files", "models", "reference", "scoring", "train", "validation"},
     "sklearn": {"data", "errors", "models", "scoring", "train", "validation"},
     "anomalib": {"data", "errors", "functional", "ops", "scoring", "train", "validation"},
     "report": {
