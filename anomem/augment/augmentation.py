@@ -207,7 +207,7 @@ def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
     """
     height, width = images.shape[-2:]
     theta = geometry.matrices(height, width).to(images.dtype).unsqueeze(-1)  # [B, 2, 3, 1]
-    x, y = (_centres(size, images.device).to(images.dtype) for size in (width, height))
+    x, y = (_centres(size, images.dtype, images.device) for size in (width, height))
     rows = torch.addcmul(theta[:, :, 2], theta[:, :, 1], y).unsqueeze(-1)  # [B, 2, H, 1]
     # In planes: in pairs, as `affine_grid` makes it, the grid takes longer than the sampling.
     grid = torch.addcmul(rows, theta[:, :, 0].unsqueeze(-1), x)  # [B, 2, H, W]
@@ -215,12 +215,12 @@ def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _centres(size: int, device: torch.device) -> Tensor:
+def _centres(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size] centres of a line's pixels, from −1 to 1 at its ends.
 
     Cached, since a copy to an accelerator waits for the device.
     """
-    return ((2 * torch.arange(size) + 1) / size - 1).to(device)
+    return ((2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1).to(dtype).to(device)
 
 
 def adjust(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
