@@ -11,6 +11,7 @@ import math
 import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -243,12 +244,12 @@ def _torchvision(
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     known = models.list_models(module=models)
-    require(
-        name in known,
-        "encoder",
-        lambda: f"{LITE0}, timm:NAME or one of torchvision's: {_listed(known, len(known))}",
-        name,
-    )
+
+    def expected() -> str:
+        similar = get_close_matches(name, known, 8, 0.5) or known[:8]
+        return f"{LITE0}, timm:NAME or one of torchvision's {len(known)} networks, such as {', '.join(similar)}"
+
+    require(name in known, "encoder", expected, name)
     vision_transformer = name.startswith("vit_")
     options: dict[str, Any] = {}
     if vision_transformer:
