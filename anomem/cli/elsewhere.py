@@ -55,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Drift:
-    """Say whether scores in a file, in their order, still come from the normals that were calibrated with."""
+    """Say whether scores in a file, in their order, still come from the calibration's normals; exits with 1 if not."""
 
     scores: tyro.conf.Positional[Path]
     """A .csv or .json file of `anomem score --output`, or .jsonl of --json, of a fitted run."""

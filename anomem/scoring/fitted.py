@@ -24,6 +24,8 @@ from anomem.scoring.scorer import require_finite
 from anomem.validation import require, require_choice, values_are_free
 
 MAPS = ("plain", "local")
+UNITS = "feature"
+"""Of the deviations that a stored detector was fitted to; see `FilledScorer`."""
 LABELLED = "labelled"
 """Name of the score that joins the labelled defects with the one-class score."""
 FEW, ROWS = 8, 16
@@ -138,7 +140,8 @@ class FittedDetector(nn.Module):
             alpha: as `forward`.
             by: as `forward`.
         """
-        found = self.scorer.of_queries(queries, self.model.encoder.image_size if self.letterbox else size)
+        frame = self.model.encoder.image_size if self.letterbox else size
+        found = self.scorer.of_queries(queries, frame, pooled=self.labels is not None)
         scores = self.scores_of(found)
         if values_are_free(scores["plain"]):
             require_finite(scores)
@@ -153,6 +156,7 @@ class FittedDetector(nn.Module):
         """All scores [B], that of the labels among them."""
         if self.labels is None:
             return found.scores
+        assert found.pooled is not None
         return {**found.scores, LABELLED: self.labels(found.pooled, found.scores[self.scorer.lead])}
 
     def over(self, images: Images, alpha: float | None = None, maps: bool = True) -> Verdicts:
@@ -346,8 +350,8 @@ def fit_detector(
         labels = None
         if len(defects):
             both = torch.cat([rows, defects])
-            scored = [scorer.of_queries(q, (1, 1)) for q in encoded.rows(both)]
-            pooled = torch.cat([s.pooled for s in scored]).cpu()
+            scored = [scorer.of_queries(q, (1, 1), pooled=True) for q in encoded.rows(both)]
+            pooled = torch.cat([s.pooled for s in scored if s.pooled is not None]).cpu()
             labels = FewLabels(pooled.shape[1])
             one_class = torch.cat([s.scores[scorer.lead] for s in scored]).cpu()
             labels.fit(pooled, one_class, torch.arange(len(both)) < len(rows), seed)
@@ -357,7 +361,7 @@ def fit_detector(
 
     def calibrate(detector: FittedDetector, normals_left_out: EncodedImages) -> None:
         for queries in normals_left_out.rows():
-            found = detector.scorer.of_queries(queries, model.encoder.image_size)
+            found = detector.scorer.of_queries(queries, model.encoder.image_size, pooled=detector.labels is not None)
             maxima = {name: m.amax(dim=(1, 2)).cpu() for name, m in found.maps.items()}
             parts.append(({name: s.cpu() for name, s in detector.scores_of(found).items()}, maxima))
 
@@ -414,14 +418,17 @@ def restored_detector(
     Args:
         model: with the configuration of the one that was fitted.
         tensors: `stored(detector)`.
-        about: values stored beside the tensors: "alignment", "calibration".
+        about: values stored beside the tensors: "alignment", "calibration", "units".
         config: the detector was fitted with.
         alpha: false-alarm rate of the verdict.
         letterbox: see `FittedDetector`.
 
     Raises:
         KeyError: a tensor or a value is missing.
+        ValueError: deviations of other units, as earlier commits fitted them.
     """
+    if about["units"] != UNITS:
+        raise ValueError(f"deviations in units of the {about['units']}")
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)

@@ -22,7 +22,7 @@ from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, Encoder, ModelConfig, TiledEncoder, build_model
 from anomem.models.pretrained import LITE0, pretrained_available, pretrained_encoder
 from anomem.scoring.decision import normals_needed
-from anomem.scoring.fitted import FitReport, FittedDetector, fit_detector, restored_detector, stored
+from anomem.scoring.fitted import UNITS, FitReport, FittedDetector, fit_detector, restored_detector, stored
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -196,6 +196,7 @@ def described(detector: FittedDetector) -> dict[str, Any]:
         "image_size": list(detector.model.encoder.image_size),
         "channels": detector.model.mean.shape[0],
         "alignment": detector.scorer.alignment,
+        "units": UNITS,
         "calibration": detector.calibration.settings(),
     }
 
