@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.augment.config import AugmentConfig, Padding
-from anomem.validation import require
+from anomem.validation import require, require_images
 
 # ITU-R BT.601 luma with torchvision's rounding.
 LUMA = (0.2989, 0.587, 0.114)
@@ -49,6 +49,9 @@ class Augmentation:
 
         Returns:
             [B, C, H, W] float32 in [0, 1].
+
+        Raises:
+            ArgumentError: no such images, or a generator on another device.
         """
         x = as_float(images, generator)
         view = self.apply(x, *self.draw(x.shape, generator))
@@ -84,7 +87,7 @@ class Augmentation:
         _, _, height, width = x.shape
         config = self.config
         jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
-        if moves(config):
+        if moves(config) and len(x):  # affine_grid takes no empty batch
             x = warp(x, Geometry.from_uniform(uniform, config), config.padding)
         if config.jitter > 0:
             on = (jittered < config.jitter).to(x.dtype)
@@ -110,9 +113,9 @@ class Augmentation:
 
 def as_float(images: Tensor, generator: torch.Generator) -> Tensor:
     """uint8 or float images as [B, C, H, W] float32 in [0, 1], after checking them against their generator."""
-    require(isinstance(images, Tensor) and images.dim() == 4, "images", "a tensor [B, C, H, W]", images)
-    is_image = images.dtype == torch.uint8 or images.is_floating_point()
-    require(is_image, "images", "uint8, or float in [0, 1]", images.dtype)
+    require_images(images, "images")
+    right = isinstance(generator, torch.Generator)
+    require(right, "generator", "a torch.Generator", lambda: type(generator).__name__)
     same = generator.device.type == images.device.type
     require(same, "generator", lambda: f"a generator on {images.device}", generator.device)
     return images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
