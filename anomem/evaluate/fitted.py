@@ -20,7 +20,9 @@ from anomem.train import FitConfig
 CORESET = 1000
 """PatchCore's prototypes."""
 COMPONENTS = 64
+"""Of the baseline PCA on pixels."""
 PADIM_BYTES = 2**30
+"""PaDiM is left out where its covariances would take more."""
 MEANINGS = {
     "plain": "deviation of the features from what the memory returns, mean of the top tenth of the positions",
     "local": "distance from the Gaussians of the positions, mean of the top tenth: local defects",
@@ -205,7 +207,11 @@ def join_maps(queries: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Te
 
 
 def pixel_baselines(task: Task, side: int = 64) -> dict[str, Tensor]:
-    """What needs no network, at a side of 64 pixels.
+    """What needs no network.
+
+    Args:
+        task: its normal training images are fitted, its T test images scored.
+        side: to which larger images are brought, in pixels.
 
     Returns:
         Name -> [T]: "kNN-3" and "PCA-64 residual" on pixels that are standardised in each image, and "brightness", how

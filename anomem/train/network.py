@@ -32,22 +32,23 @@ class Network:
             several, `gather` brings the trained encoder back.
         ranks: the processes.
         shard: `fully_shard` in place of `DistributedDataParallel`.
+        compile: of one process: passes with gradients run compiled.
 
     Example:
         >>> network = Network(model, Ranks.current())
         >>> maps = network(views)  # as model(views)
     """
 
-    def __init__(self, model: AnoMem, ranks: Ranks, shard: bool = False) -> None:
+    def __init__(self, model: AnoMem, ranks: Ranks, shard: bool = False, compile: bool = False) -> None:
         self.model, self.ranks = model, ranks
         self.encoder: nn.Module = model.encoder
         self.call: Any = model.encoder
         self.replicated = [p for part in (model.projections, model.memories) for p in part.parameters()]
+        # Not in place: other passes of the model would each be compiled again.
+        self.compiled: Any = torch.compile(model) if compile else None
         if ranks.count == 1:
             return
         self.encoder = with_joint_batch_norm(copy.deepcopy(model.encoder))
-        if model.encoder._compiled_call_impl is not None:
-            self.encoder.compile()
         trained = any(p.requires_grad for p in self.encoder.parameters())
         self.call = self.encoder
         if trained and shard:
@@ -68,6 +69,8 @@ class Network:
 
     def __call__(self, views: Tensor) -> list[Tensor]:
         """S maps [2B, C_s, H_s, W_s] of views [2B, C, H, W] in [0, 1]."""
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled(views)  # type: ignore[no-any-return]
         if self.ranks.count == 1:
             return self.model(views)  # type: ignore[no-any-return]
         return self.call((views - self.model.mean) / self.model.std)  # type: ignore[no-any-return]
