@@ -28,7 +28,7 @@ def draw(sweep: Path) -> Path:
     header, rows = read_sweep(sweep)
     experiment, values = EXPERIMENTS[header["experiment"]], Values(rows)
     path = sweep / "pictures" / "summary.png"
-    title = f"{experiment.title}: {header['data']}"
+    title = f"{experiment.title} ({header['data']})"
     if header["experiment"] == "margin":
         _margins(experiment, values, title, path)
     else:

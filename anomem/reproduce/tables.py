@@ -66,7 +66,7 @@ def markdown(sweep: Path) -> str:
     header, rows = read_sweep(sweep)
     experiment = EXPERIMENTS[header["experiment"]]
     values = Values(rows)
-    lines = [f"# {experiment.title}: {header['data']}", "", *_about(header, rows), ""]
+    lines = [f"# {experiment.title} ({header['data']})", "", *_about(header, rows), ""]
     lines += _means(experiment, values, header["data"], rows)
     lines += [
         "",

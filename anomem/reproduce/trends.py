@@ -191,7 +191,8 @@ def near_prototypes(values: Values) -> list[str]:
     if gap.pairs:
         verdict = {
             1: "Expected and found: normals have a prototype as nearest neighbour more often than anomalies have",
-            0: "Cannot be told: normals and anomalies have a prototype as nearest neighbour equally often",
+            0: "Cannot be told: normals and anomalies differ by less than the 95% interval in how often a prototype is "
+            "their nearest neighbour",
             -1: "Disagrees: normals have a prototype as nearest neighbour less often than anomalies have",
             None: "Cannot be told from so few cells: whether normals are nearer to prototypes than anomalies",
         }[gap.verdict]

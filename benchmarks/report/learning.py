@@ -176,7 +176,7 @@ def draw(results: Path, folder: Path) -> Path | None:
         across[0].set_ylabel("AUROC")
     legend_below(figure, axes.flat, 4, fontsize=9)
     figure.suptitle(
-        "memories of 64 prototypes per scale; solid, filled marks: plain deviation; dashed, hollow: detector; a line for each seed",
+        "64 prototypes per scale; solid, filled marks: plain deviation; dashed, hollow: detector; a line for each seed",
         fontsize=10,
     )
     path = folder / "learning.png"

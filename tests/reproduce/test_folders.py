@@ -44,7 +44,7 @@ def test_all_classes_with_all_measures(classes: Path, tmp_path: Path, monkeypatc
     for heading in ("| setting | AUROC % `lead` | pixel AUROC | AUPRO | AUPIMO |", "AUPIMO % class by class:"):
         assert heading in table
     assert table.count("| setting | bolt | nut | mean |") == 4
-    assert table.startswith("# Classes of a folder: MVTec-AD, MVTec LOCO or VisA: parts\n")
+    assert table.startswith("# Classes of a folder: MVTec-AD, MVTec LOCO or VisA (parts)\n")
 
 
 def test_folders_without_classes_are_named(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
