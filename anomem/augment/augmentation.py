@@ -276,11 +276,14 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3).view(-1, 1)).square())  # [B, 2r + 1]
     weights = weights / weights.sum(1, keepdim=True)
-    height, width = images.shape[-2:]
+    batch, channels, height, width = images.shape
     down, right = (
-        (weights @ _bands(size, radius, images.device).to(weights)).view(-1, 1, size, size) for size in (height, width)
+        (weights @ _bands(size, radius, images.device).to(weights)).view(-1, size, size) for size in (height, width)
     )
-    return down @ images @ right.mT
+    # One product an image, not one a channel: broadcast over channels it takes three times as long on a CPU.
+    lines = images.transpose(1, 2).reshape(batch, height, channels * width)
+    blurred = (down @ lines).view(batch, height * channels, width) @ right.mT
+    return blurred.view(batch, height, channels, width).transpose(1, 2)
 
 
 def blur_radius(largest_sigma: float) -> int:

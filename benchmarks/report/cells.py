@@ -61,8 +61,10 @@ def goals(results: Path) -> str:
     return "\n".join(lines) if len(lines) > 2 else MISSING
 
 
-SIZES = {128: ("k-means 1024", "rivals"), 192: ("k-means 1024, 192 px", "rivals, 192 px")}
-"""Side in pixels -> settings of the filled memory and of the rivals on the same encoder."""
+SIZES = {128: ("k-means 1024", "rivals")} | {
+    side: (f"k-means 1024, {side} px", f"rivals, {side} px") for side in (160, 192)
+}
+"""Side in pixels -> settings of the filled memory and of the rivals on the same encoder, shown where both have rows."""
 
 
 def summary(results: Path) -> str:
@@ -76,10 +78,12 @@ def summary(results: Path) -> str:
             ours = {r.seed: r.auroc for r in found if (r.kind, r.setting, r.score) == (kind, filled, "both")}
             patchcore, padim = (best_of(found, kind, rivals, name) for name in ("PatchCore", "PaDiM"))
             if not (ours and ours.keys() == patchcore.keys() == padim.keys()):
-                return MISSING
+                continue
             means = (sum(values.values()) / len(values) for values in (ours, patchcore, padim))
             lines.append(f"| {kind}, {side} pixels | {' | '.join(f'{mean:.3f}' for mean in means)} |")
             ahead |= {"PaDiM is" if padim[seed] > ours[seed] else "the filled memory is" for seed in ours}
+        if not ahead:
+            return MISSING
         who = ahead.pop() if len(ahead) == 1 else "neither the filled memory nor PaDiM is"
         sentences.append(f"On {kind} {who} ahead on every split.")
     promised = [row for row in found if row.splits is not None and row.alpha == 0.01]
