@@ -386,7 +386,10 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
             found: Any = load_file(str(file))
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
+    except UnpicklingError as error:  # torch's text advises to execute what the file holds
+        reason = "it is damaged, or holds something else than tensors by name"
+        raise UserError(f"cannot read the weights {file}: {reason}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot read the weights {file}: {reason}") from error
     for key in ("state_dict", "model"):
