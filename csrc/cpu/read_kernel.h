@@ -167,7 +167,8 @@ void compute(const Read& a) {
       read_of_all<S>(a, bank, {keys, {false, nullptr}, m, d, d, a.normalize, a.beta}, nullptr, nullptr);
       continue;
     }
-    const CandidatePanels<S> panels(keys, d, m, d, a.normalize);
+    const bool library = a.top_k > 0 && takes_library_candidates<T>(a.query.count, m, d);
+    const CandidatePanels<S> panels(keys, d, m, d, a.normalize, library);
     Offsets<T> bias(m), lengths(m);
     lengths.set_lengths(panels);
     if (a.top_k == 0) {

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.accuracy.cells import ROWS, SEEDS, CellRow
 from benchmarks.harness import rows
 from benchmarks.harness.rows import RESULTS
-from benchmarks.report.cells import GOALS, MISSING, band, goals, read, summary
+from benchmarks.report.cells import EARLIER, GOALS, MISSING, band, fills, goals, read, summary
 
 
 def test_false_alarms_over_splits_are_within_the_binomial_band() -> None:
@@ -56,3 +56,11 @@ def test_a_size_without_a_rival_on_every_split_is_left_out(tmp_path: Path) -> No
     assert "128 pixels" not in summary(tmp_path)
     assert "192 pixels" in summary(tmp_path)
     assert summary(tmp_path / "nowhere") == MISSING
+
+
+def test_rows_of_an_earlier_reading_are_marked(tmp_path: Path) -> None:
+    row = next(r for r in read(RESULTS) if r.memory_bytes is not None and r.commit not in EARLIER)
+    rows.append(tmp_path / ROWS, row)
+    assert "¹" not in fills(tmp_path)
+    rows.append(tmp_path / ROWS, replace(row, commit=EARLIER[0]))
+    assert f"| {row.setting} ¹ |" in fills(tmp_path)
