@@ -15,8 +15,9 @@ from anomem.models import AnoMem
 from anomem.nn import HopfieldMemory
 from anomem.reference.retrieve import Normalize, normalize_rows
 from anomem.scoring.detector import Alignment, Gaussians, MomentSums
-from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
+from anomem.scoring.fill import FeatureRows, fill_prototypes, prototype_count
 from anomem.scoring.labelled import pooled_deviations
+from anomem.scoring.learn import Method, learn_prototypes
 from anomem.validation import require, require_choice, require_count
 
 ImageBatches = Callable[[], Iterable[Tensor]]
@@ -81,7 +82,7 @@ def fill_memories(
     model: AnoMem,
     queries: Iterable[Sequence[Tensor]],
     prototypes: Sequence[float],
-    method: Fill = "kmeans",
+    method: Method = "kmeans",
     *,
     seed: int = 0,
     at_most: int = 400_000,
@@ -96,7 +97,7 @@ def fill_memories(
         queries: of all normals, `NormalQueries`; read once.
         prototypes: one number for all scales, or one per scale: M, or a ratio in (0, 1) of the features. A number above
             that of the features takes all of them.
-        method: see `fill_prototypes`.
+        method: see `fill_prototypes`; "learned" moves k-means centres by `learn_prototypes`.
         seed: see `fill_prototypes`.
         at_most: features held per scale; of more, a random choice.
 
@@ -116,7 +117,11 @@ def fill_memories(
     for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.memories, strict=True):
         begin = time.perf_counter()
         features = held.rows()
-        chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
+        choice = "kmeans" if method == "learned" else method
+        chosen = fill_prototypes(features, prototype_count(count, len(features)), choice, seed=seed)
+        if method == "learned":
+            beta, normalize = float(memory.beta), memory.normalize
+            chosen = learn_prototypes(features, chosen, beta=beta, normalize=normalize, seed=seed)
         memory.prototypes = nn.Parameter(chosen.to(memory.prototypes), requires_grad=memory.prototypes.requires_grad)
         filled.append(FilledScale(name, held.seen, len(chosen), time.perf_counter() - begin))
     return filled
@@ -337,12 +342,12 @@ def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
 
 def _divisor(query: Tensor, normalize: Normalize) -> Tensor:
     """What a normalisation divides queries [B, P, d] by, without its epsilon: [B, P, 1]."""
-    if normalize == "layer":
-        centred = query - query.mean(dim=2, keepdim=True)  # torch's own deviation is several times slower
-        return torch.linalg.vector_norm(centred, dim=2, keepdim=True) / query.shape[2] ** 0.5
-    if normalize == "l2":
-        return torch.linalg.vector_norm(query, dim=2, keepdim=True)
-    return query.new_ones(1, 1, 1)
+    if normalize == "none":
+        return query.new_ones(1, 1, 1)
+    # torch's own standard deviation is several times slower.
+    centred = query - query.mean(dim=2, keepdim=True) if normalize == "layer" else query
+    length: Tensor = torch.linalg.vector_norm(centred, dim=2, keepdim=True)
+    return length / query.shape[2] ** 0.5 if normalize == "layer" else length
 
 
 def _read(query: Tensor, memory: HopfieldMemory, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ FEW, ROWS = 8, 16
 LIGHT = replace(AugmentConfig.light(), shift=0.02, rotation=2.0)
 PIXELS_AT_ONCE = 2**22
 """Of a batch: fewer images are encoded at once where they are large."""
+FITTED_TOO = "their scores are lower than those of new normals, so that the verdict would give more false alarms"
+BOTH = "an image is normal or has a defect: take it out of one of the two folders"
 GAUSSIAN_BYTES = 2**30
 """Of the Gaussians of all positions while they are fitted; above it one Gaussian serves all positions."""
 
@@ -317,7 +319,8 @@ def fit_detector(
         letterbox: see `FittedDetector`.
 
     Raises:
-        ArgumentError: no normal, fewer than three beside labelled defects, or calibration images that are fitted too.
+        ArgumentError: no normal, fewer than three beside labelled defects, or an image that calibrates or has a defect
+            equals a normal one.
         UserError: labelled defects, and scikit-learn is not installed.
     """
     is_normal = is_normal.cpu()
@@ -329,10 +332,12 @@ def fit_detector(
     least = 3 if len(defects) else 1
     reason = "two to fit beside the labelled defects, one to calibrate" if len(defects) else None
     require(len(normals) >= least, "images", f"at least {least} different normals", len(normals), reason)
+    if len(defects):
+        _require_apart(digests, encoded.part(defects).digests(), "labels", BOTH)
     alignment: Alignment = "per_position" if aligned and _gaussian_bytes(model) <= GAUSSIAN_BYTES else "pooled"
     calibrating = None if calibration is None else _encoded(model, calibration, config)
     if calibrating is not None:
-        _require_apart(digests, calibrating.digests())
+        _require_apart(digests, calibrating.digests(), "calibration", FITTED_TOO)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def fitted(rows: Tensor) -> tuple[FittedDetector, list[FilledScale]]:
@@ -387,17 +392,12 @@ def _encoded(model: AnoMem, images: Images | EncodedImages, config: FillConfig) 
     return images if isinstance(images, EncodedImages) else EncodedImages(model, images, config.batch_size)
 
 
-def _require_apart(fitted: Sequence[bytes], calibrating: Sequence[bytes]) -> None:
-    """Raise `ArgumentError` where an image is fitted and calibrates: its score would be too low."""
+def _require_apart(fitted: Sequence[bytes], others: Sequence[bytes], argument: str, why: str) -> None:
+    """Raise `ArgumentError` where an image that calibrates, or is labelled as a defect, is fitted as a normal too."""
     both = set(fitted)
-    common = sum(digest in both for digest in calibrating)
-    require(
-        common == 0,
-        "calibration",
-        "images that are not fitted",
-        lambda: f"{common} of {len(calibrating)} that equal fitted ones",
-        "their scores are lower than those of new normals, so that the verdict would give more false alarms",
-    )
+    common = sum(digest in both for digest in others)
+    received = f"{common} of {len(others)} that equal fitted ones"
+    require(common == 0, argument, "images that are not fitted as normals", received, why)
 
 
 def _tile_share(model: AnoMem) -> float:

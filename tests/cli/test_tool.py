@@ -147,6 +147,7 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         ((photos / "good", "--run", run, "--watch", "--fdr", "0.1"), "neither --fdr nor --sheet"),
         ((picture, "--run", finished, "--maps", tmp_path / "maps", "--masks"), "expected a fitted run"),
         ((picture, "--run", run, "--device", "tpu9"), "expected a device of this machine"),
+        ((picture, "--run", run, "--device", "mps"), "from the 'MPS' backend\n"),
     ):
         done = anomem("score", *arguments)
         assert (done.code, done.err.count("\n")) == (2, 1), (arguments, done.err)
