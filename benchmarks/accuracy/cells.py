@@ -352,7 +352,7 @@ def main(options: Options) -> None:
         for seed in options.seeds:
             for kind in TYPES:
                 for name, setting in group.items():
-                    wanted = name in options.settings if options.settings else name not in ONCE or seed == 0
+                    wanted = (name in options.settings or not options.settings) and (name not in ONCE or seed == 0)
                     if not wanted or (kind, seed, name) in done:
                         continue
                     found = setting.measure(Cut(kind, seed), setting)

@@ -65,6 +65,12 @@ def goals(results: Path) -> str:
     return "\n".join(lines) if len(lines) > 2 else MISSING
 
 
+def _named(setting: str, same: Sequence[CellRow]) -> str:
+    """A setting, marked where one of its rows is of an earlier reading."""
+    earlier = any(row.commit in EARLIER for row in same) and not setting.startswith(WITHOUT_MEMORY)
+    return f"{setting} ¹" if earlier else setting
+
+
 SIZES = {128: ("k-means 1024", "rivals")} | {
     side: (f"k-means 1024, {side} px", f"rivals, {side} px") for side in (160, 192)
 }
@@ -90,9 +96,8 @@ def summary(results: Path) -> str:
             return MISSING
         who = ahead.pop() if len(ahead) == 1 else "neither the filled memory nor PaDiM is"
         sentences.append(f"On {kind} {who} ahead on every split.")
-    promised = [
-        row for kind in TYPES for row in found if (row.kind, row.alpha) == (kind, 0.01) and row.splits is not None
-    ]
+    splits = [row for row in found if row.splits is not None and row.alpha == 0.01]
+    promised = [row for kind in TYPES for row in splits if row.kind == kind]
     if [row.kind for row in promised] != list(TYPES):
         return MISSING
     alarms = " and ".join(f"{row.false_alarms:.2%} ({row.kind})" for row in promised)
@@ -112,12 +117,6 @@ def best_of(found: Sequence[CellRow], kind: str, setting: str, rival: str) -> di
         if (row.kind, row.setting) == (kind, setting) and row.score.startswith(f"{rival}, "):
             poolings.setdefault(row.score, {})[row.seed] = row.auroc
     return max(poolings.values(), key=lambda values: sum(values.values()) / len(values), default={})
-
-
-def _named(setting: str, same: Sequence[CellRow]) -> str:
-    """A setting, marked where one of its rows is of an earlier reading."""
-    earlier = any(row.commit in EARLIER for row in same) and not setting.startswith(WITHOUT_MEMORY)
-    return f"{setting} ¹" if earlier else setting
 
 
 def fills(results: Path) -> str:

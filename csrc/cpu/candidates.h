@@ -19,10 +19,7 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// A tile stays in the second-level cache beside its prototypes. Its rows are a multiple of every register block's height.
 constexpr int64_t kCandidateRows = 42, kCandidateColumns = 1024, kGroups = 2 * kMostCandidates;
-// Of the rough product by the library (library_product.h), which is slower on narrower panels.
-constexpr int64_t kWidePanel = 128;
 
 // What the product of candidates multiplies.
 #if ANOMEM_BFLOAT16_PAIRS
@@ -32,13 +29,6 @@ using Rough = Bfloat16;
 template <class T>
 using Rough = T;
 #endif
-
-// Whether the library makes the rough products of a call (library_product.h).
-template <class T>
-inline bool takes_library_candidates(int64_t queries, int64_t prototypes, int64_t features) {
-  if constexpr (!kInLibrary<factor_t<Rough<T>>>) return false;
-  return takes_library_products(kInPairs<Rough<T>> ? Type::kBfloat16 : Type::kFloat32, queries, prototypes, features);
-}
 
 // Of a product's sums of float32 (float64) factors, in units of |x| |m|.
 template <class T>
@@ -102,15 +92,14 @@ ANOMEM_INLINE uint32_t lanes_at_least(vec<T> x, vec<T> bound) {
 }
 
 // The prototypes of a bank: normalised rows, the packed factor of their rough product, and the lengths of its bound.
-// `library`: whether the library makes that product.
 template <class S>
 class CandidatePanels {
  public:
   using T = accumulator_t<S>;
   using R = Rough<T>;
 
-  CandidatePanels(const S* prototypes, int64_t stride, int64_t count, int64_t d, Normalize how, bool library)
-      : count_(count), d_(d), library_(library), rows_(count * d), packed_(packed_size<T>(factors<R>(d), count)) {
+  CandidatePanels(const S* prototypes, int64_t stride, int64_t count, int64_t d, Normalize how)
+      : count_(count), d_(d), rows_(count * d), packed_(packed_size<T>(factors<R>(d), count)) {
     FactorRows<R> rough(count, d);
     for (int64_t j = 0; j < count; ++j) {
       T* row = rows_.data() + j * d;
@@ -120,27 +109,15 @@ class CandidatePanels {
       longest_ = larger_or_nan(longest_, length);
       most_lost_ = larger_or_nan(most_lost_, lost);
     }
-    if (!library) {
-      rough.pack_columns(count, packed_.data());
-      return;
-    }
-    Buffer<factor_t<R>> narrow(packed_size<T>(factors<R>(d), count));
-    rough.pack_columns(count, narrow.data());
-    widen_panels(narrow.data());
+    rough.pack_columns(count, packed_.data());
   }
 
   int64_t count() const { return count_; }
   int64_t features() const { return d_; }
   const T* operator[](int64_t j) const { return rows_.data() + j * d_; }
   T longest() const { return longest_; }
-  bool library() const { return library_; }
   // Of the panels from a column on, a multiple of a panel's width.
   const factor_t<R>* from(int64_t column) const { return packed_.data() + column * factors<R>(d_); }
-  // Width of the library's panel that begins with a column.
-  int64_t wide_panel(int64_t column) const {
-    const int64_t left = round_up(count_, Block<T>::kWidth) - column;
-    return left < kWidePanel ? left : kWidePanel;
-  }
 
   // Bound of |x·m − rough product| for a row x of this length that lost so much.
   T bound(T length, T lost) const {
@@ -148,19 +125,7 @@ class CandidatePanels {
   }
 
  private:
-  void widen_panels(const factor_t<R>* narrow) {
-    constexpr int64_t width = Block<T>::kWidth;
-    const int64_t k = factors<R>(d_);
-    for (int64_t column = 0; column < count_; column += width, narrow += k * width) {
-      const int64_t first = column / kWidePanel * kWidePanel, wide = wide_panel(first);
-      for (int64_t p = 0; p < k; ++p)
-        std::memcpy(packed_.data() + first * k + p * wide + column - first, narrow + p * width,
-                    width * sizeof(factor_t<R>));
-    }
-  }
-
   int64_t count_, d_;
-  bool library_;
   Buffer<T> rows_;
   Buffer<factor_t<R>> packed_;
   T longest_ = 0, most_lost_ = 0;
@@ -390,19 +355,13 @@ class CandidateSearch {
 
   explicit CandidateSearch(const CandidatePanels<S>& panels)
       : panels_(panels),
-        library_(panels.library(), kInPairs<R>),
         columns_(panels.count() < kCandidateColumns ? panels.count() : kCandidateColumns),
         tile_stride_(padded_stride<T>(round_up(columns_, kGroups))),
         rough_(kCandidateRows, panels.features()),
         tile_(kCandidateRows * tile_stride_),
         bound_(kCandidateRows),
         length_(kCandidateRows),
-        found_(columns_ + 1) {
-    if (!panels.library()) return;  // its tiles are always whole: a kernel is generated for each height
-    Buffer<T> zeros(panels.features());
-    std::memset(zeros.data(), 0, panels.features() * sizeof(T));
-    for (int64_t r = 0; r < kCandidateRows; ++r) rough_.set(r, zeros.data(), T{1});
-  }
+        found_(columns_ + 1) {}
 
   // Fills the targets for rows x. With `known` distances of the rows only nearer prototypes are found.
   void find(const QueryRows<S>& x, int64_t count, Target<S>* const* targets, int targets_count,
@@ -420,7 +379,8 @@ class CandidateSearch {
       }
     for (int64_t first = 0; first < panels_.count(); first += kCandidateColumns) {
       const int64_t left = panels_.count() - first, n = left < kCandidateColumns ? left : kCandidateColumns;
-      multiply(count, first, n);
+      product(count, n, factors<R>(d), rough_.data(), rough_.stride(), 1, panels_.from(first), tile_.data(),
+              tile_stride_, false);
       for (int t = 0; t < targets_count; ++t)
         for (int64_t r = 0; r < count; ++r) collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
     }
@@ -433,27 +393,7 @@ class CandidateSearch {
     target.add(r, x, panels_, first, found_.data(), candidates);
   }
 
-  // The rough product of the first `count` rows with n columns.
-  void multiply(int64_t count, int64_t first, int64_t n) {
-    const int64_t k = factors<R>(panels_.features());
-    if constexpr (kInLibrary<factor_t<R>>) {
-      if (panels_.library()) {
-        constexpr int64_t terms = Factor<R>::kTerms;
-        for (int64_t column = 0; column < n; column += kWidePanel)
-          for (int64_t start = 0; start < k; start += kChain) {
-            const int64_t width = panels_.wide_panel(first + column), length = k - start < kChain ? k - start : kChain;
-            library_product(kCandidateRows, width, terms * length, library_elements(rough_.data() + start),
-                            terms * rough_.stride(), library_elements(panels_.from(first + column) + start * width),
-                            width, tile_.data() + column, tile_stride_, start > 0);
-          }
-        return;
-      }
-    }
-    product(count, n, k, rough_.data(), rough_.stride(), 1, panels_.from(first), tile_.data(), tile_stride_, false);
-  }
-
   const CandidatePanels<S>& panels_;
-  LibraryProducts library_;
   int64_t columns_, tile_stride_;
   FactorRows<R> rough_;
   Buffer<T> tile_, bound_, length_;

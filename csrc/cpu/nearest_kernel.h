@@ -13,8 +13,7 @@ void compute(const Nearest& a) {
   const int64_t d = a.features, n = a.x.count, k = a.k;
   for (int64_t bank = 0; bank < a.banks; ++bank) {
     const S* prototypes = static_cast<const S*>(a.prototypes) + bank * a.count * d;
-    const bool library = takes_library_candidates<T>(n, a.count, d);
-    const CandidatePanels<S> panels(prototypes, d, a.count, d, Normalize::kNone, library);
+    const CandidatePanels<S> panels(prototypes, d, a.count, d, Normalize::kNone);
     Offsets<T> offsets(a.count);
     offsets.set_lengths(panels);
     T* const distance = static_cast<T*>(a.distance) + bank * n * k;
@@ -100,8 +99,7 @@ class GreedyCenters {
   void apply_many(const int64_t* centres, int64_t count) {
     Buffer<S> rows(count * d_);
     for (int64_t c = 0; c < count; ++c) std::memcpy(rows.data() + c * d_, row(centres[c]), d_ * sizeof(S));
-    const bool library = takes_library_candidates<T>(n_, count, d_);
-    const CandidatePanels<S> panels(rows.data(), d_, count, d_, Normalize::kNone, library);
+    const CandidatePanels<S> panels(rows.data(), d_, count, d_, Normalize::kNone);
     Offsets<T> offsets(count);
     offsets.set_lengths(panels);
     parallel_ranges((n_ + kCandidateRows - 1) / kCandidateRows, [&](int64_t begin, int64_t end) {
@@ -109,7 +107,8 @@ class GreedyCenters {
       CandidateSearch<S> search(panels);
       Target<S> nearest(1, T{1}, &offsets, true);
       Target<S>* const targets[] = {&nearest};
-      for (int64_t first = begin * kCandidateRows; first < n_ && first < end * kCandidateRows; first += kCandidateRows) {
+      for (int64_t first = begin * kCandidateRows; first < n_ && first < end * kCandidateRows;
+           first += kCandidateRows) {
         const int64_t here = n_ - first < kCandidateRows ? n_ - first : kCandidateRows;
         x.load(row(first), a_.x.stride, here);
         search.find(x, here, targets, 1, distance_.data() + first);

@@ -167,8 +167,7 @@ void compute(const Read& a) {
       read_of_all<S>(a, bank, {keys, {false, nullptr}, m, d, d, a.normalize, a.beta}, nullptr, nullptr);
       continue;
     }
-    const bool library = a.top_k > 0 && takes_library_candidates<T>(a.query.count, m, d);
-    const CandidatePanels<S> panels(keys, d, m, d, a.normalize, library);
+    const CandidatePanels<S> panels(keys, d, m, d, a.normalize);
     Offsets<T> bias(m), lengths(m);
     lengths.set_lengths(panels);
     if (a.top_k == 0) {

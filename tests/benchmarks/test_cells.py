@@ -41,6 +41,14 @@ def test_an_aim_that_is_missed_is_called_so(tmp_path: Path) -> None:
         assert goals(tmp_path).splitlines()[-1].endswith(f"| {reached} |")
 
 
+def test_rows_of_an_earlier_reading_are_marked(tmp_path: Path) -> None:
+    row = next(r for r in read(RESULTS) if r.memory_bytes is not None and r.commit not in EARLIER)
+    rows.append(tmp_path / ROWS, row)
+    assert "¹" not in fills(tmp_path)
+    rows.append(tmp_path / ROWS, replace(row, commit=EARLIER[0]))
+    assert f"| {row.setting} ¹ |" in fills(tmp_path)
+
+
 def test_the_readme_says_who_is_ahead_as_the_rows_do(tmp_path: Path) -> None:
     for row in read(RESULTS):
         filled = (row.kind, row.score) == ("poly", "both") and row.setting.startswith("k-means 1024")
@@ -56,11 +64,3 @@ def test_a_size_without_a_rival_on_every_split_is_left_out(tmp_path: Path) -> No
     assert "128 pixels" not in summary(tmp_path)
     assert "192 pixels" in summary(tmp_path)
     assert summary(tmp_path / "nowhere") == MISSING
-
-
-def test_rows_of_an_earlier_reading_are_marked(tmp_path: Path) -> None:
-    row = next(r for r in read(RESULTS) if r.memory_bytes is not None and r.commit not in EARLIER)
-    rows.append(tmp_path / ROWS, row)
-    assert "¹" not in fills(tmp_path)
-    rows.append(tmp_path / ROWS, replace(row, commit=EARLIER[0]))
-    assert f"| {row.setting} ¹ |" in fills(tmp_path)
