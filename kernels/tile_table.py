@@ -5,9 +5,9 @@ A launch takes the first tile whose shared memory fits the device, unless anothe
 `python -m anomem.kernels.ahead_of_time` reads from the compiled kernels. Not measured on a GPU yet:
 `python -m benchmarks.tune` times every tile and proposes an order.
 
-Too many warps compute parts of a product twice. On sm_90 a 64-row tile takes 4 warps and a 128-row tile 8 or 4; with 32
-rows wgmma falls back to mma.sync. On sm_80 the warps split a backward product by columns, at least 8 columns each: 64x16
-with 4 warps takes 80 instructions instead of 48.
+Too many warps compute parts of a product twice. On sm_90 a 64-row tile takes 4 warps and a 128-row tile 4 or 8; with
+32 rows wgmma falls back to mma.sync. On sm_80 the warps split a backward product by columns, at least 8 columns each:
+64x16 with 4 warps takes 80 instructions instead of 48.
 """
 
 import functools

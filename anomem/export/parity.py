@@ -89,9 +89,9 @@ def compared(source: FittedDetector | Scorer, program: Program, runner: Runner, 
         wrong_p = int(((found["p_value"].double() - p_values).abs() > 1e-6)[far].sum())
         if verdicts is not None:
             wrong_verdicts = int((found["verdict"].bool() != verdicts)[far].sum())
-    largest = [float(x[~tied].max()) if not bool(tied.all()) else 0.0 for x in (of_scores, of_maps)]
+    score_error, map_error = (float(x[~tied].max()) if not bool(tied.all()) else 0.0 for x in (of_scores, of_maps))
     of_ties = float(torch.maximum(of_scores, of_maps)[tied].max()) if bool(tied.any()) else 0.0
-    return Parity(len(images), *largest, wrong_p, wrong_verdicts, ties, int(tied.sum()), of_ties)
+    return Parity(len(images), score_error, map_error, wrong_p, wrong_verdicts, ties, int(tied.sum()), of_ties)
 
 
 @torch.no_grad()

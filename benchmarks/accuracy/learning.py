@@ -247,22 +247,17 @@ def bytes_of(model: AnoMem) -> int:
 
 
 def run_scratch(options: Options, log: Log) -> None:
-    """Trained encoders and the untrained one."""
+    """Trained encoders and the untrained one, the smallest budget of every class first."""
     for seed in options.seeds:
-        for dataset, normal in SCRATCH:
-            of = (dataset, normal, seed)
-            config = scratch_config(dataset, normal, seed)
-            task: Task | None = None
-            for steps in (0, *BUDGETS):
+        for steps in (0, *BUDGETS):
+            for dataset, normal in SCRATCH:
+                of = (dataset, normal, seed)
+                config = scratch_config(dataset, normal, seed)
                 name = "trained" if steps else "untrained"
-                if log.has("scratch", of, f"{name}, filled", steps, config.model.prototypes):
-                    continue
-                task = task or (
-                    task_of(Cut(normal, seed), SCRATCH_SIDE) if dataset == "elpv" else load_task(config.data)
-                )
-                _scratch(
-                    log, of, replace(config, optimizer=replace(config.optimizer, steps=max(1, steps))), task, steps
-                )
+                if not log.has("scratch", of, f"{name}, filled", steps, config.model.prototypes):
+                    task = task_of(Cut(normal, seed), SCRATCH_SIDE) if dataset == "elpv" else load_task(config.data)
+                    config = replace(config, optimizer=replace(config.optimizer, steps=max(1, steps)))
+                    _scratch(log, of, config, task, steps)
 
 
 def scratch_config(dataset: str, normal: str, seed: int) -> TrainConfig:

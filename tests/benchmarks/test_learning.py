@@ -14,9 +14,10 @@ from anomem.data.elpv import Split
 from anomem.nn import HopfieldMemory
 from anomem.reference.contrast import nt_xent_rows
 from benchmarks.accuracy import learning, recipes
-from benchmarks.accuracy.learning import ROWS, LearningRow
+from benchmarks.accuracy.learning import BUDGETS, ROWS, SEEDS, LearningRow
 from benchmarks.accuracy.recipes import RECIPES, CellFeatures, Recipe, learn, measured, without_false
 from benchmarks.harness import rows
+from benchmarks.harness.rows import RESULTS
 from benchmarks.report.learning import FILLED, SECTIONS
 from benchmarks.report.learning import recipes as table
 
@@ -73,6 +74,24 @@ def test_false_negatives_are_left_out() -> None:
     kept = nt_xent_rows(same, memory(pair), recipe.temperature).mean().detach()
     assert float(left_out) < float(kept) - 1e-3
     assert math.isfinite(float(left_out))
+
+
+def test_committed_rows_show_what_is_claimed() -> None:
+    found = rows.read(RESULTS / ROWS, LearningRow)
+    assert not any(one.dirty for one in found)
+    assert all(one.threads == 1 for one in found)
+    tried = {(one.setting, one.normal) for one in found if one.part == "recipes" and one.seed == 0 and one.steps}
+    assert len({name for name, _ in tried if {(name, "mono"), (name, "poly")} <= tried}) >= 20
+    plain = {
+        (one.normal, one.seed, one.setting): one
+        for one in found
+        if one.part == "frozen" and one.score == "plain" and one.steps in (0, BUDGETS[-1])
+    }
+    for kind in ("mono", "poly"):
+        for seed in SEEDS:
+            filled, learned = (plain[kind, seed, setting] for setting in ("filled", "learned"))
+            assert learned.auroc > filled.auroc, (kind, seed)
+            assert learned.memory_bytes == filled.memory_bytes
 
 
 def row(setting: str, normal: str, auroc: float, **others: object) -> LearningRow:
