@@ -47,8 +47,8 @@ SCORES = ("plain", "local", "both")
 
 
 def read(results: Path) -> list[CellRow]:
-    """The rows, seeds in order."""
-    return sorted(rows.read(results / ROWS, CellRow), key=lambda row: row.seed)
+    """The rows, seeds in order and in each the kinds of cells."""
+    return sorted(rows.read(results / ROWS, CellRow), key=lambda row: (row.seed, TYPES.index(row.kind)))
 
 
 def goals(results: Path) -> str:
