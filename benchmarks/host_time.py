@@ -2,8 +2,8 @@
 
 `python -m benchmarks.host_time --base REV` runs on the fake GPUs of `tests/stand_in`, whose kernels compute nothing.
 What remains of a call is the host's work: Python, the dispatcher, the allocator, autograd, the launches. Its processor
-time bounds small calls without a CUDA graph. A real driver takes longer for each launch of every implementation. Two
-processes, of the working tree and of another revision, take turns, so both see the same machine.
+time bounds small calls without a CUDA graph. A real driver takes longer for each launch of every implementation. The
+processes, of the working tree and of another revision, take turns, so all see the same machine.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def serve() -> None:
             for _ in range(CALLS):
                 subjects[number, name].call()
         subject = subjects[number, name]
+        for _ in range(CALLS):  # the caches are the other processes'
+            subject.call()
         begun = time.process_time()
         for _ in range(CALLS):
             subject.call()
@@ -124,19 +126,24 @@ def _checked_out(reference: str) -> Iterator[tuple[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="anomem-base-") as folder:
         archive = subprocess.run(["git", "archive", commit], cwd=rows.ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "x", "-C", folder], input=archive, check=True)
-        yield f"{reference} ({commit})", Path(folder)
+        yield commit if commit.startswith(reference) else f"{reference} ({commit})", Path(folder)
 
 
 def main(options: Options) -> int:
     """Measure, print and write."""
     with contextlib.ExitStack() as stack:
-        asked = {rows.WORK: (stack.enter_context(_worker(rows.ROOT)), IMPLEMENTATIONS)}
+        folders = {rows.WORK: rows.ROOT}
         if options.base:
             revision, folder = stack.enter_context(_checked_out(options.base))
-            asked[revision] = (stack.enter_context(_worker(folder)), ("triton",))
+            folders[revision] = folder
+        # A process for each, so that none is warm from another.
+        subjects = [
+            (revision, stack.enter_context(_worker(folder)), name)
+            for revision, folder in folders.items()
+            for name in (IMPLEMENTATIONS if revision == rows.WORK else ("triton",))
+        ]
         measured = []
         for number, each in enumerate(cases()):
-            subjects = [(rev, ask, name) for rev, (ask, names) in asked.items() for name in names]
             seconds: dict[tuple[str, str], list[float]] = {}
             launches: dict[tuple[str, str], int] = {}
             for _ in range(options.turns):

@@ -9,7 +9,7 @@ from benchmarks.accuracy.__main__ import digest, scores_of
 from benchmarks.accuracy.settings import Job, jobs
 from benchmarks.harness import rows
 from benchmarks.harness.rows import Score
-from benchmarks.report.accuracy import GOALS, GROUPS, seeds_of
+from benchmarks.report.accuracy import GOALS, GROUPS, precision, seeds_of
 
 JOB = Job("digits", "3", "classes", 0, "one-class")
 
@@ -45,3 +45,16 @@ def test_every_goal_is_among_the_jobs() -> None:
     planned = {(job.dataset, job.normal, job.anomalies, job.setting) for job in jobs()}
     for group, setting, _, _ in GOALS:
         assert {(group.dataset, normal, group.anomalies, setting) for normal in group.normals} <= planned
+
+
+def test_precisions_are_compared_over_pairs_of_the_same_class_and_seed(tmp_path: Path) -> None:
+    whole, half = {"3": 0.8, "8": 0.9, "9": 0.1}, {"3": 0.9, "8": 0.96}
+    measured = [
+        (normal, name, x) for name, found in (("float32", whole), ("bf16", half)) for normal, x in found.items()
+    ]
+    for normal, setting, auroc in measured:
+        job = replace(JOB, normal=normal, setting=f"one-class, {setting}")
+        scores = {score: {"auroc": auroc} for score in ("detector", "plain")}
+        rows.append(tmp_path / "precision.jsonl", *scores_of(job, scores, 1.0))
+    *_, line = precision(tmp_path).splitlines()
+    assert line == "| plain | seed 0: 2 | 0.8500 | 0.9300 | +0.0800 | 0.0200 |"  # 9 has one precision only

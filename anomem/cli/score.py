@@ -376,6 +376,24 @@ def _progress(starts: range, command: Score, count: int) -> Iterable[int]:
     return track(starts, f"scoring {count} images", console=Console(stderr=True), transient=True)
 
 
+def _of_own_name(arrived: Sequence[Given], mapped: dict[Path, Given], failures: list[str]) -> list[Given]:
+    """The images whose map has a file of its own; the others are named in `failures`.
+
+    Args:
+        arrived: new images.
+        mapped: path without suffix -> image; gets the new ones.
+        failures: gets a sentence for an image whose map would be written over another one's.
+    """
+    own = []
+    for image in arrived:
+        first = mapped.setdefault(image.file.with_suffix(""), image)
+        if first is image:
+            own.append(image)
+        else:
+            failures.append(f"{image.name}: expected a name of its own, but its map would be that of {first.name}")
+    return own
+
+
 def _watch(command: Score) -> int:
     """Score what arrives in a folder until it is interrupted, and say when the stream drifts.
 
@@ -395,6 +413,7 @@ def _watch(command: Score) -> int:
     judge, alone = ready[0], replace(command, output=None)
     p_of = None if judge.calibration is None else OnlinePValues(judge.calibration)
     drift, sizes, done = Martingale(ignore=command.alpha or 0.01), dict[Given, int](), set[Given]()
+    mapped: dict[Path, Given] = {}
     rows: list[dict[str, Any]] = []
     failed = 0
     try:
@@ -407,6 +426,8 @@ def _watch(command: Score) -> int:
                 sizes = now
                 done.update(arrived)
                 failures: list[str] = []
+                if command.maps is not None:
+                    arrived = _of_own_name(arrived, mapped, failures)
                 new = _score(alone, arrived, failures, ranks, ready) if arrived else []
                 rows += new
                 failed += len(failures)

@@ -13,7 +13,7 @@ from anomem.data import Task
 from anomem.evaluate.metrics import aupro, pixel_auroc
 from anomem.evaluate.report import PIXEL_MEASURES, image_metrics, undefined_measures
 from anomem.scoring.detector import Gaussians, MomentSums
-from anomem.scoring.fill import FeatureRows, fill_prototypes, nearest
+from anomem.scoring.fill import FeatureRows, fill_prototypes, nearest_in_blocks
 from anomem.scoring.fitted import EncodedImages, FittedDetector, Verdicts
 from anomem.train import FitConfig
 
@@ -181,7 +181,7 @@ def encoder_baselines(train: EncodedImages, test: EncodedImages, seed: int = 0) 
         gaussians.fit(sums)
     parts: dict[str, list[Tensor]] = {}
     for x in joined(test):
-        distance = nearest(x.flatten(0, 1), coreset)[1].sqrt().view(x.shape[:2])
+        distance = nearest_in_blocks(x.flatten(0, 1), coreset).distance.sqrt().view(x.shape[:2])
         maps = {"PatchCore": distance} if gaussians is None else {"PatchCore": distance, "PaDiM": gaussians(x)}
         for name, d in maps.items():
             parts.setdefault(f"{name}, max", []).append(d.amax(dim=1))

@@ -4,8 +4,8 @@ A forward returns the loss and what its backward wants beside it (`anomem.refere
 
     Triton   lse of each row; the row scaled by a power of two to a length in [1, 2), with zeros up to a multiple of
              16 bytes; and 1/norm, whose mantissa is that length's inverse
-    native   total of each row, its lse or the sum whose logarithm is its lse; and 1/norm, with which the backward
-             normalises the rows again
+    native   total of each row, the sum whose logarithm is its lse or the log-sum of its negatives; and 1/norm, with
+             which the backward normalises the rows again
 """
 
 from __future__ import annotations

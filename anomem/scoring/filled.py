@@ -342,12 +342,12 @@ def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
 
 def _divisor(query: Tensor, normalize: Normalize) -> Tensor:
     """What a normalisation divides queries [B, P, d] by, without its epsilon: [B, P, 1]."""
-    if normalize == "layer":
-        centred = query - query.mean(dim=2, keepdim=True)  # torch's own deviation is several times slower
-        return torch.linalg.vector_norm(centred, dim=2, keepdim=True) / query.shape[2] ** 0.5
-    if normalize == "l2":
-        return torch.linalg.vector_norm(query, dim=2, keepdim=True)
-    return query.new_ones(1, 1, 1)
+    if normalize == "none":
+        return query.new_ones(1, 1, 1)
+    # torch's own standard deviation is several times slower.
+    centred = query - query.mean(dim=2, keepdim=True) if normalize == "layer" else query
+    length: Tensor = torch.linalg.vector_norm(centred, dim=2, keepdim=True)
+    return length / query.shape[2] ** 0.5 if normalize == "layer" else length
 
 
 def _read(query: Tensor, memory: HopfieldMemory, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -425,10 +425,10 @@ def restored_detector(
 
     Raises:
         KeyError: a tensor or a value is missing.
-        ValueError: deviations of other units, as earlier commits fitted them.
+        ValueError: an earlier version fitted it, to normalised deviations.
     """
-    if about["units"] != UNITS:
-        raise ValueError(f"deviations in units of the {about['units']}")
+    if about.get("units") != UNITS:
+        raise ValueError("an earlier version fitted it, to normalised deviations")
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)

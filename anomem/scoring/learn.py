@@ -1,8 +1,9 @@
-"""Learned prototypes: k-means centres, moved until features of normals deviate less than features with noise.
+"""Learned prototypes: k-means centres, moved until features of normals deviate less than outliers made of them.
 
-The loss is a surrogate of 1 − AUROC (a pairwise logistic loss, as in Gao and Zhou 2015): the mean of
-softplus((dev(z) − dev(z')) / spread) over pairs of a normal feature z and a noisy one z'. Each noisy feature of a batch
-is compared with all normal ones: the normals that deviate most weigh most, as they do in an image's score.
+An outlier z + 0.5 (z − z') lies beyond a normal feature z, seen from another one z'. The loss is a surrogate of
+1 − AUROC (a pairwise logistic loss, as in Gao and Zhou 2015): the mean of softplus((dev(z) − dev(outlier)) / spread)
+over all pairs of a normal feature and an outlier of a batch. The normals that deviate most weigh most, as they do in an
+image's score.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from anomem.validation import require, require_count, require_number, require_po
 
 Method = Literal["random", "coreset", "kmeans", "learned"]
 """How memories are filled: by a choice of `fill_prototypes`, or by k-means and `learn_prototypes`."""
-BATCH, PAIRS = 1024, 128
-"""Normal and noisy features of a step."""
-RATE, WARMUP = 0.01, 10
+BATCH, OUTLIERS = 512, 128
+"""Normal features and outliers of a step."""
+RATE, WARMUP = 0.03, 10
 """Of Adam: peak, and steps until it is reached; then a cosine to zero."""
 STEPS = 200
-NOISE = 0.25
+BEYOND = 0.5
+"""How far an outlier lies beyond a feature, in units of the distance from another feature."""
 
 
 def learn_prototypes(
@@ -34,19 +36,19 @@ def learn_prototypes(
     beta: float,
     normalize: Normalize = "layer",
     steps: int = STEPS,
-    noise: float = NOISE,
+    beyond: float = BEYOND,
     seed: int = 0,
 ) -> Tensor:
-    """Move prototypes by gradient steps so that features deviate less from what the memory returns than noisy ones.
+    """Move prototypes by gradient steps so that features deviate less from what the memory returns than outliers do.
 
     Args:
         rows: [N, d] float32, features of normals, normalised as the memory normalises its queries.
         start: [M, d], first prototypes.
         beta: inverse temperature of the retrieval.
         normalize: of the memory.
-        steps: gradient steps of 1,024 features each.
-        noise: standard deviation of the Gaussian noise, in units of each row's root mean square.
-        seed: of the batches and the noise.
+        steps: gradient steps of 512 features each.
+        beyond: how far outliers lie beyond a feature, in units of the distance from another feature.
+        seed: of the batches.
 
     Returns:
         [M, d], on the device of `start`.
@@ -65,7 +67,7 @@ def learn_prototypes(
     require(right, "rows", lambda: f"[N, {start.shape[1]}] with N ≥ 1", rows)
     require_number(beta, "beta")
     require_count(steps, "steps", 0)
-    require_positive_number(noise, "noise")
+    require_positive_number(beyond, "beyond")
     generator = torch.Generator().manual_seed(seed)
     prototypes = nn.Parameter(start.detach().clone())
     optimizer = torch.optim.Adam([prototypes], lr=RATE, betas=(0.9, 0.99))
@@ -79,11 +81,9 @@ def learn_prototypes(
         rise, fall = min(1, (step + 1) / WARMUP), 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * rise * fall
         z = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
-        some = z[:PAIRS]
-        added = torch.randn(some.shape, generator=generator).to(some)
-        noisy = some + noise * some.square().mean(dim=1, keepdim=True).sqrt() * added
+        some, others = z[:OUTLIERS], z[-OUTLIERS:]
         with torch.enable_grad():
-            normal, outlying = deviation(z), deviation(noisy)
+            normal, outlying = deviation(z), deviation(some + beyond * (some - others))
             if spread is None:
                 # Features that are all alike have no spread; any unit serves them.
                 spread = normal.detach().std().clamp_min(1e-6)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.train.config import OptimizerConfig
+from anomem.train.network import is_shard
 from anomem.train.rows import ORDER, seed_of
 
 CHUNK = 1 << 20
@@ -121,7 +121,7 @@ def build_optimizer(
     ]
     parameters: list[Tensor] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     # One pass over the weights instead of five; not for shards.
-    fused = all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and not is_shard(p) for p in parameters)
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
@@ -151,7 +151,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 def _rate(value: float, parameters: Sequence[Tensor]) -> float | Tensor:
     """A number that changes with the step: on GPUs a 0-dim tensor, because a CUDA graph keeps numbers as they are."""
-    on_gpu = bool(parameters) and all(p.is_cuda and not isinstance(p, DTensor) for p in parameters)
+    on_gpu = bool(parameters) and all(p.is_cuda and not is_shard(p) for p in parameters)
     return torch.tensor(value, device=parameters[0].device) if on_gpu else value
 
 
@@ -181,7 +181,7 @@ def apply_gradients(optimizer: torch.optim.SGD, config: OptimizerConfig) -> None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Whole norms: of shards and of replicated gradients alike.
         norms = [torch.linalg.vector_norm(g.float()) for g in gradients]
-        norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+        norms = [n.full_tensor() if is_shard(n) else n for n in norms]
         shrink = (config.clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1)
         for gradient in gradients:
             gradient.mul_(shrink)

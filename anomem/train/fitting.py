@@ -166,7 +166,9 @@ def load_detector(path: str | os.PathLike[str], *, device: str | None = None) ->
     try:
         detector = shaped_detector(config, checkpoint.tensors, checkpoint.about)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {source} is damaged or of other settings ({error}); fit again") from error
+        raise UserError(
+            f"the checkpoint {source} is damaged, or of other settings or an earlier version ({error}); fit again"
+        ) from error
     load_module(detector, checkpoint.tensors, "detector.", source)
     return detector
 

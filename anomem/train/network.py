@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomem.functional.distributed import sum_over
 from anomem.models import AnoMem
 from anomem.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Network:
@@ -107,12 +110,25 @@ class Network:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor that may be sharded, complete in every process."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_shard(value) else value
 
 
 def sharded_as(value: Tensor, like: Tensor) -> Tensor:
     """A complete tensor as this process's shard of it, where `like` is sharded."""
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+    if not is_shard(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
+def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one that `fully_shard` has made. Where their class was never imported there are none.
+
+    Its import brings sympy and takes a fifth of the time in which a command starts.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
 
 
 def with_joint_batch_norm(module: nn.Module) -> nn.Module:

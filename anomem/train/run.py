@@ -218,7 +218,7 @@ def device_of(config: RunConfig) -> torch.device:
         device = torch.device(wanted)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch's explain where to read on
         raise UserError(
             f"`run.device`: expected a device of this machine, received {config.device!r}: {reason}"
         ) from error

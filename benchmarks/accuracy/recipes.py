@@ -202,6 +202,11 @@ class Normals:
         self.features, self.split = features_of(kind, folder), split_of(kind, seed)
         self.cells = self.features.of(self.split.train)
 
+    def encoded(self, rows: Tensor) -> list[list[Tensor]]:
+        """Batches of cells [n] int64 as the encoder gives them, which `FilledScorer` judges in their own units."""
+        features = self.features
+        return [[of_scale[features.row[part]].float() for of_scale in features.cells] for part in rows.split(64)]
+
     @functools.cached_property
     def sets(self) -> list[list[Tensor]]:
         """The cells, and `COPIES` light copies of them."""
@@ -445,12 +450,8 @@ RECIPES: dict[str, Recipe] = {
     "noise 0.25, M = 121, 64, 40": Recipe("outliers", prototypes=(121, 64, 40)),
     "noise 0.25, M = 40, 64, 74": Recipe("outliers", prototypes=(40, 64, 74)),
     "noise 0.25, orthogonal half width, M = 128": Recipe("outliers", width=0.5, prototypes=(128,)),
-    "beyond another feature, 200 steps of 1024, rate 0.03": Recipe(
-        "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03
-    ),
-    "beyond another feature, 200 steps of 1024, rate 0.03, 512 pairs": Recipe(
-        "outliers", "beyond", 0.5, steps=200, batch=1024, rate=0.03, pairs=512
-    ),
-    "noise 0.25, 200 steps of 1024, rate 0.03": Recipe("outliers", steps=200, batch=1024, rate=0.03),
+    "beyond another feature, rate 0.03": Recipe("outliers", "beyond", 0.5, rate=0.03),
+    "beyond another feature, rate 0.03, 200 steps": Recipe("outliers", "beyond", 0.5, rate=0.03, steps=200),
+    "noise 0.5, rate 0.03, 200 steps": Recipe("outliers", strength=0.5, rate=0.03, steps=200),
 }
 """Name -> recipe; all have the bytes of 64 prototypes per scale, projections apart."""

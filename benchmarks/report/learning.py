@@ -161,16 +161,22 @@ def draw(results: Path, folder: Path) -> Path | None:
     found = [row for row in read(results) if row.part in ("frozen", "scratch")]
     if not found:
         return None
-    panels = [("frozen", "elpv", kind) for kind in TYPES] + [("scratch", *of) for of in SCRATCH]
-    figure, axes = figure_of(1, len(panels), 3.4 * len(panels), 4.0)
-    for plot, (part, dataset, normal) in zip(axes[0], panels, strict=True):
-        same = [row for row in found if (row.part, row.dataset, row.normal) == (part, dataset, normal)]
-        _panel(plot, same, detector_of(dataset))
-        plot.set_title(f"{normal}, {'frozen encoder' if part == 'frozen' else 'from scratch'}", fontsize=10)
-    axes[0][0].set_ylabel("AUROC")
-    legend_below(figure, axes[0], 4, fontsize=9)
+    lines: list[tuple[Part, list[tuple[str, str]]]] = [
+        ("frozen", [("elpv", kind) for kind in TYPES]),
+        ("scratch", list(SCRATCH)),
+    ]
+    figure, axes = figure_of(len(lines), len(SCRATCH), 4.0 * len(SCRATCH), 7.5)
+    for across, (part, classes) in zip(axes, lines, strict=True):
+        for plot, (dataset, normal) in zip(across, classes, strict=False):
+            same = [row for row in found if (row.part, row.dataset, row.normal) == (part, dataset, normal)]
+            _panel(plot, same, detector_of(dataset))
+            plot.set_title(f"{normal}, {'frozen encoder' if part == 'frozen' else 'from scratch'}", fontsize=10)
+        for plot in across[len(classes) :]:
+            plot.axis("off")
+        across[0].set_ylabel("AUROC")
+    legend_below(figure, axes.flat, 4, fontsize=9)
     figure.suptitle(
-        "memories of 64 prototypes per scale; solid: plain deviation, dashed: detector; mean and range of the seeds",
+        "64 prototypes per scale; solid, filled marks: plain deviation; dashed, hollow: detector; a line for each seed",
         fontsize=10,
     )
     path = folder / "learning.png"
@@ -179,29 +185,24 @@ def draw(results: Path, folder: Path) -> Path | None:
 
 
 def _panel(plot: Any, found: Sequence[LearningRow], detector: str) -> None:
-    """A line for each setting that has steps, a level for each that has none."""
+    """A line for each seed of a setting that has steps, a level where it has none."""
     longest = max((row.steps for row in found), default=1)
     for setting, (colour, marker) in STYLES.items():
-        for score in (PLAIN, detector):
-            values: dict[int, list[float]] = {}
-            for row in found:
-                if (row.setting, row.score) == (setting, score):
-                    values.setdefault(row.steps, []).append(row.auroc)
-            steps = sorted(values)
-            if not steps:
-                continue
-            means = [mean(values[step]) for step in steps]
-            style = {
-                "color": colour,
-                "linestyle": LINES[score],
-                "label": f"{setting}, {'plain' if score == PLAIN else 'detector'}",
-            }
-            if steps == [0]:
-                plot.plot([0, longest], means * 2, linewidth=1.2, **style)
-                plot.fill_between([0, longest], min(values[0]), max(values[0]), color=colour, alpha=0.12, linewidth=0)
-                continue
-            low = [average - min(values[step]) for step, average in zip(steps, means, strict=True)]
-            high = [max(values[step]) - average for step, average in zip(steps, means, strict=True)]
-            plot.errorbar(steps, means, yerr=[low, high], marker=marker, markersize=5, capsize=2, **style)
+        # Prototypes from N(0, 1) are at chance: the table has them, and the axis would have to reach there.
+        for score in (detector,) if setting == "untrained" else (PLAIN, detector):
+            label = f"{setting}, {'plain' if score == PLAIN else 'detector'}"
+            style: dict[str, Any] = {"color": colour, "linestyle": LINES[score], "linewidth": 1.3, "label": label}
+            style["markerfacecolor"] = colour if score == PLAIN else "none"
+            for seed in SEEDS:
+                values = {
+                    row.steps: row.auroc
+                    for row in found
+                    if (row.setting, row.score, row.seed) == (setting, score, seed)
+                }
+                if set(values) == {0}:
+                    plot.plot([0, longest], [values[0]] * 2, **style)
+                elif values:
+                    steps = sorted(values)
+                    plot.plot(steps, [values[step] for step in steps], marker=marker, markersize=5, **style)
     plot.set_xlabel("gradient steps")
     plot.grid(True, alpha=0.3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import rows
 from benchmarks import scoring as scoring_rows
+from benchmarks.harness import rows
 from benchmarks.memories import ROWS, MemoryRow
 
 MISSING = "Not measured yet."
@@ -62,9 +62,8 @@ def scoring(results: Path) -> str:
         alone, whole = (one.batch / one.milliseconds["p50"] * 1e3 for one in (encoder, row))
         aim = scoring_rows.AIMS.get(row.prototypes)
         shown = "–" if aim is None else f"{aim:.0%}"
-        lines.append(
-            f"| {row.prototypes:,} | {row.size}, {row.batch} | {alone:.0f} | {whole:.0f} | {whole / alone:.1%} | {shown} |"
-        )
+        sizes = f"{row.prototypes:,} | {row.size}, {row.batch}"
+        lines.append(f"| {sizes} | {alone:.0f} | {whole:.0f} | {whole / alone:.1%} | {shown} |")
     about = next(reversed(latest.values()))
     return "\n".join([*lines, "", f"{about.processor}, CPU time of {about.threads} thread, torch {about.torch}."])
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/library_product.h"
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 
@@ -97,10 +98,11 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor
                                                    const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair, temperature);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
+  const bool library = takes_library_products(views.type, rows, rows, views.features);
   Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features)}, views.sums);
-  run(NtXentForward{views.type, groups, batch, views.features, value_of(temperature, tau),
+  Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features, library)}, views.sums);
+  run(NtXentForward{views.type, library, groups, batch, views.features, value_of(temperature, tau),
                     {views.rows[0], views.rows[1]}, loss.mutable_data_ptr(), total.mutable_data_ptr(),
                     inv_norm.mutable_data_ptr(), workspace.mutable_data_ptr(), wave});
   return {loss, total, inv_norm};
@@ -111,6 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const T
                                                     const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair, temperature);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
+  const bool library = takes_library_products(views.type, rows, rows, views.features);
   views.check_per_row(drows, "drows", z, rows);
   views.check_per_row(loss, "rows", z, rows);
   views.check_per_row(inv_norm, "inv_norm", z, rows);
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const T
   Tensor dz = views.gradient(0), dz_pair = views.gradient(1), tau_terms = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features)}, views.sums);
-  run(NtXentBackward{views.type, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
+  run(NtXentBackward{views.type, library, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
                      drows.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
                      {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()}, tau_terms.mutable_data_ptr(),
                      workspace.mutable_data_ptr(), wave});
@@ -132,10 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, 
                                                             const OptionalTensor& temperature, double tau) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
+  const bool library = takes_library_products(sides.type, r, c, sides.features);
   Tensor loss = sides.per_row(r), total = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features)}, sides.sums);
-  run(InfoNceForward{sides.type, groups, {r, c}, sides.features, value_of(temperature, tau),
+  Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features, library)}, sides.sums);
+  run(InfoNceForward{sides.type, library, groups, {r, c}, sides.features, value_of(temperature, tau),
                      {sides.rows[0], sides.rows[1]}, positive.const_data_ptr<int64_t>(),
                      optional_data<int64_t>(exclude), loss.mutable_data_ptr(), total.mutable_data_ptr(),
                      {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()}, workspace.mutable_data_ptr(),
@@ -150,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
                                                      const OptionalTensor& temperature, double tau) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
+  const bool library = takes_library_products(sides.type, r, c, sides.features);
   sides.check_per_row(dloss, "dloss", rows, r);
   sides.check_per_row(loss, "loss", rows, r);
   sides.check_per_row(total, "total", rows, r);
@@ -159,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
   Tensor drows = sides.gradient(0), dcolumns = sides.gradient(1), tau_terms = sides.per_row(r);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   Tensor workspace = empty({wave, info_nce_backward_workspace(r, c, sides.features)}, sides.sums);
-  run(InfoNceBackward{sides.type, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
+  run(InfoNceBackward{sides.type, library, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
                       dloss.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(),
                       {inv_norm_rows.const_data_ptr(), inv_norm_columns.const_data_ptr()},
                       positive.const_data_ptr<int64_t>(), optional_data<int64_t>(exclude),

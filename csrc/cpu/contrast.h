@@ -13,11 +13,12 @@ struct Rows {
   int64_t group_stride, row_stride;
 };
 
-// In all of these: `total` is left by the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave`
+// In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave`
 // is the number of groups that are worked on together.
 
 struct NtXentForward {
   Type type;
+  bool library;
   int64_t groups, batch, features;
   double tau;
   Rows view[2];                   // S [G, B, d] each
@@ -28,6 +29,7 @@ struct NtXentForward {
 
 struct NtXentBackward {
   Type type;
+  bool library;
   int64_t groups, batch, features;
   double tau;
   Rows view[2];                                 // S [G, B, d] each
@@ -40,6 +42,7 @@ struct NtXentBackward {
 
 struct InfoNceForward {
   Type type;
+  bool library;
   int64_t groups, count[2], features;  // count: R rows, C columns
   double tau;
   Rows side[2];                     // S [G, R, d] and [G, C, d]
@@ -53,6 +56,7 @@ struct InfoNceForward {
 
 struct InfoNceBackward {
   Type type;
+  bool library;
   int64_t groups, count[2], features;
   double tau;
   Rows side[2];                     // S [G, R, d] and [G, C, d]
@@ -74,14 +78,19 @@ constexpr int64_t kFeaturePadding = 32;
 // threads. Depends on sizes alone: results do not depend on the number of threads.
 inline int64_t tile_rows(int64_t rows, int64_t groups) { return rows >= 1024 || rows <= 128 || groups >= 4 ? 128 : 64; }
 
-inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features) {
-  return round_up(rows, kRowPadding) * (features + 3);
+// Elements of the rows in a forward pass: packed, and for the library's products as they are too.
+inline int64_t forward_row(int64_t features, bool library) {
+  return features + 1 + (library ? round_up(features, kFeaturePadding) : 0);
+}
+
+inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features, bool library) {
+  return round_up(rows, kRowPadding) * (forward_row(features, library) + 2);
 }
 inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features) {
   return round_up(rows, kRowPadding) * (features + 2 * round_up(features, kFeaturePadding) + 3);
 }
-inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features) {
-  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * (features + 1);
+inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features, bool library) {
+  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * forward_row(features, library);
 }
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features) {
   return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) *

@@ -31,15 +31,14 @@ struct NtXentForwardRun {
       : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, kRowPadding)),
         features(a.features), tile(tile_rows(rows, a.groups)) {}
 
-  // The workspace of one place: the rows, packed, and three times [padded].
+  // The workspace of one place: the rows (`forward_rows`), and twice [padded].
   T* start(int64_t place) const {
-    return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features);
+    return static_cast<T*>(arguments.workspace) +
+           place * nt_xent_forward_workspace(rows, features, arguments.library);
   }
-  T* sum(int64_t place) const { return start(place) + padded * features; }
+  T* sum(int64_t place) const { return start(place) + padded * forward_row(features, arguments.library); }
   T* peak(int64_t place) const { return sum(place) + padded; }
-  PackedRows<S> unit(int64_t place) const {
-    return {reinterpret_cast<factor_t<S>*>(start(place)), peak(place) + padded};
-  }
+  PackedRows<S> unit(int64_t place) const { return forward_rows<S>(start(place), padded, features, arguments.library); }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
 
@@ -60,7 +59,10 @@ struct NtXentForwardRun {
 
   void add_tile(int64_t place, int64_t first, int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, tile, rows);
-    const Tile<S> t{unit(place), unit(place), features, row_span, column_span};
+    Tile<S> t{unit(place), unit(place), features, row_span, column_span};
+    const LibraryProducts library(arguments.library, kInPairs<S>);
+    alignas(64) T products[kLargestTile * kTileStride];
+    compute_by_library(t, first == second, products);
     TileSums<T> sums;
     if (scale.fixed_shift)
       sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
@@ -78,16 +80,10 @@ struct NtXentForwardRun {
     const Span span(block, kRowPadding, rows);
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
     T* total = static_cast<T*>(arguments.total) + group * rows;
-    PackedPositives<S> positives(features);
-    for (int64_t i = 0; i < span.count; ++i) {
-      const int64_t row = span.first + i, positive = row < batch ? row + batch : row - batch;
-      positives.set(i, x(group, positive), inv_norm(group, positive));
-    }
-    T terms[kRowPadding];
-    positive_terms(scale, features, unit(place).from(span.first, features), positives.packed(span.count), terms);
-    for (int64_t i = 0; i < span.count; ++i) {
-      const int64_t row = span.first + i;
-      finish_row(scale, sum(place)[row], peak(place)[row], terms[i], false, loss + row, total + row);
+    for (int64_t row = span.first; row < span.first + span.count; ++row) {
+      const int64_t positive = row < batch ? row + batch : row - batch;
+      const double s = positive_similarity(x(group, row), inv_norm(group, row), x(group, positive), inv_norm(group, positive), features);
+      finish_row(scale, sum(place)[row], peak(place)[row], s, false, loss + row, total + row);
     }
   }
 
@@ -119,17 +115,16 @@ struct NtXentBackwardRun {
   T* weight(int64_t place) const { return start(place) + padded * (features + 2 * padded_features); }
   T* lse(int64_t place) const { return weight(place) + padded; }
   Side<S> side(int64_t place) const {
-    T *const packed_rows = start(place) + padded * features, *const gradient = packed_rows + padded * padded_features;
-    return {{reinterpret_cast<factor_t<S>*>(start(place)), lse(place) + padded},
-            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded, padded_features};
+    return backward_side<S>(start(place), lse(place) + padded, padded, features, arguments.library);
   }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
-  // dl_i (1 − P_ij) for the positive j.
-  T pull(int64_t group, int64_t i) const {
-    return dloss(group)[i] * missing_weight(static_cast<const T*>(arguments.loss)[group * rows + i]);
+  // 1 − P_ij for the positive j.
+  T missing(int64_t group, int64_t i) const {
+    return missing_weight(static_cast<const T*>(arguments.loss)[group * rows + i]);
   }
+  T pull(int64_t group, int64_t i) const { return dloss(group)[i] * missing(group, i); }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, kRowPadding, rows);
@@ -142,27 +137,29 @@ struct NtXentBackwardRun {
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T{0};
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T{0};
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i], missing(group, i)) : T{0};
     }
   }
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, tile, rows);
     const Side<S> both = side(place);
-    const Tile<S> t{both.unit, both.unit, features, row_span, column_span};
+    Tile<S> t{both.unit, both.unit, features, row_span, column_span};
+    const LibraryProducts library(arguments.library, kInPairs<S>);
     const RowWeights<T> weights{weight(place), lse(place)};
-    alignas(64) T w[kLargestTile * kWeightsStride];
+    alignas(64) T w[kLargestTile * kTileStride];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
+    compute_by_library(t, diagonal, w);  // each block of products becomes weights in place
     if (scale.fixed_shift)
-      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kWeightsStride);
+      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
     else
-      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kWeightsStride);
+      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
     if (diagonal) mirror(w, row_span.count);
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, positive = row < batch ? row + batch : row - batch;
       const int64_t j = positive - column_span.first;
-      if (j >= 0 && j < column_span.count) w[i * kWeightsStride + j] = -pull(group, row) - pull(group, positive);
+      if (j >= 0 && j < column_span.count) w[i * kTileStride + j] = -pull(group, row) - pull(group, positive);
     }
     add_gradients(t, w, both, both, !diagonal);
   }
@@ -171,7 +168,7 @@ struct NtXentBackwardRun {
   static void mirror(T* w, int64_t count) {
     for (int64_t i = 0; i < round_up(count, Block<T>::kHeight); ++i) {
       const int64_t known = (i / Block<T>::kHeight * Block<T>::kHeight) / Block<T>::kWidth * Block<T>::kWidth;
-      for (int64_t j = 0; j < known; ++j) w[i * kWeightsStride + j] = w[j * kWeightsStride + i];
+      for (int64_t j = 0; j < known; ++j) w[i * kTileStride + j] = w[j * kTileStride + i];
     }
   }
 
@@ -220,9 +217,11 @@ struct InfoNceForwardRun {
 
   // The workspace of one place: rows and columns, packed.
   PackedRows<S> unit(int64_t place, int side) const {
-    T* start = static_cast<T*>(arguments.workspace) + place * info_nce_forward_workspace(rows, columns, features) +
-               side * padded[0] * (features + 1);
-    return {reinterpret_cast<factor_t<S>*>(start), start + padded[side] * features};
+    const bool library = arguments.library;
+    T* start = static_cast<T*>(arguments.workspace) +
+               place * info_nce_forward_workspace(rows, columns, features, library) +
+               side * padded[0] * forward_row(features, library);
+    return forward_rows<S>(start, padded[side], features, library);
   }
   const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
   T& inv_norm(int64_t group, int side, int64_t i) const {
@@ -246,9 +245,12 @@ struct InfoNceForwardRun {
     const Negatives keep{{rows, columns, arguments.exclude.data, !arguments.exclude.given}, arguments.positive};
     T sum[kLargestTile] = {}, peak[kLargestTile];
     for (auto& p : peak) p = kNoPeak<T>;
+    const LibraryProducts library(arguments.library, kInPairs<S>);
+    alignas(64) T products[kLargestTile * kTileStride];
     for (int64_t j = 0; j < (columns + kLargestTile - 1) / kLargestTile; ++j) {
       const Span column_span(j, kLargestTile, columns);
-      const Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
+      Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
+      compute_by_library(t, false, products);
       TileSums<T> sums;
       if (scale.fixed_shift)
         sum_with_fixed_shift<false>(t, scale, keep, sums);
@@ -259,27 +261,13 @@ struct InfoNceForwardRun {
     }
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
     T* total = static_cast<T*>(arguments.total) + group * rows;
-    for (int64_t start = 0; start < row_span.count; start += kRowPadding) {
-      const int64_t count = row_span.count - start < kRowPadding ? row_span.count - start : kRowPadding;
-      const int64_t first = row_span.first + start;
-      T terms[kRowPadding];
-      find_positives(group, place, first, count, terms);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = first + i;
-        const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
-        finish_row(scale, sum[start + i], peak[start + i], terms[i], hidden, loss + row, total + row);
-      }
+    for (int64_t i = 0; i < row_span.count; ++i) {
+      const int64_t row = row_span.first + i, positive = arguments.positive[row];
+      const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == positive;
+      const double s = positive_similarity(x(group, 0, row), inv_norm(group, 0, row), x(group, 1, positive),
+                              inv_norm(group, 1, positive), features);
+      finish_row(scale, sum[i], peak[i], s, hidden, loss + row, total + row);
     }
-  }
-
-  // positive_terms of the rows first … first + count.
-  void find_positives(int64_t group, int64_t place, int64_t first, int64_t count, T* terms) const {
-    PackedPositives<S> positives(features);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t positive = arguments.positive[first + i];
-      positives.set(i, x(group, 1, positive), inv_norm(group, 1, positive));
-    }
-    positive_terms(scale, features, unit(place, 0).from(first, features), positives.packed(count), terms);
   }
 
   void run() const {
@@ -312,10 +300,8 @@ struct InfoNceBackwardRun {
   }
   Side<S> side(int64_t place, int index) const {
     T* const unit = start(place) + index * padded[0] * (features + 2 * padded_features + 1);
-    T* const packed_rows = unit + padded[index] * features;
-    T* const gradient = packed_rows + padded[index] * padded_features;
-    return {{reinterpret_cast<factor_t<S>*>(unit), gradient + padded[index] * padded_features},
-            reinterpret_cast<factor_t<S>*>(packed_rows), gradient, padded[index], padded_features};
+    T* const rest = unit + padded[index] * (features + 2 * padded_features);
+    return backward_side<S>(unit, rest, padded[index], features, arguments.library);
   }
   T* weight(int64_t place) const {
     return start(place) + (padded[0] + padded[1]) * (features + 2 * padded_features + 1);
@@ -326,6 +312,11 @@ struct InfoNceBackwardRun {
     return static_cast<const T*>(arguments.inv_norm[side])[group * arguments.count[side] + i];
   }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
+  // 1 − P of the row's positive; 1 where it is hidden.
+  T missing(int64_t group, int64_t row) const {
+    const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
+    return hidden ? T{1} : missing_weight(static_cast<const T*>(arguments.loss)[group * rows + row]);
+  }
 
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const int index = block >= padded[0] / kRowPadding;
@@ -339,27 +330,26 @@ struct InfoNceBackwardRun {
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T{0};
-      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i]) : T{0};
+      weight(place)[i] = real ? row_weight(scale.fixed_shift, dloss(group)[i], total_in[i], missing(group, i)) : T{0};
     }
   }
 
   void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, kLargestTile, columns);
     const Side<S> left = side(place, 0), right = side(place, 1);
-    const Tile<S> t{left.unit, right.unit, features, row_span, column_span};
+    Tile<S> t{left.unit, right.unit, features, row_span, column_span};
+    const LibraryProducts library(arguments.library, kInPairs<S>);
     const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
     const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
-    alignas(64) T w[kLargestTile * kWeightsStride];
+    alignas(64) T w[kLargestTile * kTileStride];
+    compute_by_library(t, false, w);
     if (scale.fixed_shift)
-      tile_weights<true, false>(t, scale, keep, weights, none, false, w, kWeightsStride);
+      tile_weights<true, false>(t, scale, keep, weights, none, false, w, kTileStride);
     else
-      tile_weights<false, false>(t, scale, keep, weights, none, false, w, kWeightsStride);
+      tile_weights<false, false>(t, scale, keep, weights, none, false, w, kTileStride);
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, j = arguments.positive[row] - column_span.first;
-      const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == arguments.positive[row];
-      if (j < 0 || j >= column_span.count) continue;
-      const T missing = missing_weight(static_cast<const T*>(arguments.loss)[group * rows + row]);
-      w[i * kWeightsStride + j] = -dloss(group)[row] * (hidden ? T{1} : missing);
+      if (j >= 0 && j < column_span.count) w[i * kTileStride + j] = -dloss(group)[row] * missing(group, row);
     }
     add_gradients(t, w, left, right, true);
   }

@@ -21,15 +21,39 @@ ANOMEM_INLINE const S* row_of(const Rows& rows, int64_t group, int64_t i) {
   return static_cast<const S*>(rows.data) + group * rows.group_stride + i * rows.row_stride;
 }
 
-// |scale · x| in double, in which squares of floats stay within the range.
+// x·x, x·y and y·y of two rows with factors, in double, in which squares of floats stay within the range.
+struct Products {
+  double xx, xy, yy;
+};
+
+template <class S>
+inline Products products_in_double(const S* x, double scale_x, const S* y, double scale_y, int64_t features) {
+  constexpr int64_t lanes = kLanes<double>;
+  vec<double> xx{}, xy{}, yy{};
+  const auto add = [&](vec<double> a, vec<double> b) {
+    a *= scale_x;
+    b *= scale_y;
+    xx = multiply_add(a, a, xx);
+    xy = multiply_add(a, b, xy);
+    yy = multiply_add(b, b, yy);
+  };
+  int64_t p = 0;
+  for (; p + lanes <= features; p += lanes) add(load_double(x + p), load_double(y + p));
+  if (p < features) {
+    vec<double> a{}, b{};
+    for (int64_t i = 0; p + i < features; ++i) {
+      a[i] = widen(x[p + i]);
+      b[i] = widen(y[p + i]);
+    }
+    add(a, b);
+  }
+  return {sum_lanes<double>(xx), sum_lanes<double>(xy), sum_lanes<double>(yy)};
+}
+
+// |scale · x| in double.
 template <class S>
 inline double length_of(const S* x, int64_t features, double scale) {
-  double lane[8] = {};
-  for (int64_t p = 0; p < features; ++p) {
-    const double value = scale * widen(x[p]);
-    lane[p % 8] += value * value;
-  }
-  return std::sqrt(((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7])));
+  return std::sqrt(products_in_double(x, scale, x, scale, features).xx);
 }
 
 // 1/|x|. 0 if |x| ≤ 1e-12: the row becomes zero. NaN for a row with a NaN or an infinity.
@@ -47,10 +71,16 @@ inline accumulator_t<S> inverse_norm(const S* x, int64_t features) {
 // therefore x times a power of two, which is exact, and `rest`, the remaining factor of 1/|x|.
 template <class S>
 struct PackedRows {
-  factor_t<S>* columns;    // [rows / width, factors in a row, width]
-  accumulator_t<S>* rest;  // [rows], in pairs only
+  // [rows / width, factors in a row, width]; the width is Block::kWidth, for the library's products kRowPadding.
+  factor_t<S>* columns;
+  accumulator_t<S>* rest;          // [rows], in pairs only
+  factor_t<S>* in_rows = nullptr;  // [rows, row_stride], for the library's products only
+  int64_t row_stride = 0;
 
-  PackedRows from(int64_t row, int64_t features) const { return {columns + row * factors<S>(features), rest + row}; }
+  PackedRows from(int64_t row, int64_t features) const {
+    const int64_t terms = factors<S>(features);
+    return {columns + row * terms, rest + row, in_rows == nullptr ? nullptr : in_rows + row * row_stride, row_stride};
+  }
 };
 
 // Up to kRowPadding unit rows: set one by one, then packed.
@@ -72,9 +102,17 @@ class UnitBlock {
 
   // As factors of similarities; zeros up to kRowPadding.
   void pack(int64_t count, const PackedRows<S>& to) const {
-    rows_.pack_columns(count, to.columns, kRowPadding);
+    if (to.in_rows == nullptr) {
+      rows_.pack_columns(count, to.columns, kRowPadding);
+    } else {
+      rows_.copy_rows(count, kRowPadding, to.in_rows, to.row_stride);
+      rows_.copy_columns(count, kRowPadding, to.columns);
+    }
     if constexpr (kInPairs<S>) std::memcpy(to.rest, rest_, sizeof rest_);
   }
+
+  // As rows of a right factor of the library's products in pairs, one panel; zeros up to kRowPadding.
+  void pair_rows(int64_t count, factor_t<S>* to, int64_t width) const { rows_.pair_rows(count, kRowPadding, to, width); }
 
   // As rows of a right factor, panels `panel_stride` factors apart; zeros up to kRowPadding.
   void pack_rows(int64_t count, factor_t<S>* to, int64_t panel_stride) const {
@@ -86,22 +124,16 @@ class UnitBlock {
   T rest_[kRowPadding] = {};
 };
 
-// The positives of up to kRowPadding rows, packed as PackedRows.
-template <class S>
-class PackedPositives : public UnitBlock<S> {
- public:
-  explicit PackedPositives(int64_t features) : UnitBlock<S>(features), columns_(kRowPadding * factors<S>(features)) {}
-
-  PackedRows<S> packed(int64_t count) {
-    const PackedRows<S> to{columns_.data(), rest_};
-    UnitBlock<S>::pack(count, to);
-    return to;
-  }
-
- private:
-  Buffer<factor_t<S>> columns_;
-  accumulator_t<S> rest_[kRowPadding];
-};
+// The similarity of a row and its positive, in double: they are nearly parallel, and 1/tau multiplies the rounding of
+// their norms and of a sum whose terms have one sign. A row whose inverse norm is 0 is zero, of NaN is NaN.
+template <class S, class T = accumulator_t<S>>
+inline double positive_similarity(const S* x, T inv_x, const S* y, T inv_y, int64_t features) {
+  if (inv_x == 0 || inv_y == 0 || inv_x != inv_x || inv_y != inv_y) return inv_x * inv_y;
+  const Products products = products_in_double(x, 1.0, y, 1.0, features);
+  const double similarity = products.xy / (std::sqrt(products.xx) * std::sqrt(products.yy));
+  if (is_finite(similarity)) return similarity;
+  return products_in_double(x, inv_x, y, inv_y, features).xy;  // squares of float64 may overflow
+}
 
 // dx = (dy − u (u·dy)) / |x| for dy = scale · gradient; a zero row gets 0. Returns u·dy.
 template <class S>
@@ -122,10 +154,10 @@ inline accumulator_t<S> unnormalize_gradient(const accumulator_t<S>* gradient, a
   return projection * scale;
 }
 
-// The weight of a row in the backward pass, see RowWeights.
+// The weight of a row in the backward pass, see RowWeights; `missing` is 1 − P of its positive.
 template <class T>
-inline T row_weight(bool fixed_shift, T dloss, T total) {
-  return fixed_shift ? dloss / total : dloss;
+inline T row_weight(bool fixed_shift, T dloss, T total, T missing) {
+  return fixed_shift ? dloss / total : dloss * missing;
 }
 
 // Row i of the 2B rows of a group.
@@ -144,15 +176,45 @@ struct Side {
   T* gradient;        // [padded, padded_features]: dL/du without its factor 1/tau
   int64_t padded, padded_features;
 
+  // For the library's products all features are one panel.
+  bool library() const { return unit.in_rows != nullptr; }
+  int64_t panel_width() const { return library() ? padded_features : Block<T>::kWidth; }
   int64_t panel_stride() const { return factors<S>(padded) * Block<T>::kWidth; }
-  factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * Block<T>::kWidth; }
+  factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * panel_width(); }
 
   // Packs a block of rows in both ways and clears its gradient.
   void prepare(const UnitBlock<S>& block, const Span& span, int64_t features) const {
     block.pack(span.count, unit.from(span.first, features));
-    block.pack_rows(span.count, rows_from(span.first), panel_stride());
+    if (!library()) block.pack_rows(span.count, rows_from(span.first), panel_stride());
+    else if (kInPairs<S>) block.pair_rows(span.count, rows_from(span.first), padded_features);
     std::memset(gradient + span.first * padded_features, 0, kRowPadding * padded_features * sizeof(T));
   }
 };
+
+// The rows of a forward pass at `start`: packed; for the library's products as they are; and `rest`.
+template <class S>
+inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64_t features, bool library) {
+  accumulator_t<S>* const rest = start + padded * (forward_row(features, library) - 1);
+  const int64_t stride = kInPairs<S> ? factors<S>(features) : round_up(features, kFeaturePadding);
+  factor_t<S>* const packed = reinterpret_cast<factor_t<S>*>(start);
+  if (!library) return {packed, rest};
+  return {packed, rest, reinterpret_cast<factor_t<S>*>(start + padded * features), stride};
+}
+
+// One side of a backward pass at `start`: packed in two ways, the gradient. For the library's products the second way is
+// the rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
+template <class S>
+inline Side<S> backward_side(accumulator_t<S>* start, accumulator_t<S>* rest, int64_t padded, int64_t features,
+                             bool library) {
+  const int64_t padded_features = round_up(features, kFeaturePadding);
+  auto* const rows = start + padded * features;
+  auto* const as_rows = reinterpret_cast<factor_t<S>*>(rows);
+  PackedRows<S> unit{reinterpret_cast<factor_t<S>*>(start), rest};
+  if (library) {
+    unit.in_rows = kInPairs<S> ? as_rows + padded / 2 * padded_features : as_rows;
+    unit.row_stride = kInPairs<S> ? factors<S>(features) : padded_features;
+  }
+  return {unit, as_rows, rows + padded * padded_features, padded, padded_features};
+}
 
 }  // namespace anomem::cpu::ANOMEM_ISA

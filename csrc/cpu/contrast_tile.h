@@ -12,8 +12,8 @@ namespace anomem::cpu::ANOMEM_ISA {
 
 constexpr int64_t kLargestTile = 128;
 
-// Row stride of a tile's weights. A power of two would put a column of them into a few sets of the cache.
-constexpr int64_t kWeightsStride = kLargestTile + 16;
+// Row stride of a tile. A power of two would put a column of it into a few sets of the cache.
+constexpr int64_t kTileStride = kLargestTile + 16;
 
 // Logits are s · (factor + rest). The rounding of `factor` alone would shift every logit by 2^-24 of 1/tau.
 // - Fixed shift: logits are in base 2, factor + rest = log2(e) / tau.
@@ -25,13 +25,15 @@ struct Scale {
   // ends of the range (float: tau ≥ 0.029, with room for upstream gradients up to 2^26). At lower temperatures the peak
   // follows the data.
   bool fixed_shift;
+  double exact;  // factor + rest
   int shift;  // in base 2, a whole number; 0 without a fixed shift
 
   explicit Scale(double tau) {
     const double base2 = kLog2e<double> / tau;
     fixed_shift = tau > 0 && 2 * base2 + 1 <= static_cast<double>(-kExp2Lowest<T>) - 26;
-    factor = static_cast<T>(fixed_shift ? base2 : 1 / tau);
-    rest = static_cast<T>((fixed_shift ? base2 : 1 / tau) - static_cast<double>(factor));
+    exact = fixed_shift ? base2 : 1 / tau;
+    factor = static_cast<T>(exact);
+    rest = static_cast<T>(exact - static_cast<double>(factor));
     shift = fixed_shift ? static_cast<int>(base2) + 1 : 0;
   }
 
@@ -39,6 +41,8 @@ struct Scale {
   ANOMEM_INLINE vec<T> exponential(vec<T> s) const {
     return exp2_of_product(s, broadcast(factor), broadcast(rest), shift);
   }
+  // Of a row's positive: exp(logit − shift) with a fixed shift, else the logit.
+  double positive_term(double s) const { return fixed_shift ? std::exp2(s * exact - shift) : s * exact; }
   ANOMEM_INLINE vec<T> logit(vec<T> s) const { return multiply_add(s, broadcast(factor), s * broadcast(rest)); }
 };
 
@@ -125,21 +129,49 @@ struct Tile {
   int64_t features;
   int64_t row, rows;
   int64_t column, columns;
+  const accumulator_t<S>* computed = nullptr;  // [rows, kTileStride], the library's products
 
   Tile(const PackedRows<S>& left, const PackedRows<S>& right, int64_t features, const Span& rows, const Span& columns)
       : left(left), right(right), features(features), row(rows.first), rows(rows.count), column(columns.first),
         columns(columns.count) {}
 };
 
+// The similarities of a tile by the library, if its rows are laid out for it; with `upper` those on and above the
+// diagonal. They must outlive the tile's use.
+template <class S, class T = accumulator_t<S>>
+inline void compute_by_library(Tile<S>& tile, bool upper, T* to) {
+  if constexpr (kInLibrary<factor_t<S>>) {
+    if (tile.left.in_rows == nullptr) return;
+    constexpr int64_t width = kRowPadding, each = Factor<S>::kTerms;
+    const int64_t terms = factors<S>(tile.features), rows = round_up(tile.rows, width);
+    const factor_t<S>* left = tile.left.in_rows + tile.row * tile.left.row_stride;
+    for (int64_t j = 0; j < tile.columns; j += width)
+      for (int64_t start = 0; start < terms; start += kChain) {
+        const factor_t<S>* right = tile.right.columns + (tile.column + j) * terms + start * width;
+        library_product(upper && j + width < rows ? j + width : rows, width,
+                        each * (terms - start < kChain ? terms - start : kChain), library_elements(left + start),
+                        each * tile.left.row_stride, library_elements(right), width, to + j, kTileStride, start > 0);
+      }
+    tile.computed = to;
+  }
+}
+
 template <class S, class T = accumulator_t<S>>
 ANOMEM_INLINE void similarities(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
   constexpr int width = Block<T>::kWidth;
   const int64_t row = tile.row + i, column = tile.column + j, terms = factors<S>(tile.features);
   const int64_t panel_stride = terms * width;
-  for (auto& halves : s) halves[0] = halves[1] = vec<T>{};
-  const factor_t<S>* left = tile.left.columns + row / width * panel_stride + row % width;
-  const factor_t<S>* right = tile.right.columns + column / width * panel_stride;
-  multiply<factor_t<S>, Block<T>::kHeight>(terms, left, 1, width, right, s);
+  if (tile.computed != nullptr) {
+    const T* from = tile.computed + i * kTileStride + j;
+#pragma GCC unroll 8
+    for (int r = 0; r < Block<T>::kHeight; ++r)
+      for (int h = 0; h < 2; ++h) s[r][h] = load(from + r * kTileStride + h * kLanes<T>);
+  } else {
+    for (auto& halves : s) halves[0] = halves[1] = vec<T>{};
+    const factor_t<S>* left = tile.left.columns + row / width * panel_stride + row % width;
+    const factor_t<S>* right = tile.right.columns + column / width * panel_stride;
+    multiply<factor_t<S>, Block<T>::kHeight>(terms, left, 1, width, right, s);
+  }
   if constexpr (kInPairs<S>) {
     const vec<T> rest[2] = {load(tile.right.rest + column), load(tile.right.rest + column + kLanes<T>)};
 #pragma GCC unroll 8
@@ -244,24 +276,6 @@ void sum_with_peaks(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep
   }
 }
 
-// The positives of up to kRowPadding rows: exp(logit − shift) with a fixed shift, else the logit.
-template <class S, class T = accumulator_t<S>>
-void positive_terms(const Scale<T>& scale, int64_t features, const PackedRows<S>& rows, const PackedRows<S>& positives,
-                    T* terms) {
-  const int64_t count = factors<S>(features);
-  for (int64_t panel = 0; panel < kRowPadding; panel += Block<T>::kWidth)
-    for (int64_t lane = panel; lane < panel + Block<T>::kWidth; lane += kLanes<T>) {
-      const int64_t start = panel * count + lane - panel;
-      vec<T> s{};
-      for (int64_t p = 0; p < count; ++p) {
-        const int64_t at = start + p * Block<T>::kWidth;
-        s = multiply_add(load(rows.columns + at), load(positives.columns + at), s);
-      }
-      if constexpr (kInPairs<S>) s *= load(rows.rest + lane) * load(positives.rest + lane);
-      store(terms + lane, scale.fixed_shift ? scale.exponential(s) : scale.logit(s));
-    }
-}
-
 // Adds one tile's sum to a row's: with peaks, both are brought to the larger one.
 template <class T>
 ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T other_peak) {
@@ -275,21 +289,21 @@ ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T o
 }
 
 // Loss of one row from the sum of its negatives, and its total, from which the backward pass computes P: the sum over all
-// visible columns with a fixed shift, lse without one. (A small sum is more exact than its logarithm.) The positive
-// is added here, by log(1 + negatives / positive): where it dominates its row, the loss is the small quotient.
+// visible columns with a fixed shift, without one the log-sum of the negatives, whose rounding is relative to smaller
+// logits than the positive's. (A small sum is more exact than its logarithm.) The positive is added here, by log(1 + negatives / positive): where it dominates its row, the loss is the small quotient.
 // With `hidden` the row does not see its positive.
 template <class T>
-inline void finish_row(const Scale<T>& scale, T negatives, T peak, T positive_term, bool hidden, T* loss, T* total) {
-  const double sum = negatives, term = positive_term;
+inline void finish_row(const Scale<T>& scale, T negatives, T peak, double similarity, bool hidden, T* loss, T* total) {
+  const double sum = negatives, term = scale.positive_term(similarity);
   if (scale.fixed_shift) {
     *loss = static_cast<T>(hidden ? std::log(sum / term) : std::log1p(sum / term));
-    *total = hidden ? negatives : negatives + positive_term;
+    *total = static_cast<T>(hidden ? sum : sum + term);
     return;
   }
   const double ratio = static_cast<double>(peak) - term + std::log(sum);  // its logarithm
   const double all = ratio > 0 ? ratio + std::log1p(std::exp(-ratio)) : std::log1p(std::exp(ratio));
   *loss = static_cast<T>(hidden ? ratio : all);
-  *total = static_cast<T>(term + (hidden ? ratio : all));
+  *total = static_cast<T>(term + ratio);
 }
 
 // 1 − P of a row's positive, from the loss −log P. Exact where P is close to 1.
@@ -299,7 +313,7 @@ inline T missing_weight(T loss) {
 }
 
 // Weights of rows (or columns) in the backward pass. With a fixed shift: the upstream gradient over the sum of
-// exp(logit − shift). Without one: the upstream gradient, and lse.
+// exp(logit − shift). Without one: the upstream gradient times 1 − P of the positive, and the log-sum of the negatives.
 template <class T>
 struct RowWeights {
   const T* weight;  // [rows, padded with zeros]
@@ -377,30 +391,70 @@ struct WeightPairs;
 #if ANOMEM_BFLOAT16_PAIRS
 template <>
 struct WeightPairs<Bfloat16> {
-  alignas(64) Pair in_row[kLargestTile * kWeightsStride / 2];
-  alignas(64) Pair in_column[kLargestTile / 2 * kWeightsStride];
+  alignas(64) Pair in_row[kLargestTile * kTileStride / 2];
+  alignas(64) Pair in_column[kLargestTile / 2 * kTileStride];
 
-  WeightPairs(const Tile<Bfloat16>& tile, const float* w) {
-    for (int64_t i = 0; i < tile.rows; i += 2)
+  WeightPairs(const Tile<Bfloat16>& tile, const float* w, int64_t rows) {
+    for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < tile.columns; j += 2 * kLanes<float>) {
-        const float *at = w + i * kWeightsStride + j, *rest = tile.right.rest + tile.column + j;
+        const float *at = w + i * kTileStride + j, *rest = tile.right.rest + tile.column + j;
         const float* row_rest = tile.left.rest + tile.row + i;
         const vec<float> column_rest[2] = {load(rest), load(rest + kLanes<float>)};
         const vec<float> first[2] = {load(at), load(at + kLanes<float>)};
-        const vec<float> second[2] = {load(at + kWeightsStride), load(at + kWeightsStride + kLanes<float>)};
-        store_neighbours(in_row + (i * kWeightsStride + j) / 2, first[0] * column_rest[0], first[1] * column_rest[1]);
-        store_neighbours(in_row + ((i + 1) * kWeightsStride + j) / 2, second[0] * column_rest[0],
+        const vec<float> second[2] = {load(at + kTileStride), load(at + kTileStride + kLanes<float>)};
+        store_neighbours(in_row + (i * kTileStride + j) / 2, first[0] * column_rest[0], first[1] * column_rest[1]);
+        store_neighbours(in_row + ((i + 1) * kTileStride + j) / 2, second[0] * column_rest[0],
                          second[1] * column_rest[1]);
-        Pair* to = in_column + i / 2 * kWeightsStride + j;
+        Pair* to = in_column + i / 2 * kTileStride + j;
         for (int h = 0; h < 2; ++h) store(to + h * kLanes<float>, first[h] * row_rest[0], second[h] * row_rest[1]);
       }
   }
 };
 #endif
 
+// C [m, n] += A [m, k] B by the library, k terms; A and C with strides, B [k, n] in one panel.
+template <class S, class T = accumulator_t<S>>
+inline void add_library_product(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, int64_t a_stride,
+                                const factor_t<S>* b, T* c) {
+  if constexpr (kInLibrary<factor_t<S>>) {
+    constexpr int64_t width = 128;
+    for (int64_t j = 0; j < n; j += width)
+      library_product(m, n - j < width ? n - j : width, k, library_elements(a), Factor<S>::kTerms * a_stride,
+                      library_elements(b + j), n, c + j, n, true);
+  }
+}
+
+// `add_gradients` by the library.
+template <class S, class T = accumulator_t<S>>
+void add_gradients_by_library(const Tile<S>& tile, T* w, const Side<S>& left, const Side<S>& right, bool both) {
+  constexpr int64_t step = 32;  // few sizes of products; `tile_weights` wrote columns up to it
+  using Word = std::conditional_t<kInPairs<S>, float, T>;
+  const int64_t rows = round_up(tile.rows, step), columns = round_up(tile.columns, step);
+  const int64_t written = round_up(tile.rows, Block<T>::kHeight), n = left.padded_features, terms = factors<S>(rows);
+  std::memset(w + written * kTileStride, 0, (rows - written) * kTileStride * sizeof(T));
+  T* const row_gradient = left.gradient + tile.row * n;
+  T* const column_gradient = right.gradient + tile.column * n;
+  alignas(64) Word down[kLargestTile * kLargestTile];  // Wᵀ
+  const auto add = [&](const factor_t<S>* in_row, int64_t stride, const factor_t<S>* in_column) {
+    add_library_product<S>(rows, n, columns, in_row, stride, right.rows_from(tile.column), row_gradient);
+    if (!both) return;
+    transpose(reinterpret_cast<const Word*>(in_column), kTileStride, terms, columns, terms, down, terms);
+    add_library_product<S>(columns, n, rows, reinterpret_cast<const factor_t<S>*>(down), terms,
+                           left.rows_from(tile.row), column_gradient);
+  };
+  if constexpr (kInPairs<S>) {
+    const WeightPairs<S> pairs(tile, w, rows);
+    add(pairs.in_row, kTileStride / 2, pairs.in_column);
+  } else {
+    add(w, kTileStride, w);
+  }
+}
+
 // Adds W V to the gradient of a tile's rows and, if `both`, Wᵀ U to that of its columns.
 template <class S, class T = accumulator_t<S>>
-void add_gradients(const Tile<S>& tile, const T* w, const Side<S>& left, const Side<S>& right, bool both) {
+void add_gradients(const Tile<S>& tile, T* w, const Side<S>& left, const Side<S>& right, bool both) {
+  if constexpr (kInLibrary<factor_t<S>>)
+    if (left.library()) return add_gradients_by_library(tile, w, left, right, both);
   const int64_t rows = factors<S>(tile.rows), columns = factors<S>(tile.columns), stride = left.padded_features;
   T* const row_gradient = left.gradient + tile.row * stride;
   T* const column_gradient = right.gradient + tile.column * stride;
@@ -409,14 +463,14 @@ void add_gradients(const Tile<S>& tile, const T* w, const Side<S>& left, const S
     add_product(tile.rows, tile.features, columns, in_row, row_stride, 1, v, right.panel_stride(), row_gradient,
                 stride);
     if (both)
-      add_product(tile.columns, tile.features, rows, in_column, 1, kWeightsStride, u, left.panel_stride(),
+      add_product(tile.columns, tile.features, rows, in_column, 1, kTileStride, u, left.panel_stride(),
                   column_gradient, stride);
   };
   if constexpr (kInPairs<S>) {
-    const WeightPairs<S> pairs(tile, w);
-    add(pairs.in_row, kWeightsStride / 2, pairs.in_column);
+    const WeightPairs<S> pairs(tile, w, tile.rows);
+    add(pairs.in_row, kTileStride / 2, pairs.in_column);
   } else {
-    add(w, kWeightsStride, w);
+    add(w, kTileStride, w);
   }
 }
 

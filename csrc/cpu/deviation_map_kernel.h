@@ -47,7 +47,7 @@ void compute(const DeviationMap& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features;
   const int64_t area = a.map.area(), n = a.map.batch * area;
-  const ReadPanels<S> panels(a.memory);
+  const ReadPanels<S> panels(a.memory, a.memory.library);
   const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), retrieved_stride = padded_stride<T>(d);
   const T* prior = static_cast<const T*>(a.log_prior.data);
   parallel((n + rows - 1) / rows, [&](int64_t chunk) {

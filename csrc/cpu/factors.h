@@ -1,7 +1,8 @@
 // Factors of matrix products: their element type, and how rows are packed as left and right factor.
 //
 // C [m, n] = A [m, k] B [k, n]. A is read through two strides: Aᵀ needs no copy. B lies in panels of `width` columns,
-// [n / width][k][width], the last one padded with zeros.
+// [n / width][k][width], the last one padded with zeros. The width is Block::kWidth, for the library's products
+// kLibraryPanel.
 //
 // Factors are numbers of the accumulation type. On processors with AVX512-BF16 they are pairs of neighbouring bfloat16
 // terms of a sum: twice the multiplications of float32, each product exact in a float32 sum.
@@ -93,26 +94,45 @@ struct Block {
   static constexpr int kWidth = 2 * kLanes<T>;
 };
 
+// Widest panel of the library's products, which are slower on narrower ones. The last panel of a matrix may be narrower.
+constexpr int64_t kLibraryPanel = 128;
+
+// Width of the panel whose first column is `first`, of a matrix of n columns in panels of at most `widest`.
+template <class T>
+constexpr int64_t panel_width(int64_t first, int64_t n, int64_t widest) {
+  const int64_t left = round_up(n, Block<T>::kWidth) - first;
+  return left < widest ? left : widest;
+}
+
+// The first `count` rows of `length` elements become columns, to [length, rows] with `to_stride` between rows; columns of
+// zeros follow.
+template <class S, class To>
+inline void transpose(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
+                      int64_t to_stride) {
+  using T = accumulator_t<S>;
+  constexpr int64_t block = kLanes<T>;
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t height = rows - first < block ? rows - first : block;
+    for (int64_t p = 0; p < length; p += block) {
+      const int64_t width = length - p < block ? length - p : block;
+      vec<T> square[block];
+      for (int64_t r = 0; r < block; ++r)
+        square[r] = first + r < count ? load_some(source + (first + r) * stride + p, width) : vec<T>{};
+      transpose_square<T>(square);
+      for (int64_t j = 0; j < width; ++j) store_some(to + (p + j) * to_stride + first, square[j], height);
+    }
+  }
+}
+
 // Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Columns of zeros follow up to `padded` (0: to
 // the end of the last panel).
-template <class S>
-inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, accumulator_t<S>* packed,
-                            int64_t padded = 0) {
-  using T = accumulator_t<S>;
-  constexpr int width = Block<T>::kWidth;
-  for (int64_t first = 0; first < (padded > count ? padded : count); first += width, packed += k * width) {
-    const int64_t columns = count - first < width ? count - first : width;
-    for (int64_t p0 = 0; p0 < k; p0 += kLanes<T>) {
-      const int64_t n = k - p0 < kLanes<T> ? k - p0 : kLanes<T>;
-      for (int64_t r = 0; r < width; ++r) {
-        T piece[kLanes<T>] = {};
-        if (r < columns) {
-          const S* from = source + (first + r) * stride + p0;
-          store(piece, n == kLanes<T> ? load(from) : load_first(from, n));
-        }
-        for (int64_t p = 0; p < n; ++p) packed[(p0 + p) * width + r] = piece[p];
-      }
-    }
+template <class S, class T = accumulator_t<S>>
+inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, T* packed,
+                            int64_t padded = 0, int64_t widest = Block<T>::kWidth) {
+  const int64_t end = padded > count ? padded : count;
+  for (int64_t first = 0; first < end; first += widest) {
+    const int64_t width = panel_width<T>(first, end, widest);
+    transpose(source + first * stride, stride, count - first, k, width, packed + first * k, width);
   }
 }
 
@@ -120,10 +140,10 @@ inline void pack_transposed(const S* source, int64_t stride, int64_t count, int6
 // distance of panels in elements (0: k · width).
 template <class S>
 inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumulator_t<S>* packed,
-                 int64_t panel_stride = 0, int64_t padded = 0) {
+                 int64_t panel_stride = 0, int64_t padded = 0, int64_t widest = Block<accumulator_t<S>>::kWidth) {
   using T = accumulator_t<S>;
-  constexpr int width = Block<T>::kWidth;
-  for (int64_t first = 0; first < n; first += width, packed += panel_stride > 0 ? panel_stride : k * width)
+  for (int64_t first = 0; first < n; first += widest, packed += panel_stride > 0 ? panel_stride : k * widest) {
+    const int64_t width = panel_width<T>(first, n, widest);
     for (int64_t half = 0; half < width; half += kLanes<T>) {
       const int64_t left = n - first - half;
       for (int64_t p = 0; p < (padded > k ? padded : k); ++p) {
@@ -136,6 +156,7 @@ inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumula
         store(packed + p * width + half, x);
       }
     }
+  }
 }
 
 // Number of elements of a packed B.
@@ -148,10 +169,10 @@ constexpr int64_t packed_size(int64_t k, int64_t n) {
 // Packs B = source [k, n] in pairs of rows; rows of zeros follow up to `padded`. `panel_stride` is the distance of
 // panels in pairs (0: one after the other).
 inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_t n, Pair* packed,
-                       int64_t panel_stride, int64_t padded) {
-  constexpr int width = Block<float>::kWidth;
+                       int64_t panel_stride, int64_t padded, int64_t widest) {
   const int64_t last = factors<Bfloat16>(padded > k ? padded : k);
-  for (int64_t first = 0; first < n; first += width, packed += panel_stride > 0 ? panel_stride : last * width)
+  for (int64_t first = 0; first < n; first += widest, packed += panel_stride > 0 ? panel_stride : last * widest) {
+    const int64_t width = panel_width<float>(first, n, widest);
     for (int64_t half = 0; half < width; half += kLanes<float>) {
       const int64_t left = n - first - half, count = left < kLanes<float> ? left : kLanes<float>;
       for (int64_t p = 0; p < last; ++p) {
@@ -161,6 +182,7 @@ inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_
               next ? load_some(from + stride, count) : vec<float>{});
       }
     }
+  }
 }
 #endif
 
@@ -189,36 +211,55 @@ class FactorRows {
 
   // The first `count` rows become the columns of B, [columns / width][factors in a row][width]. Columns of zeros follow
   // up to `padded`.
-  void pack_columns(int64_t count, F* packed, int64_t padded = 0) const {
+  void pack_columns(int64_t count, F* packed, int64_t padded = 0, int64_t widest = Block<T>::kWidth) const {
     if constexpr (kInPairs<S>)  // a pair moves as 32 bits
       pack_transposed(reinterpret_cast<const float*>(data_.data()), stride_ / 2, count, stride_ / 2,
-                      reinterpret_cast<float*>(packed), padded);
+                      reinterpret_cast<float*>(packed), padded, widest);
     else
-      pack_transposed(data_.data(), stride_, count, stride_, packed, padded);
+      pack_transposed(data_.data(), stride_, count, stride_, packed, padded, widest);
   }
 
   // The first `count` rows become the rows of B, [columns / width][factors in `count` terms][width]; `panel_stride` and
   // `padded` as in `pack`.
-  void pack_rows(int64_t count, F* packed, int64_t panel_stride = 0, int64_t padded = 0) const {
-    if constexpr (kInPairs<S>) pack_pairs(data_.data(), stride_, count, length_, packed, panel_stride, padded);
-    else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded);
+  void pack_rows(int64_t count, F* packed, int64_t panel_stride = 0, int64_t padded = 0,
+                 int64_t widest = Block<T>::kWidth) const {
+    if constexpr (kInPairs<S>) pack_pairs(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest);
+    else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest);
+  }
+
+  // As the left factor of the library's products: rows of whole factors, `stride` factors apart and padded with zeros;
+  // rows of zeros follow up to `padded`.
+  void copy_rows(int64_t count, int64_t padded, F* to, int64_t stride) const {
+    const int64_t length = FactorRows::stride();
+    for (int64_t r = 0; r < padded; ++r) {
+      F* row = to + r * stride;
+      if (r < count) std::memcpy(row, data() + r * length, length * sizeof(F));
+      std::memset(row + (r < count ? length : 0), 0, (stride - (r < count ? length : 0)) * sizeof(F));
+    }
+  }
+
+  // The first `count` rows become rows of B in one panel, [factors in `padded` terms][width]; zeros follow.
+  void pair_rows(int64_t count, int64_t padded, F* to, int64_t width) const {
+    if constexpr (kInPairs<S>)
+      for (int64_t r = 0; r < padded; r += 2)
+        for (int64_t j = 0; j < width; j += kLanes<T>) {
+          const int64_t left = length_ - j, some = left < kLanes<T> ? left : kLanes<T>;
+          const Element* from = data_.data() + r * stride_ + j;
+          store(to + r / 2 * width + j, some > 0 && r < count ? load_some(from, some) : vec<T>{},
+                some > 0 && r + 1 < count ? load_some(from + stride_, some) : vec<T>{});
+        }
+  }
+
+  // The first `count` rows become columns of whole factors, to [factors in a row, padded]; columns of zeros follow.
+  void copy_columns(int64_t count, int64_t padded, F* to) const {
+    using Word = std::conditional_t<kInPairs<S>, float, T>;  // a pair moves as 32 bits
+    cpu::ANOMEM_ISA::transpose(reinterpret_cast<const Word*>(data()), stride(), count, stride(), padded,
+                               reinterpret_cast<Word*>(to), padded);
   }
 
   // The first `count` rows become columns, to [length, rows]; columns of zeros follow.
   void transpose(int64_t count, int64_t rows, F* packed) const {
-    constexpr int64_t block = kLanes<T>;
-    Element* const to = reinterpret_cast<Element*>(packed);
-    for (int64_t first = 0; first < rows; first += block) {
-      const int64_t height = rows - first < block ? rows - first : block;
-      for (int64_t p = 0; p < length_; p += block) {
-        const int64_t width = length_ - p < block ? length_ - p : block;
-        vec<T> square[block];
-        for (int64_t r = 0; r < block; ++r)
-          square[r] = first + r < count ? load_some(data_.data() + (first + r) * stride_ + p, width) : vec<T>{};
-        transpose_square<T>(square);
-        for (int64_t j = 0; j < width; ++j) store_some(to + (p + j) * rows + first, square[j], height);
-      }
-    }
+    cpu::ANOMEM_ISA::transpose(data_.data(), stride_, count, length_, rows, reinterpret_cast<Element*>(packed), rows);
   }
 
  private:

@@ -7,6 +7,7 @@
 //   run (below)          the element type S; sums are kept in T = accumulator_t<S> (types.h)
 //   retrieve_kernel.h    chunks of queries, shared out to threads (parallel.h); memory.h sets their length
 //     panels.h           keys and values, normalised (rows.h) and packed once for all chunks
+//     raw_scores.h       scores of bfloat16 rows as they are, by the library
 //     factors.h          what products multiply: T, or pairs of bfloat16; packing as left and right factor
 //     product.h          scores = Q Kᵀ, by its own blocks or by those of torch's library (library_product.h)
 //     softmax.h          scores become exponentials, their sum and lse; shrinkage and entropy

@@ -16,26 +16,33 @@ void normalized_keys(const Memory& memory, accumulator_t<S>* to) {
     normalize_row(keys + m * memory.features, memory.features, memory.normalize, to + m * memory.features);
 }
 
-// The right factors of a retrieval. Values are rounded to factors of R. Keys are not rounded: a softmax amplifies the
+// Width of the panels of a call's factors.
+template <class T>
+inline int64_t widest_panel(bool library) {
+  return library ? kLibraryPanel : Block<T>::kWidth;
+}
+
+// The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R. Keys are not rounded: a softmax amplifies the
 // rounding of its scores.
 template <class S, class R = accumulator_t<S>>
 class ReadPanels {
  public:
   using T = accumulator_t<S>;
 
-  explicit ReadPanels(const Memory& memory)
+  ReadPanels(const Memory& memory, bool library)
       : keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
     normalized_keys<S>(memory, keys.data());
-    pack_transposed(keys.data(), d, m, d, keys_transposed_.data());
+    const int64_t widest = widest_panel<T>(library);
+    pack_transposed(keys.data(), d, m, d, keys_transposed_.data(), 0, widest);
     FactorRows<R> rows(m, dv);
     const S* values = static_cast<const S*>(memory.values.data);
     for (int64_t j = 0; j < m; ++j)
       if (memory.tied()) rows.set(j, keys.data() + j * d, T{1});
       else rows.set(j, values + j * dv, T{1});
-    rows.pack_rows(m, values_.data());
+    rows.pack_rows(m, values_.data(), 0, 0, widest);
   }
 
   const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
@@ -64,20 +71,21 @@ class GradientPanels {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
     normalized_keys<S>(memory, keys.data());
-    pack_transposed(keys.data(), d, m, d, keys_transposed_.data());
+    const int64_t widest = widest_panel<T>(memory.library);
+    pack_transposed(keys.data(), d, m, d, keys_transposed_.data(), 0, widest);
     FactorRows<S> rows(m, d);
     set_centred(keys.data(), m, d, mean_.data(), rows);
-    rows.pack_rows(m, keys_.data());
+    rows.pack_rows(m, keys_.data(), 0, 0, widest);
     if (shared_) return;
     if (memory.tied()) {
-      rows.pack_columns(m, values_transposed_.data());
+      rows.pack_columns(m, values_transposed_.data(), 0, widest);
       return;
     }
     Buffer<T> values(m * dv), mean(dv);
     scaled_copy(static_cast<const S*>(memory.values.data), m * dv, T{1}, values.data());
     FactorRows<S> value_rows(m, dv);
     set_centred(values.data(), m, dv, mean.data(), value_rows);
-    value_rows.pack_columns(m, values_transposed_.data());
+    value_rows.pack_columns(m, values_transposed_.data(), 0, widest);
   }
 
   const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ

@@ -101,10 +101,10 @@ ANOMEM_INLINE const library_element_t<F>* library_elements(const F* factors) {
 template <class F, class Finish>
 inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, const F* packed,
                                  float* c, int64_t c_stride, const Finish& finish) {
-  constexpr int width = Block<float>::kWidth;
   constexpr int64_t terms = static_cast<int64_t>(sizeof(F) / sizeof(library_element_t<F>));
   constexpr bool accumulate = std::is_same_v<Finish, Accumulate>;
-  for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
+  for (int64_t column = 0; column < n; column += kLibraryPanel, packed += k * kLibraryPanel, c += kLibraryPanel) {
+    const int64_t width = panel_width<float>(column, n, kLibraryPanel);
     for (int64_t start = 0; start < k; start += kChain)
       library_product(m, width, terms * (k - start < kChain ? k - start : kChain), library_elements(a + start),
                       terms * row_stride, library_elements(packed + start * width), width, c, c_stride,
@@ -123,10 +123,8 @@ template <class S>
 inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, const factor_t<S>* tile,
                                     int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate) {
   if constexpr (kInLibrary<factor_t<S>>) {
-    constexpr int64_t width = 128;
-    const int64_t padded = round_up(n, Block<float>::kWidth);
-    for (int64_t column = 0; column < padded; column += width)
-      library_product(m, padded - column < width ? padded - column : width, k, library_elements(a), k,
+    for (int64_t column = 0; column < n; column += kLibraryPanel)
+      library_product(m, panel_width<float>(column, n, kLibraryPanel), k, library_elements(a), k,
                       library_elements(tile + column), tile_stride, c + column, c_stride, accumulate);
   }
 }

@@ -122,7 +122,7 @@ void read_of_all(const Read& a, int64_t bank, const Memory& memory, const Candid
   using T = accumulator_t<S>;
   const int64_t d = a.features, n = a.query.count, m = a.prototypes;
   const ReadRows<S> rows(a, bank);
-  const ReadPanels<S> panels(memory);  // values are not rounded: the residual is a small difference
+  const ReadPanels<S> panels(memory, false);  // values are not rounded: the residual is a small difference
   const T* bias = a.bias.given ? static_cast<const T*>(a.bias.data) + bank * m : nullptr;
   const int64_t chunk = kCandidateRows, score_stride = padded_stride<T>(round_up(m, kGroups));
   const int64_t read_stride = padded_stride<T>(d);

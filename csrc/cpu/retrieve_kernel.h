@@ -7,6 +7,7 @@
 #include "cpu/panels.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
+#include "cpu/raw_scores.h"
 #include "cpu/retrieve.h"
 #include "cpu/softmax.h"
 
@@ -24,23 +25,34 @@ inline void keep_weights(const From* weights, int64_t m, S* to) {
   else scaled_copy(weights, width, From{1}, to);
 }
 
+// Shrinkage decides by the last bit of a weight, in both passes alike.
+inline bool takes_raw_scores(const Memory& memory, const Shrinkage& shrinkage) {
+  return memory.library && shrinkage.threshold == 0;
+}
+
 template <class S>
 void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
-  const ReadPanels<S, S> panels(a.memory);
+  const ReadPanels<S, S> panels(a.memory, a.memory.library);
+  const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
   const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     const LibraryProducts library(a.memory.library, kInPairs<S>);
     QueryRows<S> query(rows, d, a.memory.normalize);
+    RawQueries<S> raw(rows, d, raw_keys, a.memory.normalize == Normalize::kLayer);
     Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
-      query.load(static_cast<const S*>(a.query.data) + first * a.query.stride, a.query.stride, count);
+      const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
+      query.load(source, a.query.stride, count);
       const int64_t height = a.memory.library ? rows : count;
-      product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
-              false, a.memory.library);
+      if (raw.take(source, a.query.stride, count, query))
+        raw.scores(count, m, query, scores.data(), score_stride);
+      else
+        product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
+                false, a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
         T* p = scores.data() + r * score_stride;
         const RowSum<T> row =
@@ -156,7 +168,7 @@ class BackwardSlot {
  public:
   using T = accumulator_t<S>;
 
-  BackwardSlot(const RetrieveBackward& a, const GradientPanels<S>& panels, int64_t rows)
+  BackwardSlot(const RetrieveBackward& a, const GradientPanels<S>& panels, const RawKeys<S>& raw_keys, int64_t rows)
       : a_(a),
         panels_(panels),
         rows_(rows),
@@ -166,6 +178,7 @@ class BackwardSlot {
         score_stride_(padded_stride<T>(m_)),
         key_stride_(padded_stride<T>(d_)),
         query_(rows, d_, a.memory.normalize),
+        raw_(rows, d_, raw_keys, a.memory.normalize == Normalize::kLayer),
         scaled_query_(rows, d_),
         dout_(rows, dv_),
         weights_(rows * score_stride_),
@@ -182,7 +195,8 @@ class BackwardSlot {
     const T* lse = static_cast<const T*>(a_.lse) + first;
     const T* dlse = static_cast<const T*>(a_.dlse.data);
     const T* dentropy = static_cast<const T*>(a_.dentropy.data);
-    query_.load(static_cast<const S*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
+    const S* const source = static_cast<const S*>(a_.query.data) + first * a_.query.stride;
+    query_.load(source, a_.query.stride, count);
     for (int64_t r = 0; r < count; ++r) {
       dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T{1});
       scaled_query_.set(r, query_[r], beta);
@@ -190,7 +204,19 @@ class BackwardSlot {
     const bool library = a_.memory.library, kept = first + count <= a_.kept.rows;
     const int64_t height = library ? rows_ : count;
     const Exponentials<T> exponential{beta, lse, count};
+    const bool kept_alone = kept && !keeps_scores();
+    const bool raw = !kept_alone && raw_.take(source, a_.query.stride, count, query_);
     const auto score = [&](T* to, const auto& finish) {
+      if (raw) {
+        raw_.scores(count, m_, query_, to, score_stride_);
+        if constexpr (!std::is_same_v<std::decay_t<decltype(finish)>, Overwrite>)
+          for (int64_t r = 0; r < count; ++r)
+            for (int64_t j = 0; j < m_; j += kLanes<T>) {
+              T* at = to + r * score_stride_ + j;
+              finish.template operator()<T>(r, at, load(at));
+            }
+        return;
+      }
       product_with(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
                    finish, library);
     };
@@ -267,6 +293,7 @@ class BackwardSlot {
   const GradientPanels<S>& panels_;
   int64_t rows_, m_, d_, dv_, score_stride_, key_stride_;
   QueryRows<S> query_;
+  RawQueries<S> raw_;
   FactorRows<S> scaled_query_, dout_;
   Buffer<T> weights_, gradient_, dquery_, scores_;
   Buffer<factor_t<S>> packed_, neighbours_;
@@ -284,16 +311,19 @@ void compute(const RetrieveBackward& a) {
   Buffer<double> dbeta(slots);
   {
     const GradientPanels<S> panels(a.memory);
-    parallel(slots, [&](int64_t slot) {
+    const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && a.kept.rows < n);
+    parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
       const LibraryProducts library(a.memory.library, kInPairs<S>);
-      BackwardSlot<S> work(a, panels, rows);
-      T* keys = dkeys + slot * plan.key_sums;
-      T* values = tied ? keys : dvalues + slot * plan.value_sums;
-      dbeta[slot] = 0;
-      const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
-        work.add(first, count, chunk == begin, keys, values, a.dbeta != nullptr ? &dbeta[slot] : nullptr);
+      BackwardSlot<S> work(a, panels, raw_keys, rows);  // large: one for all slots of a thread
+      for (int64_t slot = first_slot; slot < last_slot; ++slot) {
+        T* keys = dkeys + slot * plan.key_sums;
+        T* values = tied ? keys : dvalues + slot * plan.value_sums;
+        dbeta[slot] = 0;
+        const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
+          work.add(first, count, chunk == begin, keys, values, a.dbeta != nullptr ? &dbeta[slot] : nullptr);
+        }
       }
     });
   }

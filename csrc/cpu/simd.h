@@ -53,6 +53,20 @@ ANOMEM_INLINE vec<float> load(const Bfloat16* p) {
   return reinterpret_cast<vec<float>>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 
+// As many numbers as a vector of doubles has, widened.
+ANOMEM_INLINE vec<double> load_double(const double* p) { return load(p); }
+ANOMEM_INLINE vec<double> load_double(const float* p) {
+  typedef float half __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const half*>(p), vec<double>);
+}
+ANOMEM_INLINE vec<double> load_double(const Bfloat16* p) {
+  typedef uint16_t quarter __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 4), aligned(2), may_alias));
+  typedef uint32_t words __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2)));
+  typedef float half __attribute__((vector_size(ANOMEM_VECTOR_BYTES / 2)));
+  const words bits = __builtin_convertvector(*reinterpret_cast<const quarter*>(p), words) << 16;
+  return __builtin_convertvector(reinterpret_cast<half>(bits), vec<double>);
+}
+
 template <class T>
 ANOMEM_INLINE void store(T* p, vec<T> x) {
   *reinterpret_cast<typename Simd<T>::loose*>(p) = x;

@@ -95,7 +95,7 @@ template <class S>
 void compute(const Usage& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.query.count;
-  const ReadPanels<S> panels(a.memory);
+  const ReadPanels<S> panels(a.memory, a.memory.library);
   const int64_t rows = chunk_rows(n, m, a.memory.library), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
   Buffer<double> masses(slots * m), directions(slots * d);

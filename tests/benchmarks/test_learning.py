@@ -14,10 +14,11 @@ from anomem.data.elpv import Split
 from anomem.nn import HopfieldMemory
 from anomem.reference.contrast import nt_xent_rows
 from benchmarks.accuracy import learning, recipes
-from benchmarks.accuracy.learning import ROWS, LearningRow
+from benchmarks.accuracy.learning import BUDGETS, ROWS, SEEDS, LearningRow
 from benchmarks.accuracy.recipes import RECIPES, CellFeatures, Recipe, learn, measured, without_false
 from benchmarks.harness import rows
-from benchmarks.report.learning import FILLED, SECTIONS
+from benchmarks.harness.rows import RESULTS
+from benchmarks.report.learning import FILLED, SECTIONS, draw
 from benchmarks.report.learning import recipes as table
 
 SPLIT = Split(torch.arange(12), torch.arange(12, 20), torch.arange(20, 20), torch.arange(20, 26))
@@ -75,6 +76,24 @@ def test_false_negatives_are_left_out() -> None:
     assert math.isfinite(float(left_out))
 
 
+def test_committed_rows_show_what_is_claimed() -> None:
+    found = rows.read(RESULTS / ROWS, LearningRow)
+    assert not any(one.dirty for one in found)
+    assert all(one.threads == 1 for one in found)
+    tried = {(one.setting, one.normal) for one in found if one.part == "recipes" and one.seed == 0 and one.steps}
+    assert len({name for name, _ in tried if {(name, "mono"), (name, "poly")} <= tried}) >= 20
+    plain = {
+        (one.normal, one.seed, one.setting): one
+        for one in found
+        if one.part == "frozen" and one.score == "plain" and one.steps in (0, BUDGETS[-1])
+    }
+    for kind in ("mono", "poly"):
+        for seed in SEEDS:
+            filled, learned = (plain[kind, seed, setting] for setting in ("filled", "learned"))
+            assert learned.auroc > filled.auroc, (kind, seed)
+            assert learned.memory_bytes == filled.memory_bytes
+
+
 def row(setting: str, normal: str, auroc: float, **others: object) -> LearningRow:
     fixed = {"part": "recipes", "dataset": "elpv", "seed": 0, "steps": 0, "score": "plain", "prototypes": [64]}
     fixed |= {"memory_bytes": 98304, "seconds": 1.0, "commit": "0", "dirty": False, "torch": "2", "threads": 1}
@@ -102,6 +121,16 @@ def test_seeds_are_compared_with_themselves(tmp_path: Path) -> None:
         "| mono | 64 | 96 | plain | 0.8000 / 0.8100 | 0.8200 / 0.8000 | +0.0050 | 1 of 2 |"
     ]
     assert "| filled | 0 | 0.8100 | – |" in SECTIONS["learning-frozen"](tmp_path)
+
+
+def test_a_picture_is_drawn_from_whatever_rows_there_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert draw(tmp_path, tmp_path) is None
+    of = {"part": "frozen", "normal": "poly"}
+    rows.append(tmp_path / ROWS, row("filled", auroc=0.8, **of), row("learned", auroc=0.9, steps=25, **of))
+    drawn = draw(tmp_path, tmp_path)
+    assert drawn is not None
+    assert drawn.stat().st_size > 10_000
 
 
 def test_a_finished_setting_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

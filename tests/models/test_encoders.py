@@ -174,5 +174,5 @@ def test_a_network_that_fails_is_told_which_images_it_got() -> None:
 
 
 def test_scales_are_no_text_read_letter_by_letter() -> None:
-    with pytest.raises(ArgumentError, match="`taps`: expected a sequence, received '16'"):
-        pretrained_encoder("efficientnet_lite0", (64, 64), taps="16", weights=None)
+    with pytest.raises(ArgumentError, match="`scales`: expected a sequence, received '16'"):
+        pretrained_encoder("efficientnet_lite0", (64, 64), scales="16", weights=None)

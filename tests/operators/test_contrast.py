@@ -410,20 +410,49 @@ def test_learned_temperature_of_info_nce_within_budget(impl: Impl, dtype: torch.
 
 
 @cases(
-    "tau, rows, columns, d",
+    "tau, seed, rows, columns, d",
     {
         one: [(tau, *sizes) for tau in (0.005, 0.022, 0.03, 0.07)]
-        for one, sizes in ((NATIVE, (200, 300, 40)), (TRITON, (35, 70, 8)))
+        for one, sizes in ((NATIVE, (100, 200, 300, 40)), (TRITON, (0, 35, 70, 8)))
     },
 )
-def test_well_matched_rows_within_budget(impl: Impl, tau: float, rows: int, columns: int, d: int) -> None:
+def test_well_matched_rows_within_budget(impl: Impl, tau: float, seed: int, rows: int, columns: int, d: int) -> None:
     """Where the positive dominates its row, the loss is what is left of two large numbers."""
-    keys, positive = draw(2, columns, d), torch.arange(rows).flip(0)
+    keys, positive = draw(2, columns, d, seed=seed), torch.arange(rows).flip(0)
     compare(
         lambda a, b: info_nce(a, b, positive, temperature=tau, reduction="none", impl=impl),
         lambda a, b: R.info_nce_rows(a, b, positive, None, tau),
-        [keys[:, positive] + 0.05 * draw(2, rows, d, seed=1), keys],
+        [keys[:, positive] + 0.05 * draw(2, rows, d, seed=seed + 1), keys],
     )
+
+
+@each(NATIVE)
+def test_a_few_well_matched_rows_within_budget(impl: Impl) -> None:
+    """Few columns: plain PyTorch's products are short sums, and a positive's rounding is the whole error of a loss."""
+    positive, columns = torch.arange(8), draw(16, 8, 128)
+    compare(
+        lambda a, b: info_nce(a, b, positive, temperature=0.07, reduction="none", impl=impl),
+        lambda a, b: R.info_nce_rows(a, b, positive, None, 0.07),
+        [columns + draw(16, 8, 128, seed=1), columns],
+    )
+    view = draw(16, 2, 128, seed=2)
+    check(impl, 0.07, [view, view + draw(16, 2, 128, seed=3)])
+
+
+@each_dtype(NATIVE, among=(F32, BF16))
+def test_products_of_the_library_within_budget(impl: Impl, dtype: torch.dtype) -> None:
+    """Whole and partial tiles, an odd and a long row, a low temperature; bfloat16 with oneDNN off: the own products."""
+    positive, exclude = torch.arange(150), torch.arange(150).roll(1)
+    for on in (True, False):
+        with torch.backends.mkldnn.flags(enabled=on):
+            for batch, features, tau in ((64, 16, 0.2), (75, 33, 0.2), (100, 300, 0.02)):
+                view = draw(2, batch, features, dtype=dtype)
+                check(impl, tau, [view, (view + draw(2, batch, features, seed=1)).to(dtype)])
+            compare(
+                lambda a, b: info_nce(a, b, positive, exclude, temperature=0.2, reduction="none", impl=impl),
+                lambda a, b: R.info_nce_rows(a, b, positive, exclude, 0.2),
+                [draw(2, 150, 40, dtype=dtype), draw(2, 170, 40, dtype=dtype, seed=1)],
+            )
 
 
 @each(*KERNELS)

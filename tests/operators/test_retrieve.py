@@ -303,6 +303,19 @@ def test_products_of_bfloat16_without_the_library_of_torch(impl: Impl) -> None:
             check(impl, inputs)
 
 
+@cases("normalize", {NATIVE: [("layer",), ("l2",), ("none",)]})
+def test_bfloat16_rows_with_a_large_mean_within_budget(impl: Impl, normalize: str) -> None:
+    """Their scores are made from the rows as they are only where subtracting the means loses no digits."""
+    query, prototypes = draw(260, 40, seed=1), draw(70, 40, seed=2)
+    query[100:140] += 30
+    query[200], query[201, :20] = 0, 1e-3
+    for shift in (0, 30):
+        keys = prototypes + shift
+        keys[3] = 0
+        beta = 1.0 if normalize == "l2" else 0.02
+        check(impl, [query.to(BF16), keys.to(BF16)], normalize=normalize, beta=beta)
+
+
 @each(NATIVE)
 def test_a_call_without_gradients_takes_no_autograd_function(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     query, prototypes = draw(8, 16, seed=1), draw(9, 16, seed=2)

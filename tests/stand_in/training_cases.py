@@ -100,15 +100,18 @@ def test_images_of_the_host_are_sent_without_waiting() -> None:
 
 
 class Waits(nn.Module):
-    """A network that reads a value of its map on the host."""
+    """A network whose host reads a value of its map, or waits for the GPU as torch's search does not see."""
 
-    def __init__(self) -> None:
+    def __init__(self, unseen: bool = False) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(1, 4, 3, 2)
+        self.convolution, self.unseen = nn.Conv2d(1, 4, 3, 2), unseen
 
     def forward(self, images: Tensor) -> list[Tensor]:
         found = self.convolution(images)
-        float(found.sum())
+        if not self.unseen:
+            float(found.detach().sum())
+        elif found.is_cuda:
+            torch.cuda.synchronize()
         return [found]
 
 
@@ -161,6 +164,11 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why() -> None:
     ):
         steps = steps_of(config, NetworkEncoder(Waits(), (16, 16), 1))
     assert not any(of(step, "graph") for step in steps)
+    with pytest.warns(RuntimeWarning, match="runs without a CUDA graph: .*capture"):
+        _, eager, *_, after, _ = steps_of(config, NetworkEncoder(Waits(unseen=True), (16, 16), 1))
+    names, expected = (Counter(entry.what for entry in of(step, "launch")) for step in (after, eager))
+    assert names == expected
+    assert {entry.when for entry in after} == {"now"}
     for changes in ({"micro_batch": 8}, {"accumulate": 2}):
         in_parts = replace(config, optimizer=replace(config.optimizer, **changes))
         assert not any(of(step, "graph") for step in steps_of(in_parts))
