@@ -22,8 +22,8 @@ from anomem.models import AnoMem, NetworkEncoder
 from anomem.train.config import RunConfig, TrainConfig
 from anomem.train.ranks import Ranks
 
-WORTH_COMPILING = 1 << 29
-"""Pixels of stage 1's views: more than twice those after which compiling has paid for itself."""
+WORTH_COMPILING = 1 << 30
+"""Pixels of stage 1's views after which compiling has paid for itself at 32 and at 64 pixels."""
 
 
 def settled(config: TrainConfig, device: torch.device, *, worth_compiling: bool = False) -> TrainConfig:

@@ -106,7 +106,7 @@ def test_long_runs_are_compiled_where_a_compiler_is(
     for changes in ({"micro_batch": 4}, {"accumulate": 2}):
         in_parts = replace(tiny, optimizer=replace(tiny.optimizer, **changes))
         assert settled(in_parts, cpu, worth_compiling=True).run.compile is False
-    assert not recwarn
+    assert not [one for one in recwarn if "run.compile" in str(one.message)]
     asked = replace(in_parts, run=replace(tiny.run, compile=True))
     with pytest.warns(RuntimeWarning, match="stage 1 runs uncompiled: parts of a batch differ in size"):
         assert settled(asked, cpu).run.compile is False
