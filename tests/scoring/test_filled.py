@@ -13,8 +13,10 @@ from anomem.errors import ArgumentError
 from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.models.pretrained import PretrainedEncoder, pretrained_encoder
 from anomem.reference.retrieve import normalize_rows
+from anomem.scoring.config import FillConfig
 from anomem.scoring.detector import MomentSums
 from anomem.scoring.filled import FilledScorer, NormalQueries, fill_memories, join_moments
+from anomem.scoring.fitted import restored_detector
 from anomem.scoring.labelled import FewLabels
 
 SIZE = (32, 32)
@@ -284,3 +286,9 @@ def test_frozen_encoder_end_to_end() -> None:
     assert all(bool(values.isfinite().all()) for values in found(images).scores.values())
     model.train()
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("about", "error"), [({}, KeyError), ({"units": "norm"}, ValueError)])
+def test_a_detector_of_other_units_is_refused(about: dict[str, str], error: type[Exception]) -> None:
+    with pytest.raises(error, match="units"):
+        restored_detector(untouched(), {}, about, FillConfig(), 0.01, False)
