@@ -33,7 +33,11 @@ Function = Callable[..., tuple[Tensor, ...]]
 SDPA = "SDPA"
 """A rival of retrieval that is measured by the command, and no implementation: `auto` cannot take it."""
 _MOST_WORK, _MOST_COPIED = 2**27, 2**24
+"""Larger calls are measured on a part: multiplications, and numbers of operators that only copy."""
 _LEAST_ROWS = 256
+"""No part has fewer rows or columns."""
+_TOP_K = 16
+"""Prototypes of a measured read."""
 _MARGIN = 1.05
 """A kernel is taken if the reference takes so many times as long."""
 _ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
@@ -246,19 +250,15 @@ def _nearest_kernel(impl: str, x: Tensor, prototypes: Tensor) -> tuple[Tensor, .
 
 def _read_reference(query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
     dtype = accumulator(query)
-    found = reference.read_memory(query.to(dtype), prototypes.to(dtype), top_k=min(_READ, len(prototypes)))
+    found = reference.read_memory(query.to(dtype), prototypes.to(dtype), top_k=min(_TOP_K, len(prototypes)))
     return found.out.to(query.dtype), found.residual, found.cosine, found.entropy, found.lse
 
 
 def _read_kernel(impl: str, query: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
     memory = _memory(prototypes)._replace(keys=prototypes[None])
-    found = reads.read(query[None], memory, None, min(_READ, len(prototypes)), False, False, impl)
+    found = reads.read(query[None], memory, None, min(_TOP_K, len(prototypes)), False, False, impl)
     out, residual, cosine, _, _, entropy, lse = (x[0] for x in found)
     return out, residual, cosine, entropy, lse
-
-
-_READ = 16
-"""Prototypes of a measured read."""
 
 
 # Modules are named at the call, so that a test can put a wrong or slow kernel in the place of one.

@@ -142,13 +142,13 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         values = [auroc_of(results[name], place) for name in digits]
         known = [v for v in values if v is not None]
         texture = results["brick-scratches"]
-        cells = [
+        numbers = [
             *values,
             statistics.mean(known) if known else None,
             auroc_of(texture, place),
             auroc_of(texture, place, "pixel_auroc"),
         ]
-        shown.add_row(label, *("" if v is None else f"{v:.3f}" for v in cells))
+        shown.add_row(label, *("" if v is None else f"{v:.3f}" for v in numbers))
     return shown
 
 

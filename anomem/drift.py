@@ -30,6 +30,8 @@ from torch import Tensor
 from anomem.errors import UserError
 from anomem.validation import require
 
+FEWEST_STEPS, MOST_STEPS = 8, 20_001
+"""Different p-values from which their step can be told, and most steps that are tried."""
 POINTS = 400
 """Of ε, for the integral."""
 
@@ -132,17 +134,41 @@ class OnlinePValues:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a .csv or .json file of `anomem score`.
+    """The rows of a .csv or .json file of `anomem score --output`, or the lines of `--json` in a .jsonl file.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        rows = json.loads(text) if file.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        text = file.read_text(encoding="utf-8-sig")
+        rows: Any
+        if file.suffix == ".json":
+            rows = json.loads(text)
+        elif file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def steps_of(p_values: Sequence[float]) -> int | None:
+    """n + 1 of the calibration whose p-values k/(n + 1) these are, to spread them; None where they do not show it.
+
+    Unspread p-values are too large rather than too small: the bound on false alarms holds, drift is found later.
+
+    Args:
+        p_values: in (0, 1].
+    """
+    different = torch.tensor(sorted(set(p_values)), dtype=torch.float64)
+    if len(different) < FEWEST_STEPS:
+        return None
+    for steps in range(len(different), MOST_STEPS):
+        scaled = different * steps
+        if bool(((scaled - scaled.round()).abs() <= 1e-9 * steps).all()):
+            return steps
+    return None
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str, file: Path) -> list[float]:
@@ -153,7 +179,7 @@ def column(rows: Sequence[Mapping[str, Any]], name: str, file: Path) -> list[flo
     """
     try:
         found = [float(row[name]) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{file}: expected scores with a column {name}, as `anomem score --output` writes of a fitted run ({error})"
         ) from error

@@ -15,6 +15,7 @@ import torch
 
 import anomem
 from anomem import backends, calibrate, choice
+from anomem.files import discard_output
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "scikit-image", "matplotlib", "tensorboard")
 
@@ -87,10 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         calibrate.run(calibrate.devices(), choice.path() or choice.default_path(), options.seconds)
     found = about()
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _print(found)
+    try:
+        if options.json:
+            print(json.dumps(found, indent=1))
+        else:
+            _print(found)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        discard_output()
+        return 141
     return 0
 
 

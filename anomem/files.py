@@ -1,9 +1,10 @@
-"""Output files: written whole or not at all, never over what is not ours, with one sentence where that fails."""
+"""Output: files written whole or not at all and never over what is not ours, and a standard output that was closed."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,3 +132,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def printable(text: str) -> str:
     """A text with file names in it as one line: control characters, and bytes that are not UTF-8, are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def discard_output() -> None:
+    """Drop what is left for a standard output that takes no more, so that Python does not complain about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,7 +47,7 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         scales: see `FitConfig.scales`.
         image_size: side in pixels to which images are resized; 128 when None.
         aligned: whether a position means the same in every image.
-        fill: "kmeans", "coreset" or "random".
+        fill: "kmeans", "coreset", "random" or "learned".
         prototypes: M of each memory, or a ratio in (0, 1) of the features.
         random_state: seed of the prototypes and of the calibration images; an integer.
         device: "auto", "cpu", "cuda" or "cuda:N".

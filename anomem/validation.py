@@ -31,13 +31,15 @@ def require(
         argument: name of the argument as the caller spells it.
         expected: what would have been right; a function where the text must be put together, so that a good call
             formats nothing (and `torch.compile` has nothing to format).
-        received: what came; a tensor is shown as its shape, a function is called.
+        received: what came; a tensor is shown as its shape, an array as its type, a function is called.
         hint: what to do about it.
     """
     if condition:
         return
     if isinstance(received, Tensor):
         received = f"shape {shape_of(received)}"
+    elif getattr(received, "ndim", 0) > 0:  # an array, whose text has many lines
+        received = type(received).__name__
     elif callable(received):
         received = received()
     raise ArgumentError(argument, expected if isinstance(expected, str) else expected(), received, hint)
@@ -65,6 +67,15 @@ def require_tensor(tensor: object, argument: str, dims: Sequence[int], layout: s
     require(tensor.layout == torch.strided, argument, "a dense tensor", tensor.layout)
 
 
+def require_images(images: object, argument: str) -> None:
+    """A batch of images: a tensor [B, C, H, W] of uint8, or of floating values in [0, 1], which are not read."""
+    if not isinstance(images, Tensor):
+        raise ArgumentError(argument, "a tensor [B, C, H, W]", type(images).__name__)
+    require(images.dim() == 4, argument, "a tensor [B, C, H, W]", images)
+    right = images.dtype == torch.uint8 or images.is_floating_point()
+    require(right, argument, "uint8, or float in [0, 1]", images.dtype)
+
+
 def require_views(z: Tensor, argument: str, z_pair: Tensor, pair_argument: str) -> None:
     """Two views of one batch, or of many groups of batches: floating tensors of one shape."""
     require_tensor(z, argument, (2, 3), "[B, d] or [G, B, d]")
@@ -72,14 +83,15 @@ def require_views(z: Tensor, argument: str, z_pair: Tensor, pair_argument: str) 
     require(z.shape == z_pair.shape, pair_argument, lambda: f"the shape of `{argument}`, {shape_of(z)}", z_pair)
 
 
+def require_same_device(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:
+    """Two tensors on one device: a kernel reads the memory behind a tensor wherever it lies."""
+    same = tensor.device == other.device
+    require(same, argument, lambda: f"the device of `{other_argument}` ({other.device})", tensor.device)
+
+
 def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argument: str) -> None:
     """Two tensors on one device and of one dtype."""
-    require(
-        tensor.device == other.device,
-        argument,
-        lambda: f"the device of `{other_argument}` ({other.device})",
-        tensor.device,
-    )
+    require_same_device(tensor, argument, other, other_argument)
     require(
         tensor.dtype == other.dtype,
         argument,
@@ -112,6 +124,40 @@ def require_number(value: float | Tensor, argument: str) -> None:
     require(right, argument, "a finite number or a 0-dim tensor", lambda: repr(value))
 
 
+def require_setting(value: object, argument: str) -> None:
+    """A finite number of Python, as a configuration holds: neither a text nor a tensor."""
+    require(_is_setting(value), argument, "a finite number", lambda: repr(value))
+
+
+def require_pair(value: object, argument: str, expected: str) -> None:
+    """Two finite numbers of Python."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_setting, value))
+    require(pair, argument, expected, lambda: repr(value))
+
+
+def _is_setting(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def require_names(names: Sequence[str], argument: str, choices: Sequence[str]) -> None:
+    """Several of a few names."""
+    require_several(names, argument)
+    for name in names:
+        require_choice(name, argument, choices)
+
+
+def require_several(values: object, argument: str) -> None:
+    """A sequence and no text, which is one of letters."""
+    right = isinstance(values, Sequence) and not isinstance(values, str)
+    require(right, argument, "a sequence", lambda: repr(values))
+
+
+def require_size(size: object, argument: str) -> None:
+    """Height and width in pixels: two integers ≥ 1."""
+    right = isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side >= 1 for side in size)
+    require(right, argument, "(height, width) in pixels", lambda: repr(size))
+
+
 def require_schedule(value: float | Tensor, argument: str) -> None:
     """A finite number, or a 0-dim floating tensor on the CPU without gradient: a number that is set while training."""
     require_number(value, argument)
@@ -126,6 +172,14 @@ def require_count(value: object, argument: str, at_least: int, at_most: int | No
     require(right, argument, lambda: f"an integer ≥ {at_least}", lambda: repr(value))
     fits = at_most is None or (isinstance(value, int) and value <= at_most)
     require(fits, argument, lambda: f"an integer from {at_least} to {at_most}", lambda: repr(value))
+
+
+def require_mask(mask: object, argument: str, count: int) -> None:
+    """A bool tensor with one value of each of so many images or rows."""
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(argument, f"a bool tensor [{count}]", type(mask).__name__)
+    right = mask.dtype == torch.bool and mask.shape == (count,)
+    require(right, argument, lambda: f"bool [{count}]", lambda: f"{mask.dtype} {shape_of(mask)}")
 
 
 def require_index(index: object, argument: str, layout: str, dims: Sequence[int], size: int, axis: str) -> None:

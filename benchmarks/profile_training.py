@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -33,7 +33,7 @@ from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
 from anomem.train.profiling import Event, seconds_of_phases
-from anomem.train.rows import Rows
+from anomem.train.rows import Draws, Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
 from benchmarks.harness.measure import peak_bytes
@@ -69,6 +69,8 @@ class Options:
     """Of this library's bar; the others are float32."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Likewise; the others are contiguous."""
+    compiled: bool = False
+    """A further bar: this library with `run.compile`, compiled during the warm-up."""
     json: str | None = None
     """File of rows; benchmarks/results/<device>-steps.jsonl when not given."""
     out: str = "runs/profile"
@@ -76,7 +78,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Measure the three pipelines."""
+    """Measure the pipelines."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         say("--device cuda: torch finds no CUDA device")
@@ -92,14 +94,20 @@ def main(options: Options) -> int:
     resident = ResidentImages(pixels.to(device))
     usual = UsualImages(pixels, device, options.workers)
 
-    def pipeline(name: str, impl: str, images: Images, precision: str, memory_format: str) -> Pipeline:
-        config = config_of(backbone, impl, batch, device, precision, memory_format)
+    def pipeline(
+        name: str, impl: str, images: Images, precision: str, memory_format: str, compiled: bool = False
+    ) -> Pipeline:
+        config = config_of(backbone, impl, batch, device, precision, memory_format, compiled)
         return Pipeline(name, config, images, options.warmup)
 
     alternating = [
         pipeline("eager", "reference", resident, "float32", "contiguous"),
         pipeline(f"anomem ({options.impl})", options.impl, resident, options.precision, options.memory_format),
     ]
+    if options.compiled:
+        alternating.append(
+            pipeline("compiled", options.impl, resident, options.precision, options.memory_format, compiled=True)
+        )
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
     alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
     found: list[Step] = []
@@ -142,10 +150,16 @@ def main(options: Options) -> int:
 
 
 def config_of(
-    backbone: str, impl: str, batch: int, device: str, precision: str = "auto", memory_format: str = "auto"
+    backbone: str,
+    impl: str,
+    batch: int,
+    device: str,
+    precision: str = "auto",
+    memory_format: str = "auto",
+    compiled: bool = False,
 ) -> TrainConfig:
     """The settings of a pipeline: the library's defaults but for these."""
-    run = RunConfig(device=device, precision=precision, memory_format=memory_format, log_every=10**9)
+    run = RunConfig(device=device, precision=precision, memory_format=memory_format, compile=compiled, log_every=10**9)
     return TrainConfig(
         model=ModelConfig(backbone=backbone, impl=impl),
         optimizer=OptimizerConfig(batch_size=batch),
@@ -185,10 +199,10 @@ class Pipeline:
         model: AnoMem = build_model(config.model, images.size, images.channels, MEAN, STD)
         self.model = model.to(self.device)
 
-    def executed(self) -> dict[str, str]:
-        """Precision and memory format of the loop."""
+    def executed(self) -> dict[str, Any]:
+        """Precision, memory format and compilation of the loop."""
         run = settled(self.config, torch.device(self.device)).run
-        return {"precision": run.precision, "memory_format": run.memory_format}
+        return {"precision": run.precision, "memory_format": run.memory_format, "compile": run.compile}
 
     def train(self, steps: int) -> StampedImages:
         """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
@@ -340,11 +354,10 @@ class UsualViews:
     Args:
         config: not used.
         is_normal: None.
-        generator: not used.
-        seed: not used.
+        draws: not used.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: None, generator: torch.Generator, seed: int) -> None:
+    def __init__(self, config: TrainConfig, is_normal: None, draws: Draws) -> None:
         pass
 
     def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:

@@ -9,7 +9,7 @@ The files
                     and exact float32 `contrast_chunked`
     `nearest`       the nearest prototypes and greedy k-center, by the products of `retrieve_chunked`
     `read`          the read of a filled memory, by the same and by `nearest`
-    `primitives`    loads, products, softmax and sizes that these share
+    `primitives`    loads, products, softmax and sizes that these share; `launching` launches
     `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
 How a kernel file is built

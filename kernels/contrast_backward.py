@@ -40,11 +40,11 @@ from anomem.kernels.contrast_rows import (
     row_gradient,
     store_row_gradient,
 )
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
-    launch_kernel,
     load_tile,
     multiprocessors,
     operand,

@@ -32,11 +32,11 @@ from anomem.kernels.contrast_rows import (
     row_gradient,
     sliced_product,
 )
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     add_library_product,
     cdiv,
     device_of,
-    launch_kernel,
     library_product,
     round_to,
     rounded_product,

@@ -28,13 +28,13 @@ from anomem.kernels.contrast_rows import (
     plan,
     sliced_product,
 )
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     LN2,
     LOG2E,
     cdiv,
     device_of,
     dot,
-    launch_kernel,
     library_product,
     load_tile,
     multiprocessors,

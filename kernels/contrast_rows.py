@@ -29,12 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     block_of,
     cdiv,
     device_of,
     dot,
-    launch_kernel,
     load_rows,
     load_tile,
     operand,

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.primitives import block_of, cdiv, device_of, launch_kernel, load_slice, next_power_of_2, score_scale
+from anomem.kernels.launching import launch_kernel
+from anomem.kernels.primitives import (
+    block_of,
+    cdiv,
+    device_of,
+    load_slice,
+    next_power_of_2,
+    score_scale,
+)
 from anomem.kernels.retrieve_chunked import block_of_scores, chunks, product, scratch_offsets
 
 MOST_BLOCKS = 1024

@@ -7,7 +7,7 @@ Everything in this file also runs in Triton's interpreter (`TRITON_INTERPRET=1`)
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -257,82 +257,6 @@ def add_library_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-class _Bound(NamedTuple):
-    """A compiled kernel, ready to be launched."""
-
-    run: Any
-    """Triton's launcher in C."""
-    function: int
-    metadata: Any
-    constants: tuple[Any, ...]
-    """The kernel's last arguments."""
-    compiled: Any
-
-
-_bound: dict[tuple[Any, ...], _Bound] = {}
-
-
-@functools.cache
-def _ways(kernel: Any) -> tuple[int, tuple[bool, ...], tuple[str, ...]]:
-    """(number of arguments at run time, whether each integer is specialised, names of the constants)."""
-    numbers = [not parameter.is_constexpr for parameter in kernel.params]
-    specialised = tuple(not parameter.do_not_specialize for parameter in kernel.params)
-    count = sum(numbers)
-    if not all(numbers[:count]):
-        raise ValueError(f"{kernel.__name__}: constants stand after all other arguments")
-    return count, specialised[:count], tuple(kernel.arg_names[count:])
-
-
-def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
-    """`kernel[grid](*arguments, **constants)`, with less to do from the second launch of a kernel on.
-
-    Triton takes apart all arguments in Python at each launch. What they decide is little: dtypes, alignments, and which
-    integers are 1 or a multiple of 16. With the same of these the compiled kernel of an earlier launch is run.
-
-    Args:
-        kernel: a `@triton.jit` function whose constants (`tl.constexpr`) come last.
-        grid: one or two numbers of programs.
-        arguments: in the order of the kernel; the first is a tensor.
-        constants: constants by name, and options of Triton such as num_warps.
-
-    Returns:
-        Triton's compiled kernel; None in the interpreter.
-    """
-    first = arguments[0]
-    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    hooked = (enter is not None and enter.calls) or (leave is not None and leave.calls)
-    if INTERPRETING.value or not first.is_cuda or hooked:  # a profiler's hooks want all that Triton gives them
-        return kernel[grid](*arguments, **constants)
-    count, specialised, names = _ways(kernel)
-    device = first.device.index
-    ways: list[Any] = [kernel, device, *arguments[count:], *constants.items()]
-    for argument, special in zip(arguments, specialised, strict=False):
-        if argument is None:
-            ways.append(None)
-        elif isinstance(argument, Tensor):
-            ways.append(argument.dtype)
-            ways.append(argument.data_ptr() % 16 == 0)
-        elif isinstance(argument, int):
-            ways.append(-(2**31) <= argument < 2**31)
-            ways.append(special and (argument == 1, argument % 16 == 0))
-        else:
-            ways.append(float)
-    key = tuple(ways)
-    bound = _bound.get(key)
-    if bound is None:
-        compiled = kernel[grid](*arguments, **constants)
-        given = dict(zip(names, arguments[count:], strict=False)) | constants
-        tail = tuple(given[name] for name in names)
-        _bound[key] = _Bound(compiled.run, compiled.function, compiled.packed_metadata, tail, compiled)
-        return compiled
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    rows, columns = (*grid, 1)[:2]
-    bound.run(
-        rows, columns, 1, stream, bound.function, bound.metadata, None, None, None, *arguments[:count], *bound.constants
-    )
-    return bound.compiled
-
-
 # triton.cdiv and triton.next_power_of_2 can also be called inside kernels, which makes them slow on the host. One call
 # of eight kernels needs them twenty times.
 def cdiv(a: int, b: int) -> int:
@@ -345,6 +269,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@functools.cache
 def block_of(features: int, smallest: int = 16) -> int:
     """BLOCK_D of rows of this length: the next power of two, and at least the 16 of a matrix instruction."""
     return max(next_power_of_2(features), smallest)
@@ -372,14 +297,20 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
     It does nothing for other tensors, and where that GPU is the current one.
     """
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    # Not torch.cuda.current_device, which first asks whether CUDA is in use.
+    if not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
         return _NOTHING
     return torch.cuda.device_of(tensor)
 
 
 def multiprocessors(tensor: Tensor) -> int:
     """Number of multiprocessors of the tensor's GPU; 2 for other tensors, so that tests split their sums."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    return _multiprocessors_of_gpu(tensor.device) if tensor.is_cuda else 2
+
+
+@functools.cache
+def _multiprocessors_of_gpu(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split_loop(length: int, block: int, blocks: int, processors: int) -> tuple[int, int]:

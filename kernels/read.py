@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels import rows
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.nearest import memory_scores, select
 from anomem.kernels.primitives import (
     LOG2E,
@@ -20,7 +21,6 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     finite_shift,
-    launch_kernel,
     load_rows,
     score_scale,
     store_rows,

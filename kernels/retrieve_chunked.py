@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels import rows
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     LN2,
     Memory,
@@ -28,7 +29,6 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
-    launch_kernel,
     load_normaliser,
     load_slice,
     multiprocessors,

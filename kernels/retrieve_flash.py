@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anomem.kernels import rows
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     LN2,
     Memory,
@@ -28,7 +29,6 @@ from anomem.kernels.primitives import (
     cdiv,
     device_of,
     dot,
-    launch_kernel,
     load_normaliser,
     load_rows,
     multiprocessors,
@@ -256,10 +256,13 @@ def forward(query: Tensor, memory: Memory, entry: Entry) -> tuple[Tensor, Tensor
     """
     keys, values, beta, scale, normalize = memory
     (count, d), dv = query.shape, memory.read_values.shape[1]
+    # With more stages ptxas serialises the products of such values on sm_90 (C7515).
+    unstaged = block_of(dv) <= 64 and architecture_of(query.device) == 90
     out = query.new_empty(count, dv)
     lse, normaliser = (query.new_empty(count, *width, dtype=torch.float32) for width in ((), (2,)))
 
     def run(tile: Tile) -> Launched:
+        tile = tile._replace(stages=1) if unstaged else tile
         compiled = launch_kernel(retrieve_flash_forward_kernel, (cdiv(count, tile.rows),),
             query, keys, values, beta, out, lse, normaliser, count, keys.shape[0], query.stride(0), scale,
             NORMALIZE=normalize, PRECISION=precision(query.dtype), D=d, DV=dv, BLOCK_N=tile.rows, BLOCK_M=tile.columns,

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from anomem.kernels.launching import launch_kernel
 from anomem.kernels.primitives import (
     Memory,
     cdiv,
     device_of,
     dot,
     finite_shift,
-    launch_kernel,
     load_slice,
     next_power_of_2,
     round_to,

@@ -9,12 +9,22 @@ The variance is biased and there is no affine part. NORMALIZE is 0 for none, 1 f
 Each block of a pass holds whole rows, so the passes are memory bound and read every number once.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anomem.kernels.primitives import block_of, cdiv, device_of, launch_kernel, load_rows, operand, store_rows
+from anomem.kernels.launching import launch_kernel
+from anomem.kernels.primitives import (
+    block_of,
+    cdiv,
+    device_of,
+    load_rows,
+    operand,
+    store_rows,
+)
 
 NONE, LAYER, L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LAYER_EPS = tl.constexpr(1e-5)
@@ -228,6 +238,7 @@ def row_constant(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     return delta
 
 
+@functools.cache
 def rows_per_block(width: int) -> int:
     """Rows that a block of a row pass holds: about 4096 numbers, 32 a thread, and at least one row."""
     return max(1, 4096 // block_of(width))

@@ -5,9 +5,9 @@ A launch takes the first tile whose shared memory fits the device, unless anothe
 `python -m anomem.kernels.ahead_of_time` reads from the compiled kernels. Not measured on a GPU yet:
 `python -m benchmarks.tune` times every tile and proposes an order.
 
-Too many warps compute parts of a product twice. On sm_90 a 64-row tile takes 4 warps and a 128-row tile 8; with 32 rows
-wgmma falls back to mma.sync. On sm_80 the warps split a backward product by columns, at least 8 columns each: 64x16
-with 4 warps takes 80 instructions instead of 48.
+Too many warps compute parts of a product twice. On sm_90 a 64-row tile takes 4 warps and a 128-row tile 4 or 8; with
+32 rows wgmma falls back to mma.sync. On sm_80 the warps split a backward product by columns, at least 8 columns each:
+64x16 with 4 warps takes 80 instructions instead of 48.
 """
 
 import functools
@@ -104,7 +104,7 @@ TABLE: dict[Entry, dict[int, tuple[Tile, ...]]] = {
     ("retrieve_flash_query_gradient", "half", 64): {
         80: (Tile(64, 32, 4, 2, 24),),
         90: (Tile(64, 64, 4, 1, 32),),
-        100: (Tile(64, 64, 4, 2, 57),),
+        100: (Tile(64, 32, 4, 2, 37),),
     },
     ("retrieve_flash_query_gradient", "half", 128): {
         80: (Tile(32, 32, 4, 1, 32),),
@@ -130,7 +130,7 @@ _CONTRAST = {
     ("contrast_forward", "half", 128): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 3, 64), Tile(64, 64, 4, 2, 49)),
     ("contrast_forward", "half", 256): (Tile(64, 32, 4, 2, 49), Tile(128, 64, 8, 3, 160), Tile(64, 64, 4, 2, 97)),
     ("contrast_forward", "half", 512): (
-        Tile(128, 128, 8, 3, 64), Tile(128, 128, 8, 3, 97), Tile(128, 128, 8, 3, 97),
+        Tile(64, 128, 4, 3, 48), Tile(128, 128, 8, 3, 97), Tile(128, 64, 8, 3, 73),
     ),
     ("contrast_forward", "tf32", 64): (Tile(64, 64, 4, 2, 33), Tile(64, 64, 4, 2, 48), Tile(64, 64, 4, 2, 49)),
     ("contrast_forward", "tf32", 128): (Tile(64, 32, 4, 2, 49), Tile(64, 64, 4, 2, 96), Tile(64, 64, 4, 2, 97)),
@@ -208,9 +208,10 @@ def neighbours(entry: Entry, tile: Tile, architecture: int) -> Iterator[Tile]:
             if fewest <= columns <= 128:
                 yield tile._replace(columns=columns, shared=0)
     fewest = 64 if kind != "ieee" and architecture not in MMA_SYNC else 16
-    for rows in (tile.rows // 2, tile.rows * 2):
-        if fewest <= rows <= 128:
-            yield tile._replace(rows=rows, warps=8 if rows == 128 else 4, shared=0)
+    for rows in (tile.rows // 2, tile.rows, tile.rows * 2):
+        for warps in (8, 4) if rows == 128 else (4,):
+            if fewest <= rows <= 128 and (rows, warps) != (tile.rows, tile.warps):
+                yield tile._replace(rows=rows, warps=warps, shared=0)
 
 
 def architecture_of(device: torch.device) -> int:
@@ -218,8 +219,11 @@ def architecture_of(device: torch.device) -> int:
 
     11.x (Thor) has neither wgmma nor, in Triton, tensor memory: it takes the tiles of Ampere, as 12.x does.
     """
-    if device.type != "cuda":
-        return 80
+    return 80 if device.type != "cuda" else _architecture_of_gpu(device)
+
+
+@functools.cache
+def _architecture_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
         return 86 if minor in (6, 9) else 80

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anomem.cli import main
-from anomem.drift import Martingale, OnlinePValues
+from anomem.drift import Martingale, OnlinePValues, steps_of
 from anomem.errors import ArgumentError
 
 
@@ -75,9 +75,42 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("path\na\n", "column p_value"),
         ("p_value\n", "received none"),
         ("p_value\n7\n", "at most 1"),
+        ("p_value\n0\n0.5\n", "above 0"),
+        ("p_value\n-1\n", "above 0"),
+        ("p_value\n0.5\nnan\n", "finite numbers"),
+        ('p_value\n0.5\n""\n0.5\n', "column p_value"),
     ):
         file.write_text(content)
         assert main(["drift", str(file)]) == 2
         said = capsys.readouterr().err
         assert (said.count("\n"), sentence in said) == (1, True), said
     assert main(["drift", str(tmp_path / "none.csv")]) == 2
+    (tmp_path / "huge.json").write_text('[{"p_value": 1' + "0" * 400 + "}]")
+    assert main(["drift", str(tmp_path / "huge.json")]) == 2
+    file.write_text("p_value\n1e-320\n")  # the smallest step is no number of steps
+    assert main(["drift", str(file)]) == 0
+
+
+def test_short_and_constant_streams_raise_no_alarm(tmp_path: Path) -> None:
+    """A stream at the calibration's median: its smallest p-value is not the step of the p-values."""
+    file = tmp_path / "scores.csv"
+    for p, count in ((0.5, 60), (0.5, 1), (1.0, 60), (0.34, 2)):
+        file.write_text("p_value\n" + f"{p}\n" * count)
+        assert main(["drift", str(file)]) == 0, (p, count)
+
+
+def test_steps_are_read_off_the_p_values() -> None:
+    for steps in (100, 129, 353):
+        some = [k / steps for k in range(3, steps, 7)]  # the smallest is not 1/steps
+        assert steps_of([*some, 1.0]) == steps
+    assert steps_of([0.5] * 50) is None
+    assert steps_of(torch.rand(50, dtype=torch.float64).tolist()) is None
+
+
+def test_lines_of_json_and_a_byte_order_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, table = tmp_path / "scores.jsonl", tmp_path / "scores.csv"
+    lines.write_text('{"path": "a", "p_value": 0.5}\n\n{"path": "b", "p_value": 0.6}\n')
+    table.write_text("\ufeffp_value\n0.5\n0.6\n", encoding="utf-8")
+    for file in (lines, table):
+        assert main(["drift", str(file)]) == 0
+        assert "no drift in 2 images" in capsys.readouterr().out

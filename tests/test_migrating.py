@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.test_fitting import parts, write
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "MIGRATING.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-PEERS = ("lightly", "pytorch_metric_learning", "hflayers")
+PEERS = ("lightly", "pytorch_metric_learning", "hflayers", "anomalib")
 
 
 def peer_of(snippet: str) -> str | None:
@@ -31,11 +34,24 @@ def names() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if peer_of(s)], ids=lambda s: f"{peer_of(s)}")
-def test_a_snippet_holds(snippet: str, names: dict[str, Any]) -> None:
+def test_a_snippet_holds(snippet: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = peer_of(snippet)
     if peer is None or importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
+    if peer == "anomalib":
+        photographs(tmp_path, monkeypatch)
     exec(snippet, dict(names))
+
+
+def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that the snippets of anomalib read, and a PatchCore without weights, which would be downloaded."""
+    from anomem import anomalib
+
+    write(tmp_path / "photos" / "good", parts(24))
+    write(tmp_path / "photos" / "bad", parts(4, 2, defect=True))
+    monkeypatch.chdir(tmp_path)
+    small = functools.partial(anomalib.Patchcore, backbone="resnet18", pre_trained=False)
+    monkeypatch.setattr(anomalib, "Patchcore", small)
 
 
 def test_a_bank_is_cross_entropy_over_its_logits(names: dict[str, Any]) -> None:

@@ -61,6 +61,29 @@ def test_pyod_attributes(detector: AnoMemDetector) -> None:
     assert detector.labels_.shape == (24,)
 
 
+def test_pyod_itself_sees_one_of_its_own(detector: AnoMemDetector) -> None:
+    """The same attributes, dtypes and directions as a detector of PyOD, and its functions for scores take ours."""
+    pytest.importorskip("pyod", reason="needs PyOD")
+    from pyod.models.knn import KNN
+    from pyod.utils.data import evaluate_print
+    from pyod.utils.utility import precision_n_scores
+
+    images = np.concatenate([arrays(10, 1), arrays(6, 2, defect=True)])
+    truth = np.repeat([0, 1], [10, 6])
+    theirs = KNN(contamination=0.1).fit(arrays(24).reshape(24, -1).astype(np.float64))
+    for name in ("decision_scores_", "labels_"):
+        ours, their = getattr(detector, name), getattr(theirs, name)
+        assert (ours.shape, ours.dtype) == (their.shape, their.dtype), name
+    assert isinstance(theirs.threshold_, float)
+    assert isinstance(detector.threshold_, float)
+    for one in (theirs, detector):
+        np.testing.assert_array_equal(one.labels_, (one.decision_scores_ > one.threshold_).astype(int))
+    anomalous = -detector.score_samples(images)
+    assert anomalous[truth == 1].min() > anomalous[truth == 0].max()
+    assert precision_n_scores(truth, anomalous) == 1.0
+    evaluate_print("anomem", truth, anomalous)
+
+
 def test_images_of_every_kind(detector: AnoMemDetector, tmp_path: Path) -> None:
     images = arrays(3, 4)
     expected = detector.score_samples(images)

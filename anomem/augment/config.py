@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from anomem.validation import require, require_choice
+from anomem.validation import require, require_choice, require_pair, require_setting
 
 Padding = Literal["zeros", "border", "reflection"]
 
@@ -51,19 +50,21 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "blur"):
             value = getattr(self, name)
+            require_setting(value, f"augment.{name}")
             require(0 <= value <= 1, f"augment.{name}", "a probability from 0 to 1", value)
         for name in ("crop_area", "crop_ratio", "zoom", "blur_sigma"):
             value = getattr(self, name)
-            is_range = len(value) == 2 and 0 < value[0] <= value[1] < math.inf
-            require(is_range, f"augment.{name}", "two numbers, 0 < low ≤ high", value)
+            require_pair(value, f"augment.{name}", "two numbers, 0 < low ≤ high")
+            require(0 < value[0] <= value[1], f"augment.{name}", "two numbers, 0 < low ≤ high", value)
         require(self.crop_area[1] <= 1, "augment.crop_area", "shares of at most 1", self.crop_area)
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
+            require_setting(value, f"augment.{name}")
             require(0 <= value <= 1, f"augment.{name}", "a number from 0 to 1", value)
         for name, most in (("rotation", 360), ("shift", 10), ("noise", 10)):
             value = getattr(self, name)
-            require(value >= 0, f"augment.{name}", "a number ≥ 0", value)
-            require(value <= most, f"augment.{name}", f"a number from 0 to {most}", value)
+            require_setting(value, f"augment.{name}")
+            require(0 <= value <= most, f"augment.{name}", f"a number from 0 to {most}", value)
         require_choice(self.padding, "augment.padding", get_args(Padding))
 
     @staticmethod

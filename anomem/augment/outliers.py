@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.augment.augmentation import as_float
-from anomem.validation import require, require_choice
+from anomem.validation import require, require_names
 
 # An image counts as damaged if some pixel has changed by this share of the full range.
 VISIBLE = 0.15
@@ -33,13 +33,12 @@ def synthesize_outliers(images: Tensor, generator: torch.Generator, kinds: Seque
         [B, C, H, W] float32 in [0, 1].
 
     Raises:
-        ArgumentError: no kind, or an unknown one.
+        ArgumentError: no kind, an unknown one, no such images, or a generator on another device.
     """
     x = as_float(images, generator)
-    names = tuple(OUTLIERS) if kinds is None else tuple(kinds)
+    names = tuple(OUTLIERS) if kinds is None else kinds
+    require_names(names, "kinds", tuple(OUTLIERS))
     require(len(names) > 0, "kinds", lambda: f"at least one of {', '.join(OUTLIERS)}", "none")
-    for name in names:
-        require_choice(name, "kinds", tuple(OUTLIERS))
     order = torch.randperm(len(x), generator=generator, device=x.device)
     result = torch.empty_like(x)
     for name, rows in zip(names, order.tensor_split(len(names)), strict=True):

@@ -55,10 +55,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Drift:
-    """Say whether scores in a file, in their order, still come from the normals that were calibrated with."""
+    """Say whether scores in a file, in their order, still come from the calibration's normals; exits with 1 if not."""
 
     scores: tyro.conf.Positional[Path]
-    """A .csv or .json file of `anomem score --output`, of a fitted run."""
+    """A .csv or .json file of `anomem score --output`, or .jsonl of --json, of a fitted run."""
     run: Path | None = None
     """The run: its calibration makes the bound on false alarms exact."""
     false_alarm: float = 0.01
@@ -119,16 +119,16 @@ def drift(command: Drift) -> int:
     Returns:
         The exit code: 1 where it drifts.
     """
-    from anomem.drift import Martingale, OnlinePValues, column, read_rows
+    from anomem.drift import Martingale, OnlinePValues, column, read_rows, steps_of
 
     rows = read_rows(command.scores)
     martingale = Martingale(command.false_alarm, command.ignore)
     if command.run is None:
         p_values = column(rows, "p_value", command.scores)
-        martingale.steps = round(1 / min(p_values))
         right = all(0 < p <= 1 for p in p_values)
         if not right:
             raise UserError(f"{command.scores}: expected p-values above 0 and at most 1, received others")
+        martingale.steps = steps_of(p_values)
         martingale.over(p_values)
     else:
         from anomem.train import load_detector

@@ -1,8 +1,8 @@
 """The command `anomem`: fit, train, evaluate, score, plot, export, report, drift, reproduce.
 
-Exit codes: 0 done; 1 some of the images could not be scored, or a fault of the program; 2 something the user can mend
-(one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output has closed it
-(`| head`).
+Exit codes: 0 done; 1 some of the images could not be scored, a stream drifts, or a fault of the program; 2 something
+the user can mend (one sentence on stderr); 130 interrupted, 143 terminated, 129 hung up; 141 the reader of the output
+has closed it (`| head`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import errno
 import io
-import os
 import signal
 import sys
 import warnings
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from anomem import __version__
 from anomem.errors import UserError
-from anomem.files import printable
+from anomem.files import discard_output, printable
 
 if TYPE_CHECKING:
     from anomem.cli.commands import Evaluate, Fit, Plot, Train
@@ -53,20 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
         return 141
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT):
             raise
-        _discard_output()
+        discard_output()
         print(f"anomem: cannot write to standard output: {error.strerror}", file=sys.stderr)
         return 2
     return code
-
-
-def _discard_output() -> None:
-    """Drop the rest of the buffer, so that Python does not complain about it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,28 +74,50 @@ class Pictures:
         Raises:
             UserError: the image cannot be read or a picture not be written.
         """
-        from anomem.data import read_image
-        from anomem.data.frame import unframed
-
         wanted = self.sheet and (len(self.kept) < MOST or score > self.kept[-1].score)
         if not (wanted or self.overlays or self.masks):
             return
-        photo = read_image(image, files.grey, levels=files.levels, max_megapixels=files.max_megapixels)
-        heat = unframed(deviations[None], (photo.shape[1], photo.shape[2]), files.letterbox)[0]
+        photo, heat = photo_and_heat(image, deviations, files)
         if self.masks and place is not None and self.threshold is not None:
             write_png(place.with_suffix(MASK), mask(heat, self.threshold))
-        if self.limits is None:  # not calibrated: the scale is that of the first image's map
-            self.limits = float(heat.quantile(0.5)) if heat.numel() < 2**24 else float(heat.mean()), float(heat.max())
-        laid = overlay(photo, heat, *self.limits)
+        laid = overlay(photo, heat, *(self.limits or self.set_limits(heat)))
         if self.overlays and place is not None:
             write_png(place.with_suffix(OVERLAY), laid)
         if wanted:
             self.kept = sorted([*self.kept, entry(score, name, laid)], key=lambda e: -e.score)[:MOST]
 
+    def set_limits(self, heat: Tensor) -> tuple[float, float]:
+        """Where no threshold is calibrated, the scale of all pictures is that of the first image's map [H, W]."""
+        low = heat.quantile(0.5) if heat.numel() < 2**24 else heat.mean()  # quantile takes no more
+        self.limits = float(low), float(heat.max())
+        return self.limits
+
+    def join(self, kept: Iterable[Sequence[Entry]]) -> None:
+        """Take the most anomalous images of all processes for the sheet, each process's in `kept`."""
+        self.kept = sorted(chain.from_iterable(kept), key=lambda e: -e.score)[:MOST]
+
     def write_sheet(self, file: Path) -> None:
         """Write the contact sheet, where there is anything to show."""
         if self.kept:
             write_png(file, contact_sheet(self.kept))
+
+
+def photo_and_heat(image: Path, deviations: Tensor, files: ImageFiles) -> tuple[Tensor, Tensor]:
+    """An image [C, H, W] uint8 and its map [H, W], brought from the frame of the model to the image's size.
+
+    Args:
+        image: its file.
+        deviations: [h, w], its map.
+        files: how it is read.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    from anomem.data import read_image
+    from anomem.data.frame import unframed
+
+    photo = read_image(image, files.grey, levels=files.levels, max_megapixels=files.max_megapixels)
+    return photo, unframed(deviations[None], (photo.shape[1], photo.shape[2]), files.letterbox)[0]
 
 
 def is_ours(path: Path) -> bool:

@@ -23,16 +23,16 @@ class Reproduce:
     """Run an experiment of the paper, or go on with it: tables, backbones, figure 5, ablation, margins, protocols."""
 
     experiment: tyro.conf.Positional[Name]
-    """table6: weight of the variance term, linear evaluation. table7: lambda_s. backbones. figure5: t-SNE and overlap.
-    ablation. margin: M fixed and adaptive. protocol: one-class and 1, 5, 10% labelled anomalies. mvtec: all classes of
-    a folder."""
+    """table6: weight of the variance term, linear evaluation. table7: lambda_s. figure5: t-SNE and overlap.
+    margin: M fixed and adaptive. protocol: one-class and 1, 5, 10% labelled anomalies. mvtec: all classes of a folder.
+    backbones: encoders compared. ablation: one part left out at a time."""
     data: Data | None = None
     """Data set; digits when not given. mvtec reads --data.root instead."""
     root: Annotated[Path, tyro.conf.arg(name="data.root")] = Path("data")
     """Folder with the files of cifar10 and cifar100, or of mvtec with a folder for each class."""
     output: Path | None = None
-    """Folder of rows, table and pictures; runs/reproduce/EXPERIMENT-DATA when not given. Finished cells do not run
-    again."""
+    """Folder of rows, table and pictures; runs/reproduce/EXPERIMENT-DATA when not given.
+    Finished cells do not run again."""
     classes: tuple[str, ...] = ()
     """Normal classes; all when not given."""
     settings: tuple[str, ...] = ()
@@ -41,6 +41,8 @@ class Reproduce:
     """Seeds of split and training; three when not given (figure5 and mvtec: one)."""
     epochs: int | None = None
     """Passes over the training images, to scale down; the preset's when not given (cifar: the paper's 200)."""
+    steps: int | None = None
+    """Gradient steps of stage 1, in place of --epochs."""
     subset: int | None = None
     """At most so many training normals and test images of each kind, to scale down."""
     jobs: int | None = None
@@ -62,7 +64,7 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
     """
     from anomem.reproduce.pictures import draw
     from anomem.reproduce.protocol import FOLDERS, Scale
-    from anomem.reproduce.sweep import Sweep, run
+    from anomem.reproduce.sweep import Sweep, check_folder, run
     from anomem.reproduce.tables import write_table
 
     folders = command.experiment == "mvtec"
@@ -79,17 +81,18 @@ def reproduce(command: Reproduce, arguments: list[str]) -> None:
         command.classes,
         command.settings,
         command.seeds,
-        Scale(command.epochs, command.subset),
+        Scale(command.epochs, command.steps, command.subset),
         command.jobs,
         command.device,
         shlex.join(["anomem", *arguments]),
     )
-    total = len(sweep.cells)
-    if not command.table_only:
+    if command.table_only:
+        check_folder(sweep)
+    else:
         with Grid(command.quiet, f"{command.experiment} {name}") as grid:
             run(sweep, grid.say)
     draw(output)
-    table = write_table(output, total)
+    table = write_table(output)
     if not command.quiet:
         Console(width=None if sys.stdout.isatty() else 120).print(table.read_text(encoding="utf-8"), markup=False)
     print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from anomem.train.config import FitConfig, TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anomem.data import ImageFiles
     from anomem.models import AnoMem
     from anomem.train.ranks import Ranks
     from anomem.train.rundir import RunDirectory
@@ -41,8 +43,8 @@ class Score:
     run: Path
     """Run directory."""
     by: str | None = None
-    """Which score: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector. Of a fitted
-    run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
+    """Trained run: plain, prior, energy, detector or stage2; stage2 where the run has one, else detector.
+    Fitted run: plain, local, whole, both, either or labelled; the one that `anomem fit` named."""
     alpha: float | None = None
     """Fitted run: call about this part of normal images anomalous; that of the fit when not given."""
     fdr: float | None = None
@@ -50,11 +52,11 @@ class Score:
     output: Path | None = None
     """Write a .csv or .json file with all scores instead of printing one."""
     maps: Path | None = None
-    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size; those of "plain" with
-    --by plain, else of "detector"."""
+    """Also write deviation maps into this folder, a .tiff of float32 for each image, at its size.
+    With --by plain they are those of "plain", else of "detector", or of "local" where the run is fitted."""
     overwrite: bool = False
-    """Replace existing files that anomem did not write, and write maps into folders that hold images. Images that are
-    scored and the files of the run are never replaced."""
+    """Replace existing files that anomem did not write, and write maps into folders that hold images.
+    Images that are scored and the files of the run are never replaced."""
     max_megapixels: int | None = None
     """Refuse larger images, in millions of pixels; data.max_megapixels of the run when not given."""
     recursive: bool = False
@@ -238,8 +240,6 @@ def _score(
     Returns:
         The rows; in other processes than the first their own.
     """
-    import torch
-
     from anomem.data import ImageFiles
     from anomem.data.folder import warn_of_unused_range
     from anomem.train.rows import shares
@@ -257,31 +257,12 @@ def _score(
     if config.data.levels is None:
         warn_of_unused_range(files.paths, files.max_megapixels)
 
-    def judged(pixels: dict[int, Tensor]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
-        """Number, row and deviations [H, W] of the images that have a score."""
-        if not pixels:
-            return
-        try:
-            columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
-        except ArgumentError as error:  # the fault of one image: each is judged alone
-            if len(pixels) == 1:
-                failures.extend(f"{given[i].name}: {error}" for i in pixels)
-                return
-            for i, image in pixels.items():
-                yield from judged({i: image})
-            return
-        for place, i in enumerate(pixels):
-            row = {name: values[place] for name, values in columns.items()}
-            unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-            if unfit:
-                failures.append(f"{given[i].name}: its score {unfit[0]} is not finite")
-            else:
-                yield i, row, deviations[place]
-
     rows: list[dict[str, Any]] = []
     pictures = outputs.Pictures(command.overlays, command.masks, command.sheet is not None, judge.pixel_threshold)
     # Batch by batch: the maps of a large folder would not fit into memory.
     share = shares(len(given), ranks.count)[ranks.index]
+    if pictures.any and pictures.limits is None:
+        _scale_as_before(pictures, judge, given[: share.start], files)
     for start in _progress(range(share.start, share.stop, judge.batch_size), command, len(share)):
         pixels: dict[int, Tensor] = {}
         for i in range(start, min(start + judge.batch_size, share.stop)):
@@ -289,7 +270,7 @@ def _score(
                 pixels[i] = files[i]
             except UserError as error:
                 failures.append(str(error).replace(str(given[i].file), given[i].name))
-        for i, values, deviation in judged(pixels):
+        for i, values, deviation in _judged(judge, given, pixels, failures):
             row = {"path": given[i].name, "kind": None, "anomalous": None, **values}
             rows.append(row)
             if maps:
@@ -307,12 +288,11 @@ def _score(
             if command.output is None and judge.decide is None and ranks.count == 1:
                 _print_row(row, judge.shown, command.json)
     if ranks.count > 1:
-        listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
-        parts = ranks.all((rows, listed))
+        everything = _of_all(ranks, rows, failures)
+        pictures.join(ranks.all(pictures.kept))
         if not ranks.first:
             return rows
-        rows = [row for part, _ in parts for row in part]
-        failures.extend(name for _, names in parts for name in names if name not in failures)
+        rows = everything
         for row in rows if command.output is None and judge.decide is None else ():
             _print_row(row, judge.shown, command.json)
     if judge.decide is not None and rows:
@@ -328,6 +308,64 @@ def _score(
     return rows
 
 
+def _judged(
+    judge: Judge, given: Sequence[Given], pixels: Mapping[int, Tensor], failures: list[str]
+) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+    """Number, row and deviations [H, W] of the images that have a score.
+
+    Args:
+        judge: what scores them.
+        given: all images, for their names.
+        pixels: number of an image -> [C, H, W] uint8; one batch.
+        failures: gets sentences about those without a score.
+    """
+    import torch
+
+    if not pixels:
+        return
+    try:
+        columns, deviations = judge.columns(torch.stack(list(pixels.values())).to(judge.model.device))
+    except ArgumentError as error:  # the fault of one image: each is judged alone
+        if len(pixels) == 1:
+            failures.extend(f"{given[i].name}: {error}" for i in pixels)
+            return
+        for i, image in pixels.items():
+            yield from _judged(judge, given, {i: image}, failures)
+        return
+    for place, i in enumerate(pixels):
+        row = {name: values[place] for name, values in columns.items()}
+        unfit = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        if unfit:
+            failures.append(f"{given[i].name}: its score {unfit[0]} is not finite")
+        else:
+            yield i, row, deviations[place]
+
+
+def _scale_as_before(pictures: outputs.Pictures, judge: Judge, before: Sequence[Given], files: ImageFiles) -> None:
+    """Give the pictures of a process the colours of the first process's: the scale of the first image with a map.
+
+    Args:
+        pictures: without a scale.
+        judge: what scores the images.
+        before: the images of the processes before this one.
+        files: those and others, in the same order.
+    """
+    for i, image in enumerate(before):
+        with contextlib.suppress(UserError):  # its process names it
+            for _, _, deviation in _judged(judge, before, {i: files[i]}, []):
+                pictures.set_limits(outputs.photo_and_heat(image.file, deviation.cpu(), files)[1])
+                return
+
+
+def _of_all(ranks: Ranks, rows: list[dict[str, Any]], failures: list[str]) -> list[dict[str, Any]]:
+    """The rows of all processes in the order of the images; the first one's `failures` get those of the others."""
+    listed = [] if ranks.first else failures  # what cannot be listed is listed by all alike
+    parts: list[tuple[list[dict[str, Any]], list[str]]] = ranks.all((rows, listed))
+    if ranks.first:
+        failures.extend(name for _, names in parts for name in names if name not in failures)
+    return [row for part, _ in parts for row in part]
+
+
 def _progress(starts: range, command: Score, count: int) -> Iterable[int]:
     """The starts of the batches; a bar on the terminal where there are several and nothing else is printed there."""
     from rich.progress import track
@@ -336,6 +374,24 @@ def _progress(starts: range, command: Score, count: int) -> Iterable[int]:
     if len(starts) < 2 or quiet or command.watch or not sys.stderr.isatty():
         return starts
     return track(starts, f"scoring {count} images", console=Console(stderr=True), transient=True)
+
+
+def _of_own_name(arrived: Sequence[Given], mapped: dict[Path, Given], failures: list[str]) -> list[Given]:
+    """The images whose map has a file of its own; the others are named in `failures`.
+
+    Args:
+        arrived: new images.
+        mapped: path without suffix -> image; gets the new ones.
+        failures: gets a sentence for an image whose map would be written over another one's.
+    """
+    own = []
+    for image in arrived:
+        first = mapped.setdefault(image.file.with_suffix(""), image)
+        if first is image:
+            own.append(image)
+        else:
+            failures.append(f"{image.name}: expected a name of its own, but its map would be that of {first.name}")
+    return own
 
 
 def _watch(command: Score) -> int:
@@ -357,6 +413,7 @@ def _watch(command: Score) -> int:
     judge, alone = ready[0], replace(command, output=None)
     p_of = None if judge.calibration is None else OnlinePValues(judge.calibration)
     drift, sizes, done = Martingale(ignore=command.alpha or 0.01), dict[Given, int](), set[Given]()
+    mapped: dict[Path, Given] = {}
     rows: list[dict[str, Any]] = []
     failed = 0
     try:
@@ -369,6 +426,8 @@ def _watch(command: Score) -> int:
                 sizes = now
                 done.update(arrived)
                 failures: list[str] = []
+                if command.maps is not None:
+                    arrived = _of_own_name(arrived, mapped, failures)
                 new = _score(alone, arrived, failures, ranks, ready) if arrived else []
                 rows += new
                 failed += len(failures)

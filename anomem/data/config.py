@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from anomem.validation import require, require_choice, require_count
+from anomem.validation import require, require_choice, require_count, require_pair, require_setting
 
 Dataset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv"]
 Defect = Literal["scratch", "blot", "cut_paste"]
@@ -34,16 +33,16 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0). A task made in Python
-    may have any name."""
+    """digits, textures, cifar10, cifar100, folder or elpv (solar cells under CC BY-NC-SA 4.0).
+    A task made in Python may have any name."""
     root: str = "data"
     """Folder with the files of cifar10, cifar100 and folder; digits and textures need none."""
     normal: str = "0"
-    """The normal class by name or by index: "3", "brick", "airplane". folder: by name; a single one in train/ needs
-    none."""
+    """The normal class by name or by index: "3", "brick", "airplane".
+    folder: by name; a single one in train/ needs none."""
     image_size: int | tuple[int, int] | None = None
-    """Side of a square in pixels, or height and width; None is the data set's own (digits 16, textures 64, CIFAR 32,
-    folder and elpv 128)."""
+    """Side of a square in pixels, or height and width.
+    None is the data set's own: digits 16, textures 64, CIFAR 32, folder and elpv 128."""
     letterbox: bool = False
     """folder: keep the aspect ratio; border pixels are repeated around the image. Else images are stretched."""
     outlier_ratio: float = 0.0
@@ -61,8 +60,8 @@ class DataConfig:
     grey: bool = False
     """folder: read the images in grey."""
     levels: Levels | None = None
-    """Values that become black and white in images of more than 8 bits: 0 4095 for a camera of 12 bits. None: 0 and
-    65535, in floating images 0 and 1. Values outside are clipped."""
+    """Values that become black and white in images of more than 8 bits: 0 4095 for a camera of 12 bits.
+    None: 0 and 65535, in floating images 0 and 1. Values outside are clipped."""
     max_megapixels: int = MEGAPIXELS
     """Larger image files are refused: a small file can hold an image that fills the memory."""
     aligned: bool | None = None
@@ -79,7 +78,9 @@ class DataConfig:
             if side is not None:
                 require_count(side, "data.image_size", 1)
         ratio, fraction = self.outlier_ratio, self.test_fraction
-        require(0 <= ratio < math.inf, "data.outlier_ratio", "a ratio ≥ 0 of labelled anomalies to normals", ratio)
+        require_setting(ratio, "data.outlier_ratio")
+        require_setting(fraction, "data.test_fraction")
+        require(ratio >= 0, "data.outlier_ratio", "a ratio ≥ 0 of labelled anomalies to normals", ratio)
         require(0 < fraction < 1, "data.test_fraction", "a fraction between 0 and 1", fraction)
         require_choice(self.anomalies, "data.anomalies", get_args(Anomalies))
         require_count(self.train_patches, "data.train_patches", 2)
@@ -97,5 +98,5 @@ class DataConfig:
             value = getattr(self, name)
             require(isinstance(value, str) and "\0" not in value, f"data.{name}", "a text without NUL", repr(value))
         if self.levels is not None:
-            right = len(self.levels) == 2 and all(map(math.isfinite, self.levels)) and self.levels[0] < self.levels[1]
-            require(right, "data.levels", "two numbers, black < white", self.levels)
+            require_pair(self.levels, "data.levels", "two numbers, black < white")
+            require(self.levels[0] < self.levels[1], "data.levels", "two numbers, black < white", self.levels)

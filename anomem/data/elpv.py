@@ -5,6 +5,7 @@ The images come with the PyPI package `elpv-dataset` under CC BY-NC-SA 4.0: they
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +59,19 @@ def load_cells(kind: str, size: int | tuple[int, int] | None = 128) -> Cells:
         UserError: `elpv-dataset` is not installed.
     """
     try:
-        from elpv_dataset.utils import load_dataset
+        import elpv_dataset.utils  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
             f"the data set elpv ({LICENCE}) needs the package {error.name}, which is not installed; "
             "pip install anomem[elpv]"
         ) from error
+    return _read_cells(kind, size)
+
+
+@functools.lru_cache(maxsize=2)  # reading takes three seconds; a sweep asks for the same cells again and again
+def _read_cells(kind: str, size: int | tuple[int, int] | None) -> Cells:
+    from elpv_dataset.utils import load_dataset
+
     images, probabilities, types = load_dataset()
     of_kind = types == kind
     pixels = torch.from_numpy(np.ascontiguousarray(images[of_kind]))[:, None]

@@ -50,6 +50,7 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
         (200 trees).
 
     Raises:
+        ArgumentError: fewer than two normals, which have no neighbours.
         UserError: scikit-learn is not installed.
     """
     require_packages()
@@ -57,6 +58,8 @@ def baselines(task: Task, seed: int = 0, at_most: int = 5000) -> dict[str, Tenso
     from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
     from sklearn.svm import OneClassSVM
 
+    normals = int(task.train_is_normal.sum())
+    require(normals >= 2, "task", "at least two normal training images", normals)
     train, test = (x.flatten(1).numpy() for x in (_normals(task, seed, at_most), pixels(task.test)))
     neighbours = NearestNeighbors(n_neighbors=min(3, len(train))).fit(train)
     scores = {"kNN-3": neighbours.kneighbors(test)[0].mean(1)}

@@ -13,14 +13,16 @@ from anomem.data import Task
 from anomem.evaluate.metrics import aupro, pixel_auroc
 from anomem.evaluate.report import PIXEL_MEASURES, image_metrics, undefined_measures
 from anomem.scoring.detector import Gaussians, MomentSums
-from anomem.scoring.fill import FeatureRows, fill_prototypes, nearest
+from anomem.scoring.fill import FeatureRows, fill_prototypes, nearest_in_blocks
 from anomem.scoring.fitted import EncodedImages, FittedDetector, Verdicts
 from anomem.train import FitConfig
 
 CORESET = 1000
 """PatchCore's prototypes."""
 COMPONENTS = 64
+"""Of the baseline PCA on pixels."""
 PADIM_BYTES = 2**30
+"""PaDiM is left out where its covariances would take more."""
 MEANINGS = {
     "plain": "deviation of the features from what the memory returns, mean of the top tenth of the positions",
     "local": "distance from the Gaussians of the positions, mean of the top tenth: local defects",
@@ -179,7 +181,7 @@ def encoder_baselines(train: EncodedImages, test: EncodedImages, seed: int = 0) 
         gaussians.fit(sums)
     parts: dict[str, list[Tensor]] = {}
     for x in joined(test):
-        distance = nearest(x.flatten(0, 1), coreset)[1].sqrt().view(x.shape[:2])
+        distance = nearest_in_blocks(x.flatten(0, 1), coreset).distance.sqrt().view(x.shape[:2])
         maps = {"PatchCore": distance} if gaussians is None else {"PatchCore": distance, "PaDiM": gaussians(x)}
         for name, d in maps.items():
             parts.setdefault(f"{name}, max", []).append(d.amax(dim=1))
@@ -205,7 +207,11 @@ def join_maps(queries: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Te
 
 
 def pixel_baselines(task: Task, side: int = 64) -> dict[str, Tensor]:
-    """What needs no network, at a side of 64 pixels.
+    """What needs no network.
+
+    Args:
+        task: its normal training images are fitted, its T test images scored.
+        side: to which larger images are brought, in pixels.
 
     Returns:
         Name -> [T]: "kNN-3" and "PCA-64 residual" on pixels that are standardised in each image, and "brightness", how

@@ -227,6 +227,7 @@ def _counts(scores: Tensor, is_anomaly: Tensor) -> tuple[Tensor, Tensor]:
 def _checked(scores: Any, is_anomaly: Any) -> tuple[Tensor, Tensor]:
     scores, is_anomaly = torch.as_tensor(scores), torch.as_tensor(is_anomaly)
     require(scores.dim() == 1, "scores", "a tensor [N]", scores)
+    require(not scores.is_complex(), "scores", "real numbers", scores.dtype)
     require(is_anomaly.shape == scores.shape, "is_anomaly", lambda: f"[{len(scores)}], one per score", is_anomaly)
     require(is_anomaly.dtype == torch.bool, "is_anomaly", "bool", is_anomaly.dtype)
     bad = int((~scores.isfinite()).sum())

@@ -137,7 +137,7 @@ class Program(nn.Module):
         """Scores [B] float32 and map [B, H, W]."""
         if isinstance(self.source, FittedDetector):
             queries = self.model.queries(self.model(images))
-            found = self.source.scorer.of_queries(queries, size)
+            found = self.source.scorer.of_queries(queries, size, pooled=self.source.labels is not None)
             return self.source.scores_of(found)[self.by].float(), found.maps[self.map_name]
         scored = self.source.unchecked(images)
         heat = scored.maps[self.map_name]

@@ -2,8 +2,8 @@
 
 Conventions. `N` queries, `M` prototypes, `d` features, `G` groups, `B` images. Kernels accumulate in float32 (float64
 for float64); outputs shaped like features have the input's dtype, losses and log-sums are float32 (float64). Under
-`torch.autocast` the inputs of retrieval and contrast are first cast to its dtype, as for a matrix product;
-`gather_positions` and `variance_hinge` compute in the dtype that they get.
+`torch.autocast` inputs are first cast to its dtype, as for a matrix product; `gather_positions` and `variance_hinge`
+compute in the dtype that they get.
 
 `impl` is "auto" (a table of measured choices, printed by `python -m anomem.env`), "reference", "triton" or "native";
 naming one that cannot run here raises `anomem.errors.ArgumentError` with the reason. `part=True` makes the name a
@@ -19,13 +19,13 @@ from anomem.functional.distributed import (
     rows_per_process,
     variance_hinge_distributed,
 )
-from anomem.functional.memory_loss import contrasted_memory_loss
+from anomem.functional.memory_loss import contrasted_memory_loss, margin_loss, scale_weights
 from anomem.functional.nearest import k_center, nearest
 from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
-from anomem.functional.sampling import gather_positions, variance_hinge
+from anomem.functional.sampling import gather_positions, sample_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, margin_loss, sample_positions, scale_weights
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest
 
 __all__ = [
     "MemoryDiagnostics",

@@ -60,6 +60,12 @@ def memory_inputs(
     return query, Memory(prototypes, values, learned, scale, normalize)
 
 
+def require_width(values: Tensor, features: int) -> None:
+    """Values that are compared with queries: [M, d] of the same d."""
+    require_tensor(values, "values", (2,), "[M, d]")
+    require(values.shape[1] == features, "values", lambda: f"[M, {features}]", values)
+
+
 def bank_inputs(x: Tensor, argument: str, prototypes: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Check rows against a memory or several banks of one, and cast them under autocast.
 

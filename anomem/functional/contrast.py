@@ -16,6 +16,7 @@ from anomem.validation import (
     require_choice,
     require_index,
     require_positive_number,
+    require_same_device,
     require_same_kind,
     require_tensor,
     require_views,
@@ -54,6 +55,11 @@ def nt_xent(
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+
+    Example:
+        >>> z, z_pair = torch.randn(2, 64, 16)  # two views of 64 images
+        >>> nt_xent(z, z_pair, reduction="none").shape
+        torch.Size([128])
     """
     require_views(z, "z", z_pair, "z_pair")
     require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
@@ -113,6 +119,11 @@ def info_nce(
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, an index out of range (checked where it costs no
             synchronisation), or an implementation that cannot run here.
+
+    Example:
+        >>> images, texts = torch.randn(2, 64, 16)
+        >>> info_nce(images, texts, torch.arange(64), reduction="none").shape
+        torch.Size([64])
     """
     require_tensor(rows, "rows", (2, 3), "[R, d] or [G, R, d]")
     require_tensor(columns, "columns", (2, 3), "[C, d] or [G, C, d]")
@@ -157,7 +168,7 @@ def _check_index(index: Tensor, name: str, rows: Tensor, columns: Tensor) -> Non
     require_index(index, name, "[R]", (1,), columns.shape[-2], "columns")
     count = rows.shape[-2]
     require(index.shape[0] == count, name, lambda: f"[{count}], one index per row", index)
-    require(index.device == rows.device, name, lambda: f"the device of `rows` ({rows.device})", index.device)
+    require_same_device(index, name, rows, "rows")
 
 
 def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:

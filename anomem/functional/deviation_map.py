@@ -7,12 +7,12 @@ from torch import Tensor
 
 from anomem import backends, reference
 from anomem.backends import Impl
-from anomem.functional._inputs import kernel_memory, memory_inputs, reference_memory, without_autocast
+from anomem.functional._inputs import kernel_memory, memory_inputs, reference_memory, require_width, without_autocast
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.ops.library import accumulator
 from anomem.reference import Distance, Normalize, normalize_rows
 from anomem.reference.deviation_map import DISTANCES
-from anomem.validation import require, require_choice, require_count, require_tensor
+from anomem.validation import require, require_choice, require_count, require_same_device, require_tensor
 
 
 def deviation(
@@ -38,8 +38,9 @@ def deviation(
     Raises:
         ArgumentError: as `hopfield_retrieve`.
     """
-    if isinstance(values, Tensor) and isinstance(query, Tensor):
-        require(values.shape[-1] == query.shape[-1], "values", lambda: f"[M, {query.shape[-1]}]", values)
+    require_tensor(query, "query", (), "[..., d]")
+    if values is not None:
+        require_width(values, query.shape[-1])
     retrieved = hopfield_retrieve(
         query,
         prototypes,
@@ -87,6 +88,10 @@ def deviation_map(
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+
+    Example:
+        >>> deviation_map(torch.randn(2, 16, 7, 5), torch.randn(8, 16)).shape
+        torch.Size([2, 7, 5])
     """
     require_tensor(feature_map, "feature_map", (4,), "[B, d, H, W]")
     require_choice(distance, "distance", DISTANCES)
@@ -96,12 +101,13 @@ def deviation_map(
         feature_map.detach(), "feature_map", features, prototypes, values, beta, normalize
     )
     if values is not None:
-        require(values.shape[1] == features, "values", lambda: f"[M, {features}]", values)
+        require_width(values, features)
     count = prototypes.shape[0]
     if log_prior is not None:
         require_tensor(log_prior, "log_prior", (2,), "[H·W, M]")
         right = tuple(log_prior.shape) == (height * width, count)
         require(right, "log_prior", lambda: f"[{height * width}, {count}]", log_prior)
+        require_same_device(log_prior, "log_prior", feature_map, "feature_map")
     problem = backends.Problem(
         "deviation_map",
         feature_map.device.type,

@@ -1,4 +1,4 @@
-"""The loss of one scale of stage 1, composed of the fused operators."""
+"""The losses of AnoMem: of one scale of stage 1, composed of the fused operators, and of stage 2; weights of scales."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anomem import reference
 from anomem.backends import Impl
+from anomem.functional._inputs import autocast_inputs, require_width
 from anomem.functional.contrast import nt_xent
 from anomem.functional.distributed import group_of, nt_xent_distributed, processes, variance_hinge_distributed
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
-from anomem.reference import Negatives, Normalize
-from anomem.reference.contrast import NEGATIVES
-from anomem.validation import require, require_choice, require_tensor, shape_of
+from anomem.reference import Negatives, Normalize, Weighting
+from anomem.reference.contrast import NEGATIVES, WEIGHTINGS
+from anomem.validation import (
+    require,
+    require_choice,
+    require_count,
+    require_mask,
+    require_number,
+    require_same_device,
+    require_same_kind,
+    require_tensor,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from anomem.functional.distributed import Group
@@ -32,6 +44,7 @@ def contrasted_memory_loss(
     beta: float | Tensor | None = None,
     steps: int = 1,
     normalize: Normalize = "layer",
+    shrink: float | Tensor = 0.0,
     temperature: float | Tensor = 0.2,
     negatives: Negatives = "image",
     symmetric: bool = True,
@@ -53,7 +66,7 @@ def contrasted_memory_loss(
         z_pair: [n, B, d], the same positions of the other view.
         prototypes: [M, d].
         is_normal: [B] bool, y_k = 1; None when every image is normal.
-        values: [M, d]; with beta, steps and normalize as in `hopfield_retrieve`.
+        values: [M, d]; with beta, steps, normalize and shrink as in `hopfield_retrieve`.
         temperature: tau > 0.
         negatives: "image" (other images at the same position), "position" (other positions of the same image) or the
             sum of "both".
@@ -77,6 +90,10 @@ def contrasted_memory_loss(
     require_tensor(z, "z", (3,), "[n, B, d]")
     require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
+    z, z_pair = autocast_inputs(z, z_pair)
+    require_same_kind(z_pair, "z_pair", z, "z")
+    if values is not None:
+        require_width(values, z.shape[-1])
     require_choice(negatives, "negatives", NEGATIVES)
     require(z.shape[0] > 0, "z", "at least one sampled position", z)
     group = group_of(process_group) if distributed else None
@@ -85,14 +102,14 @@ def contrasted_memory_loss(
     require(z.shape[1] >= 1, "z", "at least one image of each process", z)
     require(images >= 2, "z", "at least two images in the batch", z, "the contrast needs a negative")
     if is_normal is not None:
-        right = is_normal.dtype == torch.bool and is_normal.shape == z.shape[1:2]
-        require(right, "is_normal", lambda: f"bool [{z.shape[1]}]", lambda: f"{is_normal.dtype} {shape_of(is_normal)}")
+        require_mask(is_normal, "is_normal", z.shape[1])
+        require_same_device(is_normal, "is_normal", z, "z")
 
     # View v is contrasted with the memory's answer to the other view.
     views = torch.cat([z, z_pair]) if symmetric else z  # [n or 2n, B, d]
     queries = torch.cat([z_pair, z]) if symmetric else z_pair
     retrieved = hopfield_retrieve(
-        queries, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, impl=impl
+        queries, prototypes, values=values, beta=beta, steps=steps, normalize=normalize, shrink=shrink, impl=impl
     )
     if is_normal is not None:
         retrieved = torch.where(is_normal[:, None], retrieved, queries.to(retrieved.dtype))
@@ -122,3 +139,51 @@ def _by_image(x: Tensor, symmetric: bool) -> Tensor:
     directions = 2 if symmetric else 1
     split = x.reshape(directions, -1, *x.shape[1:])  # [k, n, B, d]
     return split.transpose(1, 2).flatten(0, 1)
+
+
+def scale_weights(count: int, weighting: Weighting = "exp") -> tuple[float, ...]:
+    """lambda_s of AnoMem Eq. 4 for s = 1 … S, increasing.
+
+    Args:
+        count: S ≥ 1, number of scales.
+        weighting: "exp", 2^(s−S) (the default of the paper's table 7), or "linear", s/S.
+
+    Returns:
+        S numbers in (0, 1]; the last, of the coarsest scale, is 1.
+
+    Raises:
+        ArgumentError: no scale, or an unknown weighting.
+
+    Example:
+        >>> scale_weights(3)
+        (0.25, 0.5, 1.0)
+    """
+    require_count(count, "count", 1)
+    require_choice(weighting, "weighting", WEIGHTINGS)
+    return reference.scale_weights(count, weighting)
+
+
+def margin_loss(length: Tensor, is_normal: Tensor, margin: float | Tensor = 2.0) -> Tensor:
+    """The margin loss of stage 2 at one scale: y max(0, |g| − 1/M) + (1 − y) max(0, M − |g|), mean over the batch.
+
+    Args:
+        length: [B], |g_k|, length of each image's embedding.
+        is_normal: [B] bool, y_k = 1.
+        margin: M ≥ 1, a number or a 0-dim tensor; normals end inside radius 1/M, anomalies outside M.
+
+    Returns:
+        0-dim, in length's dtype; differentiable.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype, device or number.
+
+    Example:
+        >>> float(margin_loss(torch.tensor([0.5, 1.5]), torch.tensor([True, False])))
+        0.25
+    """
+    require_tensor(length, "length", (1,), "[B]")
+    require_mask(is_normal, "is_normal", length.shape[0])
+    require_same_device(is_normal, "is_normal", length, "length")
+    require_number(margin, "margin")
+    require(isinstance(margin, Tensor) or margin >= 1, "margin", "a number ≥ 1", margin)
+    return reference.margin_loss(length, is_normal, margin)

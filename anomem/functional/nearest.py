@@ -74,6 +74,10 @@ def k_center(x: Tensor, count: int, *, first: int = 0, impl: Impl = "auto") -> T
 
     Raises:
         ArgumentError: as `nearest`.
+
+    Example:
+        >>> k_center(torch.tensor([[0.0], [1.0], [5.0], [6.0]]), 3).tolist()
+        [0, 3, 1]
     """
     require_tensor(x, "x", (2,), "[N, d]")
     rows, features = x.shape

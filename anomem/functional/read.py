@@ -11,7 +11,14 @@ from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.ops.nearest import MOST
 from anomem.reference import MemoryRead, Normalize
 from anomem.reference.retrieve import NORMALIZE
-from anomem.validation import require, require_choice, require_count, require_number, require_tensor
+from anomem.validation import (
+    require,
+    require_choice,
+    require_count,
+    require_number,
+    require_same_device,
+    require_tensor,
+)
 
 
 def read_memory(
@@ -71,7 +78,7 @@ def read_memory(
         require_tensor(bias, "bias", (1, 2), "[M] or [L, M]")
         expected = prototypes.shape[:-1]
         require(bias.shape == expected, "bias", lambda: f"{list(expected)}, one number per prototype", bias)
-        require(bias.device == rows.device, "bias", lambda: f"on {rows.device}", bias.device)
+        require_same_device(bias, "bias", rows, "query")
     learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
     memory = Memory(banks, None, learned, scale, normalize)
     problem = backends.Problem(

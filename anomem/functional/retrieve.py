@@ -83,6 +83,11 @@ def hopfield_retrieve(
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
+
+    Example:
+        >>> out, lse = hopfield_retrieve(torch.randn(2, 5, 16), torch.randn(8, 16), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5]))
     """
     require_tensor(query, "query", (), "[..., d]")
     require_count(steps, "steps", 1)

@@ -1,9 +1,10 @@
-"""Gather of sampled positions and the variance hinge."""
+"""Sampled positions, the gather of them, and the variance hinge."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from anomem import backends, reference
@@ -13,10 +14,52 @@ from anomem.ops.library import accumulator
 from anomem.validation import (
     require,
     require_choice,
+    require_count,
     require_index,
+    require_same_device,
     require_schedule,
+    require_setting,
     require_tensor,
 )
+
+
+def sample_positions(
+    height: int,
+    width: int,
+    ratio: float,
+    *,
+    batch: int | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """n = max(1, floor(H·W·ratio)) distinct positions of a map, uniform (Algorithm 1, line 3).
+
+    Args:
+        height: H ≥ 1 of the map.
+        width: W ≥ 1 of the map.
+        ratio: sampling ratio r of the scale, in (0, 1].
+        batch: None for one draw that serves the whole batch, B ≥ 1 for one draw per image.
+        generator: source of randomness, on `device`.
+        device: of the positions.
+
+    Returns:
+        [n] int64 flat indices h·W + w, or [B, n] for a draw per image; `gather_positions` takes both.
+
+    Raises:
+        ArgumentError: a number outside of its range.
+
+    Example:
+        >>> positions = sample_positions(8, 8, 0.25)
+        >>> gather_positions(torch.randn(4, 32, 8, 8), positions).shape
+        torch.Size([16, 4, 32])
+    """
+    require_count(height, "height", 1)
+    require_count(width, "width", 1)
+    require_setting(ratio, "ratio")
+    require(0 < ratio <= 1, "ratio", "a part of the positions in (0, 1]", ratio)
+    if batch is not None:
+        require_count(batch, "batch", 1)
+    return reference.sample_positions(height, width, ratio, batch=batch, generator=generator, device=device)
 
 
 def gather_positions(
@@ -49,8 +92,7 @@ def gather_positions(
     require_index(positions, "positions", "[n] or [B, n]", (1, 2), height * width, "positions h·W + w")
     if positions.dim() == 2:
         require(positions.shape[0] == batch, "positions", lambda: f"[{batch}, n], a row per image", positions)
-    same_device = positions.device == feature_map.device
-    require(same_device, "positions", lambda: f"the device of `feature_map` ({feature_map.device})", positions.device)
+    require_same_device(positions, "positions", feature_map, "feature_map")
     problem = backends.Problem(
         "gather",
         feature_map.device.type,

@@ -42,6 +42,11 @@ def memory_diagnostics(
 
     Raises:
         ArgumentError: as `hopfield_retrieve`, or no query at all.
+
+    Example:
+        >>> found = memory_diagnostics(torch.randn(100, 16), torch.randn(8, 16))
+        >>> int(found.usage.sum()), round(float(found.mass.sum()), 3)
+        (100, 1.0)
     """
     require_tensor(query, "query", (), "[..., d]")
     features = query.shape[-1]

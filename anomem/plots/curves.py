@@ -177,6 +177,7 @@ def tsne(
     *,
     seed: int = 0,
     at_most: int = 800,
+    title: str = "",
 ) -> None:
     """t-SNE of prototypes with normal and anomalous samples, by the cosine distance of their vectors.
 
@@ -187,6 +188,11 @@ def tsne(
         path: where to write.
         seed: of the t-SNE and of the choice from a set larger than `at_most`.
         at_most: largest number of samples of each kind.
+        title: a line above the picture's own.
+
+    Raises:
+        ArgumentError: vectors of different lengths, fewer than four, or NaN and infinity among them.
+        UserError: scikit-learn is not installed, or the file cannot be written.
     """
     with optional("t-SNE"):
         from sklearn.manifold import TSNE
@@ -223,7 +229,8 @@ def tsne(
             )  # fmt: skip
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        axes.set_title("t-SNE by cosine distance (axes have no unit)")
+        about = "t-SNE by cosine distance (axes have no unit)"
+        axes.set_title(f"{title}\n{about}" if title else about)
         axes.set_aspect("equal", adjustable="datalim")
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 

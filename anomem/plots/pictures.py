@@ -48,6 +48,10 @@ def extremes(
         count: images of each kind.
         unit: of the maps.
         threshold: value of the maps above which a pixel is anomalous; its outline is drawn dashed.
+
+    Raises:
+        ArgumentError: maps of another shape than the images, or fewer than two images.
+        UserError: the file cannot be written.
     """
     require(maps.shape == (len(images), *images.shape[2:]), "maps", "[T, H, W] like the images", maps)
     count = min(count, len(images) // 2)
@@ -115,6 +119,10 @@ def prototypes(
         path: where to write.
         count: prototypes to show.
         per_prototype: images of each.
+
+    Raises:
+        ArgumentError: weights of another number of images.
+        UserError: the file cannot be written.
     """
     right = weights.dim() == 2 and len(weights) == len(images)
     require(right, "weights", lambda: f"[{len(images)}, M], one row per image", weights)

@@ -2,9 +2,17 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}% (${part} of ${whole})` : "–");
-const COLOURS = ["var(--accent)", "#8b5cf6", "#d97706", "#db2777", "#64748b", "#0284c7", "#65a30d", "#a16207", "#dc2626"];
+const COLOURS = ["var(--accent)", "#8b5cf6", "#d97706", "#db2777", "#64748b", "#0284c7", "#65a30d", "#a16207", "#dc2626",
+  "#4338ca", "#be185d", "#0891b2", "#7c2d12", "#86198f", "#3f6212", "#1e3a8a"];
 
 /* ------------------------------------------------------------------ drawing */
+
+/* Width in pixels to draw at: that of the place, or of half and of the whole sheet of paper. */
+let printing = false;
+function room(svg, least) {
+  if (printing) return svg.closest(".pair") ? 340 : 700;
+  return Math.max(least, svg.parentElement.clientWidth);
+}
 
 function node(parent, name, attributes, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -23,7 +31,7 @@ function ticks(low, high, about) {
 }
 
 function frame(svg, width, height, x, y, labels) {
-  const box = { left: 46, right: width - 8, top: 8, bottom: height - 42 };
+  const box = { left: 46, right: width - 16, top: 8, bottom: height - 42 };
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const sx = (v) => box.left + ((v - x[0]) / (x[1] - x[0])) * (box.right - box.left);
@@ -78,7 +86,7 @@ function alpha(t) {
 let marker = null, scale = null;
 
 function histogram() {
-  const svg = $("histogram"), width = Math.max(320, svg.parentElement.clientWidth), height = width < 500 ? 210 : 260;
+  const svg = $("histogram"), width = room(svg, 320), height = width < 500 ? 210 : 260;
   const values = data.scores.map(([score]) => score).sort((a, b) => a - b);
   const low = Math.min(values[0], data.threshold), cut = values[Math.floor(0.99 * (values.length - 1))];
   const high = Math.max(cut, data.threshold, low + 1e-6), bins = width < 500 ? 24 : 48;
@@ -161,17 +169,18 @@ if (data.scores) {
 let plots = [];
 
 function curves() {
-  const width = Math.max(280, $("roc").parentElement.clientWidth), height = Math.min(width, 380);
+  const width = room($("roc"), 280), height = Math.min(width, 380);
   plots = ["roc", "pr"].map((name) => {
     const svg = $(name);
     const labels = { x: name === "roc" ? "normal images called anomalous" : "anomalous images found", percent: true, y_percent: true };
     const drawn = frame(svg, width, height, [0, 100], [0, 100], labels);
-    data.curves.forEach((curve, i) => {
-      if (curve.hidden) return;
+    for (let i = data.curves.length - 1; i >= 0; i -= 1) { // the leading score comes first, and is drawn above the others
+      const curve = data.curves[i];
+      if (curve.hidden) continue;
       line(svg, curve[name].map(([x, y]) => [drawn.sx(100 * x), drawn.sy(100 * y)]), {
         stroke: COLOURS[i % COLOURS.length], "stroke-width": curve.lead ? 3 : 1.6, "stroke-dasharray": curve.baseline ? "5 3" : "none",
       });
-    });
+    }
     const dot = node(svg, "circle", { r: 5, fill: "var(--ink)", stroke: "var(--back)", "stroke-width": 2 });
     return { ...drawn, dot, name };
   });
@@ -193,10 +202,11 @@ if (data.curves) {
     const label = document.createElement("label"), box = document.createElement("input"), dash = document.createElement("i");
     box.type = "checkbox";
     box.checked = !curve.hidden;
-    box.addEventListener("change", () => { curve.hidden = !box.checked; curves(); });
+    box.addEventListener("change", () => { curve.hidden = !box.checked; label.dataset.shown = box.checked; curves(); });
     dash.style.borderTopColor = COLOURS[i % COLOURS.length];
     dash.style.borderTopStyle = curve.baseline ? "dashed" : "solid";
     label.append(box, dash, `${curve.name} (AUROC ${curve.auroc.toFixed(3)})`);
+    label.dataset.shown = box.checked;
     $("curve-legend").append(label);
   });
 }
@@ -245,7 +255,7 @@ function gallery() {
     name.title = item.name;
     state.className = "outcome";
     state.textContent = WORDS[result];
-    text.append(name, `${item.kind} · ${item.score.toPrecision(4)}${item.p ? ` · p ${item.p.toPrecision(2)}` : ""}`, document.createElement("br"), state);
+    text.append(name, `${item.kind} · ${item.score.toPrecision(4)}${item.p ? ` · p\u00a0${item.p.toPrecision(2)}` : ""}`, document.createElement("br"), state);
     card.append(picture(item), text);
     card.addEventListener("click", () => enlarge(item));
     return card;
@@ -308,8 +318,10 @@ function series(svg, width, lines, labels, bound) {
     const points = l.points.map(([x, y]) => [drawn.sx(x), drawn.sy(y)]);
     line(svg, points.length > 1 ? points : [points[0], [points[0][0] + 2, points[0][1]]], { stroke: COLOURS[i % COLOURS.length] });
   });
-  if (bound !== undefined) line(svg, [[drawn.box.left, drawn.sy(bound)], [drawn.box.right, drawn.sy(bound)]],
-    { stroke: "var(--anomalous)", "stroke-dasharray": "6 3" });
+  if (bound === undefined) return;
+  const at = drawn.sy(bound);
+  line(svg, [[drawn.box.left, at], [drawn.box.right, at]], { stroke: "var(--anomalous)", "stroke-dasharray": "6 3" });
+  node(svg, "text", { x: drawn.box.right - 4, y: at + 15, "text-anchor": "end" }, "alarm");
 }
 
 function training() {
@@ -336,7 +348,7 @@ function training() {
 
 function drift() {
   const svg = $("martingale");
-  series(svg, Math.max(320, svg.parentElement.clientWidth), [{ points: data.drift.points }],
+  series(svg, room(svg, 320), [{ points: data.drift.points }],
     { x: "images of the stream", height: 220 }, data.drift.bound);
 }
 
@@ -350,3 +362,5 @@ draw();
 if (data.training) training();
 if (data.scores) decide();
 window.addEventListener("resize", draw);
+for (const [event, now] of [["beforeprint", true], ["afterprint", false]])
+  window.addEventListener(event, () => { printing = now; draw(); });

@@ -102,7 +102,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder and its picture."""
-        words = re.sub(r"[^A-Za-z0-9.%]+", "-", f"{self.setting} {self.normal}").strip("-")
+        words = re.sub(r"[^\w.%]+", "-", f"{self.setting} {self.normal}").strip("-")
         return f"{words}-seed{self.seed}"
 
     def config(self, setting: Setting, device: str = "auto") -> TrainConfig:
@@ -142,7 +142,8 @@ def run_cell(cell: Cell, setting: Setting, sweep: Path, device: str = "auto") ->
     began, busy = time.perf_counter(), time.process_time()
     config = cell.config(setting, device)
     task = cell.task(config)
-    write_split(task, config.data, sweep / "splits")
+    named = cell.normal if cell.data == FOLDERS else task.normal  # of folders, every class is called "good"
+    write_split(task, config.data, sweep / "splits", named)
     folder = sweep / "cells" / cell.name
     config = scaled(config, cell.scale, len(task.train))
     config = replace(config, run=replace(config.run, directory=str(folder)))
@@ -157,7 +158,7 @@ def run_cell(cell: Cell, setting: Setting, sweep: Path, device: str = "auto") ->
         "setting": cell.setting,
         "normal": cell.normal,
         "seed": cell.seed,
-        "class": task.normal,
+        "class": named,
         "train_images": len(task.train),
         "test_images": len(task.test),
         "metrics": metrics,

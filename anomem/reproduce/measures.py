@@ -151,8 +151,13 @@ def _overlap(scorer: Scorer, work: Work) -> Metrics:
     vectors = last_scale(scorer, work.task.test, work.cell.seed)
     stored = normalize_rows(memory.prototypes.detach(), memory.normalize).cpu()
     normal, anomalous = vectors[~is_anomaly], vectors[is_anomaly]
-    tsne(stored, normal, anomalous, work.picture, seed=work.cell.seed)
-    return {"overlap": overlap(stored, normal, anomalous)}
+    found = overlap(stored, normal, anomalous)
+    title = (
+        f"{work.task.name}, {work.cell.setting}: overlap of normals {found['normals']:.1%}, of anomalies "
+        f"{found['anomalies']:.1%}, by chance {found['chance']:.1%}"
+    )
+    tsne(stored, normal, anomalous, work.picture, seed=work.cell.seed, title=title)
+    return {"overlap": found}
 
 
 @torch.no_grad()

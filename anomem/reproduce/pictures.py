@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anomem.reproduce.experiments import EXPERIMENTS, Experiment
 from anomem.reproduce.sweep import read_sweep
+from anomem.reproduce.tables import MEASURES
 from anomem.reproduce.trends import Values
 
 MARKERS = ("o", "D", "^", "s", "v", "P", "X", "*")
@@ -27,14 +28,15 @@ def draw(sweep: Path) -> Path:
     header, rows = read_sweep(sweep)
     experiment, values = EXPERIMENTS[header["experiment"]], Values(rows)
     path = sweep / "pictures" / "summary.png"
+    title = f"{experiment.title} ({header['data']})"
     if header["experiment"] == "margin":
-        _margins(experiment, values, path)
+        _margins(experiment, values, title, path)
     else:
-        _settings(experiment, values, path)
+        _settings(experiment, values, title, path)
     return path
 
 
-def _settings(experiment: Experiment, values: Values, path: Path) -> None:
+def _settings(experiment: Experiment, values: Values, title: str, path: Path) -> None:
     from anomem.plots.style import AMBER, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, figure
 
     names = [name for name in experiment.settings if any(row["setting"] == name for row in values.rows)]
@@ -42,19 +44,22 @@ def _settings(experiment: Experiment, values: Values, path: Path) -> None:
     with figure(path, 6.8, 1.4 + 0.34 * len(names)) as fig:
         axes = fig.subplots()
         axes.hlines(range(len(names)), 0, 1, color=FAINT, linewidth=0.8, zorder=0, transform=axes.get_yaxis_transform())
-        for score, colour, marker in zip(experiment.scores, colours, MARKERS, strict=False):
-            points = [(x, y) for y, name in enumerate(names) for x in values.by_seed(name, score)]
+        shares = [extra for extra in experiment.extra if extra[0] != "cost"]
+        drawn = [(score, "auroc", score) for score in experiment.scores]
+        drawn += [(*extra, MEASURES[extra].replace("of anom", "overlap of anom")) for extra in shares]
+        for (score, measure, label), colour, marker in zip(drawn, colours, MARKERS, strict=False):
+            points = [(x, y) for y, name in enumerate(names) for x in values.by_seed(name, score, measure)]
             if points:
                 x, y = zip(*points, strict=True)
-                axes.scatter(x, y, s=42, marker=marker, edgecolors=colour, facecolors="none", label=score)
+                axes.scatter(x, y, s=42, marker=marker, edgecolors=colour, facecolors="none", label=label)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel("AUROC, mean over the classes; one mark a seed")
-        axes.set_title(experiment.title)
+        axes.set_xlabel(f"{'AUROC or share' if shares else 'AUROC'}, mean over the classes; one mark a seed")
+        axes.set_title(title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def _margins(experiment: Experiment, values: Values, path: Path) -> None:
+def _margins(experiment: Experiment, values: Values, title: str, path: Path) -> None:
     """AUROC against M, a line for each ratio of labels; the adaptive margin as a dashed level."""
     from anomem.plots.style import figure, shades
 
@@ -74,5 +79,5 @@ def _margins(experiment: Experiment, values: Values, path: Path) -> None:
         axes.set_xticks(range(len(margins)), [name.removeprefix("M = ") for name in margins])
         axes.set_xlabel("M; dashed: adapted while training")
         axes.set_ylabel("AUROC of stage 2")
-        axes.set_title(experiment.title)
+        axes.set_title(title)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)

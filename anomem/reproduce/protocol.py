@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +24,13 @@ from anomem.data import DataConfig, Images, ResidentImages, StreamedImages, Task
 from anomem.data.bundled import SUPERCLASSES
 from anomem.data.elpv import TYPES
 from anomem.data.images import Picked
+from anomem.data.task import Split
 from anomem.data.textures import TEXTURES
 from anomem.errors import UserError
 from anomem.files import make_folder, write_atomically
 from anomem.train import OptimizerConfig, TrainConfig, model_for, preset, train_stage1
 from anomem.train.config import PAPER_EPOCHS
-from anomem.validation import require_count
+from anomem.validation import require, require_count
 
 DataName = Literal["cifar10", "cifar100", "digits", "textures", "elpv"]
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -39,6 +41,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "elpv": TYPES,
 }
 """Normal classes of each data set; a number is an index into the classes of its files."""
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar100": SUPERCLASSES,
+}
+"""Names of the classes that `CLASSES` numbers, where they may be given instead."""
 RATIOS = (0.01, 0.05, 0.1)
 """Labelled anomalies per normal of outlier exposure."""
 PAPER_DATA = ("cifar10", "cifar100")
@@ -54,12 +61,17 @@ class Scale:
 
     epochs: int | None = None
     """Passes over the training images in stage 1; stage 2 is shortened alike. None: those of the preset."""
+    steps: int | None = None
+    """Gradient steps of stage 1 instead of epochs."""
     subset: int | None = None
     """At most so many training normals, and as many test images of each kind. None: all."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None:
             require_count(self.epochs, "epochs", 1)
+        if self.steps is not None:
+            require_count(self.steps, "steps", 1)
+            require(self.epochs is None, "steps", "epochs or steps", "both")
         if self.subset is not None:
             require_count(self.subset, "subset", 2)
 
@@ -82,15 +94,16 @@ def scaled(config: TrainConfig, scale: Scale, images: int) -> TrainConfig:
 
     Args:
         config: of a cell.
-        scale: epochs.
+        scale: epochs or steps.
         images: N, training images.
     """
-    epochs = scale.epochs
-    if epochs is None:
-        if config.data.dataset not in PAPER_DATA:
-            return config
+    steps, epochs = scale.steps, scale.epochs
+    if epochs is None and config.data.dataset in PAPER_DATA:
         epochs = PAPER_EPOCHS  # the preset's steps are those of CIFAR-10
-    steps = epochs * max(1, images // config.optimizer.batch_size)
+    if steps is None:
+        if epochs is None:
+            return config
+        steps = epochs * max(1, images // config.optimizer.batch_size)
     part = steps / config.optimizer.steps
     stage2 = replace(config.stage2, optimizer=shortened(config.stage2.optimizer, config.stage2.optimizer.steps * part))
     return replace(config, optimizer=shortened(config.optimizer, steps), stage2=stage2)
@@ -128,7 +141,7 @@ def scaled_task(task: Task, scale: Scale, seed: int) -> Task:
     anomalies = max(1, round(labelled * kept / normals)) if labelled else 0
     train = torch.cat([some(task.train_is_normal, kept), some(~task.train_is_normal, anomalies)])
     test = torch.cat([some(~task.test_is_anomaly, scale.subset), some(task.test_is_anomaly, scale.subset)])
-    rows = task.rows
+    rows, names = task.rows, task.trained_on
     return replace(
         task,
         train=picked(task.train, train),
@@ -139,6 +152,15 @@ def scaled_task(task: Task, scale: Scale, seed: int) -> Task:
         test_masks=None if task.test_masks is None else task.test_masks[test],
         test_paths=None if task.test_paths is None else tuple(task.test_paths[i] for i in test.tolist()),
         rows=None if rows is None else type(rows)(rows.train[train], rows.test[test]),
+        trained_on=None if names is None else _kept(names, train.tolist()),
+    )
+
+
+def _kept(names: Split, rows: Sequence[int]) -> Split:
+    """The files of some training images; normals come first."""
+    every, normals = (*names.normal, *names.anomalous), len(names.normal)
+    return Split(
+        tuple(every[row] for row in rows if row < normals), tuple(every[row] for row in rows if row >= normals)
     )
 
 
@@ -155,24 +177,26 @@ def picked(images: Images, rows: Tensor) -> Images:
     return ResidentImages(torch.cat(parts))
 
 
-def write_split(task: Task, config: DataConfig, folder: Path) -> Path:
+def write_split(task: Task, config: DataConfig, folder: Path, named: str = "") -> Path:
     """Write which images a task consists of, so that another method can run on the same.
 
-    A .json file with rows of the data set's files, in the order of the files; or, where the images are drawn by a seed
-    from photographs, a .safetensors file with the images themselves.
+    A .json file with rows of the data set's files, in the order of the files, or with names of files below
+    `config.root`. Where the images are drawn by a seed from photographs, a .safetensors file with the images.
 
     Args:
         task: on the CPU.
         config: the task was made by.
         folder: made if missing.
+        named: the class in the file and in its name; `task.normal` when empty.
 
     Returns:
         The file.
     """
     make_folder(folder)
     exposed = f"-{config.outlier_ratio:.0%}" if config.outlier_ratio else ""
-    name = f"{config.dataset}-{task.normal.replace(' ', '_')}-seed{config.seed}{exposed}"
-    about = {"data": config.dataset, "normal": task.normal, "seed": config.seed, "ratio": config.outlier_ratio}
+    named = named or task.normal
+    name = f"{config.dataset}-{named.replace(' ', '_')}-seed{config.seed}{exposed}"
+    about = {"data": config.dataset, "normal": named, "seed": config.seed, "ratio": config.outlier_ratio}
     if task.rows is None and task.test_paths is None:
         path = folder / f"{name}.safetensors"
         tensors = {"train_is_normal": task.train_is_normal, "test_is_anomaly": task.test_is_anomaly}
@@ -190,7 +214,8 @@ def write_split(task: Task, config: DataConfig, folder: Path) -> Path:
             "test_anomalous": test[task.test_is_anomaly].tolist(),
         }
     else:
-        trained, paths = task.trained_on, task.test_paths or ()
+        trained = task.trained_on
+        paths = [Path(os.path.relpath(path, config.root)).as_posix() for path in task.test_paths or ()]
         anomalous = task.test_is_anomaly.tolist()
         parts = {
             "train_normal": () if trained is None else trained.normal,

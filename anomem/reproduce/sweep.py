@@ -13,7 +13,9 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,9 +31,10 @@ import anomem
 from anomem.data import load_task
 from anomem.errors import UserError
 from anomem.files import make_folder, write_atomically, writing
-from anomem.reproduce.cell import Cell, run_cell
+from anomem.reproduce.cell import Cell, Setting, run_cell
 from anomem.reproduce.experiments import EXPERIMENTS
 from anomem.reproduce.protocol import (
+    CLASS_NAMES,
     CLASSES,
     FOLDERS,
     PAPER_DATA,
@@ -41,7 +44,7 @@ from anomem.reproduce.protocol import (
     scaled,
     seconds_per_step,
 )
-from anomem.train import RunDirectory
+from anomem.train import RunDirectory, TrainConfig
 from anomem.train.config import read_json
 from anomem.train.monitor import duration
 from anomem.train.run import device_of
@@ -89,9 +92,19 @@ class Sweep:
         if self.jobs is not None:
             require_count(self.jobs, "jobs", 1, 1024)
         known = folder_classes(self.root) if self.data == FOLDERS else CLASSES[self.data]
-        # CIFAR's classes may also be given by their names, which stand in its files.
+        # CIFAR's classes may also be given by their names; its files say which there are.
         for name in self.classes if self.data not in PAPER_DATA else ():
             require(name in known, "classes", lambda: f"one of {', '.join(known)}", repr(name))
+        for what, given in (("seeds", self.seeds or ()), ("classes", self.normals)):
+            require(len(set(given)) == len(given), what, "each once", " ".join(map(str, given)))
+
+    @property
+    def normals(self) -> tuple[str, ...]:
+        """The normal classes; CIFAR's by their numbers, so that a class has the same cells however it is named."""
+        if not self.classes:
+            return folder_classes(self.root) if self.data == FOLDERS else CLASSES[self.data]
+        numbers = {name: str(i) for i, name in enumerate(CLASS_NAMES.get(self.data, ()))}
+        return tuple(numbers.get(name, name) for name in self.classes)
 
     @property
     def cells(self) -> list[Cell]:
@@ -100,7 +113,7 @@ class Sweep:
         A setting that changes nothing on this data set, M = 64 where that is the preset's, is left out.
         """
         experiment = EXPERIMENTS[self.experiment]
-        classes = self.classes or (folder_classes(self.root) if self.data == FOLDERS else CLASSES[self.data])
+        classes = self.normals
         names, seen = [], []
         for name, setting in experiment.settings.items():
             what = Cell(self.experiment, self.data, self.root, name, classes[0], 0).config(setting), setting.measure
@@ -146,13 +159,14 @@ def run(sweep: Sweep, say: Callable[[str], None] = print) -> list[dict[str, Any]
             raise UserError(
                 f"{sweep.output}: another process works on this sweep; wait, or take another --output"
             ) from error
-        write_header(sweep)
+        header = write_header(sweep)
         done = {(row["setting"], row["normal"], row["seed"]) for row in read_rows(file)}
         cut_torn_row(file)
         cells = sweep.cells
         missing = [cell for cell in cells if cell.key not in done]
-        if len(missing) < len(cells):
-            say(f"{len(cells) - len(missing)} of {len(cells)} cells are finished already")
+        finished = len(cells) - len(missing)
+        _write_header(sweep.output, {**header, "cells": len(done.union(cell.key for cell in cells))})
+        say(f"[{finished}/{len(cells)}] cells are finished" + (" already" if finished else ""))
         if missing:
             say(estimate(sweep, missing))
         began = time.monotonic()
@@ -162,12 +176,11 @@ def run(sweep: Sweep, say: Callable[[str], None] = print) -> list[dict[str, Any]
                     append_row(file, row)
                     shutil.rmtree(sweep.output / "cells" / cell.name, ignore_errors=True)
                     left = (time.monotonic() - began) / count * (len(missing) - count)
-                    say(
-                        f"[{len(cells) - len(missing) + count}/{len(cells)}] {_about(cell, row)}; {duration(left)} left"
-                    )
+                    say(f"[{finished + count}/{len(cells)}] {_about(cell, row)}; {duration(left)} left")
         except KeyboardInterrupt as stop:
-            finished = len(read_rows(file))
-            sentence = f"stopped; {finished} of {len(cells)} cells are finished and kept; the same command goes on"
+            kept = {(row["setting"], row["normal"], row["seed"]) for row in read_rows(file)}
+            ours = sum(cell.key in kept for cell in cells)
+            sentence = f"stopped; {ours} of {len(cells)} cells are finished and kept; the same command goes on"
             raise Interrupted(getattr(stop, "signal", 2), sentence) from None
     return read_rows(file)
 
@@ -175,36 +188,48 @@ def run(sweep: Sweep, say: Callable[[str], None] = print) -> list[dict[str, Any]
 def estimate(sweep: Sweep, cells: Sequence[Cell]) -> str:
     """Time of the cells, from one step of a small batch on this machine; also checks that the data are there.
 
+    A step is timed for each encoder among the cells.
+
     Args:
         sweep: of the cells.
         cells: at least one.
     """
     settings = EXPERIMENTS[sweep.experiment].settings
-    training = [cell for cell in cells if settings[cell.setting].trains]
-    cell = next(iter(training), cells[0])
-    config = cell.config(settings[cell.setting], sweep.device)
-    task = cell.task(config)
+    training: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if settings[cell.setting].trains:
+            training.setdefault(cell.config(settings[cell.setting]).model.backbone, []).append(cell)
+    config = cells[0].config(settings[cells[0].setting], sweep.device)
     if sweep.data in PAPER_DATA:
         for normal in sweep.classes:  # a wrong name fails before the first cell
             load_task(replace(config.data, normal=normal))
     processes = min(sweep.processes, len(cells))
-    what = f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads"
-    if not training:
-        return what
+    parts = [f"{len(cells)} cells in {processes} processes of {threads_of(processes)} threads"]
+    total, images = 0.0, len(cells[0].task(config).train)
+    for cell, *others in training.values():
+        full, seconds = _step_of(cell, settings[cell.setting], sweep)
+        each = seconds * full.optimizer.steps
+        total += each * (1 + len(others))
+        parts.append(
+            f"stage 1 of {cell.setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} "
+            f"images, about {duration(each)} a class"
+        )
+    if training:
+        parts.append(f"stage 1 takes {duration(total / processes)} in all (from steps of {min(PROBE, images)} images)")
+    return "; ".join(parts)
+
+
+def _step_of(cell: Cell, setting: Setting, sweep: Sweep) -> tuple[TrainConfig, float]:
+    """The scaled configuration of a cell, and the seconds of one of its steps in a process of the sweep."""
+    config = cell.config(setting, sweep.device)
+    task = cell.task(config)
+    config = scaled(config, sweep.scale, len(task.train))
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_of(processes))
+    torch.set_num_threads(threads_of(sweep.processes))
     try:
-        full = scaled(config, sweep.scale, len(task.train))
-        seconds, _ = seconds_per_step(full, task.to(device_of(config.run)), PROBE)
+        return config, seconds_per_step(config, task.to(device_of(config.run)), PROBE)[0]
     finally:
         torch.set_num_threads(before)
-    each = seconds * full.optimizer.steps
-    images = len(task.train)
-    return (
-        f"{what}; stage 1 of {cell.setting}: {full.optimizer.steps} steps of {min(full.optimizer.batch_size, images)} "
-        f"images, about {duration(each)} a class, {duration(each * len(training) / processes)} in all (from steps of "
-        f"{min(PROBE, images)} images here)"
-    )
 
 
 def cores() -> int:
@@ -227,23 +252,50 @@ def _finished(sweep: Sweep, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[
     pool = ProcessPoolExecutor(
         min(sweep.processes, len(cells)),
         multiprocessing.get_context("spawn"),
-        torch.set_num_threads,
+        _begin_worker,
         (threads_of(sweep.processes),),
     )
     try:
         running: dict[Future[dict[str, Any]], Cell] = {
-            pool.submit(_row, cell, sweep.output, sweep.device): cell for cell in cells
+            pool.submit(_row_of_worker, cell, sweep.output, sweep.device): cell for cell in cells
         }
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # rows before a failure
                 yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
+    except BaseException as error:
+        # The other cells save their state and end; without this the pool would run them to their ends.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         raise UserError(
             "a process of the sweep was killed, perhaps out of memory; finished cells are kept: run the same command "
             "with fewer --jobs"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    """Give a worker its share of the threads, and end it when the sweep is killed."""
+    torch.set_num_threads(threads)
+
+    def end_with_the_sweep() -> None:
+        sweep = multiprocessing.parent_process()
+        if sweep is not None:
+            sweep.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
+
+
+def _row_of_worker(cell: Cell, output: Path, device: str) -> dict[str, Any]:
+    """`_row` in a worker, which ends on a signal: the pool would give it the next cell."""
+    try:
+        return _row(cell, output, device)
+    except KeyboardInterrupt as stop:
+        os._exit(128 + getattr(stop, "signal", signal.SIGINT))
 
 
 def _row(cell: Cell, output: Path, device: str) -> dict[str, Any]:
@@ -293,17 +345,18 @@ def processor() -> str:
     return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 
 
-def write_header(sweep: Sweep) -> None:
+def write_header(sweep: Sweep) -> dict[str, Any]:
     """Write `sweep.json`, or check that the one there is this sweep's.
+
+    Returns:
+        Its content.
 
     Raises:
         UserError: the folder is another command's or another commit's, or holds other files.
     """
     path = sweep.output / "sweep.json"
     now: dict[str, Any] = {
-        "experiment": sweep.experiment,
-        "data": sweep.data,
-        "root": os.path.realpath(sweep.root) if sweep.data == FOLDERS else None,
+        **_identity(sweep),
         "scale": asdict(sweep.scale),
         "commit": commit(),
         "command": sweep.command,
@@ -313,22 +366,56 @@ def write_header(sweep: Sweep) -> None:
     if not path.exists():
         if any(not entry.name.startswith(".") for entry in sweep.output.iterdir()):
             raise UserError(f"`output`: {sweep.output} holds other files; choose a new or empty folder")
-        write_atomically(path, json.dumps(now, indent=2).encode())
-        return
-    then = read_json(path)
-    if not isinstance(then, dict) or "commit" not in then:
-        raise UserError(f"`output`: {path} is damaged; choose another --output")
-    for name in ("experiment", "data", "root", "scale"):
-        if then.get(name) != now[name]:
-            raise UserError(
-                f"`output`: {sweep.output} holds another sweep (`{then.get('command')}`: its {name} is "
-                f"{json.dumps(then.get(name))}, here {json.dumps(now[name])}); choose another --output"
-            )
+        _write_header(sweep.output, now)
+        return now
+    then = _same_header(sweep, now, ("experiment", "data", "root", "scale"))
     if then["commit"] != now["commit"]:
         raise UserError(
             f"`output`: {sweep.output} was begun with the code {then['commit']}, this is {now['commit']}, and rows of "
             "two states of the code do not mix; choose another --output"
         )
+    commands = [then.get("command"), *then.get("continued", [])]
+    if sweep.command not in commands:  # more seeds or classes
+        then["continued"] = [*commands[1:], sweep.command]
+    return then
+
+
+def check_folder(sweep: Sweep) -> None:
+    """Check that the folder holds rows of this experiment on these data, of any commit and scale.
+
+    Raises:
+        UserError: it holds no finished cell, or another sweep.
+    """
+    read_sweep(sweep.output)
+    _same_header(sweep, _identity(sweep), ("experiment", "data"))
+
+
+def _identity(sweep: Sweep) -> dict[str, Any]:
+    """Experiment, data set and, for folders, their name and their place seen from the sweep's folder."""
+    if sweep.data != FOLDERS:
+        return {"experiment": sweep.experiment, "data": sweep.data, "root": None}
+    root, output = Path(os.path.realpath(sweep.root)), os.path.realpath(sweep.output)
+    place = Path(os.path.relpath(root, output)).as_posix()
+    return {"experiment": sweep.experiment, "data": root.name, "root": place}
+
+
+def _same_header(sweep: Sweep, now: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The header that is there; its entries of these names must be equal."""
+    path = sweep.output / "sweep.json"
+    then = read_json(path)
+    if not isinstance(then, dict) or "commit" not in then:
+        raise UserError(f"`output`: {path} is damaged; choose another --output")
+    for name in names:
+        if then.get(name) != now[name]:
+            raise UserError(
+                f"`output`: {sweep.output} holds another sweep (`{then.get('command')}`: its {name} is "
+                f"{json.dumps(then.get(name))}, here {json.dumps(now[name])}); choose another --output"
+            )
+    return then
+
+
+def _write_header(folder: Path, header: dict[str, Any]) -> None:
+    write_atomically(folder / "sweep.json", json.dumps(header, indent=2).encode())
 
 
 def read_sweep(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

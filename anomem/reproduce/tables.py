@@ -44,12 +44,11 @@ OVERLAP = (
 )
 
 
-def write_table(sweep: Path, planned: int | None = None) -> Path:
+def write_table(sweep: Path) -> Path:
     """Write `table.md` from the rows of a sweep; it shows the pictures that are there.
 
     Args:
         sweep: its folder.
-        planned: number of cells, to say what is missing; None where it is not known.
 
     Returns:
         The table.
@@ -58,16 +57,16 @@ def write_table(sweep: Path, planned: int | None = None) -> Path:
         UserError: the folder holds no sweep or no row.
     """
     path = sweep / "table.md"
-    write_atomically(path, markdown(sweep, planned).encode())
+    write_atomically(path, markdown(sweep).encode())
     return path
 
 
-def markdown(sweep: Path, planned: int | None = None) -> str:
+def markdown(sweep: Path) -> str:
     """The table as text; see `write_table`."""
     header, rows = read_sweep(sweep)
     experiment = EXPERIMENTS[header["experiment"]]
     values = Values(rows)
-    lines = [f"# {experiment.title}: {header['data']}", "", *_about(header, rows, planned), ""]
+    lines = [f"# {experiment.title} ({header['data']})", "", *_about(header, rows), ""]
     lines += _means(experiment, values, header["data"], rows)
     lines += [
         "",
@@ -97,7 +96,8 @@ def shown(values: Sequence[float], percent: bool = True) -> str:
     return f"{mean:.2f}{spread}"
 
 
-def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned: int | None) -> list[str]:
+def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    planned = header.get("cells", len(rows))
     seeds = sorted({row["seed"] for row in rows})
     scale = ", ".join(f"{name} {value}" for name, value in header["scale"].items() if value is not None)
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
@@ -105,13 +105,12 @@ def _about(header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], planned
     precision = ", ".join(sorted({row.get("precision", "float32") for row in rows}))  # the first sweeps knew no other
     images = sorted({row["train_images"] for row in rows})
     lines = [
-        f"`{header['command']}`",
-        "",
+        *(f"`{command}`\n" for command in (header["command"], *header.get("continued", ()))),
         f"Commit {header['commit']}, torch {header['torch']}, {header['processor']}, {precision}, {threads} thread(s) "
         f"a cell. {len(rows)} cells, {minutes:.1f} CPU minutes; seeds {', '.join(map(str, seeds))}; {images[0]} to "
         f"{images[-1]} training images; {f'scaled down: {scale}' if scale else 'not scaled down'}.",
     ]
-    if planned is not None and len(rows) < planned:
+    if len(rows) < planned:
         lines += ["", f"**Not complete: {len(rows)} of {planned} cells.** The same command goes on."]
     return lines
 

@@ -1,7 +1,7 @@
 """Trends in words: does what the paper finds hold in these cells, does it not, or can it not be told?
 
-Two settings are compared on the same classes and seeds. Their mean difference is called a difference when it exceeds
-twice its standard error over these pairs; below three pairs nothing is told.
+Two settings are compared on the same classes and seeds. Their mean difference is called a difference when its 95%
+confidence interval over these pairs (Student's t) excludes zero; below three pairs nothing is told.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from typing import Any
 
 FEWEST = 3
 """Pairs of class and seed below which nothing is told."""
+STUDENT = (
+    4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+    2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5% quantiles of Student's t for 2 to 30 degrees of freedom; the last one stands for more."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ class Difference:
 
     @property
     def verdict(self) -> int | None:
-        """1 or −1 where it is larger than twice its standard error, 0 where not, None where too few pairs tell."""
+        """1 or −1 where the 95% interval excludes zero, 0 where not, None where there are too few pairs."""
         if self.pairs < FEWEST:
             return None
-        return 0 if abs(self.mean) <= 2 * self.error else int(math.copysign(1, self.mean))
+        quantile = STUDENT[min(self.pairs - FEWEST, len(STUDENT) - 1)]
+        return 0 if abs(self.mean) <= quantile * self.error else int(math.copysign(1, self.mean))
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.error) else f" ± {self.error:.4f}"
@@ -98,7 +104,7 @@ def ordered(
                 continue
             verdict = {
                 1: f"Expected and found: {better} is above {worse}",
-                0: f"Cannot be told: {better} and {worse} differ by less than twice the standard error",
+                0: f"Cannot be told: {better} and {worse} differ by less than the 95% interval",
                 -1: f"Disagrees: {better} was expected above {worse} and is below it",
                 None: f"Cannot be told from so few cells: {better} against {worse}",
             }[gap.verdict]
@@ -185,7 +191,8 @@ def near_prototypes(values: Values) -> list[str]:
     if gap.pairs:
         verdict = {
             1: "Expected and found: normals have a prototype as nearest neighbour more often than anomalies have",
-            0: "Cannot be told: normals and anomalies have a prototype as nearest neighbour equally often",
+            0: "Cannot be told: normals and anomalies differ by less than the 95% interval in how often a prototype is "
+            "their nearest neighbour",
             -1: "Disagrees: normals have a prototype as nearest neighbour less often than anomalies have",
             None: "Cannot be told from so few cells: whether normals are nearer to prototypes than anomalies",
         }[gap.verdict]

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from anomem.reference.deviation_map import Distance
 from anomem.scoring.detector import Alignment
-from anomem.scoring.fill import Fill
-from anomem.validation import require, require_choice, require_count, require_positive_number
+from anomem.scoring.learn import Method
+from anomem.validation import require, require_choice, require_count, require_setting
 
 Pool = Literal["mean", "max", "topk"]
 ConfiguredAlignment = Literal["auto", Alignment]
@@ -29,8 +29,8 @@ class ScoreConfig:
     copies: int = 2
     """Lightly augmented copies of each training image to which the detector is fitted besides the image itself."""
     detector_megabytes: int = 3072
-    """Limit of what the detector's Gaussians, one per position, take while they are fitted; where they would take more,
-    they are fitted to fewer channels, by a fixed projection. A third of it is kept."""
+    """Limit of what the detector's Gaussians, one per position, take while they are fitted. A third of it is kept.
+    Where they would take more, they are fitted to fewer channels, by a fixed projection."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0
@@ -39,6 +39,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         require_choice(self.distance, "score.distance", get_args(Distance))
         require_choice(self.pool, "score.pool", get_args(Pool))
+        require_setting(self.top_fraction, "score.top_fraction")
         require(0 < self.top_fraction <= 1, "score.top_fraction", "a part in (0, 1]", self.top_fraction)
         require_choice(self.alignment, "score.alignment", get_args(ConfiguredAlignment))
         require_count(self.copies, "score.copies", 0, 1000)
@@ -51,8 +52,9 @@ class ScoreConfig:
 class FillConfig:
     """Filled memories and their scores."""
 
-    method: Fill = "kmeans"
-    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random."""
+    method: Method = "kmeans"
+    """How prototypes are chosen among the features of normals: kmeans, coreset (greedy k-center) or random.
+    learned: the centres of kmeans, moved by gradient steps; for small memories."""
     prototypes: tuple[int | float, ...] = (1024,)
     """M of each memory, or a ratio in (0, 1) of the features: one number for all scales, or one per scale."""
     beta_factor: float = 4.0
@@ -65,14 +67,16 @@ class FillConfig:
     """Images per forward pass."""
 
     def __post_init__(self) -> None:
-        require_choice(self.method, "fill.method", get_args(Fill))
+        require_choice(self.method, "fill.method", get_args(Method))
         require(len(self.prototypes) > 0, "fill.prototypes", "one number, or one per scale", "none")
         for count in self.prototypes:
             ratio = isinstance(count, float) and 0 < count < 1
             whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
             require(ratio or whole, "fill.prototypes", "integers ≥ 1 or ratios in (0, 1)", count)
-        require_positive_number(self.beta_factor, "fill.beta_factor")
+        require_setting(self.beta_factor, "fill.beta_factor")
+        require(self.beta_factor > 0, "fill.beta_factor", "a number > 0", self.beta_factor)
         if self.top_k is not None:
             require_count(self.top_k, "fill.top_k", 1, 32)
+        require_setting(self.top_fraction, "fill.top_fraction")
         require(0 < self.top_fraction <= 1, "fill.top_fraction", "a part in (0, 1]", self.top_fraction)
         require_count(self.batch_size, "fill.batch_size", 1)

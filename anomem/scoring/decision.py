@@ -176,7 +176,11 @@ class Calibration:
         require(
             self.count >= needed,
             "alpha",
-            lambda: f"at least {self.least_alpha:.3g}, the least that {self.count} calibration normals allow",
+            lambda: (
+                f"at least {self.least_alpha:.3g}, the least that {self.count} calibration normals allow"
+                if self.count
+                else "a detector with calibration normals"
+            ),
             alpha,
             f"{alpha:.3g} needs {needed} normals that are not fitted",
         )

@@ -76,7 +76,9 @@ def fill_prototypes(
     require(len(seeds) > 0, "seed", "a number, or one per bank", "none")
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     if method == "coreset":
-        banks = [rows[coreset(rows, count, int(torch.randint(len(rows), (), generator=g)))] for g in generators]
+        banks = [
+            rows[AF.k_center(rows, count, first=int(torch.randint(len(rows), (), generator=g)))] for g in generators
+        ]
     else:
         banks = [rows[torch.randperm(len(rows), generator=g)[:count].to(rows.device)] for g in generators]
     chosen = torch.stack(banks)
@@ -100,8 +102,8 @@ def kmeans(rows: Tensor, start: Tensor, iterations: int) -> Tensor:
     previous: list[Tensor | None] = [None] * len(banks)
     moving = list(range(len(banks)))
     for _ in range(iterations):
-        labels, distances = nearest(rows, banks[moving])
-        for bank, label, distance in zip(list(moving), labels, distances, strict=True):
+        closest = nearest_in_blocks(rows, banks[moving])
+        for bank, label, distance in zip(list(moving), closest.indices, closest.distance, strict=True):
             last = previous[bank]
             if last is not None and torch.equal(label, last):
                 moving.remove(bank)
@@ -117,21 +119,7 @@ def kmeans(rows: Tensor, start: Tensor, iterations: int) -> Tensor:
     return banks.reshape(start.shape)
 
 
-def coreset(rows: Tensor, count: int, first: int) -> Tensor:
-    """Greedy k-center: every next row is the one farthest from all rows chosen before it.
-
-    Args:
-        rows: [N, d].
-        count: M ≤ N.
-        first: the row to begin with.
-
-    Returns:
-        [M] int64, indices of rows.
-    """
-    return AF.k_center(rows, count, first=first)
-
-
-def nearest(rows: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_in_blocks(rows: Tensor, prototypes: Tensor) -> AF.Nearest:
     """The nearest prototype of every row, in blocks of rows.
 
     Args:
@@ -139,11 +127,11 @@ def nearest(rows: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
         prototypes: [M, d], or L banks [L, M, d].
 
     Returns:
-        Index [N] or [L, N] int64, and squared distance of the same shape.
+        As `nearest` does: squared distances [N] or [L, N], and indices of the same shape.
     """
     block = max(1, BLOCK_ELEMENTS // (prototypes.numel() // prototypes.shape[-1]))
     parts = [AF.nearest(part, prototypes) for part in rows.split(block)]
-    return torch.cat([part.indices for part in parts], dim=-1), torch.cat([part.distance for part in parts], dim=-1)
+    return AF.Nearest(*(torch.cat(of_parts, dim=-1) for of_parts in zip(*parts, strict=True)))
 
 
 def _sums(rows: Tensor, label: Tensor, count: int) -> Tensor:

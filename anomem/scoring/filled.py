@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from anomem import functional as AF
 from anomem.models import AnoMem
 from anomem.nn import HopfieldMemory
-from anomem.reference.retrieve import normalize_rows
+from anomem.reference.retrieve import Normalize, normalize_rows
 from anomem.scoring.detector import Alignment, Gaussians, MomentSums
-from anomem.scoring.fill import FeatureRows, Fill, fill_prototypes, prototype_count
+from anomem.scoring.fill import FeatureRows, fill_prototypes, prototype_count
 from anomem.scoring.labelled import pooled_deviations
+from anomem.scoring.learn import Method, learn_prototypes
 from anomem.validation import require, require_choice, require_count
 
 ImageBatches = Callable[[], Iterable[Tensor]]
@@ -81,7 +82,7 @@ def fill_memories(
     model: AnoMem,
     queries: Iterable[Sequence[Tensor]],
     prototypes: Sequence[float],
-    method: Fill = "kmeans",
+    method: Method = "kmeans",
     *,
     seed: int = 0,
     at_most: int = 400_000,
@@ -96,7 +97,7 @@ def fill_memories(
         queries: of all normals, `NormalQueries`; read once.
         prototypes: one number for all scales, or one per scale: M, or a ratio in (0, 1) of the features. A number above
             that of the features takes all of them.
-        method: see `fill_prototypes`.
+        method: see `fill_prototypes`; "learned" moves k-means centres by `learn_prototypes`.
         seed: see `fill_prototypes`.
         at_most: features held per scale; of more, a random choice.
 
@@ -116,7 +117,11 @@ def fill_memories(
     for name, held, count, memory in zip(model.encoder.names, collected, wanted, model.memories, strict=True):
         begin = time.perf_counter()
         features = held.rows()
-        chosen = fill_prototypes(features, prototype_count(count, len(features)), method, seed=seed)
+        choice = "kmeans" if method == "learned" else method
+        chosen = fill_prototypes(features, prototype_count(count, len(features)), choice, seed=seed)
+        if method == "learned":
+            beta, normalize = float(memory.beta), memory.normalize
+            chosen = learn_prototypes(features, chosen, beta=beta, normalize=normalize, seed=seed)
         memory.prototypes = nn.Parameter(chosen.to(memory.prototypes), requires_grad=memory.prototypes.requires_grad)
         filled.append(FilledScale(name, held.seen, len(chosen), time.perf_counter() - begin))
     return filled
@@ -129,12 +134,16 @@ class FilledScores(NamedTuple):
     """"plain", "local", "whole", "both" and "either" -> [B]; see `FilledScorer`."""
     maps: dict[str, Tensor]
     """"plain" and "local" -> [B, H, W] at the images' size."""
-    pooled: Tensor
-    """[B, 2·Σ d_s], mean of D and of abs(D) over positions, for `anomem.scoring.labelled`."""
+    pooled: Tensor | None = None
+    """[B, 2·Σ d_s], mean of D and of abs(D) over positions, for `anomem.scoring.labelled`, where it was asked for."""
 
 
 class FilledScorer(nn.Module):
     """A frozen model with filled memories and what was fitted to its deviations; one retrieval per scale and image.
+
+    The memory compares normalised features. Its deviation is brought back to the feature's own units before anything is
+    fitted: D(s) = σ(z) (norm(z) − HF(z)), σ(z) its standard deviation (its length for "l2"). On solar cells the
+    Gaussians rank better with it (docs/RESULTS.md).
 
     * "plain": Σ lambda_s top 1 − cos(z, HF(z)), where top is the mean over the largest tenth of the positions.
     * "local": Mahalanobis distance of D(s) at every position, pooled by the top: local defects on aligned parts.
@@ -158,7 +167,7 @@ class FilledScorer(nn.Module):
         >>> fill_memories(model, normals, [1024])
         >>> scorer = FilledScorer(model, "per_position")
         >>> scorer.fit(normals)
-        >>> scores, maps, _ = scorer(images)
+        >>> scores, maps, _ = scorer(images)  # "both" -> [B], "local" -> [B, H, W]
     """
 
     local_spread: Tensor
@@ -261,12 +270,13 @@ class FilledScorer(nn.Module):
         return self.of_queries(self.model.queries(self.model(images)), (images.shape[2], images.shape[3]))
 
     @torch.no_grad()
-    def of_queries(self, queries: Sequence[Tensor], size: tuple[int, int]) -> FilledScores:
+    def of_queries(self, queries: Sequence[Tensor], size: tuple[int, int], pooled: bool = False) -> FilledScores:
         """Scores and maps of images that are encoded already.
 
         Args:
             queries: S tensors [B, P_s, d_s].
             size: (H, W) of the maps.
+            pooled: also give the pooled deviations.
         """
         cosines, deviations = self._deviations(queries)
         distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
@@ -283,7 +293,7 @@ class FilledScorer(nn.Module):
                 "plain": self._map(cosines, self.plain_map_spread, size),
                 "local": self._map(distances, self.map_spread, size),
             },
-            pooled_deviations(deviations),
+            pooled_deviations(deviations) if pooled else None,
         )
 
     @torch.no_grad()
@@ -293,8 +303,12 @@ class FilledScorer(nn.Module):
 
     def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
-        pairs = [_read(query, m, self.top_k) for query, m in zip(queries, self.model.memories, strict=True)]
-        return [cosine for cosine, _ in pairs], [deviation for _, deviation in pairs]
+        cosines, deviations = [], []
+        for query, memory in zip(queries, self.model.memories, strict=True):
+            cosine, deviation = _read(query, memory, self.top_k)
+            cosines.append(cosine)
+            deviations.append(deviation * _divisor(query.float(), memory.normalize))
+        return cosines, deviations
 
     def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
         """Σ lambda_s top of the cosine distances: S tensors [B, P_s] -> [B]."""
@@ -324,6 +338,16 @@ def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
     """The matrix [large, small] of linear interpolation along one axis (align_corners=False)."""
     each = torch.eye(small, dtype=like.dtype, device=like.device)[None]
     return nn.functional.interpolate(each, size=large, mode="linear", align_corners=False)[0].T
+
+
+def _divisor(query: Tensor, normalize: Normalize) -> Tensor:
+    """What a normalisation divides queries [B, P, d] by, without its epsilon: [B, P, 1]."""
+    if normalize == "none":
+        return query.new_ones(1, 1, 1)
+    # torch's own standard deviation is several times slower.
+    centred = query - query.mean(dim=2, keepdim=True) if normalize == "layer" else query
+    length: Tensor = torch.linalg.vector_norm(centred, dim=2, keepdim=True)
+    return length / query.shape[2] ** 0.5 if normalize == "layer" else length
 
 
 def _read(query: Tensor, memory: HopfieldMemory, top_k: int | None) -> tuple[Tensor, Tensor]:

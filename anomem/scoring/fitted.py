@@ -24,6 +24,8 @@ from anomem.scoring.scorer import require_finite
 from anomem.validation import require, require_choice, values_are_free
 
 MAPS = ("plain", "local")
+UNITS = "feature"
+"""Of the deviations that a stored detector was fitted to; see `FilledScorer`."""
 LABELLED = "labelled"
 """Name of the score that joins the labelled defects with the one-class score."""
 FEW, ROWS = 8, 16
@@ -31,6 +33,8 @@ FEW, ROWS = 8, 16
 LIGHT = replace(AugmentConfig.light(), shift=0.02, rotation=2.0)
 PIXELS_AT_ONCE = 2**22
 """Of a batch: fewer images are encoded at once where they are large."""
+FITTED_TOO = "their scores are lower than those of new normals, so that the verdict would give more false alarms"
+BOTH = "an image is normal or has a defect: take it out of one of the two folders"
 GAUSSIAN_BYTES = 2**30
 """Of the Gaussians of all positions while they are fitted; above it one Gaussian serves all positions."""
 
@@ -136,7 +140,8 @@ class FittedDetector(nn.Module):
             alpha: as `forward`.
             by: as `forward`.
         """
-        found = self.scorer.of_queries(queries, self.model.encoder.image_size if self.letterbox else size)
+        frame = self.model.encoder.image_size if self.letterbox else size
+        found = self.scorer.of_queries(queries, frame, pooled=self.labels is not None)
         scores = self.scores_of(found)
         if values_are_free(scores["plain"]):
             require_finite(scores)
@@ -151,6 +156,7 @@ class FittedDetector(nn.Module):
         """All scores [B], that of the labels among them."""
         if self.labels is None:
             return found.scores
+        assert found.pooled is not None
         return {**found.scores, LABELLED: self.labels(found.pooled, found.scores[self.scorer.lead])}
 
     def over(self, images: Images, alpha: float | None = None, maps: bool = True) -> Verdicts:
@@ -313,7 +319,8 @@ def fit_detector(
         letterbox: see `FittedDetector`.
 
     Raises:
-        ArgumentError: no normal, fewer than three beside labelled defects, or calibration images that are fitted too.
+        ArgumentError: no normal, fewer than three beside labelled defects, or an image that calibrates or has a defect
+            equals a normal one.
         UserError: labelled defects, and scikit-learn is not installed.
     """
     is_normal = is_normal.cpu()
@@ -325,10 +332,12 @@ def fit_detector(
     least = 3 if len(defects) else 1
     reason = "two to fit beside the labelled defects, one to calibrate" if len(defects) else None
     require(len(normals) >= least, "images", f"at least {least} different normals", len(normals), reason)
+    if len(defects):
+        _require_apart(digests, encoded.part(defects).digests(), "labels", BOTH)
     alignment: Alignment = "per_position" if aligned and _gaussian_bytes(model) <= GAUSSIAN_BYTES else "pooled"
     calibrating = None if calibration is None else _encoded(model, calibration, config)
     if calibrating is not None:
-        _require_apart(digests, calibrating.digests())
+        _require_apart(digests, calibrating.digests(), "calibration", FITTED_TOO)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def fitted(rows: Tensor) -> tuple[FittedDetector, list[FilledScale]]:
@@ -341,8 +350,8 @@ def fit_detector(
         labels = None
         if len(defects):
             both = torch.cat([rows, defects])
-            scored = [scorer.of_queries(q, (1, 1)) for q in encoded.rows(both)]
-            pooled = torch.cat([s.pooled for s in scored]).cpu()
+            scored = [scorer.of_queries(q, (1, 1), pooled=True) for q in encoded.rows(both)]
+            pooled = torch.cat([s.pooled for s in scored if s.pooled is not None]).cpu()
             labels = FewLabels(pooled.shape[1])
             one_class = torch.cat([s.scores[scorer.lead] for s in scored]).cpu()
             labels.fit(pooled, one_class, torch.arange(len(both)) < len(rows), seed)
@@ -352,7 +361,7 @@ def fit_detector(
 
     def calibrate(detector: FittedDetector, normals_left_out: EncodedImages) -> None:
         for queries in normals_left_out.rows():
-            found = detector.scorer.of_queries(queries, model.encoder.image_size)
+            found = detector.scorer.of_queries(queries, model.encoder.image_size, pooled=detector.labels is not None)
             maxima = {name: m.amax(dim=(1, 2)).cpu() for name, m in found.maps.items()}
             parts.append(({name: s.cpu() for name, s in detector.scores_of(found).items()}, maxima))
 
@@ -383,17 +392,12 @@ def _encoded(model: AnoMem, images: Images | EncodedImages, config: FillConfig) 
     return images if isinstance(images, EncodedImages) else EncodedImages(model, images, config.batch_size)
 
 
-def _require_apart(fitted: Sequence[bytes], calibrating: Sequence[bytes]) -> None:
-    """Raise `ArgumentError` where an image is fitted and calibrates: its score would be too low."""
+def _require_apart(fitted: Sequence[bytes], others: Sequence[bytes], argument: str, why: str) -> None:
+    """Raise `ArgumentError` where an image that calibrates, or is labelled as a defect, is fitted as a normal too."""
     both = set(fitted)
-    common = sum(digest in both for digest in calibrating)
-    require(
-        common == 0,
-        "calibration",
-        "images that are not fitted",
-        lambda: f"{common} of {len(calibrating)} that equal fitted ones",
-        "their scores are lower than those of new normals, so that the verdict would give more false alarms",
-    )
+    common = sum(digest in both for digest in others)
+    received = f"{common} of {len(others)} that equal fitted ones"
+    require(common == 0, argument, "images that are not fitted as normals", received, why)
 
 
 def _tile_share(model: AnoMem) -> float:
@@ -414,14 +418,17 @@ def restored_detector(
     Args:
         model: with the configuration of the one that was fitted.
         tensors: `stored(detector)`.
-        about: values stored beside the tensors: "alignment", "calibration".
+        about: values stored beside the tensors: "alignment", "calibration", "units".
         config: the detector was fitted with.
         alpha: false-alarm rate of the verdict.
         letterbox: see `FittedDetector`.
 
     Raises:
         KeyError: a tensor or a value is missing.
+        ValueError: an earlier version fitted it, to normalised deviations.
     """
+    if about.get("units") != UNITS:
+        raise ValueError("an earlier version fitted it, to normalised deviations")
     for s, memory in enumerate(model.memories):
         stored = tensors[f"detector.scorer.model.memories.{s}.prototypes"]
         memory.prototypes = nn.Parameter(torch.zeros_like(stored, device=model.device), requires_grad=False)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.train.config import OptimizerConfig
+from anomem.train.network import is_shard
 from anomem.train.rows import ORDER, seed_of
 
 CHUNK = 1 << 20
@@ -119,10 +119,10 @@ def build_optimizer(
         {"params": list(decayed), "weight_decay": config.weight_decay},
         {"params": list(undecayed), "weight_decay": 0.0},
     ]
-    parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    parameters: list[Tensor] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     # One pass over the weights instead of five; not for shards.
-    fused = all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
-    return torch.optim.SGD(
+    fused = all(p.device.type in ("cpu", "cuda") and not is_shard(p) for p in parameters)
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         momentum=config.momentum,
@@ -130,6 +130,10 @@ def build_optimizer(
         fused=fused,
         foreach=False if not fused else None,
     )
+    rate = _rate(config.learning_rate, parameters)
+    for one in optimizer.param_groups:  # not above: the constructor would read a tensor on the host
+        one["lr"] = rate
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -145,24 +149,42 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def apply_gradients(optimizer: torch.optim.SGD, config: OptimizerConfig, step: int) -> None:
-    """Clip if configured, set the rate of this step, update, and drop the gradients.
+def _rate(value: float, parameters: Sequence[Tensor]) -> float | Tensor:
+    """A number that changes with the step: on GPUs a 0-dim tensor, because a CUDA graph keeps numbers as they are."""
+    on_gpu = bool(parameters) and all(p.is_cuda and not is_shard(p) for p in parameters)
+    return torch.tensor(value, device=parameters[0].device) if on_gpu else value
+
+
+def set_rates(optimizer: torch.optim.SGD, average: Average, config: OptimizerConfig, step: int) -> None:
+    """Set what depends on the step: the learning rate, and the decay of the average. Never waits for the device.
+
+    Args:
+        optimizer: of the stage.
+        average: of its parameters.
+        config: the one that the optimiser was built from.
+        step: 0 … steps − 1.
+    """
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+    average.begin(step)
+
+
+def apply_gradients(optimizer: torch.optim.SGD, config: OptimizerConfig) -> None:
+    """Clip if configured, update, and drop the gradients.
 
     Args:
         optimizer: with gradients in place.
         config: the one it was built from.
-        step: 0 … steps − 1.
     """
     if config.clip is not None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Whole norms: of shards and of replicated gradients alike.
         norms = [torch.linalg.vector_norm(g.float()) for g in gradients]
-        norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+        norms = [n.full_tensor() if is_shard(n) else n for n in norms]
         shrink = (config.clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1)
         for gradient in gradients:
             gradient.mul_(shrink)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -176,19 +198,27 @@ class Average:
 
     Example:
         >>> average = Average(list(model.named_parameters()), decay=0.99)
-        >>> average.update(step=0)  # after every step
+        >>> average.begin(step=0)
+        >>> average.update()  # after every step
         >>> average.finish()  # the parameters are their averages now
     """
 
     def __init__(self, parameters: Sequence[tuple[str, Tensor]], decay: float | None) -> None:
         self.decay = decay
         self.pairs = [] if decay is None else [(name, p, p.detach().clone()) for name, p in parameters]
+        self.weight = _rate(1.0, [mean for _, _, mean in self.pairs])
+        """Of the new parameters in the average."""
+
+    def begin(self, step: int) -> None:
+        """Set the weight of a step (from 0)."""
+        weight = 1 - min(self.decay or 0.0, (1 + step) / (10 + step))
+        self.weight = self.weight.fill_(weight) if isinstance(self.weight, Tensor) else weight
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the parameters after a step (from 0)."""
+    def update(self) -> None:
+        """Take in the parameters after a step."""
         for _, parameter, mean in self.pairs:
-            mean.lerp_(parameter, 1 - min(self.decay or 0.0, (1 + step) / (10 + step)))
+            mean.lerp_(parameter, self.weight)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -2,6 +2,9 @@
 
 The JSON file is replaced last and atomically. A run killed at any moment leaves the old checkpoint or the new one. The
 JSON file holds a digest of the tensors, and one of its own values.
+
+The project writes its own because `torch.distributed.checkpoint` pickles its plan into `.metadata`: sharded tensors are
+gathered, and the first process writes them whole, so that any number of processes can go on.
 """
 
 from __future__ import annotations

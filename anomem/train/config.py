@@ -21,7 +21,7 @@ from anomem.errors import UserError
 from anomem.models import ModelConfig
 from anomem.reference.contrast import Negatives
 from anomem.scoring import FillConfig, ScoreConfig
-from anomem.validation import require, require_choice, require_count, require_number, require_positive_number
+from anomem.validation import require, require_choice, require_count, require_setting
 
 T = TypeVar("T")
 Preset = Literal["digits", "textures", "cifar10", "cifar100", "folder", "elpv", "paper"]
@@ -30,10 +30,11 @@ FirstPrototypes = Literal["normal", "features"]
 Precision = Literal["auto", "float32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+Compile = Literal["auto", True, False]
 EXECUTION = frozenset(
     (
         "data.root", "data.workers", "data.resident_megabytes", "model.impl", "score.batch_size", "run.directory",
-        "run.device", "run.threads", "run.memory_format", "run.compile", "run.parallel",
+        "run.device", "run.threads", "run.memory_format", "run.compile", "run.cuda_graph", "run.parallel",
         "loss.ring", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.tensorboard",
         "alpha", "labels", "calibration", "weights", "fill.batch_size",
     )
@@ -58,8 +59,8 @@ class LossConfig:
     symmetric: bool = True
     """Contrast both ways and take the mean."""
     positive: Positive = "memory"
-    """Positive of a normal image's vector: what the memory returns for the other view, or the other view itself (a
-    control: the memories are then not trained)."""
+    """Positive of a normal image's vector: what the memory returns for the other view, or the other view itself.
+    The latter is a control: the memories are then not trained."""
     ratio: float = 1.0
     """r_s: part of a map's positions sampled in a step."""
     max_positions: int = 8
@@ -70,14 +71,15 @@ class LossConfig:
     """With several processes: let the contrast's columns travel from one to the next instead of gathering them."""
 
     def __post_init__(self) -> None:
-        require_positive_number(self.temperature, "loss.temperature")
+        require_setting(self.temperature, "loss.temperature")
         require(1e-4 <= self.temperature <= 1e4, "loss.temperature", "a number from 1e-4 to 1e4", self.temperature)
-        require_number(self.variance_weight, "loss.variance_weight")
+        require_setting(self.variance_weight, "loss.variance_weight")
         require(
             0 <= self.variance_weight <= 1e6, "loss.variance_weight", "a number ≥ 0, up to 1e6", self.variance_weight
         )
         require_choice(self.negatives, "loss.negatives", get_args(Negatives))
         require_choice(self.positive, "loss.positive", get_args(Positive))
+        require_setting(self.ratio, "loss.ratio")
         require(0 < self.ratio <= 1, "loss.ratio", "a part of the positions in (0, 1]", self.ratio)
         require_count(self.max_positions, "loss.max_positions", 1)
 
@@ -107,8 +109,8 @@ class OptimizerConfig:
     accumulate: int = 1
     """Parts of a batch that are contrasted one after another; their gradients are averaged before the step."""
     micro_batch: int | None = None
-    """Images encoded at once. The whole batch is still contrasted: every image is encoded twice, in memory that hardly
-    grows with the batch. Batch norm sees micro-batches. None encodes the batch at once."""
+    """Images encoded at once; None encodes the batch at once. The whole batch is still contrasted.
+    Every image is encoded twice, in memory that hardly grows with the batch. Batch norm sees micro-batches."""
 
     def __post_init__(self) -> None:
         fewest = 0 if self.section == "optimizer" else 1
@@ -117,17 +119,20 @@ class OptimizerConfig:
         hint = "the contrast needs another image"
         require(enough, f"{self.section}.batch_size", "an integer ≥ 2", self.batch_size, hint)
         require_count(self.batch_size, f"{self.section}.batch_size", 2, STEPS)
-        require_positive_number(self.learning_rate, f"{self.section}.learning_rate")
+        require_setting(self.learning_rate, f"{self.section}.learning_rate")
+        require(self.learning_rate > 0, f"{self.section}.learning_rate", "a number > 0", self.learning_rate)
         require(self.learning_rate <= 100, f"{self.section}.learning_rate", "a number up to 100", self.learning_rate)
+        require_setting(self.momentum, f"{self.section}.momentum")
         require(0 < self.momentum < 1, f"{self.section}.momentum", "a number in (0, 1)", self.momentum)
-        require_number(self.weight_decay, f"{self.section}.weight_decay")
+        require_setting(self.weight_decay, f"{self.section}.weight_decay")
         decay = self.weight_decay
         require(0 <= decay <= 100, f"{self.section}.weight_decay", "a number ≥ 0, up to 100", decay)
         require_count(self.warmup, f"{self.section}.warmup", 0)
         if self.clip is not None:
-            require_positive_number(self.clip, f"{self.section}.clip")
+            require_setting(self.clip, f"{self.section}.clip")
+            require(self.clip > 0, f"{self.section}.clip", "a number > 0", self.clip)
         if self.ema is not None:
-            require_number(self.ema, f"{self.section}.ema")
+            require_setting(self.ema, f"{self.section}.ema")
             require(0 < self.ema < 1, f"{self.section}.ema", "a decay in (0, 1), or None", self.ema)
         require_count(self.accumulate, f"{self.section}.accumulate", 1)
         enough = 2 * self.accumulate <= self.batch_size
@@ -168,7 +173,7 @@ class Stage2Config:
     """Optimisation of stage 2."""
 
     def __post_init__(self) -> None:
-        require_number(self.margin, "stage2.margin")
+        require_setting(self.margin, "stage2.margin")
         require(1 <= self.margin <= 1e4, "stage2.margin", "a number ≥ 1, up to 1e4", self.margin)
         require_count(self.hidden, "stage2.hidden", 1, 4096)
         require_count(self.embedding, "stage2.embedding", 1, 65536)
@@ -187,14 +192,17 @@ class RunConfig:
     threads: int | None = None
     """CPU threads; torch's own choice when None."""
     precision: Precision = "auto"
-    """bf16 runs forward passes under bfloat16 autocast, weights stay float32; auto takes it where the processor or GPU
-    multiplies bfloat16 natively."""
+    """bf16 runs forward passes under bfloat16 autocast, weights stay float32.
+    auto takes it where the processor or GPU multiplies bfloat16 natively."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and maps; auto is channels_last."""
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
-    compile: bool = False
-    """Compile the encoder; takes a minute before the first step."""
+    compile: Compile = "auto"
+    """Stage 1's encoder by torch.compile. auto: the small encoder on a CPU, where the time gained exceeds compiling.
+    Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
+    cuda_graph: bool = True
+    """On a GPU: capture stage 1's step and launch it as one CUDA graph, where it can be captured."""
     log_every: int = 10
     """Steps between log rows."""
     checkpoint_minutes: float = 5.0
@@ -209,11 +217,12 @@ class RunConfig:
         require_choice(self.precision, "run.precision", get_args(Precision))
         require_choice(self.parallel, "run.parallel", get_args(Parallel))
         require_choice(self.memory_format, "run.memory_format", get_args(MemoryFormat))
+        require_choice(self.compile, "run.compile", get_args(Compile))
         if self.threads is not None:
             require_count(self.threads, "run.threads", 1)
             require(self.threads <= 1024, "run.threads", "at most 1024", self.threads)
         require_count(self.log_every, "run.log_every", 1)
-        require_number(self.checkpoint_minutes, "run.checkpoint_minutes")
+        require_setting(self.checkpoint_minutes, "run.checkpoint_minutes")
         require(self.checkpoint_minutes >= 0, "run.checkpoint_minutes", "a number ≥ 0", self.checkpoint_minutes)
         require_count(self.checkpoint_every, "run.checkpoint_every", 0)
 
@@ -251,7 +260,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_choice(self.prototypes_from, "prototypes_from", get_args(FirstPrototypes))
-        require_number(self.synthetic_outliers, "synthetic_outliers")
+        require_setting(self.synthetic_outliers, "synthetic_outliers")
         require(
             0 <= self.synthetic_outliers <= 100, "synthetic_outliers", "a ratio from 0 to 100", self.synthetic_outliers
         )
@@ -274,8 +283,8 @@ class FitConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(dataset="folder", normal=""))
     """Images and their split."""
     encoder: str = "auto"
-    """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained; auto takes efficientnet_lite0
-    where its weights are installed, else small."""
+    """efficientnet_lite0, a name of torchvision, timm:NAME, or small, which is trained.
+    auto takes efficientnet_lite0 where its weights are installed, else small."""
     weights: str = "default"
     """The encoder's own weights, a .safetensors or .pth file of them, or "none" for random ones: a control."""
     scales: tuple[str, ...] = ()
@@ -285,8 +294,8 @@ class FitConfig:
     calibration: str | None = None
     """Folder of other good images that set the false-alarm rate; a part of DIR when not given."""
     tile: int | None = None
-    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded; None for the whole image
-    at once."""
+    """Side in pixels of the overlapping tiles in which images of data.image_size are encoded.
+    None encodes the whole image at once."""
     fill: FillConfig = field(default_factory=FillConfig)
     """Filled memories and their scores."""
     alpha: float = 0.01
@@ -295,6 +304,7 @@ class FitConfig:
     """Execution."""
 
     def __post_init__(self) -> None:
+        require_setting(self.alpha, "alpha")
         require(0 < self.alpha < 1, "alpha", "a rate between 0 and 1", self.alpha)
         require(self.encoder != "", "encoder", "a name", repr(self.encoder))
         if self.tile is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, Encoder, ModelConfig, TiledEncoder, build_model
 from anomem.models.pretrained import LITE0, pretrained_available, pretrained_encoder
 from anomem.scoring.decision import normals_needed
-from anomem.scoring.fitted import FitReport, FittedDetector, fit_detector, restored_detector, stored
+from anomem.scoring.fitted import UNITS, FitReport, FittedDetector, fit_detector, restored_detector, stored
 from anomem.train.checkpoint import (
     load_checkpoint,
     load_module,
@@ -162,17 +162,45 @@ def load_detector(path: str | os.PathLike[str], *, device: str | None = None) ->
         raise UserError(f"the run {path} is not finished; delete it and fit again")
     require_provenance(run.checkpoints, DETECTOR, config, checkpoint.about)
     prepare(config)
-    about, source = checkpoint.about, run.checkpoints / f"{DETECTOR}.json"
+    source = run.checkpoints / f"{DETECTOR}.json"
     try:
-        channels, (height, width) = int(about["channels"]), about["image_size"]
-        encoder = _encoder(replace(config, weights="none"), (height, width), channels)
-        model = _model(config, (height, width), channels, [0.0] * channels, [1.0] * channels, encoder)
-        detector = restored_detector(model, checkpoint.tensors, about, config.fill, config.alpha, config.data.letterbox)
+        detector = shaped_detector(config, checkpoint.tensors, checkpoint.about)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {source} is damaged or of other settings ({error}); fit again") from error
+        raise UserError(
+            f"the checkpoint {source} is damaged, or of other settings or an earlier version ({error}); fit again"
+        ) from error
     load_module(detector, checkpoint.tensors, "detector.", source)
+    return detector
+
+
+def shaped_detector(config: FitConfig, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> FittedDetector:
+    """A detector as it was fitted but for the tensors of its modules, which are still to be loaded.
+
+    Args:
+        config: it was fitted with.
+        tensors: `stored(detector)`.
+        about: `described(detector)`.
+
+    Raises:
+        KeyError, TypeError, ValueError: a tensor or a value is missing, or of other settings.
+    """
+    channels, (height, width) = int(about["channels"]), about["image_size"]
+    encoder = _encoder(replace(config, weights="none"), (height, width), channels)
+    model = _model(config, (height, width), channels, [0.0] * channels, [1.0] * channels, encoder)
+    detector = restored_detector(model, tensors, about, config.fill, config.alpha, config.data.letterbox)
     detector.config = config
     return detector
+
+
+def described(detector: FittedDetector) -> dict[str, Any]:
+    """What has to be stored beside the tensors of a detector; plain values."""
+    return {
+        "image_size": list(detector.model.encoder.image_size),
+        "channels": detector.model.mean.shape[0],
+        "alignment": detector.scorer.alignment,
+        "units": UNITS,
+        "calibration": detector.calibration.settings(),
+    }
 
 
 def load_fitted_run(
@@ -408,13 +436,7 @@ def _rate(detector: FittedDetector, images: Images) -> float:
 
 
 def _save(detector: FittedDetector, run: RunDirectory, config: FitConfig) -> None:
-    about = {
-        "image_size": list(detector.model.encoder.image_size),
-        "channels": detector.model.mean.shape[0],
-        "alignment": detector.scorer.alignment,
-        "calibration": detector.calibration.settings(),
-        **provenance(run.checkpoints, DETECTOR, config),
-    }
+    about = {**described(detector), **provenance(run.checkpoints, DETECTOR, config)}
     save_checkpoint(run.checkpoints, DETECTOR, 0, stored(detector), about)
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomem.functional.distributed import sum_over
 from anomem.models import AnoMem
 from anomem.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Network:
@@ -32,22 +35,23 @@ class Network:
             several, `gather` brings the trained encoder back.
         ranks: the processes.
         shard: `fully_shard` in place of `DistributedDataParallel`.
+        compile: of one process: passes with gradients run compiled.
 
     Example:
         >>> network = Network(model, Ranks.current())
         >>> maps = network(views)  # as model(views)
     """
 
-    def __init__(self, model: AnoMem, ranks: Ranks, shard: bool = False) -> None:
+    def __init__(self, model: AnoMem, ranks: Ranks, shard: bool = False, compile: bool = False) -> None:
         self.model, self.ranks = model, ranks
         self.encoder: nn.Module = model.encoder
         self.call: Any = model.encoder
         self.replicated = [p for part in (model.projections, model.memories) for p in part.parameters()]
+        # Not in place: other passes of the model would each be compiled again.
+        self.compiled: Any = torch.compile(model) if compile else None
         if ranks.count == 1:
             return
         self.encoder = with_joint_batch_norm(copy.deepcopy(model.encoder))
-        if model.encoder._compiled_call_impl is not None:
-            self.encoder.compile()
         trained = any(p.requires_grad for p in self.encoder.parameters())
         self.call = self.encoder
         if trained and shard:
@@ -68,6 +72,8 @@ class Network:
 
     def __call__(self, views: Tensor) -> list[Tensor]:
         """S maps [2B, C_s, H_s, W_s] of views [2B, C, H, W] in [0, 1]."""
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled(views)  # type: ignore[no-any-return]
         if self.ranks.count == 1:
             return self.model(views)  # type: ignore[no-any-return]
         return self.call((views - self.model.mean) / self.model.std)  # type: ignore[no-any-return]
@@ -104,12 +110,25 @@ class Network:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor that may be sharded, complete in every process."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_shard(value) else value
 
 
 def sharded_as(value: Tensor, like: Tensor) -> Tensor:
     """A complete tensor as this process's shard of it, where `like` is sharded."""
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+    if not is_shard(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
+def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one that `fully_shard` has made. Where their class was never imported there are none.
+
+    Its import brings sympy and takes a fifth of the time in which a command starts.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
 
 
 def with_joint_batch_norm(module: nn.Module) -> nn.Module:

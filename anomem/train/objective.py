@@ -17,7 +17,7 @@ from anomem.train.batches import Batch
 from anomem.train.config import LossConfig, TrainConfig
 from anomem.train.execution import layout_of
 from anomem.train.ranks import ONE, Ranks
-from anomem.train.rows import AUGMENT, BLOCK, OUTLIERS, Rows, blocks, seed_of
+from anomem.train.rows import AUGMENT, BLOCK, OUTLIERS, Draws, Rows, blocks
 
 
 class Views:
@@ -26,14 +26,12 @@ class Views:
     Args:
         config: augmentations, ratio of synthetic outliers, layout.
         is_normal: [N] bool of the training images, on their device; None when all are normal.
-        generator: on the device of the images; seeded anew for every block of rows.
-        seed: of the stage.
+        draws: the random numbers of every block of rows.
     """
 
-    def __init__(self, config: TrainConfig, is_normal: Tensor | None, generator: torch.Generator, seed: int) -> None:
+    def __init__(self, config: TrainConfig, is_normal: Tensor | None, draws: Draws) -> None:
         self.augmentation = Augmentation(config.augment)
-        self.is_normal = is_normal
-        self.generator, self.seed = generator, seed
+        self.is_normal, self.draws = is_normal, draws
         self.layout = layout_of(config.run)
 
     def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
@@ -55,7 +53,7 @@ class Views:
                 normal = torch.ones(len(x), dtype=torch.bool, device=x.device)
             x = torch.cat([x, *self._outliers(batch, rows)])
             normal = torch.cat([normal, normal.new_zeros(len(rows.outliers))])
-        views = torch.cat([self.augmentation.apply(x, *self._draws(batch.step, rows, x, v)) for v in range(count)])
+        views = torch.cat([self.augmentation.apply(x, *self._drawn(rows, x, v)) for v in range(count)])
         return views.contiguous(memory_format=self.layout), normal
 
     def _outliers(self, batch: Batch, rows: Rows) -> list[Tensor]:
@@ -64,19 +62,18 @@ class Views:
         for block in rows.outlier_blocks():
             # The first images are as good as any: the order of a batch is random.
             source = torch.cat(batch.runs([j % rows.batch for j in block])).float().mul_(1 / 255)
-            self.generator.manual_seed(seed_of(OUTLIERS, self.seed, batch.step, block.start // BLOCK))
-            outliers = synthesize_outliers(source, self.generator)
+            outliers = synthesize_outliers(source, self.draws(OUTLIERS, block.start // BLOCK))
             start, stop = max(block.start, rows.outliers.start), min(block.stop, rows.outliers.stop)
             found.append(outliers[start - block.start : stop - block.start])
         return found
 
-    def _draws(self, step: int, rows: Rows, x: Tensor, view: int) -> tuple[Tensor, Tensor | None]:
+    def _drawn(self, rows: Rows, x: Tensor, view: int) -> tuple[Tensor, Tensor | None]:
         """The augmentation's random numbers for a view of the rows."""
         uniforms, normals = [], []
         for piece in rows.pieces:
             for number, inside in blocks(piece):
-                self.generator.manual_seed(seed_of(AUGMENT, self.seed, step, view, number))
-                uniform, normal = self.augmentation.draw((BLOCK, *x.shape[1:]), self.generator)
+                generator = self.draws(AUGMENT, view, number)
+                uniform, normal = self.augmentation.draw((BLOCK, *x.shape[1:]), generator)
                 uniforms.append(uniform[:, inside.start : inside.stop])
                 if normal is not None:
                     normals.append(normal[inside.start : inside.stop])

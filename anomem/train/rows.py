@@ -7,8 +7,12 @@ ones whatever the number of processes and the size of the micro-batches, and nee
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+
+import torch
 
 BLOCK = 64
 """Rows whose random numbers come from one seed. A process that has a part of a block draws the whole block."""
@@ -23,6 +27,59 @@ def seed_of(*key: int) -> int:
     """
     digest = hashlib.blake2b(b"".join(number.to_bytes(8, "little") for number in key), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+class Draws:
+    """The random generators of a stage. Each is seeded by its purpose, the step and the place of what it draws.
+
+    Args:
+        device: of the random numbers.
+        seed: of the stage.
+
+    Example:
+        >>> draws = Draws(model.device, seed=0)
+        >>> draws.begin(step)
+        >>> uniform = torch.rand(64, generator=draws(AUGMENT, view, block), device=model.device)
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device, self.seed, self.step = device, seed, 0
+        self.shared = torch.Generator(device)
+        self.separate: dict[tuple[int, ...], torch.Generator] | None = None
+        """A generator for each purpose and place, where a CUDA graph draws: within one none can be seeded."""
+
+    def begin(self, step: int) -> None:
+        """Of a step: 0 … steps − 1."""
+        self.step = step
+        for key, generator in (self.separate or {}).items():
+            generator.manual_seed(self._seed(*key))
+
+    def __call__(self, purpose: int, *place: int) -> torch.Generator:
+        """The generator of a purpose and a place, at its first number."""
+        if self.separate is None:
+            return self.shared.manual_seed(self._seed(purpose, *place))
+        key = (purpose, *place)
+        if key not in self.separate:
+            self.separate[key] = torch.Generator(self.device).manual_seed(self._seed(*key))
+        return self.separate[key]
+
+    def dropout(self, *place: int) -> AbstractContextManager[None]:
+        """Around the encoder: `seeded`, unless a CUDA graph draws, which is seeded as a whole."""
+        return self.seeded(*place) if self.separate is None else nullcontext()
+
+    @contextmanager
+    def seeded(self, *place: int) -> Iterator[None]:
+        """Dropout draws from torch's own generators, within this block the same for the same place."""
+        gpus = [self.device] if self.device.type == "cuda" else []
+        seed = self._seed(DROPOUT, *place)
+        with torch.random.fork_rng(gpus):
+            torch.default_generator.manual_seed(seed)
+            for device in gpus:
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+            yield
+
+    def _seed(self, purpose: int, *place: int) -> int:
+        return seed_of(purpose, self.seed, self.step, *place)
 
 
 def shares(count: int, parts: int) -> list[range]:

@@ -16,16 +16,25 @@ from torch.profiler import record_function
 from anomem.data import Images
 from anomem.errors import enough_memory
 from anomem.models import AnoMem
-from anomem.train.batches import Average, apply_gradients, build_optimizer, learning_rate, training_batches
+from anomem.train.batches import (
+    Average,
+    Batch,
+    apply_gradients,
+    build_optimizer,
+    learning_rate,
+    set_rates,
+    training_batches,
+)
+from anomem.train.captured import Captured, obstacle
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
-from anomem.train.execution import arrange, settled
+from anomem.train.execution import arrange, settled, worth_compiling
 from anomem.train.monitor import Monitor
 from anomem.train.network import Network
 from anomem.train.objective import Views, memory_figures
 from anomem.train.ranks import Ranks
 from anomem.train.rundir import RunDirectory
-from anomem.train.steps import Stage1Step
+from anomem.train.steps import Loss, Stage1Step
 from anomem.train.stopping import stopping_after_the_step
 
 MEMORY = "--optimizer.batch-size, --data.image-size or --loss.max-positions"
@@ -55,10 +64,10 @@ def train_stage1(
         Interrupted: a signal asked to stop; the state is saved if there is a run.
     """
     ranks = Ranks.current()
-    config = settled(config, model.device)
+    config = settled(config, model.device, worth_compiling=worth_compiling(config, model, images))
     settings, seed = config.optimizer, config.run.seed
     arrange(model, config.run)
-    network = Network(model, ranks, config.run.parallel == "fsdp")
+    network = Network(model, ranks, config.run.parallel == "fsdp", config.run.compile is True)
     step_of = Stage1Step(model, network, images, is_normal, config, ranks, Views)
     named = network.parameters()
     memories = [p for name, p in named if name.startswith("memories.")]
@@ -69,6 +78,15 @@ def train_stage1(
     model.train()
     network.encoder.train()
     shares = step_of.shares
+
+    def step(batch: Batch) -> Loss:
+        loss = step_of(batch)
+        with record_function("anomem.optimizer"):
+            apply_gradients(optimizer, settings)
+            average.update()
+        return loss
+
+    captured = Captured(step, step_of.draws, obstacle(config.run, model.device, ranks, shares), quiet=quiet)
     with (
         enough_memory(MEMORY),
         Monitor(run, "stage1", start, settings.steps, config.run, quiet=quiet, ranks=ranks) as monitor,
@@ -77,10 +95,8 @@ def train_stage1(
         # A batch is uint8 and on the device already: resident sets are indexed there, streamed ones copy from pinned
         # memory while the device still works on the step before.
         for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
-            loss = step_of(batch)
-            with record_function("anomem.optimizer"):
-                apply_gradients(optimizer, settings, batch.step)
-                average.update(batch.step)
+            set_rates(optimizer, average, settings, batch.step)
+            loss = captured(batch)
             if monitor.due(batch.step, shares.batch):
                 # No `loss.item()`: it would wait for the device. The host reads these values once they have arrived.
                 figures = memory_figures(model, loss.sampled)

@@ -20,7 +20,14 @@ from anomem.data import Images
 from anomem.errors import enough_memory
 from anomem.models import AnoMem, DeviationHead
 from anomem.train.balance import balanced
-from anomem.train.batches import Average, apply_gradients, build_optimizer, learning_rate, training_batches
+from anomem.train.batches import (
+    Average,
+    apply_gradients,
+    build_optimizer,
+    learning_rate,
+    set_rates,
+    training_batches,
+)
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
 from anomem.train.execution import autocast, settled
@@ -28,6 +35,7 @@ from anomem.train.margin import AdaptiveMargin
 from anomem.train.monitor import Monitor
 from anomem.train.objective import Views
 from anomem.train.ranks import Ranks
+from anomem.train.rows import Draws
 from anomem.train.rundir import RunDirectory
 from anomem.train.steps import Shares
 from anomem.train.stopping import stopping_after_the_step
@@ -83,8 +91,8 @@ def train_stage2(
     ranks = Ranks.current()
     config = settled(config, model.device)
     settings, seed = config.stage2.optimizer, config.run.seed
-    generator = torch.Generator(model.device)
-    views_of = Views(config, is_normal, generator, seed + (1 << 40))  # other views than in stage 1
+    draws = Draws(model.device, seed + (1 << 40))  # other views than in stage 1
+    views_of = Views(config, is_normal, draws)
     shares = Shares(len(images), settings, config.synthetic_outliers, ranks)
     parts = [rows for part in shares.parts for rows in part]  # the loss is a mean over images
     named = [(f"head.{name}", p) for name, p in head.named_parameters()]
@@ -104,6 +112,8 @@ def train_stage2(
     ):
         # Uint8 and on the device already, as in stage 1.
         for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
+            draws.begin(batch.step)
+            set_rates(optimizer, average, settings, batch.step)
             total, violations = torch.zeros((), device=model.device), []
             margin = config.stage2.margin if adaptive is None else adaptive.value.clone()
             for number, rows in enumerate(parts):
@@ -128,8 +138,8 @@ def train_stage2(
                 total = total + loss.detach()
             with record_function("anomem.optimizer"):
                 ranks.average_gradients(head.parameters())
-                apply_gradients(optimizer, settings, batch.step)
-                average.update(batch.step)
+                apply_gradients(optimizer, settings)
+                average.update()
                 if adaptive is not None:
                     adaptive.update(ranks.mean(torch.stack(violations).sum(dim=0)))
             if monitor.due(batch.step, shares.batch):

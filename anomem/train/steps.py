@@ -9,7 +9,7 @@ is that of encoding the micro-batches one after another with graphs, and, withou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from anomem.train.execution import autocast
 from anomem.train.network import Network, statistics_kept
 from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, scale_criterion
 from anomem.train.ranks import Ranks
-from anomem.train.rows import DROPOUT, FILL, POSITIONS, Rows, seed_of
+from anomem.train.rows import FILL, POSITIONS, Draws, Rows, seed_of
 from anomem.validation import require
 
 
@@ -74,6 +74,10 @@ class Shares:
 class Stage1Step:
     """Computes the gradients of stage 1.
 
+    Attributes:
+        shares: which rows are encoded where.
+        draws: the random numbers.
+
     Args:
         model: whose memories and projections are trained.
         network: calls its encoder.
@@ -96,12 +100,13 @@ class Stage1Step:
         self.model, self.network, self.config, self.ranks = model, network, config, ranks
         self.shares = Shares(len(images), config.optimizer, config.synthetic_outliers, ranks)
         self.is_normal = is_normal
-        self.generator = torch.Generator(model.device)
-        self.views_of = views(config, is_normal, self.generator, config.run.seed)
+        self.draws = Draws(model.device, config.run.seed)
+        self.views_of = views(config, is_normal, self.draws)
         self.criterion = scale_criterion(config.loss, config.model.impl, ranks)
 
     def __call__(self, batch: Batch) -> Loss:
         """Gradients of a batch, in `.grad` of all parameters; the loss of its last part."""
+        self.draws.begin(batch.step)
         if batch.step == 0 and self.config.prototypes_from == "features":
             self._fill(batch)
         count = len(self.shares.parts)
@@ -109,18 +114,20 @@ class Stage1Step:
             backward = self._at_once if len(chunks) == 1 else self._cached
             loss = backward(batch, part, chunks, part < count - 1)
         self.network.reduce()
-        return loss
+        # Without the graph, which would outlive its step.
+        terms = {name: term.detach() for name, term in loss.terms.items()}
+        return Loss(loss.total.detach(), terms, [vectors.detach() for vectors in loss.sampled])
 
     def _at_once(self, batch: Batch, part: int, chunks: list[Rows], more: bool) -> Loss:
         (rows,) = chunks
         with record_function("anomem.augment"):
             views, normal = self.views_of(batch, rows, 2)  # [2R, C, H, W], [R]
         with autocast(self.config.run, self.model.device), self.network.more_to_come(more):
-            with record_function("anomem.encode"), self._dropout(batch.step, part, 0):
+            with record_function("anomem.encode"), self._dropout(part, 0):
                 maps = self.network(views)
             with record_function("anomem.contrast"):
                 # Drawn here, not in the kernels: every implementation then contrasts the same pairs.
-                sampled = self.model.sample(maps, self._positions(batch.step, part, rows))  # S × [n, 2R, d]
+                sampled = self.model.sample(maps, self._positions(part, rows))  # S × [n, 2R, d]
                 loss, terms = self._loss(sampled, normal, part)
         with record_function("anomem.backward"), self.network.more_to_come(more):
             (loss / len(self.shares.parts)).backward()
@@ -155,9 +162,9 @@ class Stage1Step:
         with record_function("anomem.augment"):
             views, normal = self.views_of(batch, rows, 2)
         with autocast(self.config.run, self.model.device), record_function("anomem.encode"):
-            with self._dropout(batch.step, part, chunk):
+            with self._dropout(part, chunk):
                 maps = self.network(views)
-            return self.model.sample(maps, self._positions(batch.step, part, rows)), normal
+            return self.model.sample(maps, self._positions(part, rows)), normal
 
     def _loss(self, sampled: Sequence[Tensor], normal: Tensor | None, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.loss.positive == "view":  # none of them is answered by the memory
@@ -165,11 +172,10 @@ class Stage1Step:
         counts = self.shares.counts[part] if self.ranks.count > 1 else None
         return multi_scale_loss(self.model, self.criterion, sampled, normal, counts)
 
-    def _positions(self, step: int, part: int, rows: Rows) -> list[Tensor]:
+    def _positions(self, part: int, rows: Rows) -> list[Tensor]:
         """The sampled positions of a part, of both views of these rows where each image has its own."""
-        self.generator.manual_seed(seed_of(POSITIONS, self.config.run.seed, step, part))
         whole = rows.batch + rows.synthetic
-        drawn = draw_positions(self.model.encoder.sizes, self.config.loss, whole, self.generator)
+        drawn = draw_positions(self.model.encoder.sizes, self.config.loss, whole, self.draws(POSITIONS, part))
         if not self.config.loss.positions_per_image:
             return drawn
         own = [torch.cat([p[piece.start : piece.stop] for piece in rows.pieces]) for p in drawn]
@@ -183,11 +189,10 @@ class Stage1Step:
         def encoded() -> Iterator[tuple[Rows, list[Tensor]]]:
             for number, chunk in enumerate(rows):
                 views, _ = self.views_of(batch, chunk, 2)
-                with autocast(self.config.run, self.model.device), self._dropout(0, 0, number):
+                with autocast(self.config.run, self.model.device), self._dropout(0, number):
                     yield chunk, self.network(views)
 
         with torch.no_grad(), autocast(self.config.run, self.model.device):
-            self.generator.manual_seed(seed_of(FILL, self.config.run.seed))
             source = torch.Generator(self.model.device).manual_seed(seed_of(FILL, self.config.run.seed))
             fill_memories(self.model, encoded(), normal, source, self.ranks)
 
@@ -203,16 +208,8 @@ class Stage1Step:
             flags[piece.start : piece.stop] = own
         return self.ranks.mean(flags) > 0
 
-    @contextmanager
-    def _dropout(self, *key: int) -> Iterator[None]:
-        """Around the encoder: dropout draws from torch's own generator, here the same for the same key."""
-        gpus = [self.model.device] if self.model.device.type == "cuda" else []
-        seed = seed_of(DROPOUT, self.config.run.seed, *key, self.ranks.index)
-        with torch.random.fork_rng(gpus):
-            torch.default_generator.manual_seed(seed)
-            for device in gpus:
-                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-            yield
+    def _dropout(self, part: int, chunk: int) -> AbstractContextManager[None]:
+        return self.draws.dropout(part, chunk, self.ranks.index)
 
 
 def joined_views(vectors: Sequence[Tensor]) -> Tensor:

@@ -129,7 +129,7 @@ def jobs() -> Iterator[Job]:
         for setting in SETTINGS:
             for normal in DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
-        for setting in ("one-class", "untrained", "raw pixels"):
+        for setting in ("one-class", "one-class, float32", "one-class, bf16", "untrained", "raw pixels"):
             for normal in OTHER_DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
         for anomalies in ("photographs", "scratch"):

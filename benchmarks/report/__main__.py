@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.harness.console import say
 from benchmarks.harness.rows import RESULTS, ROOT
-from benchmarks.report import accuracy, counts, pages, pictures
+from benchmarks.report import accuracy, counts, learning, pages, pictures
 
 PICTURES = ROOT / "docs" / "pictures"
 
@@ -15,7 +15,7 @@ def main() -> None:
     for page in written:
         pages.rewrite(page, RESULTS)
     written += pictures.draw_all(RESULTS, PICTURES)
-    written += [path for draw in (accuracy.draw, counts.draw) if (path := draw(RESULTS, PICTURES))]
+    written += [path for draw in (accuracy.draw, counts.draw, learning.draw) if (path := draw(RESULTS, PICTURES))]
     for path in written:
         say(str(path.relative_to(ROOT)))
 

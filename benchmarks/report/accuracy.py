@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from anomem.plots.style import AMBER, BLUE, GREEN, ORANGE
@@ -112,6 +112,35 @@ def group_section(group: Group) -> Callable[[Path], str]:
     return section
 
 
+def precision(results: Path) -> str:
+    """AUROC of bfloat16 less that of float32 on digits, over pairs of the same class and seed."""
+    scores = rows.read(results / "precision.jsonl", Score)
+    found = {(row.score, row.normal, row.seed, row.setting.removeprefix("one-class, ")): row.auroc for row in scores}
+    lines = [
+        "| score | classes, seeds | float32 | bfloat16 | mean difference | its standard error |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for score in ("detector", "plain"):
+        pairs = {
+            (normal, seed): (value, other)
+            for (name, normal, seed, setting), value in found.items()
+            if (name, setting) == (score, "float32")
+            and value is not None
+            and (other := found.get((score, normal, seed, "bf16"))) is not None
+        }
+        if len(pairs) < 2:
+            return "Not measured yet."
+        whole, half = zip(*pairs.values(), strict=True)
+        differences = [b - a for a, b in pairs.values()]
+        seeds = {seed: sum(s == seed for _, s in pairs) for _, seed in sorted(pairs, key=lambda pair: pair[1])}
+        about = ", ".join(f"seed {seed}: {count}" for seed, count in seeds.items())
+        error = stdev(differences) / len(differences) ** 0.5
+        lines.append(
+            f"| {score} | {about} | {mean(whole):.4f} | {mean(half):.4f} | {mean(differences):+.4f} | {error:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def goals(results: Path) -> str:
     """Aim, measured means, and whether every measured seed reaches the aim."""
     scores = rows.read(results / ROWS, Score)
@@ -130,6 +159,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "accuracy-ten": group_section(GROUPS[1]),
     "accuracy-textures": group_section(GROUPS[2]),
     "accuracy-scratches": group_section(GROUPS[3]),
+    "precision": precision,
 }
 
 

@@ -1,4 +1,4 @@
-"""Launches and memory counted without a GPU: a table, and a picture of memory against size."""
+"""Launches, memory and host time without a GPU: tables, and a picture of memory against size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from anomem.plots.style import ORANGE
 from benchmarks.counts import GPU_BYTES, SUITE
 from benchmarks.harness import rows
 from benchmarks.harness.rows import Row
+from benchmarks.host_time import RESULT as HOST_RESULT
 from benchmarks.report.pictures import (
     BLACK,
     GREY,
@@ -106,4 +107,28 @@ def panel(plot: Any, sweep: list[Row]) -> None:
     plot.set_title(f"{sweep[0].operator}, {', '.join(fixed)}, {sweep[0].dtype} (dotted: 80 GiB)", fontsize=10)
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"cuda-counts": section}
+def host_section(results: Path) -> str:
+    """Processor time of small calls whose kernels compute nothing, of both revisions of one run."""
+    measured = rows.read(results / HOST_RESULT.name)
+    if not measured:
+        return "Not measured yet."
+    about = measured[0].about
+    lines = [
+        f"{about['device_name']}, torch {about['torch']}, Triton {about['triton']}, one thread. "
+        f"{commits(row.about for row in measured)}",
+        "",
+        "| operator and size | implementation | kernels | µs a call, p20 to p80 | against eager |",
+        "|---|---|--:|--:|--:|",
+    ]
+    eager = {row.operator: row.milliseconds for row in measured if row.implementation == "eager"}
+    for row in measured:
+        times, other = row.milliseconds, eager[row.operator]
+        assert times is not None
+        assert other is not None
+        name = row.implementation if row.revision == rows.WORK else f"{row.implementation} at {row.revision}"
+        span = f"{times['p50'] * 1e3:.0f} ({times['p20'] * 1e3:.0f} to {times['p80'] * 1e3:.0f})"
+        lines.append(f"| {label(row)} | {name} | {row.launches} | {span} | {other['p50'] / times['p50']:.2f}× |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"cuda-counts": section, "cuda-host": host_section}

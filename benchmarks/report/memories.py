@@ -1,10 +1,11 @@
-"""Table of filling and reading memories in docs/PERFORMANCE.md, from benchmarks/results/memories.jsonl."""
+"""Tables of filling, reading and scoring in docs/PERFORMANCE.md, from memories.jsonl and scoring.jsonl."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import scoring as scoring_rows
 from benchmarks.harness import rows
 from benchmarks.memories import ROWS, MemoryRow
 
@@ -45,4 +46,26 @@ def memories(results: Path) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"memories": memories}
+def scoring(results: Path) -> str:
+    """M -> images per second of the encoder and of the whole detector, and their ratio beside the aim."""
+    latest = {row.key: row for row in rows.read(results / scoring_rows.ROWS, scoring_rows.ScoringRow)}
+    if not latest:
+        return MISSING
+    lines = [
+        "| M | pixels, batch | encoder, images/s | detector, images/s | part of the encoder's | aim |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in latest.values():
+        encoder = latest.get((row.prototypes, "encoder", row.size, row.batch))
+        if row.what != "detector" or encoder is None:
+            continue
+        alone, whole = (one.batch / one.milliseconds["p50"] * 1e3 for one in (encoder, row))
+        aim = scoring_rows.AIMS.get(row.prototypes)
+        shown = "–" if aim is None else f"{aim:.0%}"
+        sizes = f"{row.prototypes:,} | {row.size}, {row.batch}"
+        lines.append(f"| {sizes} | {alone:.0f} | {whole:.0f} | {whole / alone:.1%} | {shown} |")
+    about = next(reversed(latest.values()))
+    return "\n".join([*lines, "", f"{about.processor}, CPU time of {about.threads} thread, torch {about.torch}."])
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"memories": memories, "scoring": scoring}

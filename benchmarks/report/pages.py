@@ -5,10 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import accuracy, cells, counts, export, memories, tables
+from benchmarks.report import accuracy, cells, counts, export, learning, memories, tables
 
 PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md", "docs/EXPORT.md")
-SECTIONS = tables.SECTIONS | counts.SECTIONS | accuracy.SECTIONS | cells.SECTIONS | export.SECTIONS | memories.SECTIONS
+SECTIONS = (
+    tables.SECTIONS
+    | counts.SECTIONS
+    | accuracy.SECTIONS
+    | cells.SECTIONS
+    | learning.SECTIONS
+    | export.SECTIONS
+    | memories.SECTIONS
+)
 _MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -330,7 +330,7 @@ def execution(device: str) -> Callable[[Path], str]:
     return section
 
 
-EXECUTIONS = {"eager": "eager float32", "anomem": "anomem", "usual": "usual pipeline"}
+EXECUTIONS = {"eager": "eager float32", "anomem": "anomem", "compiled": "anomem compiled", "usual": "usual pipeline"}
 
 
 def batches(results: Path) -> str:

@@ -110,8 +110,8 @@ def test_parameters_stay_in_their_ranges_and_crops_in_the_image() -> None:
         ({"blur_sigma": (0.1, float("inf"))}, "`augment.blur_sigma`: expected two numbers"),
         ({"crop_ratio": (1.0,)}, "`augment.crop_ratio`: expected two numbers"),
         ({"brightness": 1.5}, "`augment.brightness`: expected a number from 0 to 1, received 1.5"),
-        ({"rotation": float("nan")}, "`augment.rotation`: expected a number ≥ 0, received nan"),
-        ({"noise": -0.1}, "`augment.noise`: expected a number ≥ 0, received -0.1"),
+        ({"rotation": float("nan")}, "`augment.rotation`: expected a finite number, received nan"),
+        ({"noise": -0.1}, "`augment.noise`: expected a number from 0 to 10, received -0.1"),
         (
             {"padding": "mirror"},
             "`augment.padding`: expected one of 'zeros', 'border', 'reflection', received 'mirror'",
@@ -149,3 +149,16 @@ def test_on_a_gpu_without_waiting(name: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)
+
+
+def test_an_empty_batch_stays_empty() -> None:
+    views = Augmentation(AugmentConfig())(torch.zeros(0, 3, 8, 8), torch.Generator())
+    assert views.shape == (0, 3, 8, 8)
+
+
+def test_what_is_no_batch_is_told_in_one_line() -> None:
+    augmentation = Augmentation(AugmentConfig())
+    with pytest.raises(ArgumentError, match=r"`images`: expected .*, received ndarray$"):
+        augmentation(torch.zeros(2, 3, 8, 8).numpy(), torch.Generator())  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"`generator`: expected a torch\.Generator, received NoneType$"):
+        augmentation(torch.zeros(2, 3, 8, 8), None)  # type: ignore[arg-type]

@@ -66,3 +66,8 @@ def test_unknown_kind() -> None:
         synthesize_outliers(blobs(), seeded(), ("hole",))
     with pytest.raises(ArgumentError, match="`kinds`: expected at least one"):
         synthesize_outliers(blobs(), seeded(), ())
+
+
+def test_a_name_alone_is_not_read_letter_by_letter() -> None:
+    with pytest.raises(ArgumentError, match="`kinds`: expected a sequence, received 'erase'"):
+        synthesize_outliers(blobs(), seeded(), "erase")

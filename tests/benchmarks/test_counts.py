@@ -10,6 +10,7 @@ from benchmarks.counts import RESULT, SUITE
 from benchmarks.harness import rows
 from benchmarks.harness.case import case
 from benchmarks.harness.rows import Row, row_for
+from benchmarks.host_time import RESULT as HOST_RESULT
 from benchmarks.report import counts
 
 ABOUT = {"commit": "0123456789ab", "dirty": False, "torch": "2.14.1", "triton": "3.8.0"}
@@ -56,3 +57,19 @@ def test_the_picture_is_drawn(results: Path, tmp_path: Path) -> None:
     path = counts.draw(results, tmp_path)
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_host_time_is_shown_of_both_revisions_against_eager(tmp_path: Path) -> None:
+    assert counts.host_section(tmp_path) == "Not measured yet."
+    made = [counted("eager", 128, 65, None), counted("triton", 128, 6, None), counted("triton", 128, 6, None)]
+    made[2].revision = "main (0123)"
+    for row, p50 in zip(made, (0.6, 0.3, 1.2), strict=True):
+        row.milliseconds = {"p20": p50 / 2, "p50": p50, "p80": p50 * 2}
+        row.about = {**ABOUT, "device_name": "a processor"}
+    rows.write(tmp_path / HOST_RESULT.name, made)
+    lines = counts.host_section(tmp_path).splitlines()
+    assert [line.split(" | ")[1:] for line in lines[-3:]] == [
+        ["eager", "65", "600 (300 to 1200)", "1.00× |"],
+        ["triton", "6", "300 (150 to 600)", "2.00× |"],
+        ["triton at main (0123)", "6", "1200 (600 to 2400)", "0.50× |"],
+    ]

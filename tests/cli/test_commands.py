@@ -1,9 +1,12 @@
-"""What the four commands do when all is well."""
+"""What the commands do when all is well."""
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,11 +43,25 @@ def pictures(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 
 def test_help_and_version(anomem: Command) -> None:
-    for command in ((), ("train",), ("evaluate",), ("score",), ("plot",)):
-        done = anomem(*command, "--help")
+    commands = re.search(r"\{(fit,[a-z,]+)\}", anomem("--help").out)
+    assert commands is not None
+    for command in commands[1].split(","):
+        done = anomem(command, "--help")
         assert done.code == 0
-        assert "usage: anomem" in done.out
+        assert f"usage: anomem {command}" in done.out
     assert anomem("--version").out.startswith("anomem ")
+
+
+@pytest.mark.parametrize("module", ["cli.commands", "cli.elsewhere", "cli.reproduce", "cli.score", "data.config",
+                                    "models.config", "augment.config", "train.config", "scoring.config"])  # fmt: skip
+def test_an_option_is_explained_in_lines_that_end_where_a_clause_does(module: str) -> None:
+    """The help keeps the line ends of an option's docstring, wherever the terminal breaks lines besides."""
+    source = Path(importlib.import_module(f"anomem.{module}").__file__ or "").read_text(encoding="utf-8")
+    for kind in ast.parse(source).body:
+        for one in kind.body if isinstance(kind, ast.ClassDef) else ():
+            if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) and one is not kind.body[0]:
+                for line in str(one.value.value).splitlines():
+                    assert line.endswith((".", ";", ":", "…")), f"{module}.{kind.name}: {line}"
 
 
 def test_a_run_is_complete(finished: Path) -> None:

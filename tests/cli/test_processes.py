@@ -7,6 +7,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,9 +23,13 @@ def test_processes_score_a_folder_as_one_does(finished: Path, tmp_path: Path) ->
         Image.new("L", (16, 16), 40 * shade).save(photos / f"{shade}.png")
     (photos / "4.png").write_bytes(b"no image")
     alone, together = tmp_path / "alone.csv", tmp_path / "together.csv"
-    score = ["score", str(photos), "--run", str(finished)]
-    assert main([*score, "--output", str(alone)]) == 1  # one of the images is none
-    in_processes(2, jobs.command, [*score, "--output", str(together)], 1, str(tmp_path))
+    score = ["score", str(photos), "--run", str(finished), "--overlays"]
+    outputs = [
+        ["--output", str(rows), "--maps", str(rows.with_suffix("")), "--sheet", str(rows.with_suffix(".png"))]
+        for rows in (alone, together)
+    ]
+    assert main([*score, *outputs[0]]) == 1  # one of the images is none
+    in_processes(2, jobs.command, [*score, *outputs[1]], 1, str(tmp_path))
     expected, found = (list(csv.DictReader(path.open())) for path in (alone, together))
     assert [row["path"] for row in found] == [row["path"] for row in expected]
     for row, other in zip(found, expected, strict=True):  # to rounding: of other batches
@@ -33,6 +38,12 @@ def test_processes_score_a_folder_as_one_does(finished: Path, tmp_path: Path) ->
     assert (tmp_path / "out0").read_text() == f"4 scores written to {together}\n"
     assert "4 images were scored; failures: 1" in (tmp_path / "err0").read_text()
     assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
+    # One scale of colours in all processes, and one sheet of the images of all.
+    for picture in (*(f"alone/{shade}.overlay.png" for shade in range(4)), "alone.png"):
+        one, other = (np.asarray(Image.open(tmp_path / p)) for p in (picture, picture.replace("alone", "together")))
+        assert one.shape == other.shape, picture
+        if picture != "alone.png":  # on the sheet the last digit of a score may differ
+            assert np.abs(one.astype(int) - other.astype(int)).max() <= 2, picture
 
 
 def test_a_profile_of_the_real_loop(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,8 @@ def test_a_watched_folder(run: Path, photos: Path, tmp_path: Path) -> None:
         "--json",
         "--alpha",
         "0.1",
+        "--maps",
+        str(tmp_path / "maps"),
     ]
     process = subprocess.Popen(
         command,
@@ -127,6 +129,7 @@ def test_a_watched_folder(run: Path, photos: Path, tmp_path: Path) -> None:
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["path"].endswith("first.png")
     (folder / "broken.png").write_bytes(b"no image")
+    shutil.copy(photos / "test" / "spot" / "00.png", folder / "first.PNG")
     shutil.copy(photos / "test" / "spot" / "00.png", folder / "second.png")
     second = json.loads(process.stdout.readline())
     assert (Path(second["path"]).name, second["verdict"]) == ("second.png", "anomalous")
@@ -135,7 +138,9 @@ def test_a_watched_folder(run: Path, photos: Path, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     assert "broken.png: expected a readable image" in said
-    assert "2 images were scored, 1 could not be; no drift in 2 images" in said
+    assert "first.PNG: expected a name of its own, but its map would be that of" in said
+    assert "2 images were scored, 2 could not be; no drift in 2 images" in said
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["first.tiff", "second.tiff"]
 
 
 def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, photos: Path, tmp_path: Path) -> None:
@@ -147,6 +152,7 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         ((photos / "good", "--run", run, "--watch", "--fdr", "0.1"), "neither --fdr nor --sheet"),
         ((picture, "--run", finished, "--maps", tmp_path / "maps", "--masks"), "expected a fitted run"),
         ((picture, "--run", run, "--device", "tpu9"), "expected a device of this machine"),
+        ((picture, "--run", run, "--device", "mps"), "from the 'MPS' backend\n"),
     ):
         done = anomem("score", *arguments)
         assert (done.code, done.err.count("\n")) == (2, 1), (arguments, done.err)

@@ -112,7 +112,7 @@ def test_defects_in_turn_and_labelled() -> None:
     ("changed", "message"),
     [
         ({"outlier_ratio": -1}, "`data.outlier_ratio`: expected a ratio ≥ 0 .*, received -1"),
-        ({"outlier_ratio": float("nan")}, "`data.outlier_ratio`: expected a ratio ≥ 0 .*, received nan"),
+        ({"outlier_ratio": float("inf")}, "`data.outlier_ratio`: expected a finite number, received inf"),
         ({"test_fraction": 0}, "`data.test_fraction`: expected a fraction between 0 and 1, received 0"),
         ({"anomalies": "dust"}, "`data.anomalies`: expected one of 'photographs', .*received 'dust'"),
         ({"train_patches": 1}, "`data.train_patches`: expected an integer ≥ 2, received 1"),

@@ -69,6 +69,22 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("columns", "at least 5, one for each row", lambda: ann.InfoNCELoss()(K, Q)),
     ("z", "a dense tensor", lambda: AF.nt_xent(Q.to_sparse(), Q)),
     ("values", "width 4", lambda: ann.HopfieldMemory(4, 2, value_features=3).fill(torch.randn(9, 4))),
+    ("values", "[M, d]", lambda: AF.deviation(Q, K, values=torch.tensor(1.0))),
+    ("query", "[..., d]", lambda: AF.deviation(torch.tensor(1.0), K, values=K)),
+    ("values", "[M, 4]", lambda: AF.contrasted_memory_loss(Z, Z, K, values=torch.randn(5, 2))),
+    ("z_pair", "dtype of `z`", lambda: AF.contrasted_memory_loss(Z, Z.double(), K)),
+    ("is_normal", "received list", lambda: AF.contrasted_memory_loss(Z, Z, K, is_normal=[True] * 3)),  # type: ignore[arg-type]
+    ("count", "integer ≥ 1", lambda: AF.scale_weights(0)),
+    ("weighting", "'linear', 'exp'", lambda: AF.scale_weights(3, "quadratic")),  # type: ignore[arg-type]
+    ("ratio", "(0, 1]", lambda: AF.sample_positions(4, 4, 1.5)),
+    ("ratio", "received nan", lambda: AF.sample_positions(4, 4, float("nan"))),
+    ("height", "integer ≥ 1", lambda: AF.sample_positions(0, 4, 0.5)),
+    ("batch", "integer ≥ 1", lambda: AF.sample_positions(4, 4, 0.5, batch=0)),
+    ("length", "[B]", lambda: AF.margin_loss(Q, torch.ones(3, dtype=torch.bool))),
+    ("is_normal", "bool [3]", lambda: AF.margin_loss(Q[:, 0], torch.ones(2, dtype=torch.bool))),
+    ("margin", "≥ 1", lambda: AF.margin_loss(Q[:, 0], torch.ones(3, dtype=torch.bool), 0.5)),
+    ("memory_bank_size", "received None", lambda: ann.NTXentLoss(0.5, None)),  # type: ignore[arg-type]
+    ("memory", "received Tensor", lambda: ann.ContrastedMemoryLoss()(Z, Z, K)),  # type: ignore[arg-type]
 ]  # fmt: skip
 
 
@@ -91,3 +107,44 @@ def test_an_implementation_that_cannot_run_says_why_and_names_those_that_can() -
     with pytest.raises(ArgumentError, match="reference") as raised:
         AF.hopfield_retrieve(Q.double(), K.double(), impl="triton")
     assert raised.value.hint
+
+
+ELSEWHERE: list[tuple[str, Callable[[], Any]]] = [
+    ("prototypes", lambda: AF.hopfield_retrieve(Q, K.to("meta"))),
+    ("values", lambda: AF.hopfield_retrieve(Q, K, values=K.to("meta"))),
+    ("z_pair", lambda: AF.nt_xent(Z, Z.to("meta"))),
+    ("columns", lambda: AF.info_nce(Z, Z.to("meta"), POSITIVE)),
+    ("positive", lambda: AF.info_nce(Z, Z, POSITIVE.to("meta"))),
+    ("exclude", lambda: AF.info_nce(Z, Z, POSITIVE, POSITIVE.to("meta"))),
+    ("positions", lambda: AF.gather_positions(MAP, POSITIVE.to("meta"))),
+    ("log_prior", lambda: AF.deviation_map(MAP, K, log_prior=torch.zeros(9, 5, device="meta"))),
+    ("prototypes", lambda: AF.deviation_map(MAP, K.to("meta"))),
+    ("bias", lambda: AF.read_memory(Q, K, bias=torch.zeros(5, device="meta"))),
+    ("prototypes", lambda: AF.nearest(Q, K.to("meta"))),
+    ("z_pair", lambda: AF.contrasted_memory_loss(Z, Z.to("meta"), K)),
+    ("is_normal", lambda: AF.contrasted_memory_loss(Z, Z, K, is_normal=torch.ones(3, dtype=torch.bool, device="meta"))),
+    ("is_normal", lambda: AF.margin_loss(Q[:, 0], torch.ones(3, dtype=torch.bool, device="meta"))),
+]
+
+
+@pytest.mark.parametrize(("argument", "call"), ELSEWHERE, ids=[f"{i}: {a}" for i, (a, _) in enumerate(ELSEWHERE)])
+def test_a_tensor_on_another_device_is_named(argument: str, call: Callable[[], Any]) -> None:
+    """A kernel would read whatever lies at its address."""
+    with pytest.raises(ArgumentError, match="the device of") as raised:
+        call()
+    assert raised.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ann.NTXentLoss(impl="cuda"),  # type: ignore[arg-type]
+        lambda: ann.InfoNCELoss(impl="cuda"),  # type: ignore[arg-type]
+        lambda: ann.VarianceHinge(impl="cuda"),  # type: ignore[arg-type]
+        lambda: ann.ContrastedMemoryLoss(impl="cuda"),  # type: ignore[arg-type]
+        lambda: ann.HopfieldMemory(4, 2, impl="cuda"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_layer_refuses_an_unknown_implementation_when_it_is_made(make: Callable[[], Any]) -> None:
+    with pytest.raises(ArgumentError, match="`impl`: expected one of 'auto'"):
+        make()

@@ -46,6 +46,14 @@ def test_autocast_casts_inputs_and_keeps_losses_in_float32() -> None:
     assert torch.equal(loss, expected)
 
 
+def test_views_of_two_dtypes_meet_under_autocast() -> None:
+    z, pair, keys = draw(2, 4, 8), draw(2, 4, 8, seed=1), draw(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = AF.contrasted_memory_loss(z, pair.bfloat16(), keys, impl="reference")
+        same = AF.contrasted_memory_loss(z, pair, keys, impl="reference")
+    assert [float(x) for x in mixed] == [float(x) for x in same]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions(reduction: AF.contrast.Reduction) -> None:
     z, pair = draw(2, 4, 8), draw(2, 4, 8, seed=1)

@@ -118,6 +118,22 @@ def test_a_value_that_is_read_is_seen() -> None:
         torch.ones(()).item()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_call_goes_around_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode and a profiler see the operators. A plain call runs Triton's functions, with the same result."""
+    word = name.partition(" ")[0]
+    names = {f"anomem::triton_{word}_fwd", f"anomem::triton_{word}_bwd"}
+    with Operators() as operators:
+        seen = gradients(*cases(torch.float32)[name])
+    assert operators.names >= names
+    with torch.profiler.profile() as profile:
+        gradients(*cases(torch.float32)[name])
+    assert {event.key for event in profile.key_averages()} >= names
+    monkeypatch.setattr("anomem.ops.library.operator", lambda name, backend: pytest.fail(f"{backend}_{name}"))
+    for mine, other in zip(gradients(*cases(torch.float32)[name]), seen, strict=True):
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)

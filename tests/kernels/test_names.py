@@ -33,7 +33,7 @@ def launched() -> list[str]:
         if isinstance(node, ast.Call)
     ]
     own = [file for file, call in calls if isinstance(call.func, ast.Subscript)]
-    assert set(own) <= {"primitives"}, own  # where `launch_kernel` is
+    assert set(own) <= {"launching"}, own  # where `launch_kernel` is
     return [ast.unparse(call.args[0]) for _, call in calls if ast.unparse(call.func) == "launch_kernel"]
 
 

@@ -31,13 +31,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         monkeypatch.setattr(kernels.importlib.metadata, "version", lambda package: triton)
         monkeypatch.setattr(tile_table, "_device_properties", lambda device: {"max_shared_mem": shared_kib * 1024})
 
-    caches = kernels._has_gpu, kernels._gpu_obstacle, tile_table._fitting_gpu
-    for cache in caches:
-        cache.cache_clear()
+        forget()
+
+    def forget() -> None:
+        for cache in (
+            kernels._has_gpu, kernels._gpu_obstacle, tile_table._fitting_gpu, tile_table._architecture_of_gpu,
+        ):  # fmt: skip
+            cache.cache_clear()
+
     yield report
     monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)])
@@ -71,12 +75,10 @@ def test_amd(gpu: Gpu) -> None:
 def test_early_triton_on_blackwell(gpu: Gpu, release: str, refused: bool) -> None:
     for capability in ((10, 0), (10, 3)):
         gpu(capability, shared_kib=227, triton=release)
-        kernels._gpu_obstacle.cache_clear()
         reason = kernels.support("retrieve", BF16, 64)
         assert (reason is not None) is refused
         assert not refused or release in (reason or "")
     gpu((9, 0), triton=release)
-    kernels._gpu_obstacle.cache_clear()
     assert kernels.support("retrieve", BF16, 64) is None
 
 

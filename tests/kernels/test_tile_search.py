@@ -321,14 +321,19 @@ def test_neighbours_keep_to_what_an_architecture_compiles_well() -> None:
                 assert near, entry
                 assert tile not in near
                 for other in near:
-                    assert sum(x != y for x, y in zip(tile[:2] + tile[3:4], other[:2] + other[3:4], strict=True)) == 1
+                    changed = [(tile.rows, tile.warps) != (other.rows, other.warps)]
+                    changed += [tile.columns != other.columns, tile.stages != other.stages]
+                    assert sum(changed) == 1
                     assert 16 <= other.rows <= 128
                     assert other.stages > 0
                     if entry[0] == "retrieve_resident":
                         assert other.columns == entry[2]
                     if architecture not in MMA_SYNC and entry[1] != "ieee":
                         assert other.rows >= 64
-                        assert other.warps == {64: 4, 128: 8}[other.rows]
+                        assert other.warps in {64: (4,), 128: (4, 8)}[other.rows]
+                reachable = {(other.rows, other.warps) for other in near}
+                if tile.rows in (64, 128):
+                    assert reachable >= {(128, 4), (128, 8)} - {(tile.rows, tile.warps)}
 
 
 def test_only_tiles_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.models import ModelConfig, NetworkEncoder, build_encoder, build_model, describe, parameter_count
+from anomem.models import (
+    AnoMem,
+    ModelConfig,
+    NetworkEncoder,
+    TiledEncoder,
+    build_encoder,
+    build_model,
+    describe,
+    parameter_count,
+)
+from anomem.models.pretrained import pretrained_encoder
+from anomem.nn import HopfieldMemory
 
 
 @pytest.mark.parametrize(
@@ -72,7 +84,7 @@ def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:
 def test_wrong_settings_are_named(values: dict[str, Any], argument: str, text: str) -> None:
     with pytest.raises(ArgumentError, match=text) as caught:
         build_model(ModelConfig(**values), (16, 16), 1, [0.5], [0.5])
-    assert caught.value.argument == argument
+    assert caught.value.argument == f"model.{argument}"
 
 
 def test_an_image_set_of_one_colour_has_no_spread() -> None:
@@ -116,3 +128,51 @@ def test_a_frozen_network_does_not_move() -> None:
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not any(p.requires_grad for p in encoder.parameters())
     assert NetworkEncoder(Maps(), (8, 8), 1).train().training
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (torch.zeros(1, 16, 16), "a tensor [B, C, H, W], received shape [1, 16, 16]"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "uint8, or float in [0, 1], received torch.int64"),
+        (torch.zeros(2, 3, 16, 16).numpy(), "received ndarray"),
+        (torch.zeros(2, 1, 16, 16), "images of 3 channels"),
+    ],
+)
+def test_a_model_refuses_what_is_no_batch_of_images(images: Any, text: str) -> None:
+    """int64 pixels up to 255 would be taken for values in [0, 1], grey images be repeated by broadcasting."""
+    model = build_model(ModelConfig(), (16, 16), 3, [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        model(images)
+
+
+def test_a_model_refuses_a_memory_that_its_maps_could_not_read() -> None:
+    model = build_model(ModelConfig(), (16, 16), 1, [0.5], [0.5])
+    memories = [*list(model.memories)[:2], HopfieldMemory(64, 4, shrink=0.1)]
+    with pytest.raises(ArgumentError, match="`memories`: expected memories without shrinkage"):
+        AnoMem(model.encoder, memories, list(model.projections), mean=[0], std=[1], scale_weights=model.scale_weights)
+
+
+@pytest.mark.parametrize("size", [16, (16,), (0, 16), (16.0, 16.0)])
+def test_a_size_is_height_and_width(size: Any) -> None:
+    for make in (
+        lambda: build_model(ModelConfig(), size, 1, [0.5], [0.5]),
+        lambda: build_encoder(ModelConfig(), size, 1),
+        lambda: NetworkEncoder(torch.nn.Identity(), size),
+        lambda: pretrained_encoder("resnet18", size, weights=None),
+        lambda: TiledEncoder(build_encoder(ModelConfig(), (16, 16), 1), size),
+    ):
+        with pytest.raises(
+            ArgumentError, match=re.escape(f"`image_size`: expected (height, width) in pixels, received {size}")
+        ):
+            make()
+
+
+def test_a_network_that_fails_is_told_which_images_it_got() -> None:
+    with pytest.raises(ArgumentError, match=r"`network`: expected a network for images \[B, 3, 16, 16\].* 1 channels"):
+        NetworkEncoder(torch.nn.Conv2d(1, 2, 3), (16, 16))
+
+
+def test_scales_are_no_text_read_letter_by_letter() -> None:
+    with pytest.raises(ArgumentError, match="`scales`: expected a sequence, received '16'"):
+        pretrained_encoder("efficientnet_lite0", (64, 64), scales="16", weights=None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ SIZE = (64, 64)
 @needs_weights
 def test_lite0_recognises_photographs() -> None:
     data = pytest.importorskip("skimage.data")
-    encoder = pretrained_encoder("efficientnet_lite0", (224, 224), taps=("block15",))
+    encoder = pretrained_encoder("efficientnet_lite0", (224, 224), scales=("block15",))
     file = pretrained._lite0_file()
     assert file is not None
     head = classifier(read_weights(file)).eval()
@@ -60,10 +62,10 @@ def test_lite0_default_taps() -> None:
 
 
 def test_taps_by_stride_and_order() -> None:
-    encoder = pretrained_encoder("efficientnet_lite0", SIZE, taps=("16", "block2", "8"), weights=None)
+    encoder = pretrained_encoder("efficientnet_lite0", SIZE, scales=("16", "block2", "8"), weights=None)
     assert encoder.names == ("block2", "block4", "block10")
     assert encoder.strides == (4, 8, 16)
-    assert "block11" not in dict(encoder.network.stages.named_children()), "what follows the last tap is left out"
+    assert "block11" not in dict(encoder.network.stages.named_children()), "later stages are left out"
 
 
 def test_odd_sizes_round_up() -> None:
@@ -90,11 +92,11 @@ def test_training_mode_of_what_contains_it() -> None:
     assert not any(module.training for module in outer[0].modules())
 
 
-def test_torchvision_taps_by_name() -> None:
-    encoder = pretrained_encoder("resnet18", SIZE, taps=("layer3", "layer1"), weights=None)
+def test_torchvision_scales_by_name() -> None:
+    encoder = pretrained_encoder("resnet18", SIZE, scales=("layer3", "layer1"), weights=None)
     assert encoder.names == ("layer1", "layer3")
     assert encoder.channels == (64, 256)
-    assert not any(name.startswith("layer4") for name in encoder.state_dict()), "what follows the last tap is left out"
+    assert not any(name.startswith("layer4") for name in encoder.state_dict()), "later stages are left out"
     by_stride = pretrained_encoder("resnet18", SIZE, weights=None)
     assert by_stride.strides == (8, 16, 32)
     assert by_stride.channels == (128, 256, 512)
@@ -193,8 +195,9 @@ class Evil:
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match="cannot read the weights") as caught:
         pretrained_encoder("resnet18", SIZE, weights=tmp_path / "evil.pth")
+    assert "weights_only" not in str(caught.value), "no advice to execute it"
     assert not Path("executed").exists()
 
 
@@ -213,6 +216,17 @@ def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="cannot read the weights"):
             read_weights(tmp_path / name)
+    torch.save({"a": torch.zeros(3)}, tmp_path / "sound.pth", _use_new_zipfile_serialization=False)
+    sound = (tmp_path / "sound.pth").read_bytes()
+    damaged = [sound[:40], sound[: len(sound) // 2], b"hello, this is text", b"<!doctype html>", b"\x80\x02BG", b"\x80",
+               sound.replace(b"storage", b"stor\xffge", 1), pickle.dumps(Path("x"))]  # fmt: skip
+    for content in damaged:
+        (tmp_path / "damaged.pth").write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match="cannot read the weights") as caught:
+                read_weights(tmp_path / "damaged.pth")
+        assert len(str(caught.value).replace(str(tmp_path), "")) < 160, content
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds no state dictionary"):
         read_weights(tmp_path / "list.pth")
@@ -260,11 +274,11 @@ def test_cached_torchvision_weights_are_used(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("efficientnet_lite0", {"taps": ("block99",)}, "scales.*one of stem, block0.*stride of 2, 4, 8.*block99"),
-        ("efficientnet_lite0", {"taps": ("64",)}, "scales"),
-        ("resnet18", {"taps": ("layer9",)}, "scales.*layer9"),
+        ("efficientnet_lite0", {"scales": ("block99",)}, "scales.*one of stem, block0.*stride of 2, 4, 8.*block99"),
+        ("efficientnet_lite0", {"scales": ("64",)}, "scales"),
+        ("resnet18", {"scales": ("layer9",)}, "scales.*layer9"),
         ("efficientnet_lite0", {"channels": 2}, "channels.*1 \\(grey\\) or 3"),
-        ("resnet17", {}, "backbone.*resnet18.*resnet17"),
+        ("resnet17", {}, "encoder.*resnet18.*resnet17"),
     ],
 )
 def test_wrong_arguments(name: str, options: dict[str, Any], message: str) -> None:
@@ -307,9 +321,9 @@ def test_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert encoder.names == ("3", "7", "11")
     assert encoder.sizes == ((4, 4),) * 3
     assert (encoder.mean, encoder.std) == ((0.5,), (0.25,))
-    assert pretrained_encoder("timm:vit_x", SIZE, taps=("5",), weights=None).names == ("5",)
+    assert pretrained_encoder("timm:vit_x", SIZE, scales=("5",), weights=None).names == ("5",)
     with pytest.raises(ArgumentError, match=r"scales.*indices"):
-        pretrained_encoder("timm:vit_x", SIZE, taps=("12",), weights=None)
+        pretrained_encoder("timm:vit_x", SIZE, scales=("12",), weights=None)
     with pytest.raises(UserError, match=r"could not fetch them.*give the file"):
         pretrained_encoder("timm:vit_x", SIZE)
 

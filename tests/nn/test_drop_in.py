@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anomem import functional as AF
 from anomem import nn as ann
 from anomem.errors import ArgumentError
 from anomem.testing import draw
@@ -137,6 +138,32 @@ def test_diagnostics_tell_soft_averaging_from_a_memory_in_use() -> None:
     assert sharp.perplexity < 1.2
     assert sharp.effective > 4
     assert int(sharp.usage.sum()) == 400
+
+
+def test_the_scale_loss_reads_the_memory_as_the_memory_reads_itself() -> None:
+    memory = ann.HopfieldMemory(8, 6, shrink=0.25)
+    z, z_pair = draw(3, 4, 8), draw(3, 4, 8, seed=1)
+    criterion = ann.ContrastedMemoryLoss(0.2, symmetric=False)
+    _, contrast, variance = criterion(z, z_pair, memory)
+    torch.testing.assert_close(contrast, AF.nt_xent(z, memory(z_pair), temperature=0.2))
+    torch.testing.assert_close(variance, AF.variance_hinge(memory(z_pair)))
+    memory.shrink = 0.0
+    assert not torch.equal(criterion(z, z_pair, memory)[1], contrast)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (ann.NTXentLoss(0.2), "NTXentLoss(temperature=0.2)"),
+        (ann.InfoNCELoss(learn_temperature=True, impl="reference"), "temperature=learned, impl='reference')"),
+        (ann.NTXentLoss(0.2, gather_distributed=True, ring=True), "gather_distributed=True, ring=True)"),
+        (ann.VarianceHinge(0.5), "VarianceHinge(gamma=0.5, eps=0.0001)"),
+        (ann.ContrastedMemoryLoss(), "temperature=0.2, variance_weight=0.05, negatives='image', symmetric=True)"),
+        (ann.HopfieldMemory(8, 4, value_features=3, shrink=0.1), "normalize='layer', value_features=3, shrink=0.1)"),
+    ],
+)
+def test_a_layer_prints_what_it_computes(layer: torch.nn.Module, text: str) -> None:
+    assert repr(layer).endswith(text)
 
 
 def test_the_scale_loss_weighs_its_two_terms() -> None:

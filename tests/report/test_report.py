@@ -191,6 +191,17 @@ cards()[0].click();
 result.dialog = document.getElementById("large").open;
 result.unnamed = [...document.querySelectorAll("input, select, button, svg")].filter((e) =>
   !e.labels?.length && !e.textContent.trim() && !e.getAttribute("aria-label")).length;
+const wide = () => chart.viewBox.baseVal.width;
+result.print = [wide()];
+window.dispatchEvent(new Event("beforeprint"));
+result.print.push(wide(), document.querySelector("#roc").viewBox.baseVal.width);
+window.dispatchEvent(new Event("afterprint"));
+result.print.push(wide());
+const lines = [...document.querySelectorAll("#roc polyline")];
+result.widths = lines.map((line) => +line.getAttribute("stroke-width"));
+const strips = [...document.querySelectorAll(".strip")];
+result.overflowing = strips.filter((strip) => strip.scrollWidth > strip.clientWidth).length;
+result.alarm = document.getElementById("martingale").textContent.includes("alarm");
 result.errors = errors;
 const out = document.createElement("pre");
 out.id = "result";
@@ -242,3 +253,7 @@ def test_in_a_browser(run: Path, page: Path, tmp_path: Path) -> None:
     assert [name.rsplit("/", 1)[-1] for name in result["search"]] == [ODD]
     assert result["high"] == sorted(result["high"], reverse=True)
     assert (result["moved"], result["heat"], result["dialog"], result["unnamed"]) == (1, [True, False], True, 0)
+    screen, sheet, half, again = result["print"]
+    assert (sheet, half, again) == (700, 340, screen), "charts fit a sheet of paper while it is printed"
+    assert result["widths"] == sorted(result["widths"]), "the leading curve is drawn above the others"
+    assert (result["overflowing"], result["alarm"]) == (0, True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from anomem.cli import main
+from anomem.errors import UserError
 from anomem.reproduce import EXPERIMENTS, Scale, Sweep, read_rows, run
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig
@@ -34,13 +35,16 @@ def test_all_classes_with_all_measures(classes: Path, tmp_path: Path, monkeypatc
     }
     for row in rows:
         assert set(row["metrics"]["lead"]) >= {"auroc", "pixel_auroc", "aupro", "aupimo"}
+    assert {row["class"] for row in rows} == {"bolt", "nut"}, "not the name of their folders of good images"
+    assert {p.name for p in (out / "splits").iterdir()} == {"folder-bolt-seed0.json", "folder-nut-seed0.json"}
     found = next(row for row in rows if (row["setting"], row["normal"]) == ("fit", "bolt"))
     assert found["metrics"]["lead"]["auroc"] == 1
     assert found["metrics"]["lead"]["pixel_auroc"] > 0.8
     table = (out / "table.md").read_text()
     for heading in ("| setting | AUROC % `lead` | pixel AUROC | AUPRO | AUPIMO |", "AUPIMO % class by class:"):
         assert heading in table
-    assert table.count("| mean |") == 4
+    assert table.count("| setting | bolt | nut | mean |") == 4
+    assert table.startswith("# Classes of a folder: MVTec-AD, MVTec LOCO or VisA (parts)\n")
 
 
 def test_folders_without_classes_are_named(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +63,7 @@ def test_another_root_is_another_sweep(classes: Path, tmp_path: Path) -> None:
     first = Sweep("mvtec", "folder", tmp_path / "out", str(classes), scale=Scale(epochs=1))
     assert [cell.normal for cell in first.cells] == ["bolt", "nut"] * 2
     (tmp_path / "out").mkdir()
-    header = '{"experiment": "mvtec", "data": "folder", "root": "/other", "scale": {"epochs": 1, "subset": null}, '
-    (tmp_path / "out" / "sweep.json").write_text(header + '"commit": "x", "command": "y"}')
-    with pytest.raises(Exception, match=r'its root is "/other", here'):
+    header = '{"experiment": "mvtec", "data": "parts", "root": "../other/parts", "commit": "x", "command": "y"}'
+    (tmp_path / "out" / "sweep.json").write_text(header)
+    with pytest.raises(UserError, match=r'its root is "../other/parts", here "../parts"'):
         run(first, lambda line: None)

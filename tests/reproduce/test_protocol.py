@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 from anomem.cli import main
-from anomem.data import DataConfig, load_task
+from anomem.data import DataConfig, Task, load_task
 from anomem.data.bundled import SUPERCLASSES, load_digits
+from anomem.data.folder import ImageFiles
 from anomem.errors import UserError
-from anomem.reproduce import CLASSES, EXPERIMENTS, Scale
+from anomem.reproduce import CLASSES, EXPERIMENTS, Scale, Sweep
 from anomem.reproduce.cell import Cell
 from anomem.reproduce.protocol import base_config, scaled, scaled_task, write_split
-from anomem.train import preset
+from anomem.reproduce.sweep import estimate
+from anomem.train import TrainConfig, preset
 from tests.data.test_cifar import root as cifar  # noqa: F401  (a fixture: small files in the official format)
 
 
@@ -42,6 +44,8 @@ def test_epochs_are_steps() -> None:
     short = scaled(config, Scale(epochs=3), 128)
     assert (short.optimizer.steps, short.optimizer.warmup, short.stage2.optimizer.steps) == (3, 0, 3)
     assert scaled(config, Scale(epochs=3), 3000).optimizer.steps == 6
+    assert scaled(config, Scale(steps=7), 3000) == scaled(config, Scale(epochs=7), 128)
+    assert scaled(base_config("cifar10", "data"), Scale(steps=7), 5000).optimizer.steps == 7
     assert scaled(config, Scale(epochs=900), 128).optimizer.warmup == config.optimizer.warmup
 
 
@@ -101,7 +105,15 @@ def test_splits_of_folders_name_files(classes: Path, tmp_path: Path) -> None:
     config = DataConfig("folder", root=str(classes / "bolt"), normal="")
     split = json.loads(write_split(load_task(config), config, tmp_path).read_text())
     assert split["train_normal"] == [f"train/good/{i}.png" for i in range(8)]
-    assert [Path(name).parent.name for name in split["test_anomalous"]] == ["scratch"] * 3
+    assert split["test_anomalous"] == [f"test/scratch/{i}.png" for i in range(3)]
+    small = scaled_task(load_task(config), Scale(subset=2), 0)
+    split = json.loads(write_split(small, config, tmp_path, "bolt").read_text())
+    assert split["normal"] == "bolt"
+    assert {part: len(names) for part, names in split.items() if part.startswith("t")} == {
+        "train_normal": 2, "train_anomalous": 0, "test_normal": 2, "test_anomalous": 2,
+    }  # fmt: skip
+    image, _ = next(small.train.batches(torch.tensor([0]), 1))
+    assert torch.equal(image[0], ImageFiles([classes / "bolt" / split["train_normal"][0]], 128)[0])
 
 
 def test_splits_of_cifar_are_rows_of_the_official_files(cifar: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -149,3 +161,24 @@ def test_a_half_downloaded_archive_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(CIFAR10, "tgz_md5", None)  # torchvision then checks nothing
     with pytest.raises(UserError, match="it is whole: unpack it there"):
         load_task(DataConfig("cifar10", root=str(tmp_path)))
+
+
+def test_the_papers_setting_is_estimated_before_it_starts(
+    cifar: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed = []
+
+    def seconds(config: TrainConfig, task: Task, at_most: int) -> tuple[float, float]:
+        timed.append((config.model.backbone, config.optimizer.batch_size, len(task.train), at_most))
+        return 3.0, 3.0
+
+    monkeypatch.setattr("anomem.reproduce.sweep.seconds_per_step", seconds)
+    sweep = Sweep("table7", "cifar10", tmp_path, str(cifar), seeds=(0,), jobs=1, device="cpu")
+    said = estimate(sweep, sweep.cells)
+    assert timed == [("resnet50", 1024, 10, 32)]
+    # These files hold ten images of a class: a step an epoch. Ten classes, two settings and an untrained control.
+    assert "30 cells in 1 processes" in said
+    assert "stage 1 of linear: 200 steps of 10 images, about 10 min a class" in said
+    assert "stage 1 takes 3 h 20 min in all (from steps of 10 images)" in said

@@ -39,6 +39,10 @@ def test_differences_are_paired() -> None:
     assert gap.verdict is None
     assert difference({0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 0.0)).verdict == 1
     assert difference({0: 1.0, 1: -1.1, 2: 0.2}, dict.fromkeys(range(3), 0.0)).verdict == 0
+    three = difference({0: 1.0, 1: 2.0, 2: 3.0}, dict.fromkeys(range(3), 0.0))
+    assert 2 < three.mean / three.error < 4
+    assert three.verdict == 0, "the interval of three pairs is 4.3 standard errors wide"
+    assert difference(dict(enumerate([1.0, 2.0, 3.0] * 4)), dict.fromkeys(range(12), 0.0)).verdict == 1
 
 
 @pytest.mark.parametrize(
@@ -85,11 +89,11 @@ def test_settings_without_a_claim_are_compared_with_the_first() -> None:
 
 def test_the_papers_figures_stand_beside_ours_where_the_data_are_the_papers(tmp_path: Path) -> None:
     header = {"experiment": "table7", "data": "cifar10", "scale": {"epochs": 1}, "commit": "abc", "command": "anomem x"}
-    header |= {"torch": "2", "processor": "cpu"}
+    header |= {"torch": "2", "processor": "cpu", "cells": 12}
     content = "".join(json.dumps(r) + "\n" for r in rows_of("plain", linear=0.7, exponential=0.8))
     (tmp_path / "rows.jsonl").write_text(content)
     (tmp_path / "sweep.json").write_text(json.dumps(header))
-    table = markdown(tmp_path, 12)
+    table = markdown(tmp_path)
     assert "| exponential | 85.05 ± 0.07 | 91.50 |" in table  # mean of .8 and .9, ± the seeds' half of .1%
     assert "**Not complete: 8 of 12 cells.**" in table
     assert "scaled down: epochs 1" in table

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from anomem import functional as AF
 from anomem.errors import ArgumentError
 from anomem.scoring import fill
-from anomem.scoring.fill import FeatureRows, coreset, fill_prototypes, kmeans, nearest, prototype_count
+from anomem.scoring.fill import FeatureRows, fill_prototypes, kmeans, nearest_in_blocks, prototype_count
 
 METHODS = ("random", "coreset", "kmeans")
 
@@ -44,7 +45,7 @@ def test_rows_are_taken_once(method: fill.Fill) -> None:
 
 def test_coreset_takes_equal_rows_last() -> None:
     rows = torch.cat([torch.zeros(5, 2), torch.eye(2)])
-    chosen = coreset(rows, 7, 0)
+    chosen = AF.k_center(rows, 7, first=0)
     assert sorted(chosen.tolist()) == list(range(7))
     assert set(chosen[1:3].tolist()) == {5, 6}, "what differs comes first"
 
@@ -53,7 +54,7 @@ def test_coreset_takes_equal_rows_last() -> None:
 def test_nearest_in_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill, "BLOCK_ELEMENTS", block)
     rows, prototypes = normal(131, 5), normal(40, 5, seed=1)
-    index, distance = nearest(rows, prototypes)
+    distance, index = nearest_in_blocks(rows, prototypes)
     expected = torch.cdist(rows.double(), prototypes.double()).square().min(dim=1)
     assert torch.equal(index, expected.indices)
     torch.testing.assert_close(distance.double(), expected.values, rtol=1e-4, atol=1e-5)
@@ -61,7 +62,7 @@ def test_nearest_in_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyPat
 
 def test_coreset_by_definition() -> None:
     rows = normal(60, 4).double()
-    chosen = coreset(rows, 15, 7).tolist()
+    chosen = AF.k_center(rows, 15, first=7).tolist()
     distances = torch.cdist(rows, rows)
     assert chosen[0] == 7
     for i in range(1, 15):
@@ -93,7 +94,7 @@ def test_banks_of_several_seeds() -> None:
 
 def test_kmeans_lowers_the_distance_each_time() -> None:
     rows = normal(600, 6)
-    losses = [float(nearest(rows, kmeans(rows, rows[:30], n))[1].mean()) for n in (0, 1, 2, 5, 20)]
+    losses = [float(nearest_in_blocks(rows, kmeans(rows, rows[:30], n)).distance.mean()) for n in (0, 1, 2, 5, 20)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]
 

@@ -53,7 +53,7 @@ def test_a_cuda_graph_captures_all_of_a_call(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", TRITON)
 def test_a_bound_launch_passes_the_same(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """`launch_kernel` of `anomem.kernels` runs a kernel that Triton found before with Triton's arguments."""
-    from anomem.kernels import primitives
+    from anomem.kernels import launching
 
     launch, passed = CudaLauncher.__call__, []
 
@@ -69,7 +69,7 @@ def test_a_bound_launch_passes_the_same(name: str, dtype: torch.dtype, monkeypat
     call()
     bound = passed.copy()
     passed.clear()
-    monkeypatch.setattr(primitives, "_bound", {})
+    monkeypatch.setattr(launching, "_bound", {})
     call()
     assert bound
     assert bound == passed

@@ -15,7 +15,7 @@ class Entry(NamedTuple):
     """One line of the log."""
 
     kind: str
-    """launch, copy, upload, download, fill, allocate, wait or fault."""
+    """launch, copy, upload, download, fill, allocate, wait, graph or fault."""
     what: str
     """A kernel's name, or a call's."""
     device: int
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     bytes: int
-    """Of a launch's dynamic shared memory; copied, filled or allocated by others."""
+    """Of a launch's dynamic shared memory; copied, filled or allocated by others; nodes of a graph."""
     when: str
     """now, captured or replayed."""
 
@@ -58,6 +58,11 @@ def recorded() -> Iterator[list[Entry]]:
     finally:
         _library().stand_in_record(0)
         entries.extend(_parsed(line) for line in _library().stand_in_log().decode().splitlines())
+
+
+def recorded_so_far() -> int:
+    """Number of entries within `recorded`."""
+    return len(_library().stand_in_log().splitlines())
 
 
 def of(entries: list[Entry], *kinds: str) -> list[Entry]:

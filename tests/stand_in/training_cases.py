@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from anomem.augment import AugmentConfig
 from anomem.data import DataConfig, Images, StreamedImages, load_task
-from anomem.models import ModelConfig
-from anomem.train import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig
+from anomem.models import DeviationHead, ModelConfig, NetworkEncoder
+from anomem.train import LossConfig, OptimizerConfig, RunConfig, Stage2Config, TrainConfig, stage1
+from anomem.train.captured import WARMUP
 from anomem.train.run import head_for, model_for
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
 from tests.stand_in.calls import HAVE_NATIVE
-from tests.stand_in.recording import of, recorded
+from tests.stand_in.recording import Entry, of, recorded, recorded_so_far
 
 EVERY = 4
 ONE_ROW = Counter({("download", "cudaMemcpyAsync"): 1, ("wait", "cudaEventSynchronize"): 1})
 
 
 @pytest.fixture(autouse=True)
-def without_cudnn() -> Iterator[None]:
-    """cuDNN asks for a real GPU; torch's own convolutions do not."""
-    with torch.backends.cudnn.flags(enabled=False):
+def without_gpu() -> Iterator[None]:
+    """cuDNN asks for a real GPU; torch's own convolutions do not. A unit that nothing computed may be no number."""
+    with torch.backends.cudnn.flags(enabled=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviationHead, "fit_rms", lambda *_: None)
         yield
 
 
@@ -40,7 +44,7 @@ def config_of(steps: int, **settings: Any) -> TrainConfig:
         loss=LossConfig(max_positions=2),
         optimizer=optimizer,
         stage2=Stage2Config(hidden=4, embedding=4, optimizer=replace(optimizer, clip=1.0)),
-        run=RunConfig(device="cuda", log_every=EVERY, **settings),
+        run=RunConfig(device="cuda", log_every=settings.pop("log_every", EVERY), **settings),
         synthetic_outliers=0.25,
         prototypes_from="normal",  # features would add uncounted calls at the first step
     )
@@ -53,6 +57,7 @@ def host_calls(config: TrainConfig, stage: int = 1, *, streamed: bool = False) -
     images: Images = task.to(model.device).train
     if streamed:
         images = StreamedImages(list(task.train.images), workers=0, device=model.device)
+    torch.cuda.empty_cache()  # as torch does before a capture, which counts as a wait
     with recorded() as entries:
         if stage == 1:
             train_stage1(model, images, None, config, quiet=True)
@@ -92,3 +97,79 @@ def test_images_of_the_host_are_sent_without_waiting() -> None:
     added = added_by_two_rows(streamed=True)
     assert added.pop(("upload", "cudaMemcpyAsync")) == 2 * EVERY
     assert added == ONE_ROW + ONE_ROW
+
+
+class Waits(nn.Module):
+    """A network whose host reads a value of its map, or waits for the GPU as torch's search does not see."""
+
+    def __init__(self, unseen: bool = False) -> None:
+        super().__init__()
+        self.convolution, self.unseen = nn.Conv2d(1, 4, 3, 2), unseen
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        found = self.convolution(images)
+        if not self.unseen:
+            float(found.detach().sum())
+        elif found.is_cuda:
+            torch.cuda.synchronize()
+        return [found]
+
+
+def steps_of(config: TrainConfig, encoder: NetworkEncoder | None = None) -> list[list[Entry]]:
+    """The log of every step of stage 1, from one update of the rates to the next."""
+    task = load_task(config.data)
+    model = model_for(config, task, encoder)
+    marks: list[int] = []
+    original = stage1.set_rates
+
+    def marked(*given: Any) -> None:
+        marks.append(recorded_so_far())
+        original(*given)
+
+    with pytest.MonkeyPatch.context() as patch, recorded() as entries:
+        patch.setattr(stage1, "set_rates", marked)
+        train_stage1(model, task.to(model.device).train, None, config, quiet=True)
+    return [entries[start:stop] for start, stop in pairwise([*marks, len(entries)])]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "bf16", "memory_format": "channels_last"}, {"ema": 0.9, "clip": 1.0}], ids=str
+)
+def test_a_step_is_one_launch_of_a_graph(settings: dict[str, Any]) -> None:
+    """Beside it: the batch's copy, the rates, and the seeds of the generators, whatever the network."""
+    options = {name: settings[name] for name in ("ema", "clip") if name in settings}
+    config = config_of(7, log_every=100, **{k: v for k, v in settings.items() if k not in options})
+    config = replace(config, optimizer=replace(config.optimizer, **options))
+    *steps, last = steps_of(config)
+    eager, (capturing, *captured) = steps[:WARMUP], steps[WARMUP:]
+    assert not any(of(step, "graph") for step in eager)
+    assert any(entry.when == "captured" for entry in capturing)
+    for step in captured:
+        (graph,) = of(step, "graph")
+        replayed = [entry for entry in step if entry.when == "replayed"]
+        assert graph.bytes == len(replayed)
+        beside = of([entry for entry in step if entry.when == "now"], "launch", "copy", "fill")
+        assert len(beside) < 24 < 100 < len(replayed)
+        assert not of(step, "upload", "download", "wait")
+    names = Counter(entry.what for entry in eager[-1] if entry.kind == "launch")
+    found = Counter(entry.what for entry in captured[0] if entry.kind == "launch")
+    assert not names - found  # all of the eager step's kernels
+    assert last
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why() -> None:
+    config = config_of(6, log_every=100)
+    with pytest.warns(
+        RuntimeWarning, match=r"stage 1 runs without a CUDA graph: the host waits for the GPU in .*cases"
+    ):
+        steps = steps_of(config, NetworkEncoder(Waits(), (16, 16), 1))
+    assert not any(of(step, "graph") for step in steps)
+    with pytest.warns(RuntimeWarning, match="runs without a CUDA graph: .*capture"):
+        _, eager, *_, after, _ = steps_of(config, NetworkEncoder(Waits(unseen=True), (16, 16), 1))
+    names, expected = (Counter(entry.what for entry in of(step, "launch")) for step in (after, eager))
+    assert names == expected
+    assert {entry.when for entry in after} == {"now"}
+    for changes in ({"micro_batch": 8}, {"accumulate": 2}):
+        in_parts = replace(config, optimizer=replace(config.optimizer, **changes))
+        assert not any(of(step, "graph") for step in steps_of(in_parts))
+    assert not any(of(step, "graph") for step in steps_of(config_of(6, log_every=100, cuda_graph=False)))

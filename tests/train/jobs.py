@@ -27,10 +27,10 @@ from anomem.train import (
     Stage2Config,
     Stage2OptimizerConfig,
     TrainConfig,
-    stage1,
     train_stage1,
     train_stage2,
 )
+from anomem.train.checkpoint import StageState
 from anomem.train.config import from_dict
 from anomem.train.run import head_for, resume, train
 from anomem.train.stopping import Interrupted
@@ -133,14 +133,14 @@ def mistakes(settings: dict[str, Any], batch: int) -> None:
 
 def act_after_a_step(done: int | None, act: Callable[[], None]) -> None:
     """Have the last process act when so many steps are done."""
-    apply = stage1.apply_gradients
+    step_done = StageState.step_done
 
-    def and_act(optimizer: Any, options: Any, step: int) -> None:
-        apply(optimizer, options, step)
-        if step + 1 == done and dist.get_rank() == dist.get_world_size() - 1:
+    def and_act(state: StageState, number: int, *others: Any) -> None:
+        if state.name == "stage1" and number == done and dist.get_rank() == dist.get_world_size() - 1:
             act()
+        step_done(state, number, *others)
 
-    stage1.apply_gradients = and_act
+    StageState.step_done = and_act  # type: ignore[method-assign]
 
 
 def leaves(config: TrainConfig, code: int) -> None:

@@ -79,6 +79,13 @@ def test_another_alpha_and_another_score() -> None:
         detector(images, by="energy")
 
 
+def test_an_image_is_normal_or_has_a_defect() -> None:
+    """One that is in both folders would be learned from as both."""
+    normals, defects = parts(12), parts(4, 2, defect=True)
+    with pytest.raises(ArgumentError, match=r"labels.*1 of 5 that equal fitted ones.*take it out"):
+        fit(normals, alpha=0.1, defects=torch.cat([defects, normals[3:4]]), config=CONFIG)
+
+
 def test_few_normals_give_no_silent_verdict() -> None:
     detector = fit(parts(8), alpha=0.01, config=CONFIG)
     found = detector(parts(2, 3))

@@ -12,10 +12,10 @@ import torch
 from anomem.data import load_task
 from anomem.errors import UserError
 from anomem.scoring import Scorer, score_images
-from anomem.train import RunDirectory, TrainConfig, model_for, stage1, train, train_stage1, train_task
+from anomem.train import RunDirectory, TrainConfig, execution, model_for, stage1, train, train_stage1, train_task
 from anomem.train.batches import Average
 from anomem.train.checkpoint import load_checkpoint
-from anomem.train.execution import multiplies_bf16, settled
+from anomem.train.execution import compiler_obstacle, multiplies_bf16, settled, worth_compiling
 
 
 def two_steps(config: TrainConfig, **execution: Any) -> tuple[Scorer, dict[str, torch.Tensor]]:
@@ -74,17 +74,50 @@ def test_compiled_encoder_trains_the_same_weights(
     tiny: TrainConfig, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Traced by Dynamo and differentiated ahead of time as always; only the code generator is left out, for speed.
-    compiled: list[torch.nn.Module] = []
+    compiled: list[Any] = []
+    original = torch.compile
 
-    def compile_eagerly(module: torch.nn.Module) -> None:
-        compiled.append(module)
-        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+    def compile_eagerly(what: Any) -> Any:
+        compiled.append(what)
+        return original(what, backend="aot_eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    compiler_obstacle.cache_clear()
     scorer, scores = two_steps(tiny, **FLOAT32, compile=True)
-    assert compiled == [scorer.model.encoder]
+    assert compiled == [torch.neg, scorer.model]  # a trial, then the encoder
     torch.testing.assert_close(weights(scorer), weights(plain[0]), rtol=1e-3, atol=1e-4)
     assert scores.keys() == plain[1].keys()
+
+
+def test_long_runs_are_compiled_where_a_compiler_is(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    cpu, images = torch.device("cpu"), load_task(tiny.data).train
+    model, pixels = model_for(tiny, load_task(tiny.data)), 6 * 2 * 40 * 16 * 16  # of 32 images and 8 outliers
+    for least, expected in ((pixels, True), (pixels + 1, False)):
+        monkeypatch.setattr(execution, "WORTH_COMPILING", least)
+        assert worth_compiling(tiny, model, images) is expected
+    monkeypatch.setattr(execution, "WORTH_COMPILING", 1)
+    other = replace(tiny, model=replace(tiny.model, backbone="resnet18"))
+    assert not worth_compiling(other, model, images)
+    monkeypatch.setattr(execution, "compiler_obstacle", lambda _: None)
+    assert settled(tiny, cpu).run.compile is False
+    assert settled(tiny, cpu, worth_compiling=True).run.compile is True
+    for changes in ({"micro_batch": 4}, {"accumulate": 2}):
+        in_parts = replace(tiny, optimizer=replace(tiny.optimizer, **changes))
+        assert settled(in_parts, cpu, worth_compiling=True).run.compile is False
+    assert not recwarn
+    asked = replace(in_parts, run=replace(tiny.run, compile=True))
+    with pytest.warns(RuntimeWarning, match="stage 1 runs uncompiled: parts of a batch differ in size"):
+        assert settled(asked, cpu).run.compile is False
+    monkeypatch.undo()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    for config, worth in ((tiny, True), (replace(tiny, run=replace(tiny.run, compile=True)), False)):
+        compiler_obstacle.cache_clear()
+        torch.compiler.reset()
+        with pytest.warns(RuntimeWarning, match=r"stage 1 runs uncompiled: .*No working C\+\+ compiler"):
+            assert settled(config, cpu, worth_compiling=worth).run.compile is False
+    compiler_obstacle.cache_clear()
 
 
 def test_auto_is_bf16_only_where_the_processor_multiplies_it(
@@ -100,7 +133,7 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(
         assert (run.precision, run.memory_format) == (expected, "channels_last")
         assert settled(settled(tiny, device), device) == settled(tiny, device)
     multiplies_bf16.cache_clear()
-    asked = replace(tiny, run=replace(tiny.run, **FLOAT32))
+    asked = replace(tiny, run=replace(tiny.run, **FLOAT32, compile=False))
     assert settled(asked, device) == asked
 
 
@@ -121,7 +154,7 @@ def test_a_run_keeps_what_auto_chose(tiny: TrainConfig, monkeypatch: pytest.Monk
         train(tiny, quiet=True)
     _, config = RunDirectory.open(Path(str(tiny.run.directory)))
     assert config == settled(tiny, torch.device("cpu"))
-    assert "auto" not in (config.run.precision, config.run.memory_format)
+    assert "auto" not in (config.run.precision, config.run.memory_format, config.run.compile)
 
 
 def test_the_average_replaces_the_weights(tiny: TrainConfig) -> None:
@@ -131,7 +164,8 @@ def test_the_average_replaces_the_weights(tiny: TrainConfig) -> None:
     for step in range(4):
         with torch.no_grad():
             weight += 1
-        average.update(step)
+        average.begin(step)
+        average.update()
         means.append(float(average.pairs[0][2][0]))
     # Decays 1/10, 2/11, 3/12, 4/13 of the first steps, all below 0.5.
     expected = 0.0
@@ -159,15 +193,15 @@ def test_an_averaged_run_resumes_with_the_same_bits(tiny: TrainConfig, tmp_path:
     class Stop(Exception):
         """In place of a power cut."""
 
-    original = stage1.apply_gradients
+    original = stage1.set_rates
 
-    def apply(optimizer: Any, config: Any, step: int) -> None:
+    def set_rates(optimizer: Any, average: Any, config: Any, step: int) -> None:
         if step == 4:
             raise Stop
-        original(optimizer, config, step)
+        original(optimizer, average, config, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage1, "apply_gradients", apply)
+        patch.setattr(stage1, "set_rates", set_rates)
         with pytest.raises(Stop):
             train_stage1(model_for(settings, load_task(settings.data)), images, None, settings, broken, quiet=True)
     resumed = model_for(settings, load_task(settings.data))

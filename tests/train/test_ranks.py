@@ -50,7 +50,8 @@ def test_many_processes_train_the_weights_of_one(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(tiny: TrainConfig, tmp_path: Path) -> None:
-    float32 = replace(tiny, run=replace(tiny.run, precision="float32", memory_format="contiguous"))
+    run_config = replace(tiny.run, precision="float32", memory_format="contiguous", parallel="fsdp")
+    float32 = replace(tiny, optimizer=replace(tiny.optimizer, ema=0.5), run=run_config)
     whole = train(replace(float32, run=replace(float32.run, directory=str(tmp_path / "whole"))), quiet=True)
     in_processes(3, jobs.a_run, to_dict(float32), 2, False)  # a signal to the last process alone
     run = Path(str(tiny.run.directory))

@@ -37,14 +37,14 @@ def interrupts_as_in_a_terminal() -> Iterator[None]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, stage: Any, step: int, action: Callable[[], object]) -> None:
     """Do something in the middle of a step (from 1) of a stage."""
-    apply = stage.apply_gradients
+    set_rates = stage.set_rates
 
-    def and_act(optimizer: Any, settings: Any, number: int) -> None:
-        apply(optimizer, settings, number)
+    def and_act(optimizer: Any, average: Any, settings: Any, number: int) -> None:
         if number + 1 == step:
             action()
+        set_rates(optimizer, average, settings, number)
 
-    monkeypatch.setattr(stage, "apply_gradients", and_act)
+    monkeypatch.setattr(stage, "set_rates", and_act)
 
 
 def send(number: int) -> Callable[[], None]:
@@ -99,7 +99,8 @@ def test_a_second_signal_stops_at_once(tiny: TrainConfig, monkeypatch: pytest.Mo
 
 
 def test_a_terminated_command_says_how_to_continue(tiny: TrainConfig, tmp_path: Path) -> None:
-    slow = replace(tiny, optimizer=replace(tiny.optimizer, steps=100_000), run=replace(tiny.run, log_every=1))
+    settings = replace(tiny.run, log_every=1, compile=False)  # a long run would be compiled first
+    slow = replace(tiny, optimizer=replace(tiny.optimizer, steps=100_000), run=settings)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_dict(slow)))
     process = subprocess.Popen(

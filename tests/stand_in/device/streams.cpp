@@ -244,6 +244,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, std::size_t* 
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   std::lock_guard guard(state().lock);
+  note("graph", "cudaGraphLaunch", graph_of(executable)->nodes.size());
   for (Work work : graph_of(executable)->nodes) {
     work.entry.when = "replayed";
     if (const cudaError_t error = submit(stream_of(stream), std::move(work))) return remember(error);
