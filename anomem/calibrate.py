@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem import backends, choice, reference, testing
-from anomem.backends import Problem
 from anomem.choice import Measured
 from anomem.ops import contrast, retrieve, sampling
 from anomem.ops import deviation_map as deviation_maps
@@ -28,6 +27,7 @@ from anomem.ops import nearest as nearests
 from anomem.ops import read as reads
 from anomem.ops import usage as usages
 from anomem.ops.library import Memory, accumulator
+from anomem.rules import Problem
 
 Function = Callable[..., tuple[Tensor, ...]]
 SDPA = "SDPA"
@@ -92,7 +92,7 @@ def check(operator: str, implementation: str, device: str, dtype: torch.dtype, f
     """Compare a kernel with float64 on a small problem, forward and backward.
 
     Args:
-        operator: a name of `anomem.backends.OPERATORS`.
+        operator: a name of `anomem.rules.OPERATORS`.
         implementation: "native" or "triton".
         device: "cpu" or "cuda".
         dtype: of the inputs.

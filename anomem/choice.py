@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from anomem import backends
+from anomem import backends, rules
 from anomem.errors import UserError
 from anomem.files import make_folder, write_atomically
 
@@ -96,7 +96,7 @@ class Section(NamedTuple):
     """By family: "passed" or what went wrong."""
 
 
-def bucket_of(problem: backends.Problem, training: bool) -> Bucket:
+def bucket_of(problem: rules.Problem, training: bool) -> Bucket:
     """The bucket of a call."""
     return Bucket(
         problem.operator,
@@ -159,7 +159,7 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anomem" / "choices.json"
 
 
-def of_machine(problem: backends.Problem, training: bool) -> backends.Choice | None:
+def of_machine(problem: rules.Problem, training: bool) -> backends.Choice | None:
     """The choice of this machine for a call, from the file or by measuring now; None where neither is possible.
 
     Args:
@@ -202,7 +202,7 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
     The first call of a family checks it against float64 (`anomem.calibrate.check`) and keeps the outcome in the file.
     A failure is reported once, as a warning.
     """
-    if any(rule.processor == hardware(device) for rule in backends.AUTO):
+    if any(rule.processor == hardware(device) for rule in rules.AUTO):
         return None
     family = family_of(operator, implementation, dtype, features)
     with _lock:
@@ -240,7 +240,7 @@ def outcomes(device: str) -> dict[str, str]:
         return {family: _outcomes[where, family] for where, family in _outcomes if where == device}
 
 
-def applies(rule: backends.Rule, device: str) -> bool:
+def applies(rule: rules.Rule, device: str) -> bool:
     """Whether a rule holds for a device of this machine."""
     return rule.device == device and rule.processor in ("", hardware(device))
 
@@ -251,19 +251,19 @@ def kept_here(device: str) -> Section:
         return _section(device)
 
 
-def work(problem: backends.Problem) -> int:
+def work(problem: rules.Problem) -> int:
     """Elements that a memory-bound operator moves, or multiplications of one product of scores."""
     elements = problem.groups * problem.rows * problem.features
     return elements if problem.operator in COPIES else elements * problem.columns
 
 
-def is_large(problem: backends.Problem) -> bool:
+def is_large(problem: rules.Problem) -> bool:
     """Whether a call is worth a measurement."""
     least = _LARGE_COPY if problem.operator in COPIES else _LARGE
     return problem.device in least and work(problem) >= least[problem.device]
 
 
-def candidates(problem: backends.Problem) -> list[str]:
+def candidates(problem: rules.Problem) -> list[str]:
     """The kernels that can run a call and passed their check."""
     names = ("native",) if problem.device == "cpu" else ("triton", "native")
     return [name for name in names if backends.obstacle_of_auto(problem, name) is None]
@@ -292,7 +292,7 @@ def in_clean_thread(call: Callable[[], T]) -> T:
         return pool.submit(run).result()
 
 
-def _from_file(problem: backends.Problem, bucket: Bucket) -> backends.Choice | None:
+def _from_file(problem: rules.Problem, bucket: Bucket) -> backends.Choice | None:
     if _follows() is None:
         return None
     measured = _section(bucket.device).choices.get(bucket.name)
@@ -301,7 +301,7 @@ def _from_file(problem: backends.Problem, bucket: Bucket) -> backends.Choice | N
     return backends.Choice(measured.implementation, "file", str(measured))
 
 
-def _by_measuring(problem: backends.Problem, bucket: Bucket) -> backends.Choice | None:
+def _by_measuring(problem: rules.Problem, bucket: Bucket) -> backends.Choice | None:
     traced = torch._C._len_torch_dispatch_stack() > 0
     if mode() != "measure" or _is_a_job() or traced or not is_large(problem) or not can_run(problem.device):
         return None
@@ -319,9 +319,9 @@ def _by_measuring(problem: backends.Problem, bucket: Bucket) -> backends.Choice 
     return backends.Choice(measured.implementation, "measured", str(measured))
 
 
-def _problem_of(bucket: Bucket) -> backends.Problem:
+def _problem_of(bucket: Bucket) -> rules.Problem:
     operator, device, dtype, features, rows, columns, groups, _ = bucket
-    return backends.Problem(operator, device, dtype, features, rows, columns, groups)
+    return rules.Problem(operator, device, dtype, features, rows, columns, groups)
 
 
 def _is_a_job() -> bool:
@@ -397,7 +397,7 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
                 raise ValueError("a section names no hardware or software")
             for name, choice in section["choices"].items():
                 times, implementation = choice["milliseconds"], choice["implementation"]
-                if implementation not in backends.IMPLEMENTATIONS[1:] or implementation not in times:
+                if implementation not in rules.IMPLEMENTATIONS[1:] or implementation not in times:
                     raise ValueError(f"{name} names no implementation that was measured")
                 if not all(isinstance(ms, float | int) and ms > 0 for ms in times.values()):
                     raise ValueError(f"{name} has a time that is no number > 0")

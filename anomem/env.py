@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import anomem
-from anomem import backends, calibrate, choice
+from anomem import backends, calibrate, choice, rules
 from anomem.files import discard_output
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "scikit-image", "matplotlib", "tensorboard")
@@ -44,19 +44,19 @@ def choices(device: str) -> list[dict[str, str]]:
     Returns:
         For each rule of this hardware and each bucket of this machine's file: call, takes, source and because.
     """
-    rows = [_of_rule(rule, "table") for rule in backends.AUTO if choice.applies(rule, device)]
+    rows = [_of_rule(rule, "table") for rule in rules.AUTO if choice.applies(rule, device)]
     rows += [
         {"call": name, "takes": measured.implementation, "source": "file", "because": str(measured)}
         for name, measured in choice.kept_here(device).choices.items()
     ]
-    rows += [_of_rule(rule, "rule") for rule in backends.RULES if choice.applies(rule, device)]
+    rows += [_of_rule(rule, "rule") for rule in rules.RULES if choice.applies(rule, device)]
     rest = (
         "a large call is measured at its first use" if choice.mode() == "measure" else "nothing is known to be faster"
     )
     return [*rows, {"call": "any other", "takes": "reference", "source": "default", "because": rest}]
 
 
-def _of_rule(rule: backends.Rule, source: str) -> dict[str, str]:
+def _of_rule(rule: rules.Rule, source: str) -> dict[str, str]:
     call = f"{rule.operator}, {rule.where}"
     return {"call": call, "takes": rule.implementation, "source": source, "because": rule.reason}
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice, env
-from anomem.backends import Choice, Problem, Rule, Where
+from anomem import backends, calibrate, choice, env, rules
+from anomem.backends import Choice
 from anomem.choice import Measured
 from anomem.errors import ArgumentError
+from anomem.rules import Problem, Rule, Where
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,8 +31,8 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "AUTO", ())
-    monkeypatch.setattr(backends, "RULES", ())
+    monkeypatch.setattr(rules, "AUTO", ())
+    monkeypatch.setattr(rules, "RULES", ())
 
 
 def problem(operator: str = "nt_xent", dtype: torch.dtype = torch.float32, rows: int = 8) -> Problem:
@@ -39,23 +40,23 @@ def problem(operator: str = "nt_xent", dtype: torch.dtype = torch.float32, rows:
 
 
 def test_the_reference_runs_everything() -> None:
-    for operator in backends.OPERATORS:
+    for operator in rules.OPERATORS:
         assert backends.choose(problem(operator), "reference") == "reference"
 
 
 def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
-    rules = (
+    lines = (
         Rule("nt_xent", "cuda", "triton", Where(), "another device"),
         Rule("nt_xent", "cpu", "native", Where(rows=100), "measured"),
     )
-    monkeypatch.setattr(backends, "AUTO", rules)
+    monkeypatch.setattr(rules, "AUTO", lines)
     monkeypatch.setattr(backends, "obstacle", lambda *args: None)
     assert backends.explain(problem(rows=100)) == ("native", "rows ≥ 100: measured")
     assert backends.explain(problem(rows=99))[0] == "reference"
 
 
 def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "AUTO", (Rule("nt_xent", "cpu", "native", Where(), "fast"),))
+    monkeypatch.setattr(rules, "AUTO", (Rule("nt_xent", "cpu", "native", Where(), "fast"),))
     monkeypatch.setattr(backends, "obstacle", lambda *args: "not built")
     assert backends.explain(problem()) == ("reference", "native cannot run here: not built")
     with pytest.raises(ArgumentError, match="not built"):
@@ -64,7 +65,7 @@ def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_rule_binds_to_the_processor_of_its_rows(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
     rule = Rule("nt_xent", "cpu", "native", Where(), "fast there", "AuthenticAMD family 26 AVX512-BF16")
-    monkeypatch.setattr(backends, "AUTO", (rule,))
+    monkeypatch.setattr(rules, "AUTO", (rule,))
     monkeypatch.setattr(backends, "obstacle", lambda *args: None)
     monkeypatch.setattr(choice, "hardware", lambda device: "GenuineIntel family 6 AMX")
     assert backends.decide(problem())[:2] == ("reference", "default")
@@ -75,9 +76,9 @@ def test_a_rule_binds_to_the_processor_of_its_rows(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_rule_names_an_operator_an_implementation_and_its_reason() -> None:
-    for rule in (*backends.AUTO, *backends.RULES):
-        assert rule.operator in backends.OPERATORS
-        assert rule.implementation in backends.IMPLEMENTATIONS[1:]
+    for rule in (*rules.AUTO, *rules.RULES):
+        assert rule.operator in rules.OPERATORS
+        assert rule.implementation in rules.IMPLEMENTATIONS[1:]
         assert rule.device in ("cpu", "cuda")
         assert str(rule.where)
         assert rule.reason
@@ -124,7 +125,7 @@ def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
     The rows are those of the processor that the rule is bound to.
     """
     cases = committed_cases()
-    for rule in (rule for rule in backends.AUTO if rule.device == "cpu"):
+    for rule in (rule for rule in rules.AUTO if rule.device == "cpu"):
         processor = rule.processor.removesuffix("-BF16")  # the rows name no part of AVX512
         measured = [
             (key[1], times)
@@ -140,8 +141,8 @@ def test_a_small_call_takes_what_committed_rows_show_faster_than_plain_pytorch()
     """The rules hold on processors without rows; no row of any processor contradicts them."""
     seen = set()
     for (_, problem, _), times in committed_cases().items():
-        rules = [rule for rule in backends.RULES if rule.device == "cpu" and holds(rule, problem)]
-        if rules and "native" in times and "eager" in times:
+        holding = [rule for rule in rules.RULES if rule.device == "cpu" and holds(rule, problem)]
+        if holding and "native" in times and "eager" in times:
             seen.add(problem.operator)
             assert times["native"] < times["eager"], (problem, times)
     assert {"nt_xent", "info_nce", "variance"} <= seen
@@ -153,7 +154,7 @@ def committed_cases() -> dict[tuple[str, Problem, str], dict[str, float]]:
     for path in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row.get("operator") in backends.OPERATORS and row["milliseconds"] is not None:
+            if row.get("operator") in rules.OPERATORS and row["milliseconds"] is not None:
                 found = re.search(r"(\w+), (family \d+) ", row["about"]["device_name"])
                 assert found is not None
                 kind = json.dumps([path.name, row["training"], row["group"], row["shape"]])

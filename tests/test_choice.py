@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice
+from anomem import backends, calibrate, choice, rules
 from anomem import functional as AF
-from anomem.backends import Choice, Problem
+from anomem.backends import Choice
 from anomem.choice import Measured
 from anomem.ops import contrast, native
+from anomem.rules import Problem
 
 LARGE = Problem("nt_xent", "cpu", torch.float32, 32, rows=512, columns=512, groups=2)
 SMALL = LARGE._replace(rows=16, columns=16)
@@ -31,8 +32,8 @@ def measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A user's process with a cache folder of its own, on a processor without committed rows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("ANOMEM_CHOICE")
-    monkeypatch.setattr(backends, "AUTO", ())
-    monkeypatch.setattr(backends, "RULES", ())
+    monkeypatch.setattr(rules, "AUTO", ())
+    monkeypatch.setattr(rules, "RULES", ())
     torch.use_deterministic_algorithms(False)
     backends.forget()
     yield
@@ -369,8 +370,8 @@ def test_a_file_does_not_bring_a_wrong_kernel_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_hardware_with_committed_rows_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = backends.Rule("usage", "cpu", "native", backends.Where(), "rows", choice.hardware("cpu"))
-    monkeypatch.setattr(backends, "AUTO", (rule,))
+    rule = rules.Rule("usage", "cpu", "native", rules.Where(), "rows", choice.hardware("cpu"))
+    monkeypatch.setattr(rules, "AUTO", (rule,))
     monkeypatch.setattr(calibrate, "check", lambda *_: pytest.fail("was checked"))
     assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
 
@@ -384,7 +385,7 @@ def test_an_unchecked_kernel_is_not_taken_where_no_check_can_run(monkeypatch: py
     assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
 
 
-@pytest.mark.parametrize("operator", backends.OPERATORS)
+@pytest.mark.parametrize("operator", rules.OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_kernels_pass_their_check(operator: str, dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
@@ -392,7 +393,7 @@ def test_the_kernels_pass_their_check(operator: str, dtype: torch.dtype) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("operator", backends.OPERATORS)
+@pytest.mark.parametrize("operator", rules.OPERATORS)
 @pytest.mark.parametrize("training", [True, False])
 def test_every_operator_can_be_measured(operator: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
@@ -407,7 +408,7 @@ def test_every_operator_can_be_measured(operator: str, training: bool, monkeypat
     assert measured.implementation != "SDPA"
 
 
-@pytest.mark.parametrize("operator", backends.OPERATORS)
+@pytest.mark.parametrize("operator", rules.OPERATORS)
 def test_what_is_measured_is_bounded(operator: str) -> None:
     problem = Problem(operator, "cpu", torch.float32, 256, rows=2**20, columns=2**20, groups=2**10)
     small = calibrate.bounded(problem)

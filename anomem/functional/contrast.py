@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from anomem import backends
-from anomem.backends import Impl
+from anomem import backends, rules
 from anomem.functional._inputs import autocast_inputs, scalar, without_autocast
 from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.reference import info_nce_rows, nt_xent_rows
+from anomem.rules import Impl
 from anomem.validation import (
     require,
     require_choice,
@@ -70,7 +70,7 @@ def nt_xent(
     grouped = z.dim() == 3
     views = (z, z_pair) if grouped else (z[None], z_pair[None])
     groups, batch, features = views[0].shape
-    problem = backends.Problem(
+    problem = rules.Problem(
         "nt_xent", z.device.type, z.dtype, features, rows=2 * batch, columns=2 * batch, groups=groups
     )
     chosen = backends.choose(problem, impl, part=part)
@@ -139,7 +139,7 @@ def info_nce(
     require_same_kind(columns, "columns", rows, "rows")
     grouped = rows.dim() == 3
     left, right = (rows, columns) if grouped else (rows[None], columns[None])
-    problem = backends.Problem(
+    problem = rules.Problem(
         "info_nce",
         rows.device.type,
         rows.dtype,

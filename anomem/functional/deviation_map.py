@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import kernel_memory, memory_inputs, reference_memory, require_width, without_autocast
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.ops.library import accumulator
 from anomem.reference import Distance, Normalize, normalize_rows
 from anomem.reference.deviation_map import DISTANCES
+from anomem.rules import Impl
 from anomem.validation import require, require_choice, require_count, require_same_device, require_tensor
 
 
@@ -108,7 +108,7 @@ def deviation_map(
         right = tuple(log_prior.shape) == (height * width, count)
         require(right, "log_prior", lambda: f"[{height * width}, {count}]", log_prior)
         require_same_device(log_prior, "log_prior", feature_map, "feature_map")
-    problem = backends.Problem(
+    problem = rules.Problem(
         "deviation_map",
         feature_map.device.type,
         feature_map.dtype,

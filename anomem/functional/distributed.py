@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anomem.backends import Impl
 from anomem.functional._inputs import autocast_inputs
 from anomem.functional.contrast import REDUCTIONS, Reduction, info_nce, nt_xent
 from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
 from anomem.reference.retrieve import l2_normalize
+from anomem.rules import Impl
 from anomem.validation import require, require_choice, require_tensor, require_views
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from anomem import reference
-from anomem.backends import Impl
 from anomem.functional._inputs import autocast_inputs, require_width
 from anomem.functional.contrast import nt_xent
 from anomem.functional.distributed import group_of, nt_xent_distributed, processes, variance_hinge_distributed
@@ -18,6 +17,7 @@ from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
 from anomem.reference import Negatives, Normalize, Weighting
 from anomem.reference.contrast import NEGATIVES, WEIGHTINGS
+from anomem.rules import Impl
 from anomem.validation import (
     require,
     require_choice,

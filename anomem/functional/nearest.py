@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import autocast_inputs, bank_inputs, without_autocast
 from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.ops.nearest import MOST
 from anomem.reference import Nearest
+from anomem.rules import Impl
 from anomem.validation import require, require_count, require_tensor
 
 
@@ -44,7 +44,7 @@ def nearest(x: Tensor, prototypes: Tensor, *, k: int | None = None, impl: Impl =
     require(wanted <= min(count, MOST), "k", lambda: f"at most {min(count, MOST)}", wanted)
     rows, banks = rows.detach(), banks.detach()
     features = rows.shape[2]
-    problem = backends.Problem(
+    problem = rules.Problem(
         "nearest", rows.device.type, rows.dtype, features, rows.shape[1], count, groups=banks.shape[0]
     )
     chosen = backends.choose(problem, impl)
@@ -87,7 +87,7 @@ def k_center(x: Tensor, count: int, *, first: int = 0, impl: Impl = "auto") -> T
     require_count(first, "first", 0)
     require(first < rows, "first", lambda: f"an index from 0 to {rows - 1}", first)
     (x,) = autocast_inputs(x.detach())
-    problem = backends.Problem("nearest", x.device.type, x.dtype, features, rows, count)
+    problem = rules.Problem("nearest", x.device.type, x.dtype, features, rows, count)
     chosen = backends.choose(problem, impl)
     with torch.no_grad(), without_autocast(x.device.type):
         if chosen == "reference":

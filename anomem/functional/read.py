@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import bank_inputs, kernel_memory, without_autocast
 from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.ops.nearest import MOST
 from anomem.reference import MemoryRead, Normalize
 from anomem.reference.retrieve import NORMALIZE
+from anomem.rules import Impl
 from anomem.validation import (
     require,
     require_choice,
@@ -81,9 +81,7 @@ def read_memory(
         require_same_device(bias, "bias", rows, "query")
     learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
     memory = Memory(banks, None, learned, scale, normalize)
-    problem = backends.Problem(
-        "read", rows.device.type, rows.dtype, features, rows.shape[1], count, groups=banks.shape[0]
-    )
+    problem = rules.Problem("read", rows.device.type, rows.dtype, features, rows.shape[1], count, groups=banks.shape[0])
     chosen = backends.choose(problem, impl, part=part)
     dtype = accumulator(rows)
     if bias is not None:

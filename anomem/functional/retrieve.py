@@ -7,8 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
@@ -18,6 +17,7 @@ from anomem.functional._inputs import (
 )
 from anomem.ops.library import Memory, accumulator, unit_inner_stride
 from anomem.reference import Normalize, normalize_rows
+from anomem.rules import Impl
 from anomem.validation import require, require_count, require_schedule, require_tensor
 
 
@@ -99,7 +99,7 @@ def hopfield_retrieve(
 
     operator = "shrink" if scheduled or shrink > 0 or return_entropy else "retrieve"
     rows, columns = query.numel() // features, prototypes.shape[0]
-    problem = backends.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
+    problem = rules.Problem(operator, query.device.type, query.dtype, features, rows, columns, steps=steps)
     chosen = backends.choose(problem, impl)
     if chosen == "reference":
         out, lse, entropy = _by_reference(query, memory, steps, shrink, return_lse, return_entropy)

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import numbers
 from anomem.ops.library import accumulator
+from anomem.rules import Impl
 from anomem.validation import (
     require,
     require_choice,
@@ -93,7 +93,7 @@ def gather_positions(
     if positions.dim() == 2:
         require(positions.shape[0] == batch, "positions", lambda: f"[{batch}, n], a row per image", positions)
     require_same_device(positions, "positions", feature_map, "feature_map")
-    problem = backends.Problem(
+    problem = rules.Problem(
         "gather",
         feature_map.device.type,
         feature_map.dtype,
@@ -145,7 +145,7 @@ def variance_hinge(
     require_choice(reduction, "reduction", ("mean", "none"))
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape
-    problem = backends.Problem("variance", x.device.type, x.dtype, features, rows=batch, groups=groups)
+    problem = rules.Problem("variance", x.device.type, x.dtype, features, rows=batch, groups=groups)
     if backends.choose(problem, impl, part=part) == "reference":
         loss = reference.variance_hinge(grouped.to(accumulator(x)), gamma, eps)
     else:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem import backends, reference
-from anomem.backends import Impl
+from anomem import backends, reference, rules
 from anomem.functional._inputs import (
     kernel_memory,
     memory_inputs,
@@ -15,6 +14,7 @@ from anomem.functional._inputs import (
 )
 from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.reference import MemoryDiagnostics, Normalize, weights_entropy
+from anomem.rules import Impl
 from anomem.validation import require, require_tensor
 
 
@@ -54,7 +54,7 @@ def memory_diagnostics(
     memory = memory._replace(keys=memory.keys.detach())
     rows = query.reshape(-1, features)  # [N, d]
     require(rows.shape[0] > 0, "query", "at least one row", query)
-    problem = backends.Problem(
+    problem = rules.Problem(
         "usage", rows.device.type, rows.dtype, features, rows=rows.shape[0], columns=prototypes.shape[0]
     )
     chosen = backends.choose(problem, impl, part=part)

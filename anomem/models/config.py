@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from anomem.backends import IMPLEMENTATIONS, Impl
 from anomem.reference.contrast import WEIGHTINGS, Weighting
 from anomem.reference.retrieve import NORMALIZE, Normalize
+from anomem.rules import IMPLEMENTATIONS, Impl
 from anomem.validation import require, require_choice, require_count, require_names, require_setting, require_several
 
 Backbone = Literal["small", "resnet18", "resnet50", "efficientnet_b0"]

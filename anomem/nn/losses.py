@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anomem import functional as AF
-from anomem.backends import IMPLEMENTATIONS, Impl
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.contrast import NEGATIVES, Negatives
+from anomem.rules import IMPLEMENTATIONS, Impl
 from anomem.validation import (
     require,
     require_choice,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from anomem import functional as AF
-from anomem.backends import IMPLEMENTATIONS, Impl
 from anomem.reference.retrieve import NORMALIZE, Normalize, normalize_rows
+from anomem.rules import IMPLEMENTATIONS, Impl
 from anomem.validation import require, require_choice, require_count, require_number, require_tensor
 
 

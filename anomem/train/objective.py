@@ -9,10 +9,10 @@ from torch import Tensor
 
 from anomem import functional as AF
 from anomem.augment import Augmentation, synthesize_outliers
-from anomem.backends import Impl
 from anomem.functional.distributed import sum_over
 from anomem.models import AnoMem
 from anomem.nn import ContrastedMemoryLoss
+from anomem.rules import Impl
 from anomem.train.batches import Batch
 from anomem.train.config import LossConfig, TrainConfig
 from anomem.train.execution import layout_of

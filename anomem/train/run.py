@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from anomem import backends
+from anomem import backends, rules
 from anomem.data import Task, load_task
 from anomem.errors import UserError, enough_memory
 from anomem.models import AnoMem, DeviationHead, Encoder, build_model, describe
@@ -299,7 +299,7 @@ def model_for(config: TrainConfig, task: Task, encoder: Encoder | None = None) -
         model = build_model(config.model, images.size, images.channels, task.mean, task.std, config.run.seed, encoder)
         model.to(device_of(config.run))
     for features in model.features:  # raises where the implementation cannot run, before anything is written
-        backends.choose(backends.Problem("retrieve", model.device.type, torch.float32, features), config.model.impl)
+        backends.choose(rules.Problem("retrieve", model.device.type, torch.float32, features), config.model.impl)
     return model
 
 

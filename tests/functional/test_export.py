@@ -13,9 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from anomem import functional as AF
 from anomem import nn as ann
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.ops import native
+from anomem.rules import Impl
 from anomem.testing import draw
 
 

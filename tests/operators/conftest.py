@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from anomem.backends import Impl
 from anomem.ops import native
+from anomem.rules import Impl
 from tests.operators.contract import Contract, Implementation, cases, each, fault
 
 

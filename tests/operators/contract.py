@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
+from anomem.rules import Impl
 from anomem.testing import assert_within_budget, compare, draw, gradients
 
 Function = Callable[..., Any]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from anomem import reference as R
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import info_nce, nt_xent
+from anomem.rules import Impl
 from anomem.testing import assert_within_budget, compare, draw, error, gradients
 from tests.operators.contract import (
     BF16,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import k_center, nearest
+from anomem.rules import Impl
 from anomem.testing import draw
 from tests.operators.contract import (
     BF16,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve, nearest, read_memory
+from anomem.rules import Impl
 from anomem.testing import compare, draw
 from tests.operators.contract import (
     F32,

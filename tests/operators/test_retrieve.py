@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from anomem import reference as R
-from anomem.backends import Impl
 from anomem.errors import ArgumentError
 from anomem.functional import hopfield_retrieve
 from anomem.ops import retrieve as ops_retrieve
+from anomem.rules import Impl
 from anomem.testing import compare, draw, gradients
 from tests.operators.contract import (
     BF16,

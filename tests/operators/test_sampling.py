@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from anomem import reference as R
-from anomem.backends import Impl
 from anomem.functional import gather_positions, variance_hinge
+from anomem.rules import Impl
 from anomem.testing import compare, draw, gradients
 from tests.operators.contract import (
     BF16,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomem.backends import Impl
 from anomem.functional import memory_diagnostics
+from anomem.rules import Impl
 from anomem.testing import draw
 from tests.operators.contract import F32, NATIVE, REFERENCE, Contract, cases, compare_values, each
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from anomem import functional as AF
-from anomem.backends import Impl
 from anomem.ops import native
+from anomem.rules import Impl
 
 Shapes = list[tuple[int, ...]]
 HAVE_NATIVE = native.obstacle("cuda") is None

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from anomem import backends
 from anomem import functional as AF
+from anomem import rules
 from anomem.kernels.primitives import SCRATCH_BYTES
 from anomem.kernels.retrieve_chunked import ROW_BYTES
 from tests.stand_in.calls import HAVE_NATIVE, Call, nt_xent, retrieve
@@ -105,7 +105,7 @@ def test_plain_pytorch_takes_what_the_rules_of_auto_say(dtype: torch.dtype) -> N
         ),
     ]
     for operator, function, shapes in calls:
-        (rule,) = (rule for rule in backends.AUTO if (rule.operator, rule.device) == (operator, "cuda"))
+        (rule,) = (rule for rule in rules.AUTO if (rule.operator, rule.device) == (operator, "cuda"))
         call = Call(function, shapes, dtype)
         call()
         size = peak_of(call) / 8192**2
