@@ -267,6 +267,7 @@ FIRST: dict[str, Setting] = {
     "5% labelled": Setting(judged, labels=0.05),
     "k-means 1024, 160 px": Setting(filled, size=MIDDLE),
     "5% labelled, 160 px": Setting(judged, size=MIDDLE, labels=0.05),
+    "k-means 1024, 192 px": Setting(filled, size=LARGE),
     "rivals, 192 px": Setting(rivals, size=LARGE),
 }
 THEN: dict[str, Setting] = {
