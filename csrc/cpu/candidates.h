@@ -160,7 +160,8 @@ class Offsets {
   T largest_ = 0;
 };
 
-// A number that k of the largest scores of groups reach, close to the k-th largest of them. `top` are the groups' vectors.
+// A number that k of the largest scores of groups reach, close to the k-th largest of them. `top` are the groups'
+// vectors.
 template <class T>
 inline T kth_largest(vec<T>* top, const T* groups, int64_t k) {
   constexpr int kVectors = kGroups / kLanes<T>;
@@ -171,7 +172,7 @@ inline T kth_largest(vec<T>* top, const T* groups, int64_t k) {
   }
   T above = max_lanes<T>(high), least = -max_lanes<T>(-low);
   if (k == 1) return above;
-  if (least == -T{INFINITY}) {  // fewer columns than groups
+  if (least == -T{INFINITY}) {   // fewer columns than groups
     T largest[kMostCandidates];  // in descending order
     int64_t held = 0;
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -319,7 +320,8 @@ class Target {
 
   // Adds candidates of row r, at most kCandidateColumns, in ascending order of columns first + found[i]. Their keys are
   // the squared distance, or the score with its sign changed.
-  void add(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t first, const int32_t* found, int64_t count) {
+  void add(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t first, const int32_t* found,
+           int64_t count) {
     const int64_t held = count_[r], d = panels.features(), all = held + count;
     std::memcpy(new_key_.data(), key_.data() + r * k_, held * sizeof(T));
     std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
@@ -375,14 +377,15 @@ class CandidateSearch {
     for (int t = 0; t < targets_count; ++t)
       for (int64_t r = 0; r < count; ++r) {
         if (known == nullptr) targets[t]->begin(r);
-        else targets[t]->begin(r, (length_[r] * length_[r] * (1 - kSlack<T>) - known[r]) / 2);
+        else targets[t]->begin(r, (length_[r] * length_[r] * (1 - kSlack<T>)-known[r]) / 2);
       }
     for (int64_t first = 0; first < panels_.count(); first += kCandidateColumns) {
       const int64_t left = panels_.count() - first, n = left < kCandidateColumns ? left : kCandidateColumns;
       product(count, n, factors<R>(d), rough_.data(), rough_.stride(), 1, panels_.from(first), tile_.data(),
               tile_stride_, false);
       for (int t = 0; t < targets_count; ++t)
-        for (int64_t r = 0; r < count; ++r) collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
+        for (int64_t r = 0; r < count; ++r)
+          collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
     }
   }
 

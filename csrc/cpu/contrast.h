@@ -13,8 +13,9 @@ struct Rows {
   int64_t group_stride, row_stride;
 };
 
-// In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave`
-// is the number of groups that are worked on together.
+// In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by
+// the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave` is the number of groups that are
+// worked on together.
 
 struct NtXentForward {
   Type type;
@@ -59,14 +60,14 @@ struct InfoNceBackward {
   bool library;
   int64_t groups, count[2], features;
   double tau;
-  Rows side[2];                     // S [G, R, d] and [G, C, d]
+  Rows side[2];                      // S [G, R, d] and [G, C, d]
   const void *dloss, *loss, *total;  // T [G, R]
-  const void* inv_norm[2];          // T [G, R] and [G, C]
-  const int64_t* positive;          // [R]
-  Optional<const int64_t> exclude;  // [R]
-  void* dside[2];                   // S [G, R, d] and [G, C, d], contiguous
-  void* tau_terms;                  // T [G, R]
-  void* workspace;                  // T [wave, info_nce_backward_workspace]
+  const void* inv_norm[2];           // T [G, R] and [G, C]
+  const int64_t* positive;           // [R]
+  Optional<const int64_t> exclude;   // [R]
+  void* dside[2];                    // S [G, R, d] and [G, C, d], contiguous
+  void* tau_terms;                   // T [G, R]
+  void* workspace;                   // T [wave, info_nce_backward_workspace]
   int64_t wave;
 };
 

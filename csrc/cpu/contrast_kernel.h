@@ -5,8 +5,8 @@
 // dU_i = (1/tau) Σ_j W_ij u_j, W_ij = e_ij (a_i + a_j), a_i = dl_i exp(shift − lse_i), and at the positive j = i±B
 // W_ij = −(1 − P_ij) dl_i − (1 − P_ji) dl_j.
 //
-// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the forward
-// pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i serves both sides; at the positive
+// Rectangular InfoNCE, l_i = lse_{j ≠ exclude_i}(u_i·v_j / tau) − u_i·v_{positive_i} / tau. The work item of the
+// forward pass is a tile of rows. In the backward pass each tile of W_ij = P_ij dl_i serves both sides; at the positive
 // W_ij = −(1 − P_ij) dl_i.
 //
 // The forward pass sums the negatives alone, and 1 − P of a positive comes from its loss: where the positive dominates
@@ -28,13 +28,17 @@ struct NtXentForwardRun {
   const int64_t batch, rows, padded, features, tile;
 
   explicit NtXentForwardRun(const NtXentForward& a)
-      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, kRowPadding)),
-        features(a.features), tile(tile_rows(rows, a.groups)) {}
+      : arguments(a),
+        scale(a.tau),
+        batch(a.batch),
+        rows(2 * a.batch),
+        padded(round_up(rows, kRowPadding)),
+        features(a.features),
+        tile(tile_rows(rows, a.groups)) {}
 
   // The workspace of one place: the rows (`forward_rows`), and twice [padded].
   T* start(int64_t place) const {
-    return static_cast<T*>(arguments.workspace) +
-           place * nt_xent_forward_workspace(rows, features, arguments.library);
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features, arguments.library);
   }
   T* sum(int64_t place) const { return start(place) + padded * forward_row(features, arguments.library); }
   T* peak(int64_t place) const { return sum(place) + padded; }
@@ -64,10 +68,8 @@ struct NtXentForwardRun {
     alignas(64) T products[kLargestTile * kTileStride];
     compute_by_library(t, first == second, products);
     TileSums<T> sums;
-    if (scale.fixed_shift)
-      sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
-    else
-      sum_with_peaks<true>(t, scale, UpperTriangle{rows}, sums);
+    if (scale.fixed_shift) sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
+    else sum_with_peaks<true>(t, scale, UpperTriangle{rows}, sums);
     for (int64_t i = 0; i < row_span.count; ++i)
       merge_sum(scale.fixed_shift, sum(place) + row_span.first + i, peak(place) + row_span.first + i, sums.row_sum[i],
                 sums.row_peak[i]);
@@ -82,7 +84,8 @@ struct NtXentForwardRun {
     T* total = static_cast<T*>(arguments.total) + group * rows;
     for (int64_t row = span.first; row < span.first + span.count; ++row) {
       const int64_t positive = row < batch ? row + batch : row - batch;
-      const double s = positive_similarity(x(group, row), inv_norm(group, row), x(group, positive), inv_norm(group, positive), features);
+      const double s = positive_similarity(x(group, row), inv_norm(group, row), x(group, positive),
+                                           inv_norm(group, positive), features);
       finish_row(scale, sum(place)[row], peak(place)[row], s, false, loss + row, total + row);
     }
   }
@@ -104,8 +107,14 @@ struct NtXentBackwardRun {
   const int64_t batch, rows, padded, features, padded_features, tile;
 
   explicit NtXentBackwardRun(const NtXentBackward& a)
-      : arguments(a), scale(a.tau), batch(a.batch), rows(2 * a.batch), padded(round_up(rows, kRowPadding)),
-        features(a.features), padded_features(round_up(features, kFeaturePadding)), tile(tile_rows(rows, a.groups)) {}
+      : arguments(a),
+        scale(a.tau),
+        batch(a.batch),
+        rows(2 * a.batch),
+        padded(round_up(rows, kRowPadding)),
+        features(a.features),
+        padded_features(round_up(features, kFeaturePadding)),
+        tile(tile_rows(rows, a.groups)) {}
 
   // The workspace of one place: the rows, packed in two ways, their gradient [padded, padded_features], and three times
   // [padded].
@@ -151,10 +160,8 @@ struct NtXentBackwardRun {
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
     compute_by_library(t, diagonal, w);  // each block of products becomes weights in place
-    if (scale.fixed_shift)
-      tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
-    else
-      tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
+    if (scale.fixed_shift) tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
+    else tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
     if (diagonal) mirror(w, row_span.count);
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, positive = row < batch ? row + batch : row - batch;
@@ -212,8 +219,13 @@ struct InfoNceForwardRun {
   const int64_t padded[2];
 
   explicit InfoNceForwardRun(const InfoNceForward& a)
-      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
-        tile(tile_rows(rows, a.groups)), padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
+      : arguments(a),
+        scale(a.tau),
+        rows(a.count[0]),
+        columns(a.count[1]),
+        features(a.features),
+        tile(tile_rows(rows, a.groups)),
+        padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
 
   // The workspace of one place: rows and columns, packed.
   PackedRows<S> unit(int64_t place, int side) const {
@@ -252,10 +264,8 @@ struct InfoNceForwardRun {
       Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
       compute_by_library(t, false, products);
       TileSums<T> sums;
-      if (scale.fixed_shift)
-        sum_with_fixed_shift<false>(t, scale, keep, sums);
-      else
-        sum_with_peaks<false>(t, scale, keep, sums);
+      if (scale.fixed_shift) sum_with_fixed_shift<false>(t, scale, keep, sums);
+      else sum_with_peaks<false>(t, scale, keep, sums);
       for (int64_t i = 0; i < row_span.count; ++i)
         merge_sum(scale.fixed_shift, sum + i, peak + i, sums.row_sum[i], sums.row_peak[i]);
     }
@@ -265,7 +275,7 @@ struct InfoNceForwardRun {
       const int64_t row = row_span.first + i, positive = arguments.positive[row];
       const bool hidden = arguments.exclude.given && arguments.exclude.data[row] == positive;
       const double s = positive_similarity(x(group, 0, row), inv_norm(group, 0, row), x(group, 1, positive),
-                              inv_norm(group, 1, positive), features);
+                                           inv_norm(group, 1, positive), features);
       finish_row(scale, sum[i], peak[i], s, hidden, loss + row, total + row);
     }
   }
@@ -289,8 +299,13 @@ struct InfoNceBackwardRun {
   const int64_t padded[2];
 
   explicit InfoNceBackwardRun(const InfoNceBackward& a)
-      : arguments(a), scale(a.tau), rows(a.count[0]), columns(a.count[1]), features(a.features),
-        padded_features(round_up(features, kFeaturePadding)), tile(tile_rows(rows, a.groups)),
+      : arguments(a),
+        scale(a.tau),
+        rows(a.count[0]),
+        columns(a.count[1]),
+        features(a.features),
+        padded_features(round_up(features, kFeaturePadding)),
+        tile(tile_rows(rows, a.groups)),
         padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
 
   // The workspace of one place. For rows and for columns: packed in two ways, their gradient [padded, padded_features]
@@ -343,10 +358,8 @@ struct InfoNceBackwardRun {
     const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
     alignas(64) T w[kLargestTile * kTileStride];
     compute_by_library(t, false, w);
-    if (scale.fixed_shift)
-      tile_weights<true, false>(t, scale, keep, weights, none, false, w, kTileStride);
-    else
-      tile_weights<false, false>(t, scale, keep, weights, none, false, w, kTileStride);
+    if (scale.fixed_shift) tile_weights<true, false>(t, scale, keep, weights, none, false, w, kTileStride);
+    else tile_weights<false, false>(t, scale, keep, weights, none, false, w, kTileStride);
     for (int64_t i = 0; i < row_span.count; ++i) {
       const int64_t row = row_span.first + i, j = arguments.positive[row] - column_span.first;
       if (j >= 0 && j < column_span.count) w[i * kTileStride + j] = -dloss(group)[row] * missing(group, row);

@@ -112,7 +112,9 @@ class UnitBlock {
   }
 
   // As rows of a right factor of the library's products in pairs, one panel; zeros up to kRowPadding.
-  void pair_rows(int64_t count, factor_t<S>* to, int64_t width) const { rows_.pair_rows(count, kRowPadding, to, width); }
+  void pair_rows(int64_t count, factor_t<S>* to, int64_t width) const {
+    rows_.pair_rows(count, kRowPadding, to, width);
+  }
 
   // As rows of a right factor, panels `panel_stride` factors apart; zeros up to kRowPadding.
   void pack_rows(int64_t count, factor_t<S>* to, int64_t panel_stride) const {
@@ -201,8 +203,8 @@ inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64
   return {packed, rest, reinterpret_cast<factor_t<S>*>(start + padded * features), stride};
 }
 
-// One side of a backward pass at `start`: packed in two ways, the gradient. For the library's products the second way is
-// the rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
+// One side of a backward pass at `start`: packed in two ways, the gradient. For the library's products the second way
+// is the rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
 template <class S>
 inline Side<S> backward_side(accumulator_t<S>* start, accumulator_t<S>* rest, int64_t padded, int64_t features,
                              bool library) {

@@ -26,7 +26,7 @@ struct Scale {
   // follows the data.
   bool fixed_shift;
   double exact;  // factor + rest
-  int shift;  // in base 2, a whole number; 0 without a fixed shift
+  int shift;     // in base 2, a whole number; 0 without a fixed shift
 
   explicit Scale(double tau) {
     const double base2 = kLog2e<double> / tau;
@@ -46,7 +46,8 @@ struct Scale {
   ANOMEM_INLINE vec<T> logit(vec<T> s) const { return multiply_add(s, broadcast(factor), s * broadcast(rest)); }
 };
 
-// Which similarities take part: `none` and `all` of a register block at (row, column), and the `mask` of one of its rows.
+// Which similarities take part: `none` and `all` of a register block at (row, column), and the `mask` of one of its
+// rows.
 
 // Of the rows of two joined views: each pair of rows once, without a row's positive at a distance of count / 2.
 struct UpperTriangle {
@@ -72,7 +73,7 @@ struct UpperTriangle {
 struct Visible {
   int64_t rows, columns;
   const int64_t* exclude;  // [rows], or null: the row's own index is hidden
-  bool everything;  // nothing is hidden
+  bool everything;         // nothing is hidden
   int64_t hidden(int64_t row) const { return exclude == nullptr ? row : exclude[row]; }
   template <class T>
   bool none(int64_t, int64_t) const {
@@ -132,7 +133,12 @@ struct Tile {
   const accumulator_t<S>* computed = nullptr;  // [rows, kTileStride], the library's products
 
   Tile(const PackedRows<S>& left, const PackedRows<S>& right, int64_t features, const Span& rows, const Span& columns)
-      : left(left), right(right), features(features), row(rows.first), rows(rows.count), column(columns.first),
+      : left(left),
+        right(right),
+        features(features),
+        row(rows.first),
+        rows(rows.count),
+        column(columns.first),
         columns(columns.count) {}
 };
 
@@ -225,8 +231,7 @@ void sum_with_fixed_shift(const Tile<S>& tile, const Scale<T>& scale, const Keep
       similarities(tile, i, j, s);
       if (keep.template all<T>(row, column))
         add_exponentials<T, false>(s, scale, keep, row, column, row_sum + i, column_sum);
-      else
-        add_exponentials<T, true>(s, scale, keep, row, column, row_sum + i, column_sum);
+      else add_exponentials<T, true>(s, scale, keep, row, column, row_sum + i, column_sum);
     }
     if (kBoth)
       for (int h = 0; h < 2; ++h) store(sums.column_sum + j + h * kLanes<T>, column_sum[h]);
@@ -288,10 +293,11 @@ ANOMEM_INLINE void merge_sum(bool fixed_shift, T* sum, T* peak, T other_sum, T o
   *peak = top;
 }
 
-// Loss of one row from the sum of its negatives, and its total, from which the backward pass computes P: the sum over all
-// visible columns with a fixed shift, without one the log-sum of the negatives, whose rounding is relative to smaller
-// logits than the positive's. (A small sum is more exact than its logarithm.) The positive is added here, by log(1 + negatives / positive): where it dominates its row, the loss is the small quotient.
-// With `hidden` the row does not see its positive.
+// Loss of one row from the sum of its negatives, and its total, from which the backward pass computes P: the sum over
+// all visible columns with a fixed shift, without one the log-sum of the negatives, whose rounding is relative to
+// smaller logits than the positive's. (A small sum is more exact than its logarithm.) The positive is added here, by
+// log(1 + negatives / positive): where it dominates its row, the loss is the small quotient. With `hidden` the row does
+// not see its positive.
 template <class T>
 inline void finish_row(const Scale<T>& scale, T negatives, T peak, double similarity, bool hidden, T* loss, T* total) {
   const double sum = negatives, term = scale.positive_term(similarity);
@@ -360,8 +366,7 @@ void tile_weights(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep, 
       T* to = weights + i * stride + j;
       if (keep.template all<T>(row, column))
         write_weights<T, kFixedShift, kBoth, false>(s, scale, keep, row, column, rows, columns, to, stride);
-      else
-        write_weights<T, kFixedShift, kBoth, true>(s, scale, keep, row, column, rows, columns, to, stride);
+      else write_weights<T, kFixedShift, kBoth, true>(s, scale, keep, row, column, rows, columns, to, stride);
     }
 }
 
@@ -463,8 +468,8 @@ void add_gradients(const Tile<S>& tile, T* w, const Side<S>& left, const Side<S>
     add_product(tile.rows, tile.features, columns, in_row, row_stride, 1, v, right.panel_stride(), row_gradient,
                 stride);
     if (both)
-      add_product(tile.columns, tile.features, rows, in_column, 1, kTileStride, u, left.panel_stride(),
-                  column_gradient, stride);
+      add_product(tile.columns, tile.features, rows, in_column, 1, kTileStride, u, left.panel_stride(), column_gradient,
+                  stride);
   };
   if constexpr (kInPairs<S>) {
     const WeightPairs<S> pairs(tile, w, tile.rows);

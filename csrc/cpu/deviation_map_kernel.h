@@ -48,7 +48,8 @@ void compute(const DeviationMap& a) {
   const int64_t m = a.memory.prototypes, d = a.memory.features;
   const int64_t area = a.map.area(), n = a.map.batch * area;
   const ReadPanels<S> panels(a.memory, a.memory.library);
-  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), retrieved_stride = padded_stride<T>(d);
+  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m),
+                retrieved_stride = padded_stride<T>(d);
   const T* prior = static_cast<const T*>(a.log_prior.data);
   parallel((n + rows - 1) / rows, [&](int64_t chunk) {
     const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;

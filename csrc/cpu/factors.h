@@ -94,7 +94,8 @@ struct Block {
   static constexpr int kWidth = 2 * kLanes<T>;
 };
 
-// Widest panel of the library's products, which are slower on narrower ones. The last panel of a matrix may be narrower.
+// Widest panel of the library's products, which are slower on narrower ones. The last panel of a matrix may be
+// narrower.
 constexpr int64_t kLibraryPanel = 128;
 
 // Width of the panel whose first column is `first`, of a matrix of n columns in panels of at most `widest`.
@@ -104,8 +105,8 @@ constexpr int64_t panel_width(int64_t first, int64_t n, int64_t widest) {
   return left < widest ? left : widest;
 }
 
-// The first `count` rows of `length` elements become columns, to [length, rows] with `to_stride` between rows; columns of
-// zeros follow.
+// The first `count` rows of `length` elements become columns, to [length, rows] with `to_stride` between rows; columns
+// of zeros follow.
 template <class S, class To>
 inline void transpose(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
                       int64_t to_stride) {
@@ -127,8 +128,8 @@ inline void transpose(const S* source, int64_t stride, int64_t count, int64_t le
 // Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Columns of zeros follow up to `padded` (0: to
 // the end of the last panel).
 template <class S, class T = accumulator_t<S>>
-inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, T* packed,
-                            int64_t padded = 0, int64_t widest = Block<T>::kWidth) {
+inline void pack_transposed(const S* source, int64_t stride, int64_t count, int64_t k, T* packed, int64_t padded = 0,
+                            int64_t widest = Block<T>::kWidth) {
   const int64_t end = padded > count ? padded : count;
   for (int64_t first = 0; first < end; first += widest) {
     const int64_t width = panel_width<T>(first, end, widest);
@@ -168,8 +169,8 @@ constexpr int64_t packed_size(int64_t k, int64_t n) {
 #if ANOMEM_BFLOAT16_PAIRS
 // Packs B = source [k, n] in pairs of rows; rows of zeros follow up to `padded`. `panel_stride` is the distance of
 // panels in pairs (0: one after the other).
-inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_t n, Pair* packed,
-                       int64_t panel_stride, int64_t padded, int64_t widest) {
+inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_t n, Pair* packed, int64_t panel_stride,
+                       int64_t padded, int64_t widest) {
   const int64_t last = factors<Bfloat16>(padded > k ? padded : k);
   for (int64_t first = 0; first < n; first += widest, packed += panel_stride > 0 ? panel_stride : last * widest) {
     const int64_t width = panel_width<float>(first, n, widest);
@@ -215,8 +216,7 @@ class FactorRows {
     if constexpr (kInPairs<S>)  // a pair moves as 32 bits
       pack_transposed(reinterpret_cast<const float*>(data_.data()), stride_ / 2, count, stride_ / 2,
                       reinterpret_cast<float*>(packed), padded, widest);
-    else
-      pack_transposed(data_.data(), stride_, count, stride_, packed, padded, widest);
+    else pack_transposed(data_.data(), stride_, count, stride_, packed, padded, widest);
   }
 
   // The first `count` rows become the rows of B, [columns / width][factors in `count` terms][width]; `panel_stride` and

@@ -30,8 +30,8 @@ Isa choose() {
   const struct {
     const char* name;
     Isa isa;
-  } known[] = {{"baseline", Isa::kBaseline}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512},
-               {"avx512_bf16", Isa::kAvx512Bf16}};
+  } known[] = {
+      {"baseline", Isa::kBaseline}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}, {"avx512_bf16", Isa::kAvx512Bf16}};
   for (const auto& candidate : known) {
     if (std::strcmp(wanted, candidate.name) != 0) continue;
     if (runs(candidate.isa)) return candidate.isa;

@@ -2,8 +2,8 @@
 //
 // kernels.h is compiled once per instruction set, in a namespace of its own (isa_baseline.cpp, isa_avx2.cpp,
 // isa_avx512.cpp, isa_avx512_bf16.cpp). One library therefore runs on every processor of an architecture and is fast on
-// recent ones. avx512_bf16 multiplies pairs of bfloat16 (factors.h). It serves tensors of that type, and those of float32
-// where a rough product finds candidates (candidates.h).
+// recent ones. avx512_bf16 multiplies pairs of bfloat16 (factors.h). It serves tensors of that type, and those of
+// float32 where a rough product finds candidates (candidates.h).
 #pragma once
 
 #include "cpu/types.h"

@@ -12,11 +12,12 @@
 #define ANOMEM_LIBRARY_PRODUCTS 1
 // (m, n, k, row strides of A, B and C, accumulate, A, B, C, whether B is in pairs)
 extern "C" void anomem_brgemm_float(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*,
-                                    const float*, float*, bool)
-    __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb") __attribute__((weak));
+                                    const float*, float*, bool) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb")
+    __attribute__((weak));
 extern "C" void anomem_brgemm_bfloat16(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const void*,
-                                       const void*, float*, bool)
-    __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb") __attribute__((weak));
+                                       const void*, float*,
+                                       bool) __asm__("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb")
+    __attribute__((weak));
 extern "C" void anomem_brgemm_release(bool) __asm__("_ZN2at6native7cpublas14brgemm_releaseEb") __attribute__((weak));
 #else
 #define ANOMEM_LIBRARY_PRODUCTS 0

@@ -26,9 +26,9 @@ struct Nearest {
   BankRows x;
   const void* prototypes;  // S [L, M, d]
   int64_t banks, count, features;
-  int64_t k;         // 1 to kMostCandidates, at most M
-  void* distance;    // T [L, N, k], squared
-  int64_t* index;    // [L, N, k]
+  int64_t k;       // 1 to kMostCandidates, at most M
+  void* distance;  // T [L, N, k], squared
+  int64_t* index;  // [L, N, k]
 };
 
 struct KCenter {

@@ -48,7 +48,9 @@ class GreedyCenters {
       : a_(a),
         n_(a.x.count),
         d_(a.features),
-        pool_size_(n_ / 32 < 256 ? 256 : n_ / 32 > 4096 ? 4096 : n_ / 32),
+        pool_size_(n_ / 32 < 256    ? 256
+                   : n_ / 32 > 4096 ? 4096
+                                    : n_ / 32),
         distance_(n_) {
     for (int64_t i = 0; i < n_; ++i) distance_[i] = T{INFINITY};
   }

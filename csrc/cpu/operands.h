@@ -35,10 +35,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
 // A 0-dim tensor.
 inline Tensor scalar(double value, ScalarType type) {
   Tensor tensor = empty({}, type);
-  if (type == ScalarType::Double)
-    *tensor.mutable_data_ptr<double>() = value;
-  else
-    *tensor.mutable_data_ptr<float>() = static_cast<float>(value);
+  if (type == ScalarType::Double) *tensor.mutable_data_ptr<double>() = value;
+  else *tensor.mutable_data_ptr<float>() = static_cast<float>(value);
   return tensor;
 }
 

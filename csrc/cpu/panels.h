@@ -22,8 +22,8 @@ inline int64_t widest_panel(bool library) {
   return library ? kLibraryPanel : Block<T>::kWidth;
 }
 
-// The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R. Keys are not rounded: a softmax amplifies the
-// rounding of its scores.
+// The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R.
+// Keys are not rounded: a softmax amplifies the rounding of its scores.
 template <class S, class R = accumulator_t<S>>
 class ReadPanels {
  public:
@@ -119,8 +119,7 @@ class QueryRows {
  public:
   using T = accumulator_t<S>;
 
-  QueryRows(int64_t rows, int64_t d, Normalize how)
-      : rows_(rows), d_(d), how_(how), copy_(rows * d), factors_(rows) {}
+  QueryRows(int64_t rows, int64_t d, Normalize how) : rows_(rows), d_(d), how_(how), copy_(rows * d), factors_(rows) {}
 
   // The rows from `count` on are zeros up to the end of the chunk.
   void load(const S* query, int64_t stride, int64_t count) {

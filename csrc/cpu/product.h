@@ -1,6 +1,6 @@
 // Matrix products of packed factors (factors.h). What follows a product, such as an exponential or a row sum, works on
 // the sums while they are in registers. The library's products (library_product.h) take the place of the blocks where
-// they are faster; what follows then works on a panel of sums in the first-level cache.
+// they are faster; what follows then works on a panel of sums in the second-level cache.
 //
 // Rows of C are padded to whole panels, so no column is special. One panel of B stays in the first-level cache while
 // all rows of A pass by.
@@ -61,7 +61,7 @@ inline void product_rows(int64_t first, int64_t k, const F* a, int64_t row_strid
     const bool last = k - start <= kChain;
     vec<T> sums[kRows][2] = {};
     multiply<F, kRows>(last ? k - start : kChain, a + first * row_stride + start * term_stride, row_stride, term_stride,
-                      panel + start * Block<T>::kWidth, sums);
+                       panel + start * Block<T>::kWidth, sums);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2

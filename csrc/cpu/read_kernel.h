@@ -1,7 +1,7 @@
 // The read of a filled memory: softmax over all prototypes or over the k largest scores, and what describes it.
 //
-// The k largest are found by candidates (candidates.h) and read row by row: there is no second product. The softmax over
-// all prototypes works as in retrieve_kernel.h.
+// The k largest are found by candidates (candidates.h) and read row by row: there is no second product. The softmax
+// over all prototypes works as in retrieve_kernel.h.
 #pragma once
 
 #include "cpu/candidates.h"
@@ -53,7 +53,8 @@ struct ReadRows {
 
 // Reads the k prototypes of a row's target: r ← Σ e_i m_i, e_i = exp(s_i − s_0). Returns Σ e_i.
 template <class S, class T = accumulator_t<S>>
-inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, const int64_t* columns, int64_t k, T* r) {
+inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, const int64_t* columns, int64_t k,
+                              T* r) {
   const int64_t d = panels.features();
   T e[kMostCandidates];
   vec<T> sums{}, products{};
@@ -90,8 +91,8 @@ inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, c
 }
 
 template <class S>
-void read_of_largest(const Read& a, int64_t bank, const CandidatePanels<S>& panels, const Offsets<accumulator_t<S>>& bias,
-                     const Offsets<accumulator_t<S>>& lengths) {
+void read_of_largest(const Read& a, int64_t bank, const CandidatePanels<S>& panels,
+                     const Offsets<accumulator_t<S>>& bias, const Offsets<accumulator_t<S>>& lengths) {
   using T = accumulator_t<S>;
   const int64_t d = a.features, n = a.query.count;
   const ReadRows<S> rows(a, bank);
@@ -151,8 +152,7 @@ void read_of_all(const Read& a, int64_t bank, const Memory& memory, const Candid
         scale[r] = 1 / row.sum;
       }
       product(count, d, m, scores.data(), score_stride, 1, panels.values(), read.data(), read_stride, false);
-      for (int64_t r = 0; r < count; ++r)
-        rows.set_read(first + r, query[r], read.data() + r * read_stride, scale[r]);
+      for (int64_t r = 0; r < count; ++r) rows.set_read(first + r, query[r], read.data() + r * read_stride, scale[r]);
     }
   });
 }
@@ -174,8 +174,7 @@ void compute(const Read& a) {
       read_of_all<S>(a, bank, {keys, {false, nullptr}, m, d, d, a.normalize, a.beta}, &panels, &lengths);
       continue;
     }
-    for (int64_t j = 0; j < m; ++j)
-      bias.set(j, a.bias.given ? static_cast<const T*>(a.bias.data)[bank * m + j] : T{0});
+    for (int64_t j = 0; j < m; ++j) bias.set(j, a.bias.given ? static_cast<const T*>(a.bias.data)[bank * m + j] : T{0});
     read_of_largest<S>(a, bank, panels, bias, lengths);
   }
 }

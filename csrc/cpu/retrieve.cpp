@@ -1,4 +1,5 @@
-// native_retrieve_fwd, native_retrieve_bwd, native_retrieve_kept_fwd, native_retrieve_kept_bwd, native_shrink_fwd, native_shrink_bwd.
+// native_retrieve_fwd, native_retrieve_bwd, native_retrieve_kept_fwd, native_retrieve_kept_bwd, native_shrink_fwd,
+// native_shrink_bwd.
 #include "cpu/retrieve.h"
 
 #include <torch/csrc/stable/library.h>

@@ -15,8 +15,8 @@ struct Shrinkage {
 // Row stride of kept weights: whole panels of every instruction set.
 inline int64_t kept_stride(int64_t prototypes) { return round_up(prototypes, 32); }
 
-// exp(logit − largest logit) of the first `rows` queries, S [rows, kept_stride(M)]: the backward pass does not make them
-// again. They are the softmax's weights up to their sum.
+// exp(logit − largest logit) of the first `rows` queries, S [rows, kept_stride(M)]: the backward pass does not make
+// them again. They are the softmax's weights up to their sum.
 template <class Data>
 struct Kept {
   int64_t rows = 0;
@@ -54,7 +54,7 @@ struct RetrieveBackward {
 // How the backward pass is divided. The memory's gradient is a sum over all queries. Chunks of queries are shared out
 // to `slots` partial sums, which are added in order: the result does not depend on the number of threads.
 struct BackwardPlan {
-  int64_t rows, chunks, slots;       // rows of a chunk
+  int64_t rows, chunks, slots;  // rows of a chunk
   // A slot's sums: [M, d] and [M, dv], or with the library's products [d, M] and [dv, M].
   int64_t key_stride, value_stride;  // between rows
   int64_t key_sums, value_sums;      // elements; no values if tied: 0

@@ -36,7 +36,8 @@ void compute(const RetrieveForward& a) {
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const ReadPanels<S, S> panels(a.memory, a.memory.library);
   const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
-  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
+  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m),
+                out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     const LibraryProducts library(a.memory.library, kInPairs<S>);
@@ -48,8 +49,7 @@ void compute(const RetrieveForward& a) {
       const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
       query.load(source, a.query.stride, count);
       const int64_t height = a.memory.library ? rows : count;
-      if (raw.take(source, a.query.stride, count, query))
-        raw.scores(count, m, query, scores.data(), score_stride);
+      if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, scores.data(), score_stride);
       else
         product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
                 false, a.memory.library);
@@ -116,9 +116,8 @@ inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T 
     if (dentropy != 0) entropy_backward(p, m, dentropy, g);
     if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
     const vec<T> mean_gradient = broadcast(dot_product(softmax, g, m));
-    for_vectors<T>(m, [&](int64_t j, int64_t) {
-      store(g + j, load(softmax + j) * (load(g + j) - mean_gradient + dlse));
-    });
+    for_vectors<T>(m,
+                   [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - mean_gradient + dlse)); });
     return;
   }
   vec<T> sums{}, products{};
@@ -222,8 +221,8 @@ class BackwardSlot {
     };
     if (keeps_scores()) score(scores_.data(), Overwrite());
     else if (!kept) score(weights_.data(), exponential);
-    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(),
-            gradient_.data(), score_stride_, false, library);
+    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), gradient_.data(),
+            score_stride_, false, library);
     for (int64_t r = 0; r < count; ++r) {
       T* p = weights_.data() + r * score_stride_;
       if (kept) {
@@ -339,8 +338,7 @@ void compute(const RetrieveBackward& a) {
     for (int64_t row = first; row < first + count; ++row) {
       T* sum = sums.data() + (row - first) * d;
       const T factor = normalize_row(static_cast<const S*>(a.memory.keys) + row * d, d, a.memory.normalize, key.data());
-      normalize_row_backward(sum, key.data(), factor, T{1}, d, a.memory.normalize,
-                             static_cast<S*>(a.dkeys) + row * d);
+      normalize_row_backward(sum, key.data(), factor, T{1}, d, a.memory.normalize, static_cast<S*>(a.dkeys) + row * d);
     }
     if (tied) return;
     add_slots(dvalues, slots, plan.value_sums, plan.value_stride, a.memory.library, first, count, dv, sums.data());

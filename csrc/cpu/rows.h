@@ -120,9 +120,8 @@ inline accumulator_t<S> normalize_row(const S* x, int64_t d, Normalize how, accu
       }
     factor = 1 / std::sqrt(variance + eps);
     const vec<T> scale = broadcast(factor);
-    for_vectors<T>(d, [&](int64_t i, int64_t count) {
-      store_some(y + i, (load_some(x + i, count) - mean) * scale, count);
-    });
+    for_vectors<T>(
+        d, [&](int64_t i, int64_t count) { store_some(y + i, (load_some(x + i, count) - mean) * scale, count); });
     return factor;
   }
   if (how == Normalize::kL2) factor = inverse_length(x, d);

@@ -113,8 +113,8 @@ inline void scatter_planes(const Scatter& a, int64_t image, int64_t begin, int64
 
 // The same for a channels-last map.
 template <class S>
-inline void scatter_rows(const Scatter& a, int64_t image, int64_t begin, int64_t end,
-                         const accumulator_t<S>* gradients, const Buffer<int64_t>& first) {
+inline void scatter_rows(const Scatter& a, int64_t image, int64_t begin, int64_t end, const accumulator_t<S>* gradients,
+                         const Buffer<int64_t>& first) {
   using T = accumulator_t<S>;
   const int64_t width = end - begin;
   S* to = static_cast<S*>(a.dmap) + image * a.channels * a.area + begin;

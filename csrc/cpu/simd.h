@@ -202,8 +202,8 @@ constexpr T kRounding = sizeof(T) == 4 ? T{12582912} : T{6755399441055744};
 // 2^f · 2^(n + bias), n in the low bits of `shifted`. If n + bias is out of range the result is arbitrary, and the
 // caller drops it; unsigned words wrap around without undefined behaviour.
 ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bias) {
-  constexpr float coefficients[] = {1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f,
-                                    2.402265092e-1f, 6.931472067e-1f, 1.0f};
+  constexpr float coefficients[] = {
+      1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f, 2.402265092e-1f, 6.931472067e-1f, 1.0f};
   vec<float> power = broadcast(coefficients[0]);
   for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
   const auto n = reinterpret_cast<Simd<float>::words>(shifted);
@@ -211,10 +211,10 @@ ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bia
 }
 
 ANOMEM_INLINE vec<double> exp2_of_parts(vec<double> f, vec<double> shifted, int bias) {
-  constexpr double coefficients[] = {
-      4.455817908336064493e-10,  7.0741942972885210056e-9, 1.0178057087733941105e-7, 1.3215432535912376166e-6,
-      1.5252733841556772589e-5,  1.5403530463724354209e-4, 1.3333558146406470697e-3, 9.6181291075872566681e-3,
-      5.5504108664821627039e-2,  2.4022650695910159567e-1, 6.9314718055994530925e-1, 1.0};
+  constexpr double coefficients[] = {4.455817908336064493e-10, 7.0741942972885210056e-9, 1.0178057087733941105e-7,
+                                     1.3215432535912376166e-6, 1.5252733841556772589e-5, 1.5403530463724354209e-4,
+                                     1.3333558146406470697e-3, 9.6181291075872566681e-3, 5.5504108664821627039e-2,
+                                     2.4022650695910159567e-1, 6.9314718055994530925e-1, 1.0};
   vec<double> power = broadcast(coefficients[0]);
   for (int i = 1; i < 12; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
   const auto n = reinterpret_cast<Simd<double>::words>(shifted);

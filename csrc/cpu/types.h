@@ -61,8 +61,8 @@ inline int64_t padded_stride(int64_t n) {
   return padded * static_cast<int64_t>(sizeof(T)) % 1024 == 0 ? padded + 64 / static_cast<int64_t>(sizeof(T)) : padded;
 }
 
-// Whether the kernel of these arguments multiplies float32 rows in pairs of bfloat16 too, where a processor can: to find
-// candidates (candidates.h).
+// Whether the kernel of these arguments multiplies float32 rows in pairs of bfloat16 too, where a processor can: to
+// find candidates (candidates.h).
 template <class Arguments>
 constexpr bool kRoughProducts = false;
 

@@ -49,8 +49,8 @@ class UsageChunk {
     query_.load(static_cast<const S*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
     const bool library = a_.memory.library;
     const int64_t height = library ? rows_ : count;
-    product(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), scores_.data(),
-            score_stride_, false, library);
+    product(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), scores_.data(), score_stride_,
+            false, library);
     std::memset(mass_.data(), 0, m_ * sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
       T* e = scores_.data() + r * score_stride_;
@@ -96,7 +96,8 @@ void compute(const Usage& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, n = a.query.count;
   const ReadPanels<S> panels(a.memory, a.memory.library);
-  const int64_t rows = chunk_rows(n, m, a.memory.library), chunks = (n + rows - 1) / rows, slots = chunks < 64 ? chunks : 64;
+  const int64_t rows = chunk_rows(n, m, a.memory.library), chunks = (n + rows - 1) / rows,
+                slots = chunks < 64 ? chunks : 64;
   Buffer<int64_t> counts(slots * m);
   Buffer<double> masses(slots * m), directions(slots * d);
   parallel(slots, [&](int64_t slot) {
