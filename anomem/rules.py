@@ -1,0 +1,208 @@
+"""The committed choices: for which calls a kernel is known to be faster than the reference.
+
+`AUTO` quotes rows of one processor or GPU; `RULES` say what is taken where nothing was measured. `anomem.backends` asks
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Impl = Literal["auto", "reference", "triton", "native"]
+IMPLEMENTATIONS: tuple[Impl, ...] = get_args(Impl)
+OPERATORS = (
+    "retrieve",
+    "shrink",
+    "nt_xent",
+    "info_nce",
+    "gather",
+    "variance",
+    "deviation_map",
+    "usage",
+    "nearest",
+    "read",
+)
+
+
+class Problem(NamedTuple):
+    """One call, as far as the choice of an implementation depends on it."""
+
+    operator: str
+    device: str
+    """Device type: "cpu" or "cuda"."""
+    dtype: torch.dtype
+    features: int
+    """d, the length of a row."""
+    rows: int = 0
+    """N queries, or rows of one group."""
+    columns: int = 0
+    """M prototypes, or columns of one group."""
+    groups: int = 1
+    """G."""
+    steps: int = 1
+    """Reads of the memory."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """For which problems a rule holds; `str` says it in words. A bound of 0 or None does not bind."""
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    """All where empty."""
+    rows: int = 0
+    """At least."""
+    columns: int = 0
+    """At least."""
+    features: int = 0
+    """At least."""
+    most_features: int | None = None
+    most_columns: int | None = None
+    most_work: int | None = None
+    """groups × rows × columns × features at most, an axis that the operator lacks counting 1."""
+    scores_of_a_group: int = 0
+    """rows × columns at least."""
+    scores: int = 0
+    """groups × rows × columns at least."""
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether a problem is one of these."""
+        # A bound that does not bind is not compared: under torch.compile a comparison would guard a dynamic size.
+        return (
+            (not self.dtypes or problem.dtype in self.dtypes)
+            and (not self.rows or problem.rows >= self.rows)
+            and (not self.columns or problem.columns >= self.columns)
+            and (not self.features or problem.features >= self.features)
+            and (self.most_features is None or problem.features <= self.most_features)
+            and (self.most_columns is None or problem.columns <= self.most_columns)
+            and (self.most_work is None or _work(problem) <= self.most_work)
+            and (not self.scores_of_a_group or problem.rows * problem.columns >= self.scores_of_a_group)
+            and (not self.scores or problem.groups * problem.rows * problem.columns >= self.scores)
+        )
+
+    def __str__(self) -> str:
+        bounds = [
+            ("rows", self.rows),
+            ("columns", self.columns),
+            ("features", self.features),
+            ("rows × columns", self.scores_of_a_group),
+            ("groups × rows × columns", self.scores),
+        ]
+        words = [" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)] if self.dtypes else []
+        words += [f"{name} ≥ {_number(least)}" for name, least in bounds if least]
+        limits = [
+            ("features", self.most_features),
+            ("columns", self.most_columns),
+            ("groups × rows × columns × features", self.most_work),
+        ]
+        words += [f"{name} ≤ {_number(most)}" for name, most in limits if most is not None]
+        return ", ".join(words) or "always"
+
+
+def _work(problem: Problem) -> int:
+    size = problem.features
+    for length in (problem.rows, problem.columns, problem.groups):
+        size *= length if length else 1
+    return size
+
+
+def _number(value: int) -> str:
+    power = value.bit_length() - 1
+    return f"2^{power}" if value == 2**power and power >= 16 else str(value)
+
+
+class Rule(NamedTuple):
+    """One line of the auto table: on this device this implementation is taken where the condition holds."""
+
+    operator: str
+    device: str
+    implementation: Impl
+    where: Where
+    reason: str
+    processor: str = ""
+    """The processor or GPU whose rows the rule quotes, as `anomem.choice.processor` names it; "" for any."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+_MEASURED = (torch.float32, torch.bfloat16)
+_HALF = (torch.bfloat16, torch.float16)
+_FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
+_ROWS = "AuthenticAMD family 26 AVX512-BF16"
+"""The processor of those rows."""
+_FASTEST_ZEN4 = "the fastest in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
+_ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
+
+
+def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
+    """A kernel is taken on every GPU where plain PyTorch exceeds the memory of most.
+
+    Args:
+        operator: whose rule.
+        bytes_per_score: what plain PyTorch holds at the peak of both passes; counted by tests/stand_in and in
+            benchmarks/results/cuda-counts.jsonl.
+    """
+    return Rule(
+        operator,
+        "cuda",
+        "triton",
+        Where(scores=2**33),
+        f"plain PyTorch takes {bytes_per_score} bytes a score for both passes, {8 * bytes_per_score} GiB and more, and "
+        "the memory of the kernel does not grow with their number (counted, not timed on a GPU yet)",
+    )
+
+
+# A test compares the CPU's rules with the committed rows, forward and backward.
+AUTO: tuple[Rule, ...] = (
+    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST, _ROWS),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores_of_a_group=2**20), _FASTEST, _ROWS),
+    Rule("gather", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=256), _FASTEST, _ROWS),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS),
+    Rule(
+        "retrieve",
+        "cpu",
+        "native",
+        Where(_MEASURED, rows=1024, columns=64, features=64, most_features=512, most_columns=512),
+        _FASTEST_ZEN4,
+        _ROWS_ZEN4,
+    ),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=256), _FASTEST_ZEN4, _ROWS_ZEN4),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, columns=1024, features=128), _FASTEST_ZEN4, _ROWS_ZEN4),
+    _beyond_a_gpu("retrieve", 16),
+    _beyond_a_gpu("nt_xent", 21),
+    _beyond_a_gpu("info_nce", 21),
+)
+
+_TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
+_LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
+_SMALL = "its fixed cost is below that of the reference's many operators (benchmarks/results/cpu-zen4-small.jsonl)"
+_SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
+_ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
+_CHUNKS = "scores in chunks of at most 256 MiB, selected from in one pass (not measured on a GPU yet)"
+RULES: tuple[Rule, ...] = (
+    *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS),
+    Rule(
+        "nt_xent",
+        "cpu",
+        "native",
+        Where(_MEASURED, columns=1024, most_features=256),
+        "at least 2.3 times as fast as eager PyTorch on every processor measured (AMD family 26; Intel family 6, AMX)",
+    ),
+    Rule("nearest", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
+    Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
+    Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
+    Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
+    Rule("info_nce", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
+    Rule("retrieve", "cuda", "triton", Where(_HALF, most_features=128, scores=2**22), _TRAFFIC),
+    Rule("gather", "cuda", "native", Where(), _LAUNCHES),
+    Rule("variance", "cuda", "native", Where(), _LAUNCHES),
+)
+"""What is taken where nothing was measured."""
