@@ -12,10 +12,6 @@ from benchmarks.accuracy.cells import ROWS, CellRow
 from benchmarks.harness import rows
 
 MISSING = "Not measured yet."
-EARLIER = ("8625d5c78a75", "3446d6de84c8", "ed8e3170a944")
-"""Commits at which a memory was read whole and the Gaussians judged normalised deviations; their rows are marked."""
-WITHOUT_MEMORY = ("rivals", "pixels", "from scratch")
-"""How settings begin to which that makes no difference."""
 DEVIATIONS = 3
 """Half the width of the band around a promised rate, in standard deviations of a binomial."""
 
@@ -63,12 +59,6 @@ def goals(results: Path) -> str:
             reached = "yes" if mean >= aim else "no"
             lines.append(f"| {kind} | {setting} | {score} | {aim:.3f} | {mean:.4f} | {seeds} | {reached} |")
     return "\n".join(lines) if len(lines) > 2 else MISSING
-
-
-def _named(setting: str, same: Sequence[CellRow]) -> str:
-    """A setting, marked where one of its rows is of an earlier reading."""
-    earlier = any(row.commit in EARLIER for row in same) and not setting.startswith(WITHOUT_MEMORY)
-    return f"{setting} ¹" if earlier else setting
 
 
 SIZES = {128: ("k-means 1024", "rivals")} | {
@@ -131,7 +121,7 @@ def fills(results: Path) -> str:
         sizes = [next((r.memory_bytes for r in same if r.kind == kind), None) for kind in TYPES]
         shown = " / ".join("–" if size is None else f"{size / 1024:.0f}" for size in sizes)
         values = [_mean([r for r in same if (r.kind, r.score) == (k, s)]) for k in TYPES for s in SCORES]
-        lines.append(f"| {_named(setting, same)} | {shown} | {' | '.join(values)} |")
+        lines.append(f"| {setting} | {shown} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -154,8 +144,7 @@ def others(results: Path) -> str:
         for kind in TYPES:
             same = [r for r in found if (r.kind, r.setting, r.score) == (kind, setting, score)]
             cells.append(" / ".join(f"{row.auroc:.4f}" for row in same) or "–")
-        every = [r for r in found if (r.setting, r.score) == (setting, score)]
-        lines.append(f"| {_named(setting, every)} | {score} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {setting} | {score} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
@@ -174,7 +163,7 @@ def verdicts(results: Path) -> str:
         hits = " / ".join(f"{row.found:.0%}" for row in same)
         seconds = " / ".join(f"{row.fit_seconds:.0f}" for row in same)
         promised = f"at most {same[0].alpha:.0%}"
-        lines.append(f"| {_named(setting, same)} | {kind} | {promised} | {alarms} | {hits} | {seconds} |")
+        lines.append(f"| {setting} | {kind} | {promised} | {alarms} | {hits} | {seconds} |")
     return "\n".join(lines)
 
 
@@ -191,7 +180,7 @@ def splits(results: Path) -> str:
         assert row.alpha is not None
         low, high = band(row)
         lines.append(
-            f"| {_named(row.kind, [row])} | {row.splits} | {row.normals} | at most {row.alpha:.0%} | "
+            f"| {row.kind} | {row.splits} | {row.normals} | at most {row.alpha:.0%} | "
             f"{row.false_alarms:.2%} | {low:.2%} to {high:.2%} | {row.found:.0%} |"
         )
     return "\n".join(lines)

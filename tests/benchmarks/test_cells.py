@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.accuracy.cells import ROWS, SEEDS, CellRow
 from benchmarks.harness import rows
 from benchmarks.harness.rows import RESULTS
-from benchmarks.report.cells import EARLIER, GOALS, MISSING, band, fills, goals, read, summary
+from benchmarks.report.cells import GOALS, MISSING, band, goals, read, summary
 
 
 def test_false_alarms_over_splits_are_within_the_binomial_band() -> None:
@@ -39,14 +39,6 @@ def test_an_aim_that_is_missed_is_called_so(tmp_path: Path) -> None:
         rows.append(tmp_path / ROWS, replace(row, auroc=auroc))  # the last row counts
         assert isinstance(row, CellRow)
         assert goals(tmp_path).splitlines()[-1].endswith(f"| {reached} |")
-
-
-def test_rows_of_an_earlier_reading_are_marked(tmp_path: Path) -> None:
-    row = next(r for r in read(RESULTS) if r.memory_bytes is not None and r.commit not in EARLIER)
-    rows.append(tmp_path / ROWS, row)
-    assert "¹" not in fills(tmp_path)
-    rows.append(tmp_path / ROWS, replace(row, commit=EARLIER[0]))
-    assert f"| {row.setting} ¹ |" in fills(tmp_path)
 
 
 def test_the_readme_says_who_is_ahead_as_the_rows_do(tmp_path: Path) -> None:
