@@ -288,7 +288,7 @@ def test_frozen_encoder_end_to_end() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize(("about", "error"), [({}, KeyError), ({"units": "norm"}, ValueError)])
-def test_a_detector_of_other_units_is_refused(about: dict[str, str], error: type[Exception]) -> None:
-    with pytest.raises(error, match="units"):
+@pytest.mark.parametrize("about", [{}, {"units": "norm"}])
+def test_a_detector_of_other_units_is_refused(about: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="an earlier version fitted it"):
         restored_detector(untouched(), {}, about, FillConfig(), 0.01, False)
