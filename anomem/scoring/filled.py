@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ HELD_BYTES = 2**30
 """Of features that are held instead of encoded again."""
 TOP_K = 8
 """Prototypes that a feature of a filled memory reads."""
+PARTS = ("plain", "local", "whole")
+"""Scores of which the others are made."""
+SPREADS = ("local_spread", "whole_spread", "map_spread", "plain_map_spread")
+"""Of the scales, [S] each."""
 TOP_PART = 0.1
 """Of the positions, the largest distances first: their mean is an image's distance."""
 
@@ -86,6 +90,7 @@ def fill_memories(
     *,
     seed: int = 0,
     at_most: int = 400_000,
+    part: float = 1.0,
 ) -> list[FilledScale]:
     """Replace the prototypes of every memory by ones chosen among the features of all normals.
 
@@ -100,6 +105,7 @@ def fill_memories(
         method: see `fill_prototypes`; "learned" moves k-means centres by `learn_prototypes`.
         seed: see `fill_prototypes`.
         at_most: features held per scale; of more, a random choice.
+        part: of the features that a memory may have as prototypes, in (0, 1].
 
     Raises:
         ArgumentError: no image, a wrong number, or memories with separate values, which could not be filled.
@@ -118,7 +124,8 @@ def fill_memories(
         begin = time.perf_counter()
         features = held.rows()
         choice = "kmeans" if method == "learned" else method
-        chosen = fill_prototypes(features, prototype_count(count, len(features)), choice, seed=seed)
+        most = max(1, int(part * len(features)))
+        chosen = fill_prototypes(features, min(prototype_count(count, len(features)), most), choice, seed=seed)
         if method == "learned":
             beta, normalize = float(memory.beta), memory.normalize
             chosen = learn_prototypes(features, chosen, beta=beta, normalize=normalize, seed=seed)
@@ -148,7 +155,8 @@ class FilledScorer(nn.Module):
     * "plain": Σ lambda_s top 1 − cos(z, HF(z)), where top is the mean over the largest tenth of the positions.
     * "local": Mahalanobis distance of D(s) at every position, pooled by the top: local defects on aligned parts.
     * "whole": Mahalanobis distance of the mean of D(s) over positions: another material, another object.
-    * "both": "plain" and "local", each relative to its mean and spread over the fitted normals, added.
+    * "both": "plain" and "local", each relative to its mean and spread over the fitted normals (`measure_by`: over
+      others), added.
     * "either": the larger of "local" and "whole", each relative to its mean and spread.
 
     Each scale of "local" and "whole" is divided by its spread over the fitted normals; so are the scales of the maps.
@@ -191,7 +199,7 @@ class FilledScorer(nn.Module):
         pooled = alignment == "pooled"
         self.local = nn.ModuleList([Gaussians(1 if pooled else p, d) for p, d in zip(positions, widths, strict=True)])
         self.whole = nn.ModuleList([Gaussians(1, d) for d in widths])
-        for name in ("local_spread", "whole_spread", "map_spread", "plain_map_spread"):
+        for name in SPREADS:
             self.register_buffer(name, torch.ones(len(widths)))
         self.register_buffer("centre", torch.zeros(3))  # of "plain", "local" and "whole"
         self.register_buffer("spread", torch.ones(3))
@@ -264,6 +272,28 @@ class FilledScorer(nn.Module):
         self.centre.copy_(torch.stack([x.mean() for x in scores]))
         self.spread.copy_(torch.cat([_spread(x[None]) for x in scores]))
 
+    def joined(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scores "plain", "local" and "whole" [B] with "both" and "either" made of them."""
+        parts = torch.stack([scores[name] for name in PARTS])
+        relative = (parts - self.centre.to(parts.device)[:, None]) / self.spread.to(parts.device)[:, None]
+        both, either = relative[:2].sum(dim=0), relative[1:].amax(dim=0)
+        return {**{name: scores[name] for name in PARTS}, "both": both, "either": either}
+
+    def spreads_from(self, other: FilledScorer) -> None:
+        """Weigh the scales, in scores and maps, as another scorer does: one that was fitted to other normals."""
+        for name in SPREADS:
+            self.get_buffer(name).copy_(other.get_buffer(name))
+
+    def measure_by(self, scores: Mapping[str, Tensor]) -> None:
+        """Take mean and spread of "plain", "local" and "whole" from normals that were not fitted.
+
+        Args:
+            scores: of each, [N] with N ≥ 2.
+        """
+        parts = torch.stack([scores[name] for name in PARTS])
+        self.centre.copy_(parts.mean(dim=1))
+        self.spread.copy_(_spread(parts))
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> FilledScores:
         """See the class."""
@@ -285,10 +315,8 @@ class FilledScorer(nn.Module):
         whole = sum(d / spread for d, spread in zip(self._whole(deviations), self.whole_spread, strict=True))
         assert isinstance(local, Tensor)
         assert isinstance(whole, Tensor)
-        relative = (torch.stack([plain, local, whole]) - self.centre[:, None]) / self.spread[:, None]
-        both, either = relative[:2].sum(dim=0), relative[1:].amax(dim=0)
         return FilledScores(
-            {"plain": plain, "local": local, "whole": whole, "both": both, "either": either},
+            self.joined({"plain": plain, "local": local, "whole": whole}),
             {
                 "plain": self._map(cosines, self.plain_map_spread, size),
                 "local": self._map(distances, self.map_spread, size),

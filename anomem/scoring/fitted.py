@@ -16,9 +16,9 @@ from anomem.data import Images
 from anomem.data.frame import framed, unframed
 from anomem.models import AnoMem, TiledEncoder
 from anomem.scoring.config import FillConfig
-from anomem.scoring.decision import Calibration, Held, check_alpha, hold_out, normals_needed
+from anomem.scoring.decision import Calibration, check_alpha, hold_out, normals_needed
 from anomem.scoring.detector import Alignment
-from anomem.scoring.filled import HELD_BYTES, FilledScale, FilledScorer, FilledScores, fill_memories
+from anomem.scoring.filled import HELD_BYTES, PARTS, FilledScale, FilledScorer, FilledScores, fill_memories
 from anomem.scoring.labelled import FewLabels
 from anomem.scoring.scorer import require_finite
 from anomem.validation import require, require_choice, values_are_free
@@ -33,6 +33,8 @@ FEW, ROWS = 8, 16
 LIGHT = replace(AugmentConfig.light(), shift=0.02, rotation=2.0)
 PIXELS_AT_ONCE = 2**22
 """Of a batch: fewer images are encoded at once where they are large."""
+CROSS_PART = 0.5
+"""Of the features: prototypes at most where every normal is fitted and calibrates (cross-fitted)."""
 FITTED_TOO = "their scores are lower than those of new normals, so that the verdict would give more false alarms"
 BOTH = "an image is normal or has a defect: take it out of one of the two folders"
 GAUSSIAN_BYTES = 2**30
@@ -338,17 +340,32 @@ def fit_detector(
     calibrating = None if calibration is None else _encoded(model, calibration, config)
     if calibrating is not None:
         _require_apart(digests, calibrating.digests(), "calibration", FITTED_TOO)
+    held, folds = ("split", []) if calibrating is not None else hold_out(len(normals), alpha, seed)
+    rows = normals[folds[0].fit] if folds and held == "split" else normals
+    few = min([len(rows), *(len(fold.fit) for fold in folds)]) < FEW
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
-    def fitted(rows: Tensor) -> tuple[FittedDetector, list[FilledScale]]:
+    def fitted(
+        rows: Tensor,
+        like: FilledScorer | None = None,
+        by: Mapping[str, Tensor] | None = None,
+        labelled: bool = True,
+    ) -> tuple[FittedDetector, list[FilledScale]]:
+        """`like` gives the spreads of the scales; `by`, scores of normals left out, those of the joined scores."""
         queries: Iterable[Sequence[Tensor]] = encoded.rows(rows)
-        if len(rows) < FEW:
+        if few:
             queries = encoded.with_copies(rows, ROWS, seed)
-        filled = fill_memories(model, queries, config.prototypes, config.method, seed=seed)
+        # A memory of nearly all features leaves the Gaussians no deviation to be fitted to.
+        part = CROSS_PART if held == "cross" and folds else 1.0
+        filled = fill_memories(model, queries, config.prototypes, config.method, seed=seed, part=part)
         scorer = FilledScorer(model, alignment, config.top_fraction * _tile_share(model), config.top_k)
         scorer.fit(queries)
+        if like is not None:
+            scorer.spreads_from(like)
+        if by is not None:
+            scorer.measure_by(by)
         labels = None
-        if len(defects):
+        if len(defects) and labelled:
             both = torch.cat([rows, defects])
             scored = [scorer.of_queries(q, (1, 1), pooled=True) for q in encoded.rows(both)]
             pooled = torch.cat([s.pooled for s in scored if s.pooled is not None]).cpu()
@@ -365,25 +382,31 @@ def fit_detector(
             maxima = {name: m.amax(dim=(1, 2)).cpu() for name, m in found.maps.items()}
             parts.append(({name: s.cpu() for name, s in detector.scores_of(found).items()}, maxima))
 
-    held: Held = "split"
-    if calibrating is not None:
-        rows = normals
-        detector, filled = fitted(rows)
-        calibrate(detector, calibrating)
-    else:
-        held, folds = hold_out(len(normals), alpha, seed)
+    by: dict[str, Tensor] | None = None
+    if held == "cross" and folds:
+        # Spreads differ from fit to fit, the fewer images the more so: scores of all fits are compared in common ones.
+        whole = fitted(normals, labelled=False)[0].scorer
         for fold in folds:
-            detector, filled = fitted(normals[fold.fit])
-            calibrate(detector, encoded.part(normals[fold.calibrate]))
-        rows = normals[folds[0].fit] if held == "split" else normals
-        if held == "cross":
-            detector, filled = fitted(rows)
+            one = fitted(normals[fold.fit], whole, labelled=False)[0]
+            calibrate(one, encoded.part(normals[fold.calibrate]))
+        by = {name: torch.cat([scores[name] for scores, _ in parts]) for name in PARTS}
+        if len(defects):
+            parts.clear()
+            for fold in folds:
+                calibrate(fitted(normals[fold.fit], whole, by)[0], encoded.part(normals[fold.calibrate]))
+    detector, filled = fitted(rows, by=by)
+    if calibrating is not None:
+        calibrate(detector, calibrating)
+    elif held == "split":
+        calibrate(detector, encoded.part(normals[folds[0].calibrate]))
+    elif by is not None and not len(defects):
+        parts = [(detector.scorer.joined(scores), maxima) for scores, maxima in parts]
     names = (detector.names, MAPS)
     scores, maxima = (
         {name: torch.cat([torch.zeros(0), *(part[i][name] for part in parts)]) for name in names[i]} for i in (0, 1)
     )
     detector.calibration = Calibration(scores, maxima, held)
-    copies = -(-ROWS // len(rows)) * len(rows) - len(rows) if len(rows) < FEW else 0
+    copies = -(-ROWS // len(rows)) * len(rows) - len(rows) if few else 0
     report = FitReport(filled, alignment, len(normals), len(rows), len(defects), len(given) - len(normals), copies)
     return detector, report
 

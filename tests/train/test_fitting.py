@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from anomem.data import DataConfig
 from anomem.data.frame import framed
 from anomem.errors import ArgumentError, UserError
+from anomem.models.pretrained import pretrained_available
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig, RunConfig, fit, fit_run, fitting, load_detector, load_scorer, resume, save_detector
 from anomem.train.fitting import load_fitted_run, resolved
@@ -65,6 +66,26 @@ def test_good_images_to_verdicts() -> None:
     assert bool((bad.p_values <= 0.05).all())
     assert detector.lead == "both"
     assert fit(parts(60), alpha=0.05, aligned=False, config=CONFIG).lead == "either"
+
+
+def ring(seed: int) -> Image.Image:
+    """A ring on noise, 96 pixels a side, at a slightly different place in each image."""
+    source = np.random.default_rng(seed)
+    image = Image.fromarray((128 + 20 * source.standard_normal((96, 96))).clip(0, 255).astype("uint8")).convert("RGB")
+    ImageDraw.Draw(image).ellipse((20 + source.integers(0, 3), 20, 76, 76), outline=(200, 200, 200), width=3)
+    return image
+
+
+@pytest.mark.skipif(not pretrained_available(), reason="needs the package of pretrained weights")
+@pytest.mark.parametrize("count", [4, 8])
+def test_new_normals_are_judged_as_the_few_that_calibrate(count: int) -> None:
+    """Where the memory held every feature, and each fit had its own spreads, all new normals were called anomalous."""
+    detector = fit([ring(i) for i in range(count)], alpha=0.2)
+    assert detector.calibration.held == "cross"
+    new = torch.stack([torch.from_numpy(np.array(ring(1000 + i))).movedim(2, 0) for i in range(24)])
+    verdicts = detector(new).verdicts
+    assert verdicts is not None
+    assert int(verdicts.sum()) <= 12
 
 
 def test_another_alpha_and_another_score() -> None:
