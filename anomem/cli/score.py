@@ -180,8 +180,9 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     if command.maps is not None and calibration.count >= normals_needed(alpha):
         threshold = calibration.pixel_threshold("plain" if by == "plain" else "local", alpha)
     if first and threshold is not None:
+        part = "at most" if calibration.held == "split" else "about"
         print(
-            f"anomem: maps above {threshold:.6g} are anomalous pixels: at most {alpha:.2%} of normal images have any",
+            f"anomem: maps above {threshold:.6g} are anomalous pixels: {part} {alpha:.2%} of normal images have any",
             file=sys.stderr,
         )
 

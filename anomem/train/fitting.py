@@ -382,7 +382,7 @@ def _train_small(config: FitConfig, task: Task, model: AnoMem) -> None:
 def explained(detector: FittedDetector, report: FitReport, config: FitConfig, task: Task, seconds: float) -> list[str]:
     """What was chosen and why, how fast it is, and what the verdict promises; one line each."""
     model, calibration = detector.model, detector.calibration
-    size = "×".join(map(str, reversed(model.encoder.image_size)))
+    size = "×".join(map(str, model.encoder.image_size))
     maps = ", ".join(f"{n} {h}×{w}" for n, (h, w) in zip(model.encoder.names, model.encoder.sizes, strict=True))
     kind = "trained here" if config.encoder == "small" else "frozen"
     memory = ", ".join(f"{f.prototypes} of {f.rows}" for f in report.filled)

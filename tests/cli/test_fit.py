@@ -105,7 +105,7 @@ def test_false_discovery_rate_over_all_images(anomem: Command, run: Path, photos
 
 def test_pixel_threshold_is_told_with_the_maps(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
     done = anomem("score", photos / "test" / "spot" / "00.png", "--run", run, "--maps", tmp_path / "maps")
-    (told,) = re.findall(r"maps above ([\d.]+) are anomalous pixels: at most 10.00%", done.err)
+    (told,) = re.findall(r"maps above ([\d.]+) are anomalous pixels: about 10.00%", done.err)
     detector = load_detector(run)
     assert float(told) == pytest.approx(detector.calibration.pixel_threshold("local", 0.1), rel=1e-4)
     with Image.open(tmp_path / "maps" / "00.tiff") as image:
