@@ -25,9 +25,13 @@ def detector() -> FittedDetector:
     return fit(parts(24), alpha=0.1, config=replace(CONFIG, scales=("block3",)))
 
 
-@pytest.fixture(scope="session")
-def exported(detector: FittedDetector, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """The file of a format, written once; a test of one that cannot be written here is skipped."""
+def once_each(write: Callable[[str, Path], Exported], folder: Path) -> Callable[[str], Exported]:
+    """Gives the file of a format, written once; skips a test of one that cannot be written here.
+
+    Args:
+        write: makes the file of a format at a path.
+        folder: of a folder for each format.
+    """
     done: dict[str, Exported] = {}
 
     def of(name: str) -> Exported:
@@ -36,12 +40,19 @@ def exported(detector: FittedDetector, tmp_path_factory: pytest.TempPathFactory)
         except UserError as reason:
             pytest.skip(str(reason))
         if name not in done:
-            file: Path = tmp_path_factory.mktemp("export") / f"model{FORMATS[name].suffix}"
             with pytest.MonkeyPatch.context() as patch:
                 if name == "openvino":  # is made from the ONNX file, which is not written twice
                     content = of("onnx").file.read_bytes()
                     patch.setattr(formats, "_onnx", lambda _: {".onnx": content})
-                done[name] = export(detector, name, file, images=parts(64, 5))
+                (folder / name).mkdir()
+                done[name] = write(name, folder / name / f"model{FORMATS[name].suffix}")
         return done[name]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def exported(detector: FittedDetector, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """The file of a format."""
+    images = parts(64, 5)
+    return once_each(lambda name, file: export(detector, name, file, images=images), tmp_path_factory.mktemp("export"))

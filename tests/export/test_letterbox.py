@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem.data import DataConfig
-from anomem.errors import UserError
-from anomem.export import FORMATS, Exported, Program, compared, export_run, formats
+from anomem.export import FORMATS, Exported, Program, compared, export_run
 from anomem.export.parity import eager
 from anomem.scoring import FittedDetector
 from anomem.train import fit_run, fitting, load_detector
+from tests.export.conftest import once_each
 from tests.train.test_fitting import CONFIG, parts, write
 
 
@@ -45,24 +45,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """The file of a format, written once."""
-    done: dict[str, Exported] = {}
-
-    def of(name: str) -> Exported:
-        try:
-            FORMATS[name].require()
-        except UserError as reason:
-            pytest.skip(str(reason))
-        if name not in done:
-            file = tmp_path_factory.mktemp("export") / f"model{FORMATS[name].suffix}"
-            with pytest.MonkeyPatch.context() as patch:
-                if name == "openvino":  # is made from the ONNX file, which is not written twice
-                    content = of("onnx").file.read_bytes()
-                    patch.setattr(formats, "_onnx", lambda _: {".onnx": content})
-                done[name] = export_run(run, name, file, channels=3)
-        return done[name]
-
-    return of
+    """The file of a format."""
+    folder = tmp_path_factory.mktemp("export")
+    return once_each(lambda name, file: export_run(run, name, file, channels=3), folder)
 
 
 @pytest.mark.parametrize("name", FORMATS)
