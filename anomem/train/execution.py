@@ -60,9 +60,8 @@ def settled(config: TrainConfig, device: torch.device, *, worth_compiling: bool 
 def worth_compiling(config: TrainConfig, model: AnoMem, images: Images) -> bool:
     """Whether stage 1 gains more by torch.compile than compiling costs: the small encoder, on a CPU, in long runs.
 
-    Processor time on one thread of a Zen 4 processor: the encoder's two passes take 230 ms and, compiled, 140 ms for
-    128 views of 64 pixels; compiling takes 37 s. ResNet-18, whose time is that of its convolutions, takes 1112 ms and
-    1144 ms for 64 views of 32 pixels.
+    Compiled, a step of 64 images of 64 pixels took 178 instead of 235 ms of processor time (AMD family 25, rows in
+    benchmarks/results/cpu-execution.jsonl); compiling took about half a minute there, in a trial.
 
     Args:
         config: of the run.
