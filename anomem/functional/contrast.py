@@ -39,7 +39,8 @@ def nt_xent(
     """NT-Xent between two views (SimCLR, Chen et al. 2020, Eq. 1), for one batch or many groups of batches at once.
 
     Per group U = [z; z_pair], rows L2-normalised, N = 2B, and
-    l_i = logsumexp_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau. No [N, N] matrix is kept by the fused implementations.
+    l_i = logsumexp_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau. The fused implementations keep no [N, N] matrix, except
+    that on a CPU a call keeps at most 16 MiB of the similarities for its backward pass.
 
     Args:
         z: [B, d] or [G, B, d]; need not be normalised.
@@ -83,7 +84,7 @@ def nt_xent(
 
         learned, tau = scalar(temperature, z)
         rows = contrast.nt_xent(unit_inner_stride(views[0]), unit_inner_stride(views[1]), learned, tau, chosen)
-    return _reduce(rows if grouped else rows[0], reduction)
+    return _reduce(rows, reduction, grouped)
 
 
 def info_nce(
@@ -161,7 +162,7 @@ def info_nce(
         loss = contrast.info_nce(
             left.contiguous(), right.contiguous(), positive.contiguous(), hidden, learned, tau, chosen
         )
-    return _reduce(loss if grouped else loss[0], reduction)
+    return _reduce(loss, reduction, grouped)
 
 
 def _check_index(index: Tensor, name: str, rows: Tensor, columns: Tensor) -> None:
@@ -171,7 +172,9 @@ def _check_index(index: Tensor, name: str, rows: Tensor, columns: Tensor) -> Non
     require_same_device(index, name, rows, "rows")
 
 
-def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
+def _reduce(rows: Tensor, reduction: Reduction, grouped: bool) -> Tensor:
     if reduction == "mean":
         return rows.mean()
-    return rows.sum() if reduction == "sum" else rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows if grouped else rows.squeeze(0)

@@ -93,9 +93,14 @@ constexpr int64_t kLargestTile = 128;
 // threads. Depends on sizes alone: results do not depend on the number of threads.
 inline int64_t tile_rows(int64_t rows, int64_t groups) { return rows >= 1024 || rows <= 128 || groups >= 4 ? 128 : 64; }
 
-// Elements of the rows in a forward pass: packed, and for the library's products as they are too.
-inline int64_t forward_row(int64_t features, bool library) {
-  return features + 1 + (library ? round_up(features, kFeaturePadding) : 0);
+// Where a forward pass needs rows: on the left of its products, on the right, or on both sides.
+enum class ProductSide { kLeft, kRight, kBoth };
+
+// Elements of a row in a forward pass. The library's products take rows as they are on the left and packed on the
+// right, the others packed on both sides.
+inline int64_t forward_row(int64_t features, bool library, ProductSide side) {
+  const int64_t packed = !library || side != ProductSide::kLeft ? features : 0;
+  return packed + 1 + (library && side != ProductSide::kRight ? round_up(features, kFeaturePadding) : 0);
 }
 
 // Elements of the rows in a backward pass: as a right factor, their gradient, one number, and where products are made
@@ -118,13 +123,14 @@ inline int64_t info_nce_kept(int64_t rows, int64_t columns, int64_t groups) {
 }
 
 inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features, bool library) {
-  return round_up(rows, kRowPadding) * (forward_row(features, library) + 2);
+  return round_up(rows, kRowPadding) * (forward_row(features, library, ProductSide::kBoth) + 2);
 }
 inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features, bool all_kept) {
   return round_up(rows, kRowPadding) * backward_row(features, all_kept) + 2 * round_up(rows, kRowPadding);
 }
 inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features, bool library) {
-  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * forward_row(features, library);
+  return round_up(rows, kRowPadding) * forward_row(features, library, ProductSide::kLeft) +
+         round_up(columns, kRowPadding) * forward_row(features, library, ProductSide::kRight);
 }
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features, bool all_kept) {
   return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * backward_row(features, all_kept) +

@@ -51,9 +51,13 @@ struct NtXentForwardRun {
   T* start(int64_t place) const {
     return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features, arguments.library);
   }
-  T* sum(int64_t place) const { return start(place) + padded * forward_row(features, arguments.library); }
+  T* sum(int64_t place) const {
+    return start(place) + padded * forward_row(features, arguments.library, ProductSide::kBoth);
+  }
   T* peak(int64_t place) const { return sum(place) + padded; }
-  PackedRows<S> unit(int64_t place) const { return forward_rows<S>(start(place), padded, features, arguments.library); }
+  PackedRows<S> unit(int64_t place) const {
+    return forward_rows<S>(start(place), padded, features, arguments.library, ProductSide::kBoth);
+  }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
 
@@ -249,8 +253,8 @@ struct InfoNceForwardRun {
     const bool library = arguments.library;
     T* start = static_cast<T*>(arguments.workspace) +
                place * info_nce_forward_workspace(rows, columns, features, library) +
-               side * padded[0] * forward_row(features, library);
-    return forward_rows<S>(start, padded[side], features, library);
+               side * padded[0] * forward_row(features, library, ProductSide::kLeft);
+    return forward_rows<S>(start, padded[side], features, library, side ? ProductSide::kRight : ProductSide::kLeft);
   }
   const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
   T& inv_norm(int64_t group, int side, int64_t i) const {

@@ -87,14 +87,16 @@ inline accumulator_t<S> inverse_norm(const S* x, int64_t features) {
 template <class S>
 struct PackedRows {
   // [rows / width, factors in a row, width]; the width is Block::kWidth, for the library's products kRowPadding.
-  factor_t<S>* columns;
+  factor_t<S>* columns;            // or null: they are on the left of the library's products
   accumulator_t<S>* rest;          // [rows], in pairs only
-  factor_t<S>* in_rows = nullptr;  // [rows, row_stride], for the library's products only
+  factor_t<S>* in_rows = nullptr;  // [rows, row_stride], on the left of the library's products only
   int64_t row_stride = 0;
+  bool library = false;
 
   PackedRows from(int64_t row, int64_t features) const {
     const int64_t terms = factors<S>(features);
-    return {columns + row * terms, rest + row, in_rows == nullptr ? nullptr : in_rows + row * row_stride, row_stride};
+    return {columns == nullptr ? nullptr : columns + row * terms, rest + row,
+            in_rows == nullptr ? nullptr : in_rows + row * row_stride, row_stride, library};
   }
 };
 
@@ -117,12 +119,9 @@ class UnitBlock {
 
   // As factors of similarities; zeros up to kRowPadding.
   void pack(int64_t count, const PackedRows<S>& to) const {
-    if (to.in_rows == nullptr) {
-      rows_.pack_columns(count, to.columns, kRowPadding);
-    } else {
-      rows_.copy_rows(count, kRowPadding, to.in_rows, to.row_stride);
-      rows_.copy_columns(count, kRowPadding, to.columns);
-    }
+    if (!to.library) rows_.pack_columns(count, to.columns, kRowPadding);
+    else if (to.columns != nullptr) rows_.copy_columns(count, kRowPadding, to.columns);
+    if (to.in_rows != nullptr) rows_.copy_rows(count, kRowPadding, to.in_rows, to.row_stride);
     if constexpr (kInPairs<S>) std::memcpy(to.rest, rest_, sizeof rest_);
   }
 
@@ -200,7 +199,7 @@ struct Side {
   int64_t padded, padded_features;
 
   // For the library's products all features are one panel.
-  bool library() const { return unit.in_rows != nullptr; }
+  bool library() const { return unit.library; }
   int64_t panel_width() const { return library() ? padded_features : Block<T>::kWidth; }
   int64_t panel_stride() const { return factors<S>(padded) * Block<T>::kWidth; }
   factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * panel_width(); }
@@ -215,14 +214,21 @@ struct Side {
   }
 };
 
-// The rows of a forward pass at `start`: packed; for the library's products as they are; and `rest`.
+// The rows of a forward pass at `start`, [padded, forward_row]: for the library's products as they are, packed, and
+// `rest`.
 template <class S>
-inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64_t features, bool library) {
-  accumulator_t<S>* const rest = start + padded * (forward_row(features, library) - 1);
-  const int64_t stride = kInPairs<S> ? factors<S>(features) : round_up(features, kFeaturePadding);
-  factor_t<S>* const packed = reinterpret_cast<factor_t<S>*>(start);
-  if (!library) return {packed, rest};
-  return {packed, rest, reinterpret_cast<factor_t<S>*>(start + padded * features), stride};
+inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64_t features, bool library,
+                                  ProductSide side) {
+  accumulator_t<S>* const rest = start + padded * (forward_row(features, library, side) - 1);
+  if (!library) return {reinterpret_cast<factor_t<S>*>(start), rest};
+  PackedRows<S> rows{nullptr, rest};
+  rows.library = true;
+  if (side != ProductSide::kLeft) rows.columns = reinterpret_cast<factor_t<S>*>(rest - padded * features);
+  if (side != ProductSide::kRight) {
+    rows.in_rows = reinterpret_cast<factor_t<S>*>(start);
+    rows.row_stride = kInPairs<S> ? factors<S>(features) : round_up(features, kFeaturePadding);
+  }
+  return rows;
 }
 
 // One side of a backward pass at `start`, [padded, backward_row]: the rows as a right factor, their gradient, `rest`,
@@ -235,6 +241,7 @@ inline Side<S> backward_side(accumulator_t<S>* start, int64_t padded, int64_t fe
   auto* const rest = gradient + padded * padded_features;
   auto* const as_rows = reinterpret_cast<factor_t<S>*>(start);
   PackedRows<S> unit{reinterpret_cast<factor_t<S>*>(rest + padded), rest};
+  unit.library = library;
   if (library) {
     unit.in_rows = kInPairs<S> ? as_rows + padded / 2 * padded_features : as_rows;
     unit.row_stride = kInPairs<S> ? factors<S>(features) : padded_features;

@@ -151,7 +151,7 @@ struct Tile {
 template <class S, class T = accumulator_t<S>>
 inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stride = kTileStride) {
   if constexpr (kInLibrary<factor_t<S>>) {
-    if (tile.left.in_rows == nullptr) return;
+    if (!tile.left.library) return;
     constexpr int64_t width = kRowPadding, each = Factor<S>::kTerms;
     const int64_t terms = factors<S>(tile.features), rows = round_up(tile.rows, width);
     const factor_t<S>* left = tile.left.in_rows + tile.row * tile.left.row_stride;
