@@ -55,6 +55,7 @@ from triton.runtime.jit import KernelInterface
 from anomem.kernels import (
     TRITON_FOR_10,
     contrast,
+    contrast_backward,
     contrast_chunked,
     contrast_forward,
     contrast_rows,
@@ -328,6 +329,7 @@ def variant_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
         best = Best(architecture)
         with (
             patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+            patch.object(contrast_backward, "architecture_of", lambda device: architecture),
             using(best),
             recording() as launches,
         ):

@@ -159,7 +159,7 @@ FLOORS = [
     Floor(
         "kernels",
         {"retrieve", "contrast", "nearest", "read"},
-        {"__init__", "launching", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
+        {"__init__", "launching", "passes", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
     ),
     Floor(
         "csrc/cpu",
