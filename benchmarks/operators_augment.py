@@ -1,7 +1,7 @@
 """The augmentation of images: its inputs, and what the library computes from them.
 
-Images are turned, zoomed and shifted, their brightness, contrast and saturation changed, every second one is blurred. The
-noise has the factor 0: its numbers are made and added, and rivals with other numbers pass the check.
+Images are turned, zoomed and shifted, their brightness, contrast and saturation changed, every second one is blurred.
+The noise has the factor 0: its numbers are made and added, and rivals with other numbers pass the check.
 """
 
 from __future__ import annotations

@@ -109,10 +109,14 @@ def main(options: Options) -> int:
         alternating.append(
             pipeline("compiled", options.impl, resident, options.precision, options.memory_format, compiled=True)
         )
+    last = pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
-    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
+    alone = [last] if options.workers else []
+    alternating += [] if options.workers else [last]
     found: list[Step] = []
     for group, rounds in ((alternating, options.rounds), (alone, 1)):
+        if not group:
+            continue
         say(", ".join(each.name for each in group))
         with rows.Others() as others:
             for _ in range(rounds):
@@ -128,7 +132,7 @@ def main(options: Options) -> int:
                     about=rows.about(device),
                     seconds_per_step=seconds,
                     # Of the workers nothing is known.
-                    cpu_seconds_per_step=None if each in alone and options.workers else median(each.cpu_seconds),
+                    cpu_seconds_per_step=None if each in alone else median(each.cpu_seconds),
                     milliseconds=each.milliseconds(),
                     peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
                     images_per_second=batch / seconds,

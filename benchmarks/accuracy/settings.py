@@ -21,6 +21,7 @@ EXPOSED = 0.1
 
 DIGITS = ("3", "8", "9")
 OTHER_DIGITS = ("0", "1", "2", "4", "5", "6", "7")
+PRECISIONS = ("one-class, float32", "one-class, bf16")
 TEXTURES = ("brick", "grass", "gravel")
 
 Configured = Callable[[TrainConfig], TrainConfig]
@@ -129,10 +130,14 @@ def jobs() -> Iterator[Job]:
         for setting in SETTINGS:
             for normal in DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
-        for setting in ("one-class", "one-class, float32", "one-class, bf16", "untrained", "raw pixels"):
+        for setting in ("one-class", *PRECISIONS, "untrained", "raw pixels"):
             for normal in OTHER_DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
         for anomalies in ("photographs", "scratch"):
             for setting in ("one-class", "one-class, refilled", "untrained", "one prototype", "raw pixels"):
                 for normal in TEXTURES:
                     yield Job("textures", normal, anomalies, seed, setting)
+    # One seed more for the comparison of precisions.
+    for normal in (*DIGITS, *OTHER_DIGITS):
+        for setting in PRECISIONS:
+            yield Job("digits", normal, "classes", 2, setting)

@@ -346,6 +346,23 @@ def batches(results: Path) -> str:
     return "\n".join([head, "", *lines])
 
 
+def processes(results: Path) -> str:
+    """Throughput of several gloo processes against one process of as many threads."""
+    measured = rows.read(results / "cpu-processes.jsonl", Step)
+    if not measured:
+        return NOT_MEASURED["cpu"]
+    lines = ["| images/s | processes of one thread | one process of as many threads | ratio |", "|---|--:|--:|--:|"]
+    for title in dict.fromkeys(row.title for row in measured):
+        many, one = (row.images_per_second for row in measured if row.title == title)
+        count = next(row.config["processes"] for row in measured if row.title == title)
+        lines.append(
+            f"| {title.removeprefix('Stage 1, ')}; {count} processes | {many:.0f} | {one:.0f} | {times(many / one)} |"
+        )
+    others = max(row.others or 0.0 for row in measured)
+    head = f"{machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+    return "\n".join([f"{head} Other processes used at most {others:.2f} cores.", "", *lines])
+
+
 def picture(title: str, name: str) -> str:
     """A link to a picture of `benchmarks.report.pictures`."""
     return f"![{title}](pictures/{name}.png)"
@@ -434,3 +451,4 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     )
 }
 SECTIONS["cpu-batches"] = batches
+SECTIONS["cpu-processes"] = processes
