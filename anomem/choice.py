@@ -42,9 +42,9 @@ _LARGE = {"cpu": 2**22, "cuda": 2**28}
 small calls ends there."""
 _LARGE_COPY = {"cpu": 2**20, "cuda": 2**24}
 """The same for the operators that only move memory, in elements."""
-INFERENCE = ("deviation_map", "usage", "nearest", "read")
+INFERENCE = ("deviation_map", "usage", "nearest", "read", "augment")
 """Operators without a gradient, and the read of a filled memory, whose gradient is the reference's."""
-COPIES = ("gather", "variance")
+COPIES = ("gather", "variance", "augment")
 T = TypeVar("T")
 
 

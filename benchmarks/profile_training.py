@@ -1,10 +1,10 @@
 """`python -m benchmarks.profile_training`: where the time of a training step goes, against plain PyTorch.
 
 Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
-settings: "eager" with every operator in plain PyTorch (impl="reference"), float32 and contiguous, "anomem" as the
-library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make image by image with
-torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a
-picture of the bars.
+settings: "eager" with every operator in plain PyTorch (impl="reference", noise by `torch.randn`), float32 and
+contiguous, "anomem" as the library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make
+image by image with torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome
+trace for each and a picture of the bars.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from anomem.augment import AugmentConfig
+from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
+from anomem.reference import augment, blur_radius
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
@@ -214,7 +215,8 @@ class Pipeline:
         # One step more, whose batch is asked for when the last measured step ends.
         optimizer = replace(self.config.optimizer, steps=self.warmup + steps + 1)
         config = replace(self.config, optimizer=optimizer)
-        views = UsualViews if isinstance(self.images, UsualImages) else stage1.Views
+        plain = self.config.model.impl == "reference"
+        views = UsualViews if isinstance(self.images, UsualImages) else EagerViews if plain else stage1.Views
         with mock.patch.object(stage1, "Views", views):
             stage1.train_stage1(self.model, stamped, None, config, quiet=True)
         return stamped
@@ -367,6 +369,37 @@ class UsualViews:
     def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:
         """The views as they came."""
         return batch.images, None
+
+
+class EagerViews(stage1.Views):
+    """Takes the place of `anomem.train.stage1.Views` in the plain PyTorch pipeline; see `TorchNoise`."""
+
+    def __init__(self, config: TrainConfig, is_normal: Tensor | None, draws: Draws) -> None:
+        super().__init__(config, is_normal, draws)
+        self.augmentation = TorchNoise(config.augment, "reference")
+
+
+class TorchNoise(Augmentation):
+    """The augmentation in plain PyTorch with the noise of `torch.randn`.
+
+    The reference makes the numbers of the kernel with PyTorch's integer operators, which takes several times as long as
+    `torch.randn`: that would slow the rival down.
+    """
+
+    @torch.no_grad()
+    def apply(
+        self,
+        images: Tensor,
+        uniform: Tensor,
+        keys: Tensor,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """See `Augmentation.apply`."""
+        height, width = images.shape[-2:]
+        parameters = self.parameters(uniform, keys, height, width)
+        radius = min(blur_radius(self.config.blur_sigma[1]), height - 1, width - 1)
+        normal = torch.randn(len(keys), *images.shape[1:], device=images.device)
+        return augment(images, parameters, self.config.padding, radius, normal).contiguous(memory_format=memory_format)
 
 
 def show(title: str, found: list[Step]) -> None:

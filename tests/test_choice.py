@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -392,8 +393,16 @@ def test_an_unchecked_kernel_is_not_taken_where_no_check_can_run(monkeypatch: py
     assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
 
 
-@pytest.mark.parametrize("operator", rules.OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [
+        *itertools.product(
+            (name for name in rules.OPERATORS if name != "augment"), (torch.float32, torch.bfloat16, torch.float64)
+        ),
+        *itertools.product(("augment",), (torch.float32, torch.uint8)),
+    ],
+    ids=str,
+)
 def test_the_kernels_pass_their_check(operator: str, dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
     assert calibrate.check(operator, "native", "cpu", dtype, 24) == "passed"
