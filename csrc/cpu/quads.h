@@ -1,6 +1,6 @@
-// Products of rows rounded to whole numbers of 8 bits, four neighbouring terms of a sum in a factor (AVX512-VNNI): twice
-// the multiplications of pairs of bfloat16, and exact sums. Which columns such products rank first is only a first guess
-// (candidates.h), so each comes with a bound of its error.
+// Products of rows rounded to bytes, four neighbouring terms of a sum in a factor (AVX512-VNNI): twice the
+// multiplications of pairs of bfloat16, and exact sums. They find candidates only (candidates.h), so a bound of their
+// error is measured with them.
 //
 // Rows are rounded relative to the prototypes' mean a, which makes them shorter: with y = x − a and n = m − a
 //
@@ -157,8 +157,9 @@ class QuadRows {
     __m512i sum = _mm512_setzero_si512();
     for (int64_t p = 0; p < quads_; p += kLanes<float>) {
       const int64_t left = quads_ - p;
-      const __mmask16 some = left < kLanes<float> ? static_cast<__mmask16>((1u << left) - 1) : static_cast<__mmask16>(-1);
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), _mm512_maskz_loadu_epi32(some, data_.data() + r * quads_ + p));
+      const auto some = static_cast<__mmask16>(left < kLanes<float> ? (1u << left) - 1 : ~0u);
+      const __m512i bytes = _mm512_maskz_loadu_epi32(some, data_.data() + r * quads_ + p);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), bytes);
     }
     start_[r] = -_mm512_reduce_add_epi32(sum);
     return {step * panels.step(), panels.bound(std::sqrt(dot_product(row_.data(), row_.data(), d)), lost, slack)};
