@@ -55,6 +55,11 @@ def refused_contrasts() -> Iterator[Call]:
     yield forward, (z.mT.contiguous().mT, z_pair, None, 0.2), "unit stride"
     yield backward, (rows, z, z_pair, rows, total[:, :5], inv_norm, None, 0.2), "total"
     yield backward, (rows, z, z_pair[:, :2], rows, total, inv_norm, None, 0.2), "z_pair"
+    kept_backward = OPERATORS.native_nt_xent_kept_bwd
+    *results, products = OPERATORS.native_nt_xent_kept_fwd(z, z_pair, None, 0.2, 1)
+    yield OPERATORS.native_nt_xent_kept_fwd, (z, z_pair, None, 0.2, 3), "expected 0 to G groups, received 3"
+    yield kept_backward, (rows, z, z_pair, *results, products[:, 1:].contiguous(), None, 0.2), "products"
+    yield kept_backward, (rows, z, z_pair, *results, products.repeat(3, 1), None, 0.2), "expected at most G groups"
     positive = torch.tensor([0, 4])
     yield (
         OPERATORS.native_info_nce_fwd,
