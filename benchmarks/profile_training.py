@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from anomem.augment import Augmentation, AugmentConfig
@@ -37,7 +38,7 @@ from anomem.train.profiling import Event, seconds_of_phases
 from anomem.train.rows import Draws, Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
-from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.measure import Ceilings, peak_bytes
 from benchmarks.harness.rows import Step
 from benchmarks.report.tables import number
 
@@ -113,6 +114,7 @@ def main(options: Options) -> int:
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
     alone = [last] if options.workers else []
     alternating += [] if options.workers else [last]
+    flops, ceilings = encoder_flops(alternating[0], batch), Ceilings(device)
     found: list[Step] = []
     for group, rounds in ((alternating, options.rounds), (alone, 1)):
         if not group:
@@ -133,6 +135,7 @@ def main(options: Options) -> int:
                     seconds_per_step=seconds,
                     # Of the workers nothing is known.
                     cpu_seconds_per_step=None if each in alone else median(each.cpu_seconds),
+                    product_seconds=flops / ceilings.product(each.dtype),
                     milliseconds=each.milliseconds(),
                     peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
                     images_per_second=batch / seconds,
@@ -209,6 +212,11 @@ class Pipeline:
         run = settled(self.config, torch.device(self.device)).run
         return {"precision": run.precision, "memory_format": run.memory_format, "compile": run.compile}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the encoder multiplies."""
+        return torch.bfloat16 if self.executed()["precision"] == "bf16" else torch.float32
+
     def train(self, steps: int) -> StampedImages:
         """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
         stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
@@ -237,6 +245,15 @@ class Pipeline:
         """Phase -> time in a step, the median over the rounds."""
         names = dict.fromkeys(name for phases in self.phases for name in phases)
         return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
+
+
+def encoder_flops(pipeline: Pipeline, batch: int) -> int:
+    """Of the products and convolutions in both passes of the encoder over a batch's views, as torch counts them."""
+    two = torch.rand(2, pipeline.images.channels, *pipeline.images.size, device=pipeline.device)
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([feature_map.sum() for feature_map in pipeline.model(two)]).sum().backward()
+    pipeline.model.zero_grad()
+    return int(counter.get_total_flops()) * batch
 
 
 class StampedImages:
