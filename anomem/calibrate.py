@@ -119,7 +119,7 @@ def check(operator: str, implementation: str, device: str, dtype: torch.dtype, f
     except Exception as error:  # whatever a compiler, a driver or a launch raises: the kernel does not run here
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     outputs = len(actual) if operator in choice.INFERENCE else len(actual) - sum(x.is_floating_point() for x in inputs)
-    plain_dtype = torch.float32 if dtype == torch.float64 else dtype
+    plain_dtype = dtype if dtype.is_floating_point and dtype != torch.float64 else torch.float32
     plain = _results(function(operator, "reference"), _converted(inputs, plain_dtype), operator)
     exact = _results(function(operator, "reference"), _converted(inputs, torch.float64), operator)
     for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
