@@ -181,7 +181,7 @@ class _Recorder(TorchDispatchMode):
         self._given = len(given)
         self._constants: list[Any] = []
         self._steps: list[tuple[_Unplaced, list[int], list[int]]] = []
-        """Steps, the places of their arguments, and those of what they make: −1 − n for the n-th result of all steps."""
+        """Steps, places of their arguments and of what they make: −1 − n for the n-th result of all steps."""
         self._made = 0
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._repeatable = True
