@@ -167,6 +167,11 @@ class _Unplaced(NamedTuple):
     after: tuple[Any, ...]
     results: int
 
+    @property
+    def is_view(self) -> bool:
+        """Whether the step changes nothing, so that it may be left out."""
+        return self.run is torch.as_strided or getattr(self.run, "is_view", False)
+
 
 class _Recorder(TorchDispatchMode):
     """Records the operations of torch that it sees, and the launches that `launch_kernel` reports."""
@@ -175,11 +180,17 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._given = len(given)
         self._constants: list[Any] = []
-        self._steps: list[tuple[_Unplaced, list[int]]] = []
-        """Steps and the places of their arguments: −1 − n for the n-th result of a step."""
+        self._steps: list[tuple[_Unplaced, list[int], list[int]]] = []
+        """Steps, places of their arguments and of what they make: −1 − n for the n-th result of all steps."""
         self._made = 0
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._repeatable = True
+        self._roots: dict[int, tuple[int, int]] = {}
+        """Of a view by its place: the place of what it is a view of, and the first element there."""
+        self._views: dict[tuple[Any, ...], int] = {}
+        """Places of views by what they show: equal ones are made once."""
+        self._fresh: set[int] = set()
+        """Places of results with memory of their own."""
         for place, arg in enumerate(given):
             if isinstance(arg, Tensor):
                 self._places[id(arg)] = weakref.ref(arg), place
@@ -198,10 +209,12 @@ class _Recorder(TorchDispatchMode):
         if any(known) and not all(known):
             self._repeatable = False
             return result
+        if func.is_view and not several and self._view(func, args, kwargs, result):
+            return result
         name = func.overloadpacket.__name__
         if name in _ALLOCATIONS and result.is_cuda:
             layout = (tuple(result.shape), result.stride(), result.dtype, result.device)
-            self._add(_Unplaced(None, _allocate, (), layout, 1), [])
+            at = self._add(_Unplaced(None, _allocate, (), layout, 1), [], made)
         else:
             call = func
             if any(isinstance(arg, list | tuple) and any(isinstance(one, Tensor) for one in arg) for arg in args):
@@ -211,22 +224,48 @@ class _Recorder(TorchDispatchMode):
                 call = _by_name(func, len(args), tuple(kwargs))
                 args = (*args, *kwargs.values())
             places = [self._argument(arg) for arg in args]
-            self._add(_Unplaced(None, call, (), (), 0 if all(known) else -1 if several else 1), places)
-        if not all(known):
-            for one in made:
-                self._places[id(one)] = weakref.ref(one), -1 - self._made
-                self._made += 1
+            new = [] if all(known) else made
+            at = self._add(_Unplaced(None, call, (), (), -1 if several and new else len(new)), places, new)
+        self._fresh.update([] if func.is_view else at)
         return result
+
+    def _view(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> bool:
+        """Record a view of a known value without its way there: none where it shows all, one step else."""
+        base = args[0]
+        place = self._place(base)
+        if place is None or kwargs or result.dtype != base.dtype:
+            return False
+        root, first = self._roots.get(place, (place, 0))
+        first += result.storage_offset() - base.storage_offset()
+        seen = (root, first, result.shape, result.stride())
+        whole = first == 0 and place == root and (result.shape, result.stride()) == (base.shape, base.stride())
+        at = place if whole else self._views.get(seen)
+        if at is not None:
+            self._places[id(result)] = weakref.ref(result), at
+            return True
+        if root in self._fresh:  # of an argument the offset is known at the call only
+            layout = (tuple(result.shape), result.stride(), result.storage_offset())
+            (at,) = self._add(_Unplaced(None, torch.as_strided, (), layout, 1), [root], [result])
+        else:
+            (at,) = self._add(_Unplaced(None, func, (), (), 1), [self._argument(arg) for arg in args], [result])
+        self._roots[at], self._views[seen] = (root, first), at
+        return True
 
     def launch(self, bound: launching.Bound, rows: int, columns: int, arguments: Iterable[Any]) -> None:
         """Note a launch of a grid with these arguments before its constants."""
         before = (bound.function, bound.metadata, None, None, None)
         step = _Unplaced((rows, columns, 1), bound.run, before, bound.constants, 0)
-        self._add(step, [self._argument(arg) for arg in arguments])
+        self._add(step, [self._argument(arg) for arg in arguments], [])
 
-    def _add(self, step: "_Unplaced", places: list[int]) -> None:
-        self._steps.append((step, places))
+    def _add(self, step: "_Unplaced", places: list[int], made: list[Tensor]) -> list[int]:
+        """The places of what the step makes."""
+        new = [-1 - self._made - i for i in range(len(made))]
+        self._made += len(made)
+        for tensor, place in zip(made, new, strict=True):
+            self._places[id(tensor)] = weakref.ref(tensor), place
+        self._steps.append((step, places, new))
         self._repeatable &= len(self._steps) <= MOST_STEPS
+        return new
 
     def _place(self, tensor: Tensor) -> int | None:
         """Of an argument ≥ 0, of a step's result −1 − its number; None for another tensor."""
@@ -248,21 +287,25 @@ class _Recorder(TorchDispatchMode):
         results = [self._place(one) for one in result] if isinstance(result, tuple) else [None]
         if not self._repeatable or any(place is None for place in results):
             return None
+        kept: list[tuple[_Unplaced, list[int], list[int]]] = []
+        wanted = {*results}
+        for step, places, new in reversed(self._steps):
+            if new and step.is_view and not wanted.intersection(new):
+                continue  # a view on the way to another one
+            wanted.update(places)
+            kept.append((step, places, new))
+        kept.reverse()
         first = self._given + len(self._constants)
-
-        def settled(places: Iterable[int]) -> Places:
-            return tuple(first - 1 - place if place < 0 else place for place in places)
-
-        returned = settled(place for place in results if place is not None)
-        alive = set(returned)
+        made = [place for _, _, new in kept for place in new]
+        settled = {place: first + number for number, place in enumerate(made)}
+        returned = tuple(settled.get(place, place) for place in results if place is not None)
+        alive = {*returned}
         steps: list[Step] = []
-        for step, unsettled in reversed(self._steps):
-            places = settled(unsettled)
-            dead = {place for place in places if place >= first} - alive
+        for step, unsettled, _ in reversed(kept):
+            at = tuple(settled.get(place, place) for place in unsettled)
+            dead = {place for place in at if place >= first} - alive
             alive |= dead
-            steps.append(
-                Step(step.grid, step.run, step.before, _picking(places), step.after, step.results, tuple(dead))
-            )
+            steps.append(Step(step.grid, step.run, step.before, _picking(at), step.after, step.results, tuple(dead)))
         return Pass(tuple(self._constants), tuple(reversed(steps)), returned)
 
 

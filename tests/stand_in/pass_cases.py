@@ -236,6 +236,28 @@ def test_steps_of_torch_are_repeated() -> None:
     assert all(kind == kinds[0] for kind in kinds)
 
 
+def test_views_show_the_same_memory() -> None:
+    """Views of an argument at another offset, of a result, of a view, and views that are made twice."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        head, tail = x.split(2)
+        y = torch.empty_like(x)
+        twice = y[1:3].T, y[1:].mT[:, :2]
+        return x[1:], tail[1:], head.T, y[:], *twice, y.view(-1)[4:], y.unsqueeze(0)
+
+    def shown(results: tuple[Tensor, ...], x: Tensor) -> list[Any]:
+        bases = [x.data_ptr()] * 3 + [results[3].data_ptr()] * 5
+        return [(r.shape, r.stride(), r.data_ptr() - base) for r, base in zip(results, bases, strict=True)]
+
+    store = torch.zeros(12, 8, device="cuda")
+    first, other = store[:4], store[4:8]
+    expected = shown(function(first), first)
+    for x in (first, first, first, other):
+        assert shown(passes.run(function, x), x) == expected
+    (one,) = prepared()
+    assert len(one.steps) < 10
+
+
 def test_old_keys_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "MOST_PREPARED", 4)
     x = matrix(4)
