@@ -25,7 +25,7 @@ from anomem.ops.library import (
     with_known_signature,
 )
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 256 << 20
 """Most memory of the weights that one call on a CPU keeps for its backward pass; it recomputes the others."""
 _LEAST_KEPT = 126
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
@@ -195,7 +195,8 @@ def _kept(query: Tensor, memory: Memory) -> int:
 
 
 def _kept_stride(prototypes: int) -> int:
-    return (prototypes + 31) // 32 * 32  # as in csrc/cpu/retrieve.h
+    padded = (prototypes + 31) // 32 * 32  # as in csrc/cpu/retrieve.h
+    return padded + 32 if padded % 256 == 0 else padded
 
 
 def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

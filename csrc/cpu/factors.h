@@ -274,13 +274,14 @@ struct LeftFactor {
   int64_t row_stride, term_stride;
 };
 
-// A = tile [rows, m] of a softmax's weights, summed over its columns. Pairs go to `to`, [rows, stride / 2], or
-// overwrite the row. Weights may be rounded to bfloat16, since nothing is exponentiated any more. With an odd count the
-// last pair's second weight is arbitrary; it multiplies a zero row.
+// A = tile [rows, m] of a softmax's weights, summed over its columns. Pairs go to `to`, `to_stride` pairs between rows
+// (0: stride / 2), or overwrite the row. Weights may be rounded to bfloat16, since nothing is exponentiated any more.
+// With an odd count the last pair's second weight is arbitrary; it multiplies a zero row.
 template <class S, class T = accumulator_t<S>>
-inline LeftFactor<S> in_rows(T* tile, int64_t rows, int64_t m, int64_t stride, factor_t<S>* to = nullptr) {
+inline LeftFactor<S> in_rows(T* tile, int64_t rows, int64_t m, int64_t stride, factor_t<S>* to = nullptr,
+                             int64_t to_stride = 0) {
   if constexpr (kInPairs<S>) {
-    const int64_t row_stride = to == nullptr ? stride : stride / 2;
+    const int64_t row_stride = to == nullptr ? stride : to_stride > 0 ? to_stride : stride / 2;
     factor_t<S>* const start = to == nullptr ? reinterpret_cast<factor_t<S>*>(tile) : to;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < m; j += 2 * kLanes<T>) {
@@ -294,7 +295,7 @@ inline LeftFactor<S> in_rows(T* tile, int64_t rows, int64_t m, int64_t stride, f
   }
 }
 
-// A = tileᵀ, summed over its rows. Pairs overwrite the first of their two rows.
+// A = tileᵀ, summed over its rows. Pairs overwrite the first of their two rows; an odd last row is paired with zeros.
 template <class S, class T = accumulator_t<S>>
 inline LeftFactor<S> in_columns(T* tile, int64_t rows, int64_t m, int64_t stride) {
   if constexpr (kInPairs<S>) {
@@ -309,5 +310,21 @@ inline LeftFactor<S> in_columns(T* tile, int64_t rows, int64_t m, int64_t stride
     return {tile, 1, stride};
   }
 }
+
+#if ANOMEM_BFLOAT16_PAIRS
+// The same of rows in bfloat16, to the tile.
+inline LeftFactor<Bfloat16> in_columns(const Bfloat16* rows, int64_t rows_stride, int64_t count, int64_t m, float* tile,
+                                       int64_t stride) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t j = 0; j < m; j += kLanes<float>) {
+      typedef Simd<float>::words words;
+      const Bfloat16* at = rows + i * rows_stride + j;
+      const words first = reinterpret_cast<words>(load(at)) >> 16;
+      const words second = i + 1 < count ? reinterpret_cast<words>(load(at + rows_stride)) : words{};
+      store(tile + i * stride + j, reinterpret_cast<vec<float>>(first | second));
+    }
+  return {reinterpret_cast<const Pair*>(tile), 1, 2 * stride};
+}
+#endif
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -12,8 +13,11 @@ struct Shrinkage {
   double threshold = 0;  // of MemAE's hard shrinkage; 0: none
 };
 
-// Row stride of kept weights: whole panels of every instruction set.
-inline int64_t kept_stride(int64_t prototypes) { return round_up(prototypes, 32); }
+// Row stride of kept weights: whole panels of every instruction set, and no multiple of 1 KiB (padded_stride).
+inline int64_t kept_stride(int64_t prototypes) {
+  const int64_t padded = round_up(prototypes, 32);
+  return padded % 256 == 0 ? padded + 32 : padded;
+}
 
 // exp(logit − largest logit) of the first `rows` queries, S [rows, kept_stride(M)]: the backward pass does not make
 // them again. They are the softmax's weights up to their sum.
@@ -51,14 +55,19 @@ struct RetrieveBackward {
   Kept<const void> kept;          // from the forward pass
 };
 
-// How the backward pass is divided. The memory's gradient is a sum over all queries. Chunks of queries are shared out
-// to `slots` partial sums, which are added in order: the result does not depend on the number of threads.
+// How the backward pass is divided. The memory's gradient is a sum over all queries, in one of two ways. Neither result
+// depends on the number of threads.
+// - Chunks of queries are shared out to `slots` partial sums, which are added in order.
+// - A large memory has one sum. Its sums do not stay in a cache while chunks pass by: a group of chunks is worked on
+//   first, then all of them are added to one panel of the sum after another.
 struct BackwardPlan {
   int64_t rows, chunks, slots;  // rows of a chunk
   // A slot's sums: [M, d] and [M, dv], or with the library's products [d, M] and [dv, M].
   int64_t key_stride, value_stride;  // between rows
   int64_t key_sums, value_sums;      // elements; no values if tied: 0
-  int64_t workspace;                 // elements of all slots
+  int64_t tiles;                     // elements that one chunk leaves for the sums (retrieve_kernel.h)
+  int64_t group;                     // chunks of a group, or 0 with slots
+  int64_t workspace;                 // elements of all slots and of a group's tiles
 
   BackwardPlan(Type type, const Memory& memory, int64_t queries) {
     const bool is_float64 = type == Type::kFloat64;
@@ -78,7 +87,15 @@ struct BackwardPlan {
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
     slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
     if (chunks < slots) slots = chunks;
-    workspace = slots * sums;
+    tiles = 2 * rows * padded(memory.prototypes) + padded(rows * (memory.features + memory.value_features));
+    group = 0;
+    if (memory.library && sums > int64_t{1} << 18) {
+      const int64_t threads = thread_count();
+      group = threads < 4 ? 4 : threads > 16 ? 16 : threads;
+      if (group > chunks) group = chunks;
+      slots = 1;
+    }
+    workspace = slots * sums + group * tiles;
   }
 };
 

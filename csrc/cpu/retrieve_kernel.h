@@ -46,15 +46,22 @@ void compute(const RetrieveForward& a) {
     Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
+      // Weights are made where they are kept, unless they are converted or products write rows past the last.
+      S* const kept = first + count <= a.kept.rows ? static_cast<S*>(a.kept.weights) + first * kept_stride(m) : nullptr;
+      const bool in_place = kept != nullptr && (!a.memory.library || count == rows);
+      T* tile = scores.data();
+      int64_t tile_stride = score_stride;
+      if constexpr (std::is_same_v<S, T>)
+        if (in_place) tile = kept, tile_stride = kept_stride(m);
       const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
       query.load(source, a.query.stride, count);
       const int64_t height = a.memory.library ? rows : count;
-      if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, scores.data(), score_stride);
+      if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, tile, tile_stride);
       else
-        product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
-                false, a.memory.library);
+        product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), tile, tile_stride, false,
+                a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
-        T* p = scores.data() + r * score_stride;
+        T* p = tile + r * tile_stride;
         const RowSum<T> row =
             a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, beta) : exponentials(p, m, beta);
         static_cast<T*>(a.lse)[first + r] = row.lse;
@@ -68,13 +75,14 @@ void compute(const RetrieveForward& a) {
           static_cast<T*>(a.entropy)[first + r] = std::log(row.sum) - row.weighted / row.sum;
         }
       }
-      const LeftFactor<S> weights = in_rows<S>(scores.data(), count, m, score_stride);
-      if (first + count <= a.kept.rows) {
-        S* const kept = static_cast<S*>(a.kept.weights) + first * kept_stride(m);
+      const bool pairs_in_place = kInPairs<S> && in_place;
+      const LeftFactor<S> weights =
+          in_rows<S>(tile, count, m, tile_stride, pairs_in_place ? reinterpret_cast<factor_t<S>*>(kept) : nullptr,
+                     kept_stride(m) / 2);
+      if (kept != nullptr && !pairs_in_place && tile == scores.data())
         for (int64_t r = 0; r < count; ++r)
           keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
                        kept + r * kept_stride(m));
-      }
       product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
               retrieved.data(), out_stride, false, a.memory.library);
       for (int64_t r = 0; r < count; ++r)
@@ -104,35 +112,42 @@ struct Exponentials {
   }
 };
 
-// The gradient of one row of scores. `p` holds the softmax up to its sum (the softmax itself for `shrinkage`) and
-// becomes the weights that read the values. `g` holds dP = dO Vᵀ and becomes dS (without beta).
-template <class T>
-inline void score_gradient(T* p, T* g, int64_t m, const Shrinkage& shrinkage, T dlse, T dentropy, T* softmax) {
-  if (shrinkage.entropy) {
-    const T threshold = static_cast<T>(shrinkage.threshold);
-    // Whole vectors: the zeros behind the last weight too, which the second loop and pairs of bfloat16 read.
-    for_vectors<T>(m, [&](int64_t j, int64_t) { store(softmax + j, load(p + j)); });
-    const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T{1};
-    if (dentropy != 0) entropy_backward(p, m, dentropy, g);
-    if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
-    const vec<T> mean_gradient = broadcast(dot_product(softmax, g, m));
-    for_vectors<T>(m,
-                   [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - mean_gradient + dlse)); });
-    return;
+// The gradient of one row of scores. `e` holds the softmax up to its sum. `g` holds dP = dO Vᵀ and becomes dS (without
+// beta). Returns 1 / Σ e.
+template <class W, class T>
+inline T score_gradient(const W* e, T* g, int64_t m, T dlse) {
+  constexpr int64_t step = kLanes<T>;
+  vec<T> sums{}, products{}, more_sums{}, more_products{};
+  const auto add = [&](int64_t j, int64_t count, vec<T>& sum, vec<T>& product) {
+    const vec<T> weight = count < step ? keep_first<T>(load(e + j), count) : load(e + j);
+    sum += weight;
+    product = multiply_add(weight, load(g + j), product);
+  };
+  int64_t j = 0;
+  for (; j + 2 * step <= m; j += 2 * step) {
+    add(j, step, sums, products);
+    add(j + step, step, more_sums, more_products);
   }
-  vec<T> sums{}, products{};
-  for_vectors<T>(m, [&](int64_t j, int64_t count) {
-    const vec<T> weight = count < kLanes<T> ? keep_first<T>(load(p + j), count) : load(p + j);
-    sums += weight;
-    products = multiply_add(weight, load(g + j), products);
-  });
-  const T scale = 1 / sum_lanes<T>(sums);
-  const vec<T> mean_gradient = broadcast(sum_lanes<T>(products) * scale);
-  for_vectors<T>(m, [&](int64_t j, int64_t) {
-    const vec<T> weight = load(p + j) * scale;
-    store(p + j, weight);
-    store(g + j, weight * (load(g + j) - mean_gradient + dlse));
-  });
+  for (; j < m; j += step) add(j, m - j < step ? m - j : step, sums, products);
+  const T scale = 1 / sum_lanes<T>(sums + more_sums);
+  const vec<T> mean_gradient = broadcast(sum_lanes<T>(products + more_products) * scale);
+  for_vectors<T>(m,
+                 [&](int64_t i, int64_t) { store(g + i, load(e + i) * scale * (load(g + i) - mean_gradient + dlse)); });
+  return scale;
+}
+
+// The same where the weights are shrunk or their entropy is an output: `p` holds the softmax and becomes the weights
+// that read the values.
+template <class T>
+inline void shrunk_gradient(T* p, T* g, int64_t m, T threshold, T dlse, T dentropy, T* softmax) {
+  // Whole vectors: the zeros behind the last weight too, which the second loop and pairs of bfloat16 read.
+  for_vectors<T>(m, [&](int64_t j, int64_t) { store(softmax + j, load(p + j)); });
+  const T total = threshold > 0 ? shrink_row(softmax, m, threshold, p) : T{1};
+  if (dentropy != 0) entropy_backward(p, m, dentropy, g);
+  if (threshold > 0) shrink_backward(softmax, p, m, threshold, total, g);
+  const vec<T> mean_gradient = broadcast(dot_product(softmax, g, m));
+  for_vectors<T>(m,
+                 [&](int64_t j, int64_t) { store(g + j, load(softmax + j) * (load(g + j) - mean_gradient + dlse)); });
 }
 
 constexpr int64_t kSummed = 16;  // prototypes per work item of the sum over slots
@@ -161,13 +176,36 @@ inline void add_slots(const T* partial, int64_t slots, int64_t slot_size, int64_
     }
 }
 
-// Scratch of one slot of the backward pass, and its work on one chunk.
+// Memory for what a chunk of `rows` queries adds to the gradient of the memory: two products of two factors.
 template <class S>
-class BackwardSlot {
+struct Tiles {
+  using T = accumulator_t<S>;
+
+  T *weights, *gradient;     // [rows, score_stride]
+  factor_t<S>*dout, *query;  // transposed: [dv, rows], [d, rows]
+
+  // `to`: plan.tiles elements.
+  Tiles(T* to, const BackwardPlan& plan, const Memory& memory)
+      : weights(to),
+        gradient(weights + plan.rows * padded_stride<T>(memory.prototypes)),
+        dout(reinterpret_cast<factor_t<S>*>(gradient + plan.rows * padded_stride<T>(memory.prototypes))),
+        query(dout + plan.rows * memory.value_features) {}
+};
+
+// The factors of those products. `weights` are those of the softmax up to their sums, by which dO is divided.
+template <class S>
+struct Summands {
+  LeftFactor<S> weights, gradient;  // summed over their rows
+  const factor_t<S>*dout, *query;   // transposed; with the library's products only
+};
+
+// Scratch of a thread of the backward pass, and its work on one chunk.
+template <class S>
+class BackwardChunk {
  public:
   using T = accumulator_t<S>;
 
-  BackwardSlot(const RetrieveBackward& a, const GradientPanels<S>& panels, const RawKeys<S>& raw_keys, int64_t rows)
+  BackwardChunk(const RetrieveBackward& a, const GradientPanels<S>& panels, const RawKeys<S>& raw_keys, int64_t rows)
       : a_(a),
         panels_(panels),
         rows_(rows),
@@ -180,16 +218,14 @@ class BackwardSlot {
         raw_(rows, d_, raw_keys, a.memory.normalize == Normalize::kLayer),
         scaled_query_(rows, d_),
         dout_(rows, dv_),
-        weights_(rows * score_stride_),
-        gradient_(rows * score_stride_),
         dquery_(rows * key_stride_),
         scores_(keeps_scores() ? rows * score_stride_ : 0),
-        packed_(packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
+        packed_(a.memory.library ? 0 : packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
         neighbours_(kInPairs<S> ? rows * score_stride_ / 2 : 0),
         softmax_(a.shrinkage.entropy ? score_stride_ : 0) {}
 
-  // Adds the chunk to the sums of dkeys and dvalues, which BackwardPlan lays out; for a tied memory they are the same.
-  void add(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues, double* dbeta) {
+  // Writes dquery of the chunk. What it adds to dkeys and dvalues is left in `tiles`, which the summands point to.
+  Summands<S> run(int64_t first, int64_t count, const Tiles<S>& tiles, double* dbeta) {
     const T beta = static_cast<T>(a_.memory.beta);
     const T* lse = static_cast<const T*>(a_.lse) + first;
     const T* dlse = static_cast<const T*>(a_.dlse.data);
@@ -197,13 +233,16 @@ class BackwardSlot {
     const S* const source = static_cast<const S*>(a_.query.data) + first * a_.query.stride;
     query_.load(source, a_.query.stride, count);
     for (int64_t r = 0; r < count; ++r) {
-      dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, T{1});
+      set_dout(first, r, T{1});
       scaled_query_.set(r, query_[r], beta);
     }
-    const bool library = a_.memory.library, kept = first + count <= a_.kept.rows;
+    const bool library = a_.memory.library;
+    const S* const kept =
+        first + count <= a_.kept.rows ? static_cast<const S*>(a_.kept.weights) + first * kept_stride(m_) : nullptr;
+    const bool reads_kept = kReadsKept && kept != nullptr && (!std::is_same_v<S, T> || !library || count == rows_);
     const int64_t height = library ? rows_ : count;
     const Exponentials<T> exponential{beta, lse, count};
-    const bool kept_alone = kept && !keeps_scores();
+    const bool kept_alone = kept != nullptr && !keeps_scores();
     const bool raw = !kept_alone && raw_.take(source, a_.query.stride, count, query_);
     const auto score = [&](T* to, const auto& finish) {
       if (raw) {
@@ -220,35 +259,37 @@ class BackwardSlot {
                    finish, library);
     };
     if (keeps_scores()) score(scores_.data(), Overwrite());
-    else if (!kept) score(weights_.data(), exponential);
-    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), gradient_.data(),
+    else if (kept == nullptr) score(tiles.weights, exponential);
+    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), tiles.gradient,
             score_stride_, false, library);
     for (int64_t r = 0; r < count; ++r) {
-      T* p = weights_.data() + r * score_stride_;
-      if (kept) {
-        scaled_copy(static_cast<const S*>(a_.kept.weights) + (first + r) * kept_stride(m_),
-                    round_up(m_, Block<T>::kWidth), T{1}, p);
-      } else if (a_.shrinkage.entropy) {
+      T *const p = tiles.weights + r * score_stride_, *const g = tiles.gradient + r * score_stride_;
+      const T row_dlse = a_.dlse.given ? dlse[first + r] : T{0};
+      if (a_.shrinkage.entropy) {
         // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
         std::memcpy(p, scores_.data() + r * score_stride_, score_stride_ * sizeof(T));
         scale_row(p, m_, 1 / exponentials(p, m_, beta).sum);
+        shrunk_gradient(p, g, m_, static_cast<T>(a_.shrinkage.threshold), row_dlse,
+                        a_.dentropy.given ? dentropy[first + r] : T{0}, softmax_.data());
+      } else if (reads_kept) {
+        set_dout(first, r, score_gradient(kept + r * kept_stride(m_), g, m_, row_dlse));
       } else {
-        if (keeps_scores())
-          for_vectors<T>(m_, [&](int64_t j, int64_t) {
-            exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_stride_ + j));
-          });
-        if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
+        if (kept != nullptr) {
+          scaled_copy(kept + r * kept_stride(m_), round_up(m_, Block<T>::kWidth), T{1}, p);
+        } else {
+          if (keeps_scores())
+            for_vectors<T>(m_, [&](int64_t j, int64_t) {
+              exponential.template operator()<T>(r, p + j, load(scores_.data() + r * score_stride_ + j));
+            });
+          if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
+        }
+        set_dout(first, r, score_gradient(p, g, m_, row_dlse));
       }
-      score_gradient(p, gradient_.data() + r * score_stride_, m_, a_.shrinkage, a_.dlse.given ? dlse[first + r] : T{0},
-                     a_.dentropy.given ? dentropy[first + r] : T{0}, softmax_.data());
-      if (dbeta != nullptr)
-        *dbeta += dot_product(scores_.data() + r * score_stride_, gradient_.data() + r * score_stride_, m_);
+      if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_stride_, g, m_);
     }
-    const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, m_, score_stride_, neighbours_.data());
+    const LeftFactor<S> across = in_rows<S>(tiles.gradient, count, m_, score_stride_, neighbours_.data());
     product(height, d_, factors<S>(m_), across.data, across.row_stride, across.term_stride, panels_.keys(),
             dquery_.data(), key_stride_, false, library);
-    if (library) add_transposed(count, fresh, dkeys, dvalues);
-    else add_down(count, fresh, dkeys, dvalues);
     for (int64_t r = 0; r < count; ++r) {
       T* row = dquery_.data() + r * key_stride_;
       // The packed keys lack their mean. A row of dS sums to dlse, so the mean's part of dQ is dlse · mean.
@@ -256,33 +297,65 @@ class BackwardSlot {
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
+    if (library) {
+      dout_.transpose(count, rows_, tiles.dout);
+      scaled_query_.transpose(count, rows_, tiles.query);
+    }
+    return {columns_of_weights(tiles.weights, reads_kept ? kept : nullptr, count), columns(tiles.gradient, count),
+            tiles.dout, tiles.query};
+  }
+
+  // Adds what `run` left to the sums of dkeys and dvalues, which BackwardPlan lays out; for a tied memory they are the
+  // same. The last chunk that ran: its rows are packed here.
+  void add(const Summands<S>& chunk, int64_t count, bool fresh, T* dkeys, T* dvalues) {
+    if (a_.memory.library) return add_transposed(a_.memory, chunk, rows_, 0, m_, fresh, dkeys, dvalues);
+    // dvalues [M, padded dv] += Pᵀ dO, dkeys [M, padded d] += dSᵀ Q.
+    const int64_t terms = factors<S>(count);
+    dout_.pack_rows(count, packed_.data());
+    product(m_, dv_, terms, chunk.weights.data, chunk.weights.row_stride, chunk.weights.term_stride, packed_.data(),
+            dvalues, padded_stride<T>(dv_), !fresh);
+    scaled_query_.pack_rows(count, packed_.data());
+    product(m_, d_, terms, chunk.gradient.data, chunk.gradient.row_stride, chunk.gradient.term_stride, packed_.data(),
+            dkeys, key_stride_, !fresh || a_.memory.tied());
+  }
+
+  // dvalues [dv, padded M] += dOᵀ P, dkeys [d, padded M] += Qᵀ dS by the library, in `width` columns from `first` on:
+  // the tiles are right factors as they lie.
+  static void add_transposed(const Memory& memory, const Summands<S>& chunk, int64_t rows, int64_t first, int64_t width,
+                             bool fresh, T* dkeys, T* dvalues) {
+    const int64_t stride = padded_stride<T>(memory.prototypes);
+    library_product_of_tile<S>(memory.value_features, width, rows, chunk.dout, chunk.weights.data + first,
+                               chunk.weights.term_stride, dvalues + first, stride, !fresh);
+    library_product_of_tile<S>(memory.features, width, rows, chunk.query, chunk.gradient.data + first,
+                               chunk.gradient.term_stride, dkeys + first, stride, !fresh || memory.tied());
   }
 
  private:
-  // dvalues [M, padded dv] += Pᵀ dO, dkeys [M, padded d] += dSᵀ Q.
-  void add_down(int64_t count, bool fresh, T* dkeys, T* dvalues) {
-    const int64_t terms = factors<S>(count);
-    const LeftFactor<S> weights = in_columns<S>(weights_.data(), count, m_, score_stride_);
-    dout_.pack_rows(count, packed_.data());
-    product(m_, dv_, terms, weights.data, weights.row_stride, weights.term_stride, packed_.data(), dvalues,
-            padded_stride<T>(dv_), !fresh);
-    const LeftFactor<S> down = in_columns<S>(gradient_.data(), count, m_, score_stride_);
-    scaled_query_.pack_rows(count, packed_.data());
-    product(m_, d_, terms, down.data, down.row_stride, down.term_stride, packed_.data(), dkeys, key_stride_,
-            !fresh || a_.memory.tied());
+  // Whether weights are read where they are kept: where products take them as they are, or after a change of layout.
+  static constexpr bool kReadsKept = std::is_same_v<S, T> || kInPairs<S>;
+
+  void set_dout(int64_t first, int64_t r, T scale) {
+    dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, scale);
   }
 
-  // dvalues [dv, padded M] += dOᵀ P, dkeys [d, padded M] += Qᵀ dS: the tiles are right factors as they lie.
-  void add_transposed(int64_t count, bool fresh, T* dkeys, T* dvalues) {
-    const auto add = [&](const FactorRows<S>& left, int64_t features, Buffer<T>& tile, T* sums, bool accumulate) {
-      std::memset(tile.data() + count * score_stride_, 0, (rows_ - count) * score_stride_ * sizeof(T));
-      left.transpose(count, rows_, packed_.data());
-      const LeftFactor<S> right = in_columns<S>(tile.data(), rows_, m_, score_stride_);
-      library_product_of_tile<S>(features, m_, rows_, packed_.data(), right.data, right.term_stride, sums,
-                                 score_stride_, accumulate);
-    };
-    add(dout_, dv_, weights_, dvalues, !fresh);
-    add(scaled_query_, d_, gradient_, dkeys, !fresh || a_.memory.tied());
+  // A tile as a factor that is summed over its rows; the library's products sum all rows of a chunk.
+  LeftFactor<S> columns(T* tile, int64_t count) const {
+    if (!a_.memory.library) return in_columns<S>(tile, count, m_, score_stride_);
+    std::memset(tile + count * score_stride_, 0, (rows_ - count) * score_stride_ * sizeof(T));
+    return in_columns<S>(tile, rows_, m_, score_stride_);
+  }
+
+  LeftFactor<S> columns_of_weights(T* tile, const S* kept, int64_t count) const {
+    if (kept == nullptr) return columns(tile, count);
+    if constexpr (std::is_same_v<S, T>) return {kept, 1, kept_stride(m_)};
+#if ANOMEM_BFLOAT16_PAIRS
+    if constexpr (kInPairs<S>) {
+      const int64_t paired = round_up(count, 2);
+      if (paired < rows_) std::memset(tile + paired * score_stride_, 0, (rows_ - paired) * score_stride_ * sizeof(T));
+      return in_columns(kept, kept_stride(m_), count, m_, tile, score_stride_);
+    }
+#endif
+    return {};
   }
 
   // Whether scores are needed beside the weights.
@@ -294,7 +367,7 @@ class BackwardSlot {
   QueryRows<S> query_;
   RawQueries<S> raw_;
   FactorRows<S> scaled_query_, dout_;
-  Buffer<T> weights_, gradient_, dquery_, scores_;
+  Buffer<T> dquery_, scores_;
   Buffer<factor_t<S>> packed_, neighbours_;
   Buffer<T> softmax_;
 };
@@ -306,29 +379,58 @@ void compute(const RetrieveBackward& a) {
   const bool tied = a.memory.tied();
   const BackwardPlan plan(a.type, a.memory, n);
   const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
-  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = dkeys + slots * plan.key_sums;
-  Buffer<double> dbeta(slots);
+  T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = tied ? dkeys : dkeys + slots * plan.key_sums;
+  const int64_t parts = plan.group > 0 ? chunks : slots;
+  Buffer<double> dbeta(parts);
+  for (int64_t part = 0; part < parts; ++part) dbeta[part] = 0;
+  const auto count_of = [&](int64_t chunk) { return n - chunk * rows < rows ? n - chunk * rows : rows; };
+  const auto dbeta_of = [&](int64_t part) { return a.dbeta != nullptr ? &dbeta[part] : nullptr; };
   {
     const GradientPanels<S> panels(a.memory);
     const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && a.kept.rows < n);
-    parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
-      const LibraryProducts library(a.memory.library, kInPairs<S>);
-      BackwardSlot<S> work(a, panels, raw_keys, rows);  // large: one for all slots of a thread
-      for (int64_t slot = first_slot; slot < last_slot; ++slot) {
-        T* keys = dkeys + slot * plan.key_sums;
-        T* values = tied ? keys : dvalues + slot * plan.value_sums;
-        dbeta[slot] = 0;
-        const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-          const int64_t first = chunk * rows, count = n - first < rows ? n - first : rows;
-          work.add(first, count, chunk == begin, keys, values, a.dbeta != nullptr ? &dbeta[slot] : nullptr);
-        }
+    if (plan.group > 0) {
+      T* const memory = dvalues + (tied ? plan.key_sums : plan.value_sums);
+      Buffer<Summands<S>> summands(plan.group);
+      for (int64_t begin = 0; begin < chunks; begin += plan.group) {
+        const int64_t some = chunks - begin < plan.group ? chunks - begin : plan.group;
+        parallel_ranges(some, [&](int64_t first, int64_t last) {
+          const LibraryProducts library(true, kInPairs<S>);
+          BackwardChunk<S> work(a, panels, raw_keys, rows);
+          for (int64_t i = first; i < last; ++i) {
+            const Tiles<S> tiles(memory + i * plan.tiles, plan, a.memory);
+            summands[i] = work.run((begin + i) * rows, count_of(begin + i), tiles, dbeta_of(begin + i));
+          }
+        });
+        parallel_ranges((m + kLibraryPanel - 1) / kLibraryPanel, [&](int64_t first, int64_t last) {
+          const LibraryProducts library(true, kInPairs<S>);
+          for (int64_t column = first * kLibraryPanel; column < m && column < last * kLibraryPanel;
+               column += kLibraryPanel)
+            for (int64_t i = 0; i < some; ++i)
+              BackwardChunk<S>::add_transposed(a.memory, summands[i], rows, column,
+                                               m - column < kLibraryPanel ? m - column : kLibraryPanel, begin + i == 0,
+                                               dkeys, dvalues);
+        });
       }
-    });
+    } else {
+      parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
+        const LibraryProducts library(a.memory.library, kInPairs<S>);
+        BackwardChunk<S> work(a, panels, raw_keys, rows);  // large: one for all slots of a thread
+        Buffer<T> memory(plan.tiles);
+        const Tiles<S> tiles(memory.data(), plan, a.memory);
+        for (int64_t slot = first_slot; slot < last_slot; ++slot) {
+          T *const keys = dkeys + slot * plan.key_sums, *const values = tied ? keys : dvalues + slot * plan.value_sums;
+          const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
+          for (int64_t chunk = begin; chunk < end; ++chunk) {
+            const Summands<S> summands = work.run(chunk * rows, count_of(chunk), tiles, dbeta_of(slot));
+            work.add(summands, count_of(chunk), chunk == begin, keys, values);
+          }
+        }
+      });
+    }
   }
   if (a.dbeta != nullptr) {
     *a.dbeta = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) *a.dbeta += dbeta[slot];
+    for (int64_t part = 0; part < parts; ++part) *a.dbeta += dbeta[part];
   }
   parallel((m + kSummed - 1) / kSummed, [&](int64_t item) {
     const int64_t first = item * kSummed, count = m - first < kSummed ? m - first : kSummed;

@@ -111,6 +111,19 @@ ANOMEM_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 
+ANOMEM_INLINE vec<float> square_root(vec<float> x) {
+#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
+  return vec<float>(_mm512_maskz_sqrt_ps(0xffff, x));  // the plain one warns in GCC 12
+#elif ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 32
+  return vec<float>(_mm256_sqrt_ps(x));
+#elif ANOMEM_X86_VARIANTS
+  return vec<float>(_mm_sqrt_ps(x));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // NaN in `b` is kept; NaN in `a` is not.
 template <class V>
 ANOMEM_INLINE V larger(V a, V b) {
@@ -199,13 +212,19 @@ constexpr T kLog2e = T{1.4426950408889634074};
 template <class T>
 constexpr T kRounding = sizeof(T) == 4 ? T{12582912} : T{6755399441055744};
 
-// 2^f · 2^(n + bias), n in the low bits of `shifted`. If n + bias is out of range the result is arbitrary, and the
-// caller drops it; unsigned words wrap around without undefined behaviour.
-ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bias) {
+// 2^f for f in [-1/2, 1/2].
+ANOMEM_INLINE vec<float> exp2_of_fraction(vec<float> f) {
   constexpr float coefficients[] = {
       1.54614446986e-4f, 1.340042818e-3f, 9.618056679e-3f, 5.550327227e-2f, 2.402265092e-1f, 6.931472067e-1f, 1.0f};
   vec<float> power = broadcast(coefficients[0]);
   for (int i = 1; i < 7; ++i) power = multiply_add(power, f, broadcast(coefficients[i]));
+  return power;
+}
+
+// 2^f · 2^(n + bias), n in the low bits of `shifted`. If n + bias is out of range the result is arbitrary, and the
+// caller drops it; unsigned words wrap around without undefined behaviour.
+ANOMEM_INLINE vec<float> exp2_of_parts(vec<float> f, vec<float> shifted, int bias) {
+  const vec<float> power = exp2_of_fraction(f);
   const auto n = reinterpret_cast<Simd<float>::words>(shifted);
   return power * reinterpret_cast<vec<float>>((n << 23) + (static_cast<uint32_t>(127 + bias) << 23));
 }
@@ -250,6 +269,15 @@ ANOMEM_INLINE V exp2_or_zero(V x) {
   const auto below = x < lowest;
   return below ? V{} : exp2_in_range(below ? lowest : x);
 }
+
+#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
+// The same numbers in two thirds of the instructions.
+ANOMEM_INLINE vec<float> exp2_or_zero(vec<float> x) {
+  const vec<float> n = vec<float>(_mm512_maskz_roundscale_ps(0xffff, __m512(x), _MM_FROUND_TO_NEAREST_INT));
+  const __mmask16 kept = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(kExp2Lowest<float>), _CMP_NLT_UQ);
+  return vec<float>(_mm512_maskz_scalef_ps(kept, __m512(exp2_of_fraction(x - n)), __m512(n)));
+}
+#endif
 
 template <class V>
 ANOMEM_INLINE V exp_or_zero(V x) {
