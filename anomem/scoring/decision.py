@@ -145,7 +145,9 @@ class Calibration:
     def pixel_threshold(self, name: str, alpha: float = 0.01) -> float:
         """What a map exceeds anywhere in at most a part alpha of normal images.
 
-        The conformal quantile of the maps' maxima: the ceil((n + 1)(1 − alpha))-th smallest of n.
+        The conformal quantile of the maps' maxima: the ceil((n + 1)(1 − alpha))-th smallest of n. Where normals are
+        cross-fitted, each map is that of the fit without its image, and the map of a new image that of the fit to all:
+        the rate is about alpha, as that of scores.
 
         Args:
             name: of the map.

@@ -299,9 +299,16 @@ class Gaussians(nn.Module):
                 "the training has diverged: lower the learning rate",
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mahalanobis distance of each row from its Gaussian."""
-        centred = (x.float() - self.mean).transpose(0, 1)  # [P', B, d]
+    def forward(self, x: Tensor, unit: Tensor | None = None) -> Tensor:
+        """Mahalanobis distance of each row from its Gaussian.
+
+        Args:
+            x: [B, P', d].
+            unit: [B, P', 1], of the rows; 1 when None.
+        """
+        rows = x.float()
+        centred = rows - self.mean if unit is None else torch.addcmul(-self.mean, rows, unit)
+        centred = centred.transpose(0, 1)  # [P', B, d]
         # W is lower triangular: a quarter of the product is saved.
         half = x.shape[2] // 32 * 16
         parts = [

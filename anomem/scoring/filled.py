@@ -185,6 +185,8 @@ class FilledScorer(nn.Module):
     plain_map_spread: Tensor
     centre: Tensor
     spread: Tensor
+    rows: Tensor
+    columns: Tensor
 
     def __init__(
         self, model: AnoMem, alignment: Alignment, top_part: float = TOP_PART, top_k: int | None = TOP_K
@@ -204,6 +206,9 @@ class FilledScorer(nn.Module):
             self.register_buffer(name, torch.ones(len(widths)))
         self.register_buffer("centre", torch.zeros(3))  # of "plain", "local" and "whole"
         self.register_buffer("spread", torch.ones(3))
+        interpolation = _interpolation(model.encoder.sizes, model.encoder.image_size)
+        for name, matrix in zip(("rows", "columns"), interpolation, strict=True):
+            self.register_buffer(name, matrix, persistent=False)
         self.to(model.mean.device)
         self.eval()
 
@@ -309,11 +314,11 @@ class FilledScorer(nn.Module):
             size: (H, W) of the maps.
             pooled: also give the pooled deviations.
         """
-        cosines, deviations = self._deviations(queries)
-        distances = [g(d) for g, d in zip(self.local, deviations, strict=True)]
+        cosines, normalized, units = self._reads(queries)
+        distances = [g(d, unit) for g, d, unit in zip(self.local, normalized, units, strict=True)]
         plain = self._plain(cosines)
         local = sum(self._top(d) / spread for d, spread in zip(distances, self.local_spread, strict=True))
-        whole = sum(d / spread for d, spread in zip(self._whole(deviations), self.whole_spread, strict=True))
+        whole = sum(d / spread for d, spread in zip(self._whole(normalized, units), self.whole_spread, strict=True))
         assert isinstance(local, Tensor)
         assert isinstance(whole, Tensor)
         return FilledScores(
@@ -322,7 +327,7 @@ class FilledScorer(nn.Module):
                 {"plain": (cosines, self.plain_map_spread), "local": (distances, self.map_spread)},
                 size,
             ),
-            pooled_deviations(deviations) if pooled else None,
+            pooled_deviations(_in_units(normalized, units)) if pooled else None,
         )
 
     @torch.no_grad()
@@ -332,12 +337,15 @@ class FilledScorer(nn.Module):
 
     def _deviations(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """1 − cos(z, HF(z)) and D(s) at all positions, S tensors [B, P_s] and [B, P_s, d_s], from one retrieval."""
-        cosines, deviations = [], []
-        for query, memory in zip(queries, self.model.memories, strict=True):
-            cosine, deviation = _read(query, memory, self.top_k)
-            cosines.append(cosine)
-            deviations.append(deviation.mul_(_divisor(query.float(), memory.normalize)))
-        return cosines, deviations
+        cosines, normalized, units = self._reads(queries)
+        return cosines, _in_units(normalized, units)
+
+    def _reads(self, queries: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """As `_deviations`, with D(s) as norm(z) − HF(z) [B, P_s, d_s] and its unit σ(z) [B, P_s, 1]."""
+        memories = self.model.memories
+        reads = [_read(query, memory, self.top_k) for query, memory in zip(queries, memories, strict=True)]
+        units = [_divisor(query.float(), memory.normalize) for query, memory in zip(queries, memories, strict=True)]
+        return [cosine for cosine, _ in reads], [deviation for _, deviation in reads], units
 
     def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
         """Σ lambda_s top of the cosine distances: S tensors [B, P_s] -> [B]."""
@@ -349,9 +357,10 @@ class FilledScorer(nn.Module):
         count = max(1, int(distances.shape[1] * self.top_part))
         return distances.topk(count, dim=1).values.mean(dim=1)
 
-    def _whole(self, deviations: Sequence[Tensor]) -> list[Tensor]:
+    def _whole(self, normalized: Sequence[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
         """S tensors [B]."""
-        return [g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in zip(self.whole, deviations, strict=True)]
+        means = [unit.mT @ d / d.shape[1] for d, unit in zip(normalized, units, strict=True)]  # [B, 1, d_s]
+        return [g(mean)[:, 0] for g, mean in zip(self.whole, means, strict=True)]
 
     def _maps(self, found: Mapping[str, tuple[Sequence[Tensor], Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
         """Scales divided by their spread, brought to the image's size and added.
@@ -368,18 +377,42 @@ class FilledScorer(nn.Module):
         for s, shape in enumerate(self.model.encoder.sizes):
             scale = torch.stack([distances[s] / spread[s] for distances, spread in found.values()])  # [maps, B, P_s]
             small[shape] = small[shape] + scale if shape in small else scale
-        wide = torch.cat(
-            [x.unflatten(2, shape) @ _bilinear(size[1], shape[1], x).T for shape, x in small.items()], dim=2
-        )  # [maps, B, Σ H_s, W]
-        heights = [height for height, _ in small]
-        step = _straight_step(size[0], heights)
-        rows = torch.cat([_bilinear(size[0], height, wide, step) for height in heights], dim=1)  # [rows, Σ H_s]
-        knots = rows @ wide
-        if step == 1:
+        rows, columns = self.rows, self.columns
+        if size != self.model.encoder.image_size:
+            rows, columns = (x.to(rows) for x in _interpolation(self.model.encoder.sizes, size))
+        wide, first = [], 0
+        for shape, x in small.items():
+            wide.append(x.unflatten(2, shape) @ columns[first : first + shape[1]])
+            first += shape[1]
+        knots = rows @ torch.cat(wide, dim=2)  # [maps, B, knots, W]
+        if len(rows) == size[0]:
             return dict(zip(found, knots, strict=True))
-        part = (torch.arange(step, device=wide.device, dtype=wide.dtype)[:, None] + 0.5) / step
+        step = size[0] // (len(rows) - 1)
+        part = (torch.arange(step, device=knots.device, dtype=knots.dtype)[:, None] + 0.5) / step
         between = torch.lerp(knots[:, :, :-1, None], knots[:, :, 1:, None], part)  # [maps, B, H / step, step, W]
         return dict(zip(found, between.flatten(2, 3), strict=True))
+
+
+def _interpolation(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Matrices that bring maps of different sizes to an image's size, the sizes one after the other.
+
+    Args:
+        sizes: (H_s, W_s); each counts once.
+        size: (H, W).
+
+    Returns:
+        rows [K, Σ H_s] and columns [Σ W_s, W]. K is H, or the number of edges of the strips of rows between which the
+        interpolation is straight.
+    """
+    different = list(dict.fromkeys(sizes))
+    step = _straight_step(size[0], [height for height, _ in different])
+    rows = torch.cat([_bilinear(size[0], height, step) for height, _ in different], dim=1)
+    return rows, torch.cat([_bilinear(size[1], width).T for _, width in different])
+
+
+def _in_units(normalized: Sequence[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
+    """D(s) from what `FilledScorer._reads` gives."""
+    return [d * unit for d, unit in zip(normalized, units, strict=True)]
 
 
 def _straight_step(large: int, small: Sequence[int]) -> int:
@@ -390,24 +423,23 @@ def _straight_step(large: int, small: Sequence[int]) -> int:
     return math.gcd(*(large // size // 2 for size in small))
 
 
-def _bilinear(large: int, small: int, like: Tensor, step: int = 1) -> Tensor:
+def _bilinear(large: int, small: int, step: int = 1) -> Tensor:
     """The matrix of linear interpolation along one axis (align_corners=False).
 
     Args:
         large: rows to interpolate.
         small: rows there are.
-        like: gives dtype and device.
         step: 1 gives the `large` rows [large, small]; else the edges of every so many rows, [large / step + 1, small].
     """
-    rows = torch.arange(large, device=like.device) + 0.5 if step == 1 else torch.arange(0, large + 1, step)
-    at = (rows.to(like) * (small / large) - 0.5).clamp(0, small - 1)
-    return (1 - (at[:, None] - torch.arange(small, device=like.device)).abs()).clamp_min(0)
+    rows = torch.arange(large) + 0.5 if step == 1 else torch.arange(0, large + 1, step)
+    at = (rows * (small / large) - 0.5).clamp(0, small - 1)
+    return (1 - (at[:, None] - torch.arange(small)).abs()).clamp_min(0)
 
 
 def _divisor(query: Tensor, normalize: Normalize) -> Tensor:
     """What a normalisation divides queries [B, P, d] by, without its epsilon: [B, P, 1]."""
     if normalize == "none":
-        return query.new_ones(1, 1, 1)
+        return torch.ones_like(query[:, :, :1])
     # torch's own standard deviation is several times slower.
     centred = query - query.mean(dim=2, keepdim=True) if normalize == "layer" else query
     length: Tensor = torch.linalg.vector_norm(centred, dim=2, keepdim=True)
