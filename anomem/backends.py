@@ -314,6 +314,8 @@ def _native_obstacle(operator: str, device: str, dtype: torch.dtype, steps: int)
         return f"the native library has no CUDA kernel for {operator}"
     if operator == "deviation_map" and steps > 1:
         return "the native deviation map reads the memory once; more steps run the reference"
+    if operator == "augment" and dtype not in (torch.uint8, torch.float32):
+        return f"the native augmentation takes uint8 and float32, not {str(dtype).removeprefix('torch.')}"
     if device == "cpu" and dtype == torch.float16:
         return "the native CPU kernels take float32, bfloat16 and float64, not float16"
     if device == "cuda" and dtype == torch.float64:

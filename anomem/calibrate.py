@@ -7,6 +7,7 @@ kernel with float64. Both draw inputs of their own with generators of their own:
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from anomem import backends, choice, reference, testing
 from anomem.choice import Measured
+from anomem.ops import augment as augments
 from anomem.ops import contrast, retrieve, sampling
 from anomem.ops import deviation_map as deviation_maps
 from anomem.ops import nearest as nearests
@@ -117,7 +119,7 @@ def check(operator: str, implementation: str, device: str, dtype: torch.dtype, f
     except Exception as error:  # whatever a compiler, a driver or a launch raises: the kernel does not run here
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     outputs = len(actual) if operator in choice.INFERENCE else len(actual) - sum(x.is_floating_point() for x in inputs)
-    plain_dtype = torch.float32 if dtype == torch.float64 else dtype
+    plain_dtype = dtype if dtype.is_floating_point and dtype != torch.float64 else torch.float32
     plain = _results(function(operator, "reference"), _converted(inputs, plain_dtype), operator)
     exact = _results(function(operator, "reference"), _converted(inputs, torch.float64), operator)
     for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
@@ -183,6 +185,12 @@ def inputs_of(problem: Problem) -> list[Tensor]:
         return [draw(groups, rows, d)]
     if operator == "deviation_map":
         return [draw(1, d, rows, 1), draw(columns, d)]
+    if operator == "augment":
+        side = max(1, math.isqrt(d // 3))
+        images = torch.rand(rows, 3, side, side, generator=generator, device=device)
+        turned = torch.eye(2, 3, device=device) + 0.2 * torch.randn(rows, 2, 3, generator=generator, device=device)
+        factors = torch.rand(rows, 5, generator=generator, device=device)
+        return [images, turned, factors, indices(rows, 2**62)]
     return [draw(rows, d), draw(columns, d)]
 
 
@@ -261,6 +269,21 @@ def _read_kernel(impl: str, query: Tensor, prototypes: Tensor) -> tuple[Tensor, 
     return out, residual, cosine, entropy, lse
 
 
+def _parameters(matrices: Tensor, factors: Tensor, keys: Tensor) -> reference.ViewParameters:
+    brightness, contrasts, saturation, blur, noise = factors.unbind(dim=1)
+    return reference.ViewParameters(matrices, brightness + 0.5, contrasts, saturation, blur * 2 - 1, noise / 9, keys)
+
+
+def _augment_reference(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    return (reference.augment(images, _parameters(*given), "reflection", min(3, images.shape[-1] - 1)),)
+
+
+def _augment_kernel(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    views, radius = len(images), min(3, images.shape[-1] - 1)
+    parameters = reference.ViewParameters(*(x.contiguous() for x in _parameters(*given) if x is not None))
+    return (augments.augment(images, parameters, views, radius, "reflection", False),)
+
+
 # Modules are named at the call, so that a test can put a wrong or slow kernel in the place of one.
 _BY_REFERENCE: dict[str, Function] = {
     "retrieve": _retrieve_reference,
@@ -273,6 +296,7 @@ _BY_REFERENCE: dict[str, Function] = {
     "usage": _usage_reference,
     "nearest": _nearest_reference,
     "read": _read_reference,
+    "augment": _augment_reference,
 }
 _BY_KERNEL: dict[str, Function] = {
     "retrieve": lambda impl, query, prototypes: retrieve.retrieve(query, _memory(prototypes), impl),
@@ -289,6 +313,7 @@ _BY_KERNEL: dict[str, Function] = {
     "usage": lambda impl, query, prototypes: _usage_kernel(query, prototypes),
     "nearest": _nearest_kernel,
     "read": _read_kernel,
+    "augment": lambda impl, *given: _augment_kernel(*given),
 }
 
 
@@ -377,6 +402,8 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
                     yield make("usage", rows=8192 * more, columns=512), training
                     yield make("nearest", rows=8192 * more, columns=1024), training
                     yield make("read", rows=8192 * more, columns=1024), training
+        if not training:
+            yield Problem("augment", device, torch.uint8, features=3 * 64 * 64, rows=128 * more), training
 
 
 def fill(device: str, place: Path, seconds: float, report: Callable[[float, str], object]) -> dict[str, Measured]:

@@ -37,13 +37,14 @@ from anomem.files import make_folder, write_atomically
 
 FORMAT = 1
 PASSED = "passed"
-_LARGE = {"cpu": 2**24, "cuda": 2**28}
-"""Multiplications of one product of scores from which a call is worth a measurement, by device."""
+_LARGE = {"cpu": 2**22, "cuda": 2**28}
+"""Multiplications of one product of scores from which a call is worth a measurement, by device. On a CPU the rule for
+small calls ends there."""
 _LARGE_COPY = {"cpu": 2**20, "cuda": 2**24}
 """The same for the operators that only move memory, in elements."""
-INFERENCE = ("deviation_map", "usage", "nearest", "read")
+INFERENCE = ("deviation_map", "usage", "nearest", "read", "augment")
 """Operators without a gradient, and the read of a filled memory, whose gradient is the reference's."""
-COPIES = ("gather", "variance")
+COPIES = ("gather", "variance", "augment")
 T = TypeVar("T")
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from anomem.errors import UserError
-from anomem.validation import require
+from anomem.validation import percent, require
 
 FEWEST_STEPS, MOST_STEPS = 8, 20_001
 """Different p-values from which their step can be told, and most steps that are tried."""
@@ -104,7 +104,7 @@ class Martingale:
         if self.alarm_at is not None:
             return (
                 f"drift after {self.alarm_at} of {self.seen} images: the normals no longer look like the calibration's "
-                f"(false alarm in at most {self.false_alarm:.2%} of streams)"
+                f"(false alarm in at most {percent(self.false_alarm)} of streams)"
             )
         return f"no drift in {self.seen} images: log10 of the capital {self.log_capital:.2f}, alarm at {self.bound:.2f}"
 

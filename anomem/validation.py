@@ -214,3 +214,9 @@ def values_are_free(tensor: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():  # make_fx, torch.func.linearize, fake tensors
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def percent(rate: float) -> str:
+    """A rate for people: two decimals, or three digits where two decimals would change it."""
+    text = f"{rate:.2%}"
+    return text if math.isclose(float(text[:-1]) / 100, rate, rel_tol=5e-3) else f"{100 * rate:.3g}%"

@@ -74,6 +74,13 @@ class Options:
     """Only cases whose title contains this."""
     json: Path = RESULT
     """File of rows, written when all are counted."""
+    keep: str | None = None
+    """Take the rows that the file has from this commit, and count the others."""
+
+
+def _counted(row: Row) -> tuple[object, ...]:
+    """What a row counts, at any state of the code."""
+    return row.operator, *sorted(row.shape.items()), row.dtype, row.training, row.group, row.implementation
 
 
 def main(options: Options) -> int:
@@ -83,11 +90,19 @@ def main(options: Options) -> int:
         return 2
     partial = options.json.with_suffix(".partial")
     partial.unlink(missing_ok=True)
+    kept = {_counted(row): row for row in rows.read(options.json) if row.about["commit"] == options.keep}
+    if options.keep and not kept:
+        say(f"{options.json} has no rows from {options.keep}")
+        return 2
     for each in cases():
         if options.filter not in each.title:
             continue
         say(each.title)
         for implementation in implementations(each.operator):
+            known = kept.get(_counted(rows.row_for(SUITE, each, implementation.name, rows.WORK, rows.COUNTED)))
+            if known is not None:
+                rows.append(partial, known)
+                continue
             row = count(each, implementation)
             row.about = rows.about("cuda")
             rows.append(partial, row)

@@ -34,7 +34,8 @@ from tests.stand_in.start import start
 
 SUITE = "host"
 RESULT = rows.RESULTS / f"cuda-{SUITE}.jsonl"
-IMPLEMENTATIONS = ("eager", "triton")
+NATIVE = ("gather", "variance")
+"""Operators whose GPU kernels are CUDA C++; those of the others are Triton's."""
 CALLS = 20
 """Of one turn."""
 # `anomem` must be imported from the revision's folder before `benchmarks` is from this project's.
@@ -51,11 +52,21 @@ serve()
 
 
 def cases() -> list[Case]:
-    """Calls whose kernels are short: AnoMem's retrieval and contrast at their smallest scale."""
+    """Calls whose kernels are short: the operators of AnoMem at their smallest scale."""
     return [
         case("retrieve", N=8192, M=64, d=128, B=1024, dtype="bfloat16", group="one read"),
+        case("retrieve", N=8192, M=64, d=128, B=1024, dtype="float32", group="one read"),
         case("nt_xent", G=8, B=128, d=128, dtype="bfloat16", group="one loss"),
+        case("nt_xent", G=8, B=128, d=128, dtype="float32", group="one loss"),
+        case("info_nce", R=1024, C=1024, d=128, dtype="bfloat16", group="one loss"),
+        case("gather", B=128, C=128, H=16, n=8, dtype="bfloat16", group="one loss"),
+        case("variance", G=8, B=128, d=128, dtype="bfloat16", group="one loss"),
     ]
+
+
+def ours(case: Case) -> str:
+    """The implementation that is measured beside eager."""
+    return "native" if case.operator in NATIVE else "triton"
 
 
 @dataclass(frozen=True)
@@ -137,13 +148,14 @@ def main(options: Options) -> int:
             revision, folder = stack.enter_context(_checked_out(options.base))
             folders[revision] = folder
         # A process for each, so that none is warm from another.
-        subjects = [
-            (revision, stack.enter_context(_worker(folder)), name)
+        workers = [
+            (revision, stack.enter_context(_worker(folder)), eager)
             for revision, folder in folders.items()
-            for name in (IMPLEMENTATIONS if revision == rows.WORK else ("triton",))
+            for eager in ((True, False) if revision == rows.WORK else (False,))
         ]
         measured = []
         for number, each in enumerate(cases()):
+            subjects = [(revision, ask, "eager" if eager else ours(each)) for revision, ask, eager in workers]
             seconds: dict[tuple[str, str], list[float]] = {}
             launches: dict[tuple[str, str], int] = {}
             for _ in range(options.turns):

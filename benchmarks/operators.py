@@ -4,7 +4,7 @@ Flops of retrieval. S = q Kᵀ and P V are 2·N·M·d each: 4·N·M·d forward. 
 and the memory's gradient dSᵀ q and Pᵀ dO: 8·N·M·d if P was kept, 10·N·M·d if it is recomputed. The floor counts
 12·N·M·d for both passes: a kernel that keeps nothing of size [N, M] does 14 and reaches at most 86 % of the floor.
 
-Gather and variance have no matrix product: bytes alone make their floor.
+Gather, variance and augmentation have no matrix product: bytes alone make their floor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from anomem import functional as AF
 from anomem.testing import draw
 from benchmarks.harness.case import Dims, Function, Operator, Work, capped
+from benchmarks.operators_augment import AUGMENT
 from benchmarks.operators_contrast import INFO_NCE, NT_XENT, nt_xent_work, view_pair
 
 
@@ -234,5 +235,6 @@ _ALL = (
         lambda dims: capped(dims, n=2, B=255),
         parts=("nt_xent", "retrieve", "variance"),
     ),
+    AUGMENT,
 )
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _ALL}

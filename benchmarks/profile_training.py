@@ -1,10 +1,10 @@
 """`python -m benchmarks.profile_training`: where the time of a training step goes, against plain PyTorch.
 
 Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
-settings: "eager" with every operator in plain PyTorch (impl="reference"), float32 and contiguous, "anomem" as the
-library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make image by image with
-torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a
-picture of the bars.
+settings: "eager" with every operator in plain PyTorch (impl="reference", noise by `torch.randn`), float32 and
+contiguous, "anomem" as the library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make
+image by image with torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome
+trace for each and a picture of the bars.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from anomem.augment import AugmentConfig
+from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
+from anomem.reference import augment, blur_radius
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
@@ -36,7 +38,7 @@ from anomem.train.profiling import Event, seconds_of_phases
 from anomem.train.rows import Draws, Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
-from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.measure import Ceilings, peak_bytes
 from benchmarks.harness.rows import Step
 from benchmarks.report.tables import number
 
@@ -108,10 +110,15 @@ def main(options: Options) -> int:
         alternating.append(
             pipeline("compiled", options.impl, resident, options.precision, options.memory_format, compiled=True)
         )
+    last = pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
-    alone = [pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")]
+    alone = [last] if options.workers else []
+    alternating += [] if options.workers else [last]
+    flops, ceilings = encoder_flops(alternating[0], batch), Ceilings(device)
     found: list[Step] = []
     for group, rounds in ((alternating, options.rounds), (alone, 1)):
+        if not group:
+            continue
         say(", ".join(each.name for each in group))
         with rows.Others() as others:
             for _ in range(rounds):
@@ -127,7 +134,8 @@ def main(options: Options) -> int:
                     about=rows.about(device),
                     seconds_per_step=seconds,
                     # Of the workers nothing is known.
-                    cpu_seconds_per_step=None if each in alone and options.workers else median(each.cpu_seconds),
+                    cpu_seconds_per_step=None if each in alone else median(each.cpu_seconds),
+                    product_seconds=flops / ceilings.product(each.dtype),
                     milliseconds=each.milliseconds(),
                     peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
                     images_per_second=batch / seconds,
@@ -204,13 +212,19 @@ class Pipeline:
         run = settled(self.config, torch.device(self.device)).run
         return {"precision": run.precision, "memory_format": run.memory_format, "compile": run.compile}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the encoder multiplies."""
+        return torch.bfloat16 if self.executed()["precision"] == "bf16" else torch.float32
+
     def train(self, steps: int) -> StampedImages:
         """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
         stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
         # One step more, whose batch is asked for when the last measured step ends.
         optimizer = replace(self.config.optimizer, steps=self.warmup + steps + 1)
         config = replace(self.config, optimizer=optimizer)
-        views = UsualViews if isinstance(self.images, UsualImages) else stage1.Views
+        plain = self.config.model.impl == "reference"
+        views = UsualViews if isinstance(self.images, UsualImages) else EagerViews if plain else stage1.Views
         with mock.patch.object(stage1, "Views", views):
             stage1.train_stage1(self.model, stamped, None, config, quiet=True)
         return stamped
@@ -231,6 +245,15 @@ class Pipeline:
         """Phase -> time in a step, the median over the rounds."""
         names = dict.fromkeys(name for phases in self.phases for name in phases)
         return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
+
+
+def encoder_flops(pipeline: Pipeline, batch: int) -> int:
+    """Of the products and convolutions in both passes of the encoder over a batch's views, as torch counts them."""
+    two = torch.rand(2, pipeline.images.channels, *pipeline.images.size, device=pipeline.device)
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([feature_map.sum() for feature_map in pipeline.model(two)]).sum().backward()
+    pipeline.model.zero_grad()
+    return int(counter.get_total_flops()) * batch
 
 
 class StampedImages:
@@ -363,6 +386,37 @@ class UsualViews:
     def __call__(self, batch: Batch, rows: Rows, count: int) -> tuple[Tensor, None]:
         """The views as they came."""
         return batch.images, None
+
+
+class EagerViews(stage1.Views):
+    """Takes the place of `anomem.train.stage1.Views` in the plain PyTorch pipeline; see `TorchNoise`."""
+
+    def __init__(self, config: TrainConfig, is_normal: Tensor | None, draws: Draws) -> None:
+        super().__init__(config, is_normal, draws)
+        self.augmentation = TorchNoise(config.augment, "reference")
+
+
+class TorchNoise(Augmentation):
+    """The augmentation in plain PyTorch with the noise of `torch.randn`.
+
+    The reference makes the numbers of the kernel with PyTorch's integer operators, which takes several times as long as
+    `torch.randn`: that would slow the rival down.
+    """
+
+    @torch.no_grad()
+    def apply(
+        self,
+        images: Tensor,
+        uniform: Tensor,
+        keys: Tensor,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """See `Augmentation.apply`."""
+        height, width = images.shape[-2:]
+        parameters = self.parameters(uniform, keys, height, width)
+        radius = min(blur_radius(self.config.blur_sigma[1]), height - 1, width - 1)
+        normal = torch.randn(len(keys), *images.shape[1:], device=images.device)
+        return augment(images, parameters, self.config.padding, radius, normal).contiguous(memory_format=memory_format)
 
 
 def show(title: str, found: list[Step]) -> None:

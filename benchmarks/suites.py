@@ -63,6 +63,7 @@ def smoke(device: str) -> Suite:
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
         case("memory_loss", n=4, B=64, d=64, M=64),
+        case("augment", B=16, C=3, H=32, training=False),
     )
     return Suite("smoke", cases, seconds=0.1, compiled_groups=())
 
@@ -115,6 +116,10 @@ def kernels(device: str) -> Suite:
         case("info_nce", R=4096, C=4096, d=128, dtype=dtype, group="large"),
         case("shrink", N=8192, M=512, d=64, B=batch, dtype=dtype, group="large"),
         case("usage", N=many, M=512, d=64, dtype=dtype, training=False, group="large"),
+    ]
+    cases += [
+        case("augment", B=size, C=3, H=side, training=False, group="augmentation")
+        for size, side in ((64, 64), (batch, 32), (16, 256))
     ]
     if device == "cuda":
         cases += [

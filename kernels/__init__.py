@@ -9,7 +9,7 @@ The files
                     and exact float32 `contrast_chunked`
     `nearest`       the nearest prototypes and greedy k-center, by the products of `retrieve_chunked`
     `read`          the read of a filled memory, by the same and by `nearest`
-    `primitives`    loads, products, softmax and sizes that these share; `launching` launches
+    `primitives`    loads, products, softmax and sizes that these share; `launching` launches, `passes` repeats launches
     `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
 
 How a kernel file is built
@@ -99,6 +99,16 @@ def implementation(operator: str) -> Callable[..., Any]:
     """
     module, function, _ = OPERATORS[operator]
     return getattr(_module(module), function)
+
+
+def run(operator: str, *args: Any) -> Any:
+    """`implementation(operator)(*args)`, with prepared launches where the same was run before (`passes`).
+
+    Args:
+        operator: a key of `OPERATORS`.
+        args: of its schema.
+    """
+    return _module("passes").run(implementation(operator), *args)
 
 
 @functools.cache

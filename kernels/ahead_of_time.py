@@ -55,6 +55,7 @@ from triton.runtime.jit import KernelInterface
 from anomem.kernels import (
     TRITON_FOR_10,
     contrast,
+    contrast_backward,
     contrast_chunked,
     contrast_forward,
     contrast_rows,
@@ -328,6 +329,7 @@ def variant_launches(architecture: int) -> Iterator[tuple[str, Tile, Launch]]:
         best = Best(architecture)
         with (
             patch.object(retrieve_flash, "architecture_of", lambda device: architecture),
+            patch.object(contrast_backward, "architecture_of", lambda device: architecture),
             using(best),
             recording() as launches,
         ):
@@ -437,6 +439,11 @@ def shipped() -> dict[str, Spec]:
 def compile_row(key: str) -> Row:
     """Compile the kernel of a key afresh and read its binary."""
     spec = shipped()[key]
+    return read(*compiled_of(spec), spec)
+
+
+def compiled_of(spec: Spec) -> tuple[Any, str]:
+    """The compiled kernel and the output of ptxas."""
     source = triton.compiler.ASTSource(
         fn=spec.kernel,
         signature=spec.signature,
@@ -447,7 +454,7 @@ def compile_row(key: str) -> Row:
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         compiled = triton.compile(source, target=target, options=spec.options)
-    return read(compiled, log.getvalue(), spec)
+    return compiled, log.getvalue()
 
 
 def read(compiled: object, log: str, spec: Spec) -> Row:
@@ -533,6 +540,11 @@ class Loops:
             body = self._code[begin:end]
             if any(re.search(pattern, line) for _, pattern in _MNEMONICS for line in body):
                 self._inside.update(range(begin, end))
+
+    @property
+    def instructions(self) -> list[str]:
+        """All instructions of these loops, each once."""
+        return [self._code[i] for i in sorted(self._inside)]
 
     @property
     def spills(self) -> int:

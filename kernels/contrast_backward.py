@@ -52,7 +52,7 @@ from anomem.kernels.primitives import (
     split_loop,
 )
 from anomem.kernels.tile_search import Launched, Site, launch
-from anomem.kernels.tile_table import Tile
+from anomem.kernels.tile_table import Tile, architecture_of
 
 # The matrix W of a launch: of two joined views, or a rectangle whose blocks own rows or columns.
 JOINED, ROWS, COLUMNS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -249,8 +249,11 @@ def gradient(
     peak = torch.linalg.vector_norm(upstream, torch.inf, dim=1) if rows.dtype == torch.float16 else None
     fixed = role == JOINED and has_fixed_shift(rows, temperature, tau)
     first, second = (*owned.gradients, None)[:2]
+    # Gradients of such rows are stored one number at a time. With three stages Triton 3.6 then spills in the loop.
+    two_stages = first.shape[2] % 8 > 0 and architecture_of(rows.device) == 90
 
     def run(tile: Tile) -> Launched:
+        tile = tile._replace(stages=min(tile.stages, 2)) if two_stages else tile
         blocks = groups * cdiv(owned_count, tile.rows)
         parts, streamed_per_part = split_loop(others.shape[1], tile.columns, blocks, multiprocessors(rows))
         partial = None if parts == 1 else rows.new_empty(parts, *rows.shape, dtype=torch.float32)

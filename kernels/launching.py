@@ -4,6 +4,7 @@ Triton takes apart all arguments in Python at each launch. What they decide is l
 integers are 1 or a multiple of 16. With the same of these the compiled kernel of an earlier launch is run.
 """
 
+import threading
 from typing import Any, NamedTuple
 
 import triton
@@ -22,7 +23,7 @@ class _Signature(NamedTuple):
     constants: tuple[str, ...]
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
     """A compiled kernel, ready to be launched."""
 
     run: Any
@@ -34,9 +35,16 @@ class _Bound(NamedTuple):
     compiled: Any
 
 
+class _Recording(threading.local):
+    steps: Any = None
+    """Of `passes`, where this thread records a pass: its method `launch` takes note of launches."""
+
+
+recording = _Recording()
+
 # Both by the kernel's id: a `@triton.jit` function hashes its source at each look-up.
 _signatures: dict[int, _Signature] = {}
-_bound: dict[tuple[Any, ...], _Bound] = {}
+_bound: dict[tuple[Any, ...], Bound] = {}
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
@@ -52,10 +60,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
         Triton's compiled kernel; None in the interpreter.
     """
     first = arguments[0]
-    knobs = triton.knobs.runtime
-    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
-    hooked = (enter is not None and enter.calls) or (leave is not None and leave.calls)
-    if INTERPRETING.value or not first.is_cuda or hooked:  # a profiler's hooks want all that Triton gives them
+    if INTERPRETING.value or not first.is_cuda or hooked():  # a profiler's hooks want all that Triton gives them
         return kernel[grid](*arguments, **constants)
     signature = _signatures.get(id(kernel)) or _signature(kernel)
     count = signature.count
@@ -72,28 +77,43 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constan
             ways.append(argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,))
     key = tuple(ways)
     bound = _bound.get(key)
+    cold = bound is None
     if bound is None:
         compiled = kernel[grid](*arguments, **constants)
         values = dict(zip(signature.constants, arguments[count:], strict=False)) | constants
         tail = tuple(values[name] for name in signature.constants)
-        _bound[key] = _Bound(compiled.run, compiled.function, compiled.packed_metadata, tail, compiled)
-        return compiled
-    stream = triton.runtime.driver.active.get_current_stream(device)
+        bound = _bound[key] = Bound(compiled.run, compiled.function, compiled.packed_metadata, tail, compiled)
     columns = grid[1] if len(grid) > 1 else 1
-    bound.run(
-        grid[0],
-        columns,
-        1,
-        stream,
-        bound.function,
-        bound.metadata,
-        None,
-        None,
-        None,
-        *arguments[:count],
-        *bound.constants,
-    )
+    if recording.steps is not None:
+        recording.steps.launch(bound, grid[0], columns, arguments[:count])
+    if not cold:
+        bound.run(
+            grid[0],
+            columns,
+            1,
+            current_stream(device),
+            bound.function,
+            bound.metadata,
+            None,
+            None,
+            None,
+            *arguments[:count],
+            *bound.constants,
+        )
     return bound.compiled
+
+
+def hooked() -> bool:
+    """Whether a profiler has hooks on Triton's launches."""
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    return bool((enter is not None and enter.calls) or (leave is not None and leave.calls))
+
+
+def current_stream(device: int) -> int:
+    """The handle of the current stream of a GPU."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device)
+    return stream
 
 
 def _signature(kernel: Any) -> _Signature:

@@ -44,7 +44,7 @@ from anomem.kernels.primitives import (
 )
 from anomem.kernels.rows import normalize_rows, normalize_rows_backward
 from anomem.kernels.tile_search import Launched, Site, launch
-from anomem.kernels.tile_table import Entry, Tile, architecture_of
+from anomem.kernels.tile_table import MMA_SYNC, Entry, Tile, architecture_of
 
 # The sum that a launch of `retrieve_flash_prototype_sums_kernel` makes: dK + dV of a tied memory, dK alone or dV alone.
 # Separate values take two launches: with both sums in one block every tile of d = 256 spills.
@@ -309,10 +309,14 @@ def backward(
     dquery = query.new_empty(count, d)
     unit = rows.normalized(query, normalize, out=dquery) if normalize else query
     keys_mean = keys.mean(0, dtype=torch.float32)
-    two_sums = values is None and architecture_of(query.device) == 100
+    architecture = architecture_of(query.device)
+    two_sums = values is None and architecture == 100
+    # Single 16-bit numbers are not copied to shared memory beside the products: stages would take registers.
+    unstaged = architecture in MMA_SYNC and (d % 2 == 1 or dv % 2 == 1)
 
     def prototype_sums(part: int, width: int) -> Tensor:
         def run(tile: Tile) -> Launched:
+            tile = tile._replace(stages=1) if unstaged else tile
             tiles = cdiv(prototypes, tile.rows)
             parts, span = split_loop(count, tile.columns, tiles, multiprocessors(query))
             partials = query.new_empty(parts, prototypes, width, dtype=torch.float32)

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"reference", "errors"},
     "env": {"__init__", "backends", "calibrate", "choice", "files", "rules"},
     "data": {"errors", "validation"},
-    "augment": {"errors", "validation"},
+    "augment": {"errors", "functional", "reference", "rules", "validation"},
     "models": {"errors", "functional", "nn", "reference", "rules", "validation"},
     "scoring": {"augment", "data", "errors", "functional", "models", "nn", "reference", "validation"},
     "train": {
@@ -136,9 +136,10 @@ def test_layers_and_commands_load_no_kernel_and_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read")
+WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment")
 """One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
-the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory."""
+the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory;
+augment."""
 
 
 class Floor(NamedTuple):
@@ -159,7 +160,7 @@ FLOORS = [
     Floor(
         "kernels",
         {"retrieve", "contrast", "nearest", "read"},
-        {"__init__", "launching", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
+        {"__init__", "launching", "passes", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
     ),
     Floor(
         "csrc/cpu",

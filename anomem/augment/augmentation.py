@@ -1,25 +1,18 @@
-"""The random augmentation of a batch: one affine warp, then brightness, contrast, saturation, blur and noise.
-
-The photometric formulas are torchvision's (`torchvision.transforms.v2.functional`). They take one parameter per batch;
-here each image has its own.
-"""
+"""The random augmentation of a batch: draws the parameters of every view; `anomem.functional.augment` applies them."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from anomem.augment.config import AugmentConfig, Padding
+from anomem import functional as AF
+from anomem.augment.config import AugmentConfig
+from anomem.reference import ViewParameters, blur_radius
+from anomem.rules import Impl
 from anomem.validation import require, require_images
-
-# ITU-R BT.601 luma with torchvision's rounding.
-LUMA = (0.2989, 0.587, 0.114)
 
 
 class Augmentation:
@@ -29,6 +22,7 @@ class Augmentation:
 
     Args:
         config: the ranges.
+        impl: implementation of the operator; where it has no such kernel, the choice is that of "auto".
 
     Example:
         >>> augmentation = Augmentation(AugmentConfig.for_dataset("digits"))
@@ -36,10 +30,9 @@ class Augmentation:
         >>> views = augmentation(images, generator)  # [B, C, H, W] uint8 -> float32 in [0, 1]
     """
 
-    def __init__(self, config: AugmentConfig) -> None:
-        self.config = config
+    def __init__(self, config: AugmentConfig, impl: Impl = "auto") -> None:
+        self.config, self.impl = config, impl
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """One random view of each image.
 
@@ -53,72 +46,89 @@ class Augmentation:
         Raises:
             ArgumentError: no such images, or a generator on another device.
         """
-        x = as_float(images, generator)
-        view = self.apply(x, *self.draw(x.shape, generator))
-        return view.contiguous() if view is not images else view.clone()
+        require_images_and_generator(images, generator)
+        x = images.float() if images.is_floating_point() else images
+        return self.apply(x, *self.draw(len(x), generator))
 
-    def draw(self, shape: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The random numbers of so many views.
 
         Args:
-            shape: (B, C, H, W).
+            count: V.
             generator: source of randomness.
 
         Returns:
-            Uniform numbers [16, B], and normal ones [B, C, H, W], or None without noise.
+            Uniform numbers [16, V], and the keys of the noise [V] int64.
         """
         device = generator.device
-        uniform = torch.rand(Geometry.NUMBERS + 7, shape[0], generator=generator, device=device)
-        noisy = self.config.noise > 0
-        return uniform, torch.randn(tuple(shape), generator=generator, device=device) if noisy else None
+        uniform = torch.rand(Geometry.NUMBERS + 7, count, generator=generator, device=device)
+        return uniform, torch.randint(2**63 - 1, (count,), generator=generator, device=device)
 
     @torch.no_grad()
-    def apply(self, x: Tensor, uniform: Tensor, normal: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        images: Tensor,
+        uniform: Tensor,
+        keys: Tensor,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
         """The views that random numbers make.
 
         Args:
-            x: [B, C, H, W] float32 in [0, 1].
-            uniform: [16, B], from `draw`.
-            normal: [B, C, H, W], from `draw`; overwritten.
+            images: [B, C, H, W] uint8, or float32 in [0, 1].
+            uniform: [16, V], from `draw`, V a multiple of B; view v is of image v mod B.
+            keys: [V], from `draw`.
+            memory_format: of the views: contiguous or channels-last.
 
         Returns:
-            [B, C, H, W] float32 in [0, 1]; `x` itself where nothing is configured.
+            [V, C, H, W] float32 in [0, 1].
         """
-        _, _, height, width = x.shape
+        return AF.augment(
+            images,
+            self.parameters(uniform, keys, *images.shape[-2:]),
+            padding=self.config.padding,
+            radius=blur_radius(self.config.blur_sigma[1]),
+            memory_format=memory_format,
+            impl=self.impl,
+            part=True,
+        )
+
+    def parameters(self, uniform: Tensor, keys: Tensor, height: int, width: int) -> ViewParameters:
+        """The parameters that random numbers make; None for what the configuration leaves as it is.
+
+        Args:
+            uniform: [16, V], from `draw`.
+            keys: [V], from `draw`.
+            height: of the images in pixels.
+            width: likewise.
+        """
         config = self.config
         jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
-        if moves(config) and len(x):  # affine_grid takes no empty batch
-            x = warp(x, Geometry.from_uniform(uniform, config), config.padding)
-        if config.jitter > 0:
-            on = (jittered < config.jitter).to(x.dtype)
-            x = adjust(
-                x,
-                *(
-                    torch.addcmul(torch.ones_like(on), on, (2 * numbers - 1) * spread) if spread > 0 else None
-                    for numbers, spread in (
-                        (brightness, config.brightness),
-                        (contrast, config.contrast),
-                        (saturation, config.saturation),
-                    )
-                ),
-            )
-        if config.blur > 0:
-            low, high = config.blur_sigma
-            radius = min(blur_radius(high), height - 1, width - 1)
-            x = gaussian_blur(x, (low + (high - low) * sigma) * (blurred < config.blur), radius)
-        if normal is not None:
-            x = add_noise(x, config.noise * noise, normal)
-        return x
+        on = (jittered < config.jitter).to(uniform.dtype)
+
+        def factors(numbers: Tensor, spread: float) -> Tensor | None:
+            if config.jitter == 0 or spread == 0:
+                return None
+            return torch.addcmul(torch.ones_like(on), on, (2 * numbers - 1) * spread)
+
+        return ViewParameters(
+            matrices=Geometry.from_uniform(uniform, config).matrices(height, width) if moves(config) else None,
+            brightness=factors(brightness, config.brightness),
+            contrast=factors(contrast, config.contrast),
+            saturation=factors(saturation, config.saturation),
+            blur=_between(sigma, *config.blur_sigma) * (blurred < config.blur) if config.blur > 0 else None,
+            noise=config.noise * noise if config.noise > 0 else None,
+            keys=keys if config.noise > 0 else None,
+        )
 
 
-def as_float(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 or float images as [B, C, H, W] float32 in [0, 1], after checking them against their generator."""
+def require_images_and_generator(images: Tensor, generator: torch.Generator) -> None:
+    """Images [B, C, H, W], and a source of randomness on their device."""
     require_images(images, "images")
     right = isinstance(generator, torch.Generator)
     require(right, "generator", "a torch.Generator", lambda: type(generator).__name__)
     same = generator.device.type == images.device.type
     require(same, "generator", lambda: f"a generator on {images.device}", generator.device)
-    return images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
 
 
 @dataclass
@@ -195,126 +205,6 @@ def moves(config: AugmentConfig) -> bool:
     """Whether the configuration moves pixels at all."""
     still = config.crop_area == config.crop_ratio == config.zoom == (1.0, 1.0)
     return not (still and config.flip == config.rotation == config.shift == 0)
-
-
-def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
-    """Sample every image once, bilinearly.
-
-    Args:
-        images: [B, C, H, W] float.
-        geometry: B parameters.
-        padding: pixels outside of the image.
-
-    Returns:
-        [B, C, H, W].
-    """
-    height, width = images.shape[-2:]
-    theta = geometry.matrices(height, width).to(images.dtype).unsqueeze(-1)  # [B, 2, 3, 1]
-    x, y = (_centres(size, images.dtype, images.device) for size in (width, height))
-    rows = torch.addcmul(theta[:, :, 2], theta[:, :, 1], y).unsqueeze(-1)  # [B, 2, H, 1]
-    # In planes: in pairs, as `affine_grid` makes it, the grid takes longer than the sampling.
-    grid = torch.addcmul(rows, theta[:, :, 0].unsqueeze(-1), x)  # [B, 2, H, W]
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode=padding, align_corners=False)
-
-
-@functools.lru_cache(maxsize=16)
-def _centres(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size] centres of a line's pixels, from −1 to 1 at its ends.
-
-    Cached, since a copy to an accelerator waits for the device.
-    """
-    return ((2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1).to(dtype).to(device)
-
-
-def adjust(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
-    """Brightness, then contrast, then saturation; each result is clamped to [0, 1].
-
-    Args:
-        images: [B, C, H, W] float in [0, 1].
-        brightness: [B] factors, 1 is neutral; None is 1 for all.
-        contrast: [B] factors about the image's mean grey, or None.
-        saturation: [B] factors about each pixel's grey, or None; one-channel images are left as they are.
-
-    Returns:
-        [B, C, H, W] in [0, 1].
-    """
-    if brightness is not None:
-        images = (images * brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
-    if contrast is not None:
-        mean = grey(images).mean((1, 2, 3), keepdim=True)
-        images = torch.lerp(mean, images, contrast.view(-1, 1, 1, 1)).clamp_(0, 1)
-    if saturation is not None and images.shape[1] == 3:
-        images = torch.lerp(grey(images), images, saturation.view(-1, 1, 1, 1)).clamp_(0, 1)
-    return images
-
-
-def grey(images: Tensor) -> Tensor:
-    """Luma of colour images, the mean of any other number of channels: [B, C, H, W] -> [B, 1, H, W]."""
-    if images.shape[1] == 3:
-        return LUMA[0] * images[:, 0:1] + LUMA[1] * images[:, 1:2] + LUMA[2] * images[:, 2:3]
-    return images if images.shape[1] == 1 else images.mean(1, keepdim=True)
-
-
-def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each image with its own Gaussian, mirrored at the edges.
-
-    The filter on each axis is a matrix, so that a batch takes two batched matrix products whatever its sigmas.
-
-    Args:
-        images: [B, C, H, W] float; H and W > radius.
-        sigma: [B] standard deviations in pixels; one ≤ 0 leaves its image unchanged.
-        radius: of the filter in pixels; it is 2·radius + 1 wide for all images.
-
-    Returns:
-        [B, C, H, W].
-    """
-    if images.device.type == "cpu":  # others would wait for the number of blurred images
-        chosen = (sigma > 0).nonzero().flatten()
-        if len(chosen) < len(images):
-            blurred = gaussian_blur(images[chosen], sigma[chosen], radius) if len(chosen) else images[:0]
-            return images.index_copy(0, chosen, blurred)
-    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3).view(-1, 1)).square())  # [B, 2r + 1]
-    weights = weights / weights.sum(1, keepdim=True)
-    batch, channels, height, width = images.shape
-    down, right = (
-        (weights @ _bands(size, radius, images.device).to(weights)).view(-1, size, size) for size in (height, width)
-    )
-    # One product an image, not one a channel: broadcast over channels it takes three times as long on a CPU.
-    lines = images.transpose(1, 2).reshape(batch, height, channels * width)
-    blurred = (down @ lines).view(batch, height * channels, width) @ right.mT
-    return blurred.view(batch, height, channels, width).transpose(1, 2)
-
-
-def blur_radius(largest_sigma: float) -> int:
-    """Pixels on each side that a Gaussian of this width needs: three standard deviations, at least one pixel."""
-    return max(1, math.ceil(3 * largest_sigma))
-
-
-@functools.lru_cache(maxsize=16)
-def _bands(size: int, radius: int, device: torch.device) -> Tensor:
-    """[2r + 1, size²]: row t is the matrix that shifts a line by t − r pixels, mirrored at the ends.
-
-    Cached, since a copy to an accelerator waits for the device.
-    """
-    rows = torch.arange(size)
-    matrices = torch.zeros(2 * radius + 1, size, size)
-    for index in range(2 * radius + 1):
-        columns = (rows + index - radius).abs()
-        columns = torch.where(columns >= size, 2 * (size - 1) - columns, columns)
-        matrices[index, rows, columns] = 1
-    return matrices.flatten(1).to(device)
-
-
-def add_noise(images: Tensor, sigma: Tensor, normal: Tensor) -> Tensor:
-    """Gaussian noise, clamped to [0, 1].
-
-    Args:
-        images: [B, C, H, W] float in [0, 1].
-        sigma: [B] standard deviations.
-        normal: [B, C, H, W] normal numbers; overwritten.
-    """
-    return normal.mul_(sigma.view(-1, 1, 1, 1)).add_(images).clamp_(0, 1)
 
 
 def _between(uniform: Tensor, low: float, high: float) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from anomem.reference import Padding
 from anomem.validation import require, require_choice, require_pair, require_setting
-
-Padding = Literal["zeros", "border", "reflection"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomem.augment.augmentation import as_float
+from anomem.augment.augmentation import require_images_and_generator
 from anomem.validation import require, require_names
 
 # An image counts as damaged if some pixel has changed by this share of the full range.
@@ -35,7 +35,8 @@ def synthesize_outliers(images: Tensor, generator: torch.Generator, kinds: Seque
     Raises:
         ArgumentError: no kind, an unknown one, no such images, or a generator on another device.
     """
-    x = as_float(images, generator)
+    require_images_and_generator(images, generator)
+    x = images.float() if images.is_floating_point() else images.float().mul_(1 / 255)
     names = tuple(OUTLIERS) if kinds is None else kinds
     require_names(names, "kinds", tuple(OUTLIERS))
     require(len(names) > 0, "kinds", lambda: f"at least one of {', '.join(OUTLIERS)}", "none")

@@ -160,6 +160,7 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     from anomem.scoring.decision import benjamini_hochberg, check_alpha, normals_needed
     from anomem.train.fitting import load_detector
     from anomem.train.rundir import RunDirectory
+    from anomem.validation import percent
 
     run, config = RunDirectory.open_fitted(command.run, device=command.device, root=command.root)
     detector = load_detector(command.run, device=command.device)
@@ -181,10 +182,8 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
         threshold = calibration.pixel_threshold("plain" if by == "plain" else "local", alpha)
     if first and threshold is not None:
         part = "at most" if calibration.held == "split" else "about"
-        print(
-            f"anomem: maps above {threshold:.6g} are anomalous pixels: {part} {alpha:.2%} of normal images have any",
-            file=sys.stderr,
-        )
+        share = f"{part} {percent(alpha)} of normal images have any"
+        print(f"anomem: maps above {threshold:.6g} are anomalous pixels: {share}", file=sys.stderr)
 
     def decide(p_values: list[float]) -> list[str]:
         assert command.fdr is not None

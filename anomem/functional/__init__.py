@@ -2,14 +2,15 @@
 
 Conventions. `N` queries, `M` prototypes, `d` features, `G` groups, `B` images. Kernels accumulate in float32 (float64
 for float64); outputs shaped like features have the input's dtype, losses and log-sums are float32 (float64). Under
-`torch.autocast` inputs are first cast to its dtype, as for a matrix product; `gather_positions` and `variance_hinge`
-compute in the dtype that they get.
+`torch.autocast` inputs are first cast to its dtype, as for a matrix product; `gather_positions`, `variance_hinge` and
+`augment` compute in the dtype that they get.
 
 `impl` is "auto" (a table of measured choices, printed by `python -m anomem.env`), "reference", "triton" or "native";
 naming one that cannot run here raises `anomem.errors.ArgumentError` with the reason. `part=True` makes the name a
 preference, for one call of a larger computation: an operator without such a kernel chooses by "auto".
 """
 
+from anomem.functional.augment import augment
 from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.distributed import (
@@ -25,12 +26,14 @@ from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import gather_positions, sample_positions, variance_hinge
 from anomem.functional.usage import memory_diagnostics
-from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest
+from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, ViewParameters
 
 __all__ = [
     "MemoryDiagnostics",
     "MemoryRead",
     "Nearest",
+    "ViewParameters",
+    "augment",
     "contrasted_memory_loss",
     "deviation",
     "deviation_map",

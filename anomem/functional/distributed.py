@@ -339,11 +339,16 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        if not torch.compiler.is_compiling():
+            # A functional collective wraps its result in a tensor that waits at its first use, which takes longer.
+            total = values.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=group)
+            return total
         from torch.distributed import _functional_collectives as functional
 
-        ctx.group = group
-        total = functional.all_reduce(values.contiguous(), "sum", group or dist.group.WORLD)
-        result: Tensor = functional.wait_tensor(total)
+        summed = functional.all_reduce(values.contiguous(), "sum", group or dist.group.WORLD)
+        result: Tensor = functional.wait_tensor(summed)
         return result
 
     @staticmethod

@@ -5,13 +5,17 @@ A forward returns the loss and what its backward wants beside it (`anomem.refere
     Triton   lse of each row; the row scaled by a power of two to a length in [1, 2), with zeros up to a multiple of
              16 bytes; and 1/norm, whose mantissa is that length's inverse
     native   total of each row, the sum whose logarithm is its lse or the log-sum of its negatives; and 1/norm, with
-             which the backward normalises the rows again
+             which the backward normalises the rows again; where they are kept the products u·u of the tiles, so that
+             the backward makes 3 of the products instead of 4 (InfoNCE: 4 instead of 6)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, autograd
 
 from anomem import reference
@@ -24,6 +28,16 @@ from anomem.ops.library import (
     unit_inner_stride,
     with_known_signature,
 )
+
+KEPT_BYTES = 16 << 20
+"""Most memory of the products that one call on a CPU keeps for its backward pass; it makes the others again.
+
+Products that leave the third-level cache are read back more slowly than they are made, and so are those of short rows
+(measured on AMD family 25).
+"""
+_LEAST_KEPT_ROWS = 126
+_LEAST_KEPT_FEATURES = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 128}
+_TILE = 128
 
 
 def _native_nt_xent_fake(
@@ -45,6 +59,46 @@ def _native_nt_xent_backward_fake(
     tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty(z, *z.shape), empty(z_pair, *z_pair.shape), empty_scalar(temperature, total)
+
+
+def _kept_nt_xent_fake(
+    z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups, batch, _ = z.shape
+    products = empty(z, kept, _nt_xent_kept(2 * batch, groups), dtype=accumulator(z))
+    return *_native_nt_xent_fake(z, z_pair, temperature, tau), products
+
+
+def _kept_nt_xent_backward_fake(
+    drows: Tensor,
+    z: Tensor,
+    z_pair: Tensor,
+    rows: Tensor,
+    total: Tensor,
+    inv_norm: Tensor,
+    products: Tensor,
+    temperature: Tensor | None,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _native_nt_xent_backward_fake(drows, z, z_pair, rows, total, inv_norm, temperature, tau)
+
+
+def _tile_rows(rows: int, groups: int) -> int:
+    return _TILE if rows >= 1024 or rows <= _TILE or groups >= 4 else _TILE // 2  # as in csrc/cpu/contrast.h
+
+
+def _nt_xent_kept(rows: int, groups: int) -> int:
+    """Elements of a group's kept products; as in csrc/cpu/contrast.h."""
+    tile = _tile_rows(rows, groups)
+    tiles = (rows + tile - 1) // tile
+    return tiles * (tiles + 1) // 2 * tile * (tile + 16)
+
+
+def _info_nce_kept(rows: int, columns: int, groups: int) -> int:
+    """Elements of a group's kept products; as in csrc/cpu/contrast.h."""
+    tile = _tile_rows(rows, groups)
+    tiles = ((rows + tile - 1) // tile) * ((columns + _TILE - 1) // _TILE)
+    return tiles * tile * (_TILE + 16)
 
 
 def _whole_vectors(features: int, rows: Tensor) -> int:
@@ -99,6 +153,37 @@ def _native_info_nce_backward_fake(
     return empty(rows, *rows.shape), empty(columns, *columns.shape), empty_scalar(temperature, total)
 
 
+def _kept_info_nce_fake(
+    rows: Tensor,
+    columns: Tensor,
+    positive: Tensor,
+    exclude: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    elements = _info_nce_kept(rows.shape[1], columns.shape[1], rows.shape[0])
+    products = empty(rows, kept, elements, dtype=accumulator(rows))
+    return *_native_info_nce_fake(rows, columns, positive, exclude, temperature, tau), products
+
+
+def _kept_info_nce_backward_fake(
+    dloss: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    loss: Tensor,
+    total: Tensor,
+    inv_norm_rows: Tensor,
+    inv_norm_columns: Tensor,
+    products: Tensor,
+    positive: Tensor,
+    exclude: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(rows, *rows.shape), empty(columns, *columns.shape), empty_scalar(temperature, total)
+
+
 def _triton_info_nce_fake(
     rows: Tensor, columns: Tensor, positive: Tensor, exclude: Tensor | None, temperature: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -139,6 +224,18 @@ define(
     _native_nt_xent_backward_fake,
 )
 define(
+    "native_nt_xent_kept_fwd",
+    "(Tensor z, Tensor z_pair, Tensor? temperature, float tau, int kept) -> "
+    "(Tensor rows, Tensor total, Tensor inv_norm, Tensor products)",
+    _kept_nt_xent_fake,
+)
+define(
+    "native_nt_xent_kept_bwd",
+    "(Tensor drows, Tensor z, Tensor z_pair, Tensor rows, Tensor total, Tensor inv_norm, Tensor products, "
+    "Tensor? temperature, float tau) -> (Tensor dz, Tensor dz_pair, Tensor dtemperature)",
+    _kept_nt_xent_backward_fake,
+)
+define(
     "triton_nt_xent_fwd",
     "(Tensor z, Tensor z_pair, Tensor? temperature, float tau) -> "
     "(Tensor rows, Tensor lse, Tensor unit, Tensor inv_norm)",
@@ -162,6 +259,19 @@ define(
     "Tensor inv_norm_columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
     "(Tensor drows, Tensor dcolumns, Tensor dtemperature)",
     _native_info_nce_backward_fake,
+)
+define(
+    "native_info_nce_kept_fwd",
+    "(Tensor rows, Tensor columns, Tensor positive, Tensor? exclude, Tensor? temperature, float tau, int kept) -> "
+    "(Tensor loss, Tensor total, Tensor inv_norm_rows, Tensor inv_norm_columns, Tensor products)",
+    _kept_info_nce_fake,
+)
+define(
+    "native_info_nce_kept_bwd",
+    "(Tensor dloss, Tensor rows, Tensor columns, Tensor loss, Tensor total, Tensor inv_norm_rows, "
+    "Tensor inv_norm_columns, Tensor products, Tensor positive, Tensor? exclude, Tensor? temperature, float tau) -> "
+    "(Tensor drows, Tensor dcolumns, Tensor dtemperature)",
+    _kept_info_nce_backward_fake,
 )
 define(
     "triton_info_nce_fwd",
@@ -191,7 +301,8 @@ def nt_xent(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, b
     Returns:
         [G, 2B] in the accumulation dtype.
     """
-    rows: Tensor = library.apply(_NTXent, z, z_pair, temperature, tau, backend)[0]
+    kept = _kept((z, z_pair, temperature), 2 * z.shape[1], _nt_xent_kept, backend)
+    rows: Tensor = library.apply(_NTXent, z, z_pair, temperature, tau, backend, kept)[0]
     return rows
 
 
@@ -218,19 +329,45 @@ def info_nce(
     Returns:
         [G, R] in the accumulation dtype.
     """
-    loss: Tensor = library.apply(_InfoNCE, rows, columns, positive, exclude, temperature, tau, backend)[0]
+    kept = _kept(
+        (rows, columns, temperature), rows.shape[1], partial(_info_nce_kept, columns=columns.shape[1]), backend
+    )
+    loss: Tensor = library.apply(_InfoNCE, rows, columns, positive, exclude, temperature, tau, backend, kept)[0]
     return loss
+
+
+def _kept(inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, elements: Callable[..., int], backend: str) -> int:
+    """Groups whose products are kept for the backward pass.
+
+    None without gradients, in small calls, where a product costs no more than its memory, and under a compiler, whose
+    graphs serve other sizes.
+    """
+    if torch.compiler.is_compiling() or backend != "native" or inputs[0].device.type != "cpu":
+        return 0
+    if rows < _LEAST_KEPT_ROWS or inputs[0].shape[2] < _LEAST_KEPT_FEATURES[inputs[0].dtype]:
+        return 0
+    if torch._C._are_functorch_transforms_active():  # vmap would give each element its part of the products
+        return 0
+    if not library.may_be_differentiated(inputs):
+        return 0
+    groups = inputs[0].shape[0]
+    group = elements(rows=rows, groups=groups) * accumulator(inputs[0]).itemsize
+    return min(groups, KEPT_BYTES // group)
 
 
 @with_known_signature
 class _NTXent(autograd.Function):
     @staticmethod
-    def forward(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str) -> tuple[Tensor, ...]:
+    def forward(
+        z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, backend: str, kept: int
+    ) -> tuple[Tensor, ...]:
+        if kept:
+            return tuple(library.call("nt_xent_kept_fwd", backend, z, z_pair, temperature, tau, kept))
         return tuple(library.call("nt_xent_fwd", backend, z, z_pair, temperature, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        z, z_pair, temperature, ctx.tau, ctx.backend = inputs
+        z, z_pair, temperature, ctx.tau, ctx.backend, ctx.kept = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, z_pair, temperature, *output)
@@ -238,7 +375,7 @@ class _NTXent(autograd.Function):
     @staticmethod
     def backward(ctx: Any, drows: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if drows is None:
-            return None, None, None, None, None
+            return (None,) * 6
         z, z_pair, *saved = ctx.saved_tensors
         z, z_pair = unit_inner_stride(z), unit_inner_stride(z_pair)
         temperature, *kept = library.contiguous(saved)
@@ -249,12 +386,19 @@ class _NTXent(autograd.Function):
 
             inputs = (z, z_pair, temperature)
             grads = library.differentiable_gradients(composite, inputs, ctx.needs_input_grad[:3], (drows,))
-            return (*grads, None, None)
+            return (*grads, None, None, None)
         views, features = ((z, z_pair), ()) if ctx.backend == "native" else ((), (z.shape[2],))
         dz, dz_pair, dtemperature = library.call(
-            "nt_xent_bwd", ctx.backend, drows.contiguous(), *views, *kept, temperature, ctx.tau, *features
+            "nt_xent_kept_bwd" if ctx.kept else "nt_xent_bwd",
+            ctx.backend,
+            drows.contiguous(),
+            *views,
+            *kept,
+            temperature,
+            ctx.tau,
+            *features,
         )
-        return dz, dz_pair, None if temperature is None else dtemperature, None, None
+        return dz, dz_pair, None if temperature is None else dtemperature, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -272,12 +416,16 @@ class _InfoNCE(autograd.Function):
         temperature: Tensor | None,
         tau: float,
         backend: str,
+        kept: int,
     ) -> tuple[Tensor, ...]:
+        if kept:
+            given = (rows, columns, positive, exclude, temperature, tau, kept)
+            return tuple(library.call("info_nce_kept_fwd", backend, *given))
         return tuple(library.call("info_nce_fwd", backend, rows, columns, positive, exclude, temperature, tau))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, columns, positive, exclude, temperature, ctx.tau, ctx.backend = inputs
+        rows, columns, positive, exclude, temperature, ctx.tau, ctx.backend, ctx.kept = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, columns, positive, exclude, temperature, *output)
@@ -285,7 +433,7 @@ class _InfoNCE(autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
-            return None, None, None, None, None, None, None
+            return (None,) * 8
         rows, columns, positive, exclude, temperature, *kept = library.contiguous(ctx.saved_tensors)
         if library.wants_graph():
 
@@ -297,10 +445,10 @@ class _InfoNCE(autograd.Function):
             drows, dcolumns, dtemperature = library.differentiable_gradients(
                 composite, (rows, columns, temperature), (needed[0], needed[1], needed[4]), (dloss,)
             )
-            return drows, dcolumns, None, None, dtemperature, None, None
+            return drows, dcolumns, None, None, dtemperature, None, None, None
         matrices, features = ((rows, columns), ()) if ctx.backend == "native" else ((), (rows.shape[2],))
         drows, dcolumns, dtemperature = library.call(
-            "info_nce_bwd",
+            "info_nce_kept_bwd" if ctx.kept else "info_nce_bwd",
             ctx.backend,
             dloss.contiguous(),
             *matrices,
@@ -311,7 +459,7 @@ class _InfoNCE(autograd.Function):
             ctx.tau,
             *features,
         )
-        return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None
+        return drows, dcolumns, None, None, None if temperature is None else dtemperature, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

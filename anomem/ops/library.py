@@ -122,7 +122,7 @@ def call(name: str, backend: str, *args: Any) -> Any:
     The dispatcher's way from C++ to Python and back takes 6 to 15 µs a call.
     """
     if backend == "triton" and _nothing_looks_on(args):
-        return _kernels().implementation(f"anomem::triton_{name}")(*args)
+        return _kernels().run(f"anomem::triton_{name}", *args)
     return operator(name, backend)(*args)
 
 

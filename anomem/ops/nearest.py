@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomem.ops.library import accumulator, define, empty, operator
+from anomem.ops import library
+from anomem.ops.library import accumulator, define, empty
 
 MOST = 32
 """Nearest prototypes of one call, and prototypes of one read with `top_k`."""
@@ -41,7 +42,7 @@ def nearest(x: Tensor, prototypes: Tensor, k: int, backend: str) -> tuple[Tensor
     Returns:
         Squared distances [L, N, k] in the accumulation dtype and indices [L, N, k] int64.
     """
-    result: tuple[Tensor, Tensor] = operator("nearest", backend)(x, prototypes, k)
+    result: tuple[Tensor, Tensor] = library.call("nearest", backend, x, prototypes, k)
     return result
 
 
@@ -57,5 +58,5 @@ def k_center(x: Tensor, count: int, first: int, backend: str) -> Tensor:
     Returns:
         [count] int64.
     """
-    result: Tensor = operator("k_center", backend)(x, count, first)
+    result: Tensor = library.call("k_center", backend, x, count, first)
     return result

@@ -17,7 +17,6 @@ from anomem.ops.library import (
     accumulator,
     define,
     empty,
-    operator,
     with_known_signature,
 )
 
@@ -123,7 +122,9 @@ class _Read(torch.autograd.Function):
         deviation: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        return tuple(operator("read", backend)(query, keys, beta, scale, bias, normalize, top_k, nearest, deviation))
+        return tuple(
+            library.call("read", backend, query, keys, beta, scale, bias, normalize, top_k, nearest, deviation)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,6 +8,7 @@ Symbols follow the papers. `N` queries, `M` prototypes, `d` features, `G` groups
 each), `B` images, `S` scales.
 """
 
+from anomem.reference.augment import Padding, ViewParameters, augment, blur_radius, normal_numbers
 from anomem.reference.contrast import (
     Negatives,
     Weighting,
@@ -43,8 +44,12 @@ __all__ = [
     "Nearest",
     "Negatives",
     "Normalize",
+    "Padding",
     "Retrieval",
+    "ViewParameters",
     "Weighting",
+    "augment",
+    "blur_radius",
     "contrast_rows",
     "contrasted_memory_loss",
     "deviation",
@@ -59,6 +64,7 @@ __all__ = [
     "margin_loss",
     "memory_diagnostics",
     "nearest",
+    "normal_numbers",
     "normalize_rows",
     "nt_xent_rows",
     "read_memory",

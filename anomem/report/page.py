@@ -30,6 +30,7 @@ from anomem.train.config import read_json, to_dict
 from anomem.train.fitting import load_fitted_run
 from anomem.train.run import load_run
 from anomem.train.rundir import RunDirectory
+from anomem.validation import percent
 
 MOST_IMAGES = 240
 """In the gallery."""
@@ -270,7 +271,7 @@ def tiles(found: Found, labels: Tensor, both: bool) -> list[dict[str, str]]:
             if verdict[of]:
                 note = f"{verdict[count]} of {verdict[of]}"
                 if count == "false_alarms":
-                    note += f"; promised {verdict['alpha']:.1%}"
+                    note += f"; promised {percent(verdict['alpha'])}"
                 shown.append({"value": f"{verdict[count] / verdict[of]:.1%}", "name": name, "note": note})
     shown.append({"value": str(int((~labels).sum())), "name": "normal test images", "note": ""})
     kinds = len({kind for kind, anomalous in zip(found.task.test_kinds, labels.tolist(), strict=True) if anomalous})

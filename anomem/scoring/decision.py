@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anomem.errors import ArgumentError
-from anomem.validation import require, require_choice
+from anomem.validation import percent, require, require_choice
 
 Held = Literal["split", "cross"]
 HELD_PART = 0.3
@@ -196,12 +196,12 @@ class Calibration:
         normals = f"{self.count} calibration normal{'s' if self.count > 1 else ''}"
         if self.count < normals_needed(alpha):
             return (
-                f"{normals} cannot promise a false-alarm rate of {alpha:.2%}: that takes {normals_needed(alpha)}; "
-                f"the least they allow is {self.least_alpha:.2%}"
+                f"{normals} cannot promise a false-alarm rate of {percent(alpha)}: that takes {normals_needed(alpha)}; "
+                f"the least they allow is {percent(self.least_alpha)}"
             )
         if self.held == "cross":
-            return f"about {alpha:.2%} of normal images called anomalous ({normals}, cross-fitted: no proof)"
-        return f"at most {alpha:.2%} of normal images called anomalous ({normals}, held out of the fit)"
+            return f"about {percent(alpha)} of normal images called anomalous ({normals}, cross-fitted: no proof)"
+        return f"at most {percent(alpha)} of normal images called anomalous ({normals}, held out of the fit)"
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores: "scores.NAME" and "maxima.NAME" -> [n] float64."""

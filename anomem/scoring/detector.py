@@ -260,7 +260,7 @@ class Gaussians(nn.Module):
 
     Attributes:
         mean: [P, d] buffer.
-        whitening: [P, d, d] buffer, W with W Σ Wᵀ = 1.
+        whitening: [P, d, d] buffer, W with W Σ Wᵀ = 1, lower triangular.
     """
 
     mean: Tensor
@@ -269,7 +269,8 @@ class Gaussians(nn.Module):
     def __init__(self, positions: int, features: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(positions, features))
-        self.register_buffer("whitening", torch.eye(features).repeat(positions, 1, 1))
+        # Its columns are adjacent in memory: products with Wᵀ are faster so.
+        self.register_buffer("whitening", torch.eye(features).repeat(positions, 1, 1).mT)
 
     def fit(self, sums: MomentSums) -> None:
         """Take mean and covariance from sums; a direction without variance gets the smallest one in float32.
@@ -301,6 +302,14 @@ class Gaussians(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mahalanobis distance of each row from its Gaussian."""
         centred = (x.float() - self.mean).transpose(0, 1)  # [P', B, d]
-        whitened = centred @ self.whitening.mT  # one Gaussian broadcasts over P'
-        length: Tensor = torch.linalg.vector_norm(whitened, dim=-1).T
+        # W is lower triangular: a quarter of the product is saved.
+        half = x.shape[2] // 32 * 16
+        parts = [
+            torch.linalg.vector_norm(columns @ rows.mT, dim=-1)  # one Gaussian broadcasts over P'
+            for columns, rows in (
+                (centred[..., :half], self.whitening[:, :half, :half]),
+                (centred, self.whitening[:, half:]),
+            )
+        ]
+        length: Tensor = torch.hypot(*parts).T
         return length

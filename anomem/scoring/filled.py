@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -317,10 +318,10 @@ class FilledScorer(nn.Module):
         assert isinstance(whole, Tensor)
         return FilledScores(
             self.joined({"plain": plain, "local": local, "whole": whole}),
-            {
-                "plain": self._map(cosines, self.plain_map_spread, size),
-                "local": self._map(distances, self.map_spread, size),
-            },
+            self._maps(
+                {"plain": (cosines, self.plain_map_spread), "local": (distances, self.map_spread)},
+                size,
+            ),
             pooled_deviations(deviations) if pooled else None,
         )
 
@@ -335,7 +336,7 @@ class FilledScorer(nn.Module):
         for query, memory in zip(queries, self.model.memories, strict=True):
             cosine, deviation = _read(query, memory, self.top_k)
             cosines.append(cosine)
-            deviations.append(deviation * _divisor(query.float(), memory.normalize))
+            deviations.append(deviation.mul_(_divisor(query.float(), memory.normalize)))
         return cosines, deviations
 
     def _plain(self, cosines: Sequence[Tensor]) -> Tensor:
@@ -352,20 +353,55 @@ class FilledScorer(nn.Module):
         """S tensors [B]."""
         return [g(d.mean(dim=1, keepdim=True))[:, 0] for g, d in zip(self.whole, deviations, strict=True)]
 
-    def _map(self, distances: Sequence[Tensor], spread: Tensor, size: tuple[int, int]) -> Tensor:
-        """Scales divided by their spread, brought to the image's size and added: [B, H, W]."""
-        result = torch.zeros(distances[0].shape[0], *size, device=distances[0].device)  # len() would fix B in an export
-        for d, (height, width), by in zip(distances, self.model.encoder.sizes, spread, strict=True):
-            # Two products: torch's upsampling is several times slower.
-            rows, columns = (_bilinear(*sides, d) for sides in zip(size, (height, width), strict=True))
-            result.baddbmm_(rows.expand(d.shape[0], -1, -1), (d / by).unflatten(1, (height, width)) @ columns.T)
-        return result
+    def _maps(self, found: Mapping[str, tuple[Sequence[Tensor], Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Scales divided by their spread, brought to the image's size and added.
+
+        Args:
+            found: by name, S tensors [B, P_s] and the spreads [S].
+            size: (H, W).
+
+        Returns:
+            By name, [B, H, W].
+        """
+        # torch's upsampling is several times slower. Scales of one size are added first.
+        small: dict[tuple[int, int], Tensor] = {}
+        for s, shape in enumerate(self.model.encoder.sizes):
+            scale = torch.stack([distances[s] / spread[s] for distances, spread in found.values()])  # [maps, B, P_s]
+            small[shape] = small[shape] + scale if shape in small else scale
+        wide = torch.cat(
+            [x.unflatten(2, shape) @ _bilinear(size[1], shape[1], x).T for shape, x in small.items()], dim=2
+        )  # [maps, B, Σ H_s, W]
+        heights = [height for height, _ in small]
+        step = _straight_step(size[0], heights)
+        rows = torch.cat([_bilinear(size[0], height, wide, step) for height in heights], dim=1)  # [rows, Σ H_s]
+        knots = rows @ wide
+        if step == 1:
+            return dict(zip(found, knots, strict=True))
+        part = (torch.arange(step, device=wide.device, dtype=wide.dtype)[:, None] + 0.5) / step
+        between = torch.lerp(knots[:, :, :-1, None], knots[:, :, 1:, None], part)  # [maps, B, H / step, step, W]
+        return dict(zip(found, between.flatten(2, 3), strict=True))
 
 
-def _bilinear(large: int, small: int, like: Tensor) -> Tensor:
-    """The matrix [large, small] of linear interpolation along one axis (align_corners=False)."""
-    each = torch.eye(small, dtype=like.dtype, device=like.device)[None]
-    return nn.functional.interpolate(each, size=large, mode="linear", align_corners=False)[0].T
+def _straight_step(large: int, small: Sequence[int]) -> int:
+    """Linear interpolation from each of the small sizes is straight between multiples of so many rows; 1 where it is
+    not."""
+    if any(large % size or large // size % 2 for size in small):
+        return 1
+    return math.gcd(*(large // size // 2 for size in small))
+
+
+def _bilinear(large: int, small: int, like: Tensor, step: int = 1) -> Tensor:
+    """The matrix of linear interpolation along one axis (align_corners=False).
+
+    Args:
+        large: rows to interpolate.
+        small: rows there are.
+        like: gives dtype and device.
+        step: 1 gives the `large` rows [large, small]; else the edges of every so many rows, [large / step + 1, small].
+    """
+    rows = torch.arange(large, device=like.device) + 0.5 if step == 1 else torch.arange(0, large + 1, step)
+    at = (rows.to(like) * (small / large) - 0.5).clamp(0, small - 1)
+    return (1 - (at[:, None] - torch.arange(small, device=like.device)).abs()).clamp_min(0)
 
 
 def _divisor(query: Tensor, normalize: Normalize) -> Tensor:

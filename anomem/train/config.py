@@ -193,6 +193,7 @@ class RunConfig:
     """CPU threads; torch's own choice when None."""
     precision: Precision = "auto"
     """bf16 runs forward passes under bfloat16 autocast, weights stay float32.
+    On a CPU the contrast stays float32 too.
     auto takes it where the processor or GPU multiplies bfloat16 natively."""
     memory_format: MemoryFormat = "auto"
     """Layout of images and maps; auto is channels_last."""

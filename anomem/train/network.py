@@ -195,8 +195,11 @@ class JointBatchNorm(nn.Module):
 @torch.no_grad()
 def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of each channel over all processes [C], and the number of values."""
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    variance, mean = torch.var_mean(x.float(), axes, correction=0)
+    # By batch norm's own passes: var_mean would copy a map to float32 and stride through it. The statistics have the
+    # dtype of the running ones, which are dropped here.
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dropped = (torch.zeros(x.shape[1], dtype=dtype) for _ in range(2))
+    mean, variance = torch.ops.aten.batch_norm_update_stats(x, *dropped, 0.0)
     count = x.numel() / x.shape[1]
     mine = torch.cat([mean, variance, mean.new_tensor([count])])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -231,9 +234,10 @@ class _Normalise(torch.autograd.Function):
         inverse = (variance + ctx.eps).rsqrt()
         slope = weight * inverse.square() * along
         offset = weight * inverse * constant - slope * mean
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        correction = torch.addcmul(offset.view(shape), x, slope.view(shape))
-        return direct - correction.to(direct.dtype), d_weight, d_bias, None, None, None, None
+        # slope · x + offset in one pass.
+        one = torch.ones_like(mean)
+        correction = F.batch_norm(x, torch.zeros_like(mean), one, slope, offset, False, 0.0, 0.0)
+        return direct.sub_(correction), d_weight, d_bias, None, None, None, None
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Views:
     """
 
     def __init__(self, config: TrainConfig, is_normal: Tensor | None, draws: Draws) -> None:
-        self.augmentation = Augmentation(config.augment)
+        self.augmentation = Augmentation(config.augment, config.model.impl)
         self.is_normal, self.draws = is_normal, draws
         self.layout = layout_of(config.run)
 
@@ -46,15 +46,15 @@ class Views:
             Views [count · R, C, H, W] float in [0, 1], and is_normal [R] bool (None when all are normal); synthetic
             outliers come last.
         """
-        x = batch.at(rows.images).float().mul_(1 / 255)
+        x = batch.at(rows.images)
         normal = None if self.is_normal is None else self.is_normal[batch.indices_at(rows.images)]
         if rows.synthetic:
             if normal is None:
                 normal = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            x = torch.cat([x, *self._outliers(batch, rows)])
+            x = torch.cat([x.float().mul_(1 / 255), *self._outliers(batch, rows)])
             normal = torch.cat([normal, normal.new_zeros(len(rows.outliers))])
-        views = torch.cat([self.augmentation.apply(x, *self._drawn(rows, x, v)) for v in range(count)])
-        return views.contiguous(memory_format=self.layout), normal
+        views = self.augmentation.apply(x, *self._drawn(rows, count), self.layout)
+        return views, normal
 
     def _outliers(self, batch: Batch, rows: Rows) -> list[Tensor]:
         """The rows' synthetic outliers, of whole blocks."""
@@ -67,19 +67,16 @@ class Views:
             found.append(outliers[start - block.start : stop - block.start])
         return found
 
-    def _drawn(self, rows: Rows, x: Tensor, view: int) -> tuple[Tensor, Tensor | None]:
-        """The augmentation's random numbers for a view of the rows."""
-        uniforms, normals = [], []
-        for piece in rows.pieces:
-            for number, inside in blocks(piece):
-                generator = self.draws(AUGMENT, view, number)
-                uniform, normal = self.augmentation.draw((BLOCK, *x.shape[1:]), generator)
-                uniforms.append(uniform[:, inside.start : inside.stop])
-                if normal is not None:
-                    normals.append(normal[inside.start : inside.stop])
-        if len(uniforms) == 1:  # a batch of one block needs no copy
-            return uniforms[0], normals[0] if normals else None
-        return torch.cat(uniforms, dim=1), torch.cat(normals) if normals else None
+    def _drawn(self, rows: Rows, count: int) -> tuple[Tensor, Tensor]:
+        """The augmentation's random numbers for so many views of the rows."""
+        uniforms, keys = [], []
+        for view in range(count):
+            for piece in rows.pieces:
+                for number, inside in blocks(piece):
+                    uniform, key = self.augmentation.draw(BLOCK, self.draws(AUGMENT, view, number))
+                    uniforms.append(uniform[:, inside.start : inside.stop])
+                    keys.append(key[inside.start : inside.stop])
+        return torch.cat(uniforms, dim=1), torch.cat(keys)
 
 
 def scale_criterion(config: LossConfig, impl: Impl, ranks: Ranks = ONE) -> ContrastedMemoryLoss:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from anomem.data import Task
 from anomem.evaluate.baselines import baselines, patch_pca_maps
+from anomem.evaluate.fitted import report
 from anomem.evaluate.metrics import pixel_auroc
 from anomem.evaluate.report import Metrics, control, evaluate_scorer, fill_from_features, image_metrics
-from anomem.scoring import fit_scorer
-from anomem.train import TrainConfig, preset
+from anomem.scoring import fit_detector, fit_scorer
+from anomem.train import FitConfig, TrainConfig, preset
 from anomem.train.config import MemoryFormat, Precision
+from anomem.train.fitting import SIZE, model_to_fit, resolved
 from anomem.train.run import model_for, train_task
 
 SYNTHETIC = 1.0
@@ -21,6 +23,7 @@ EXPOSED = 0.1
 
 DIGITS = ("3", "8", "9")
 OTHER_DIGITS = ("0", "1", "2", "4", "5", "6", "7")
+PRECISIONS = ("one-class, float32", "one-class, bf16")
 TEXTURES = ("brick", "grass", "gravel")
 
 Configured = Callable[[TrainConfig], TrainConfig]
@@ -54,6 +57,22 @@ def one_prototype(config: TrainConfig, task: Task) -> Metrics:
     return evaluate_scorer(control("one_prototype", config, task), task, config.augment)
 
 
+def fitted(config: TrainConfig, task: Task) -> Metrics:
+    """Nothing is trained: what `anomem fit` makes of the same normals, by the frozen encoder."""
+    settings = resolved(FitConfig(data=config.data, run=config.run), quiet=True)
+    detector, _ = fit_detector(
+        model_to_fit(settings, task),
+        task.train,
+        task.train_is_normal,
+        aligned=task.aligned,
+        config=settings.fill,
+        alpha=settings.alpha,
+        seed=config.run.seed,
+    )
+    found: Metrics = report(detector, task, settings, with_baselines=False)["scores"]
+    return found
+
+
 def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
     """Shallow baselines on raw pixels, and the residual of a patch PCA if there are masks."""
     metrics = image_metrics(baselines(task, config.run.seed), task.test_is_anomaly)
@@ -65,6 +84,11 @@ def raw_pixels(config: TrainConfig, task: Task) -> Metrics:
 def as_it_is(config: TrainConfig) -> TrainConfig:
     """The preset, without outliers."""
     return config
+
+
+def at_fitted_size(config: TrainConfig) -> TrainConfig:
+    """The size that `anomem fit` takes for a folder."""
+    return replace(config, data=replace(config.data, image_size=SIZE))
 
 
 def with_synthetic(config: TrainConfig) -> TrainConfig:
@@ -94,6 +118,7 @@ SETTINGS: dict[str, tuple[Configured, Measured]] = {
     "untrained": (as_it_is, untrained),
     "one prototype": (as_it_is, one_prototype),
     "raw pixels": (as_it_is, raw_pixels),
+    "fit": (at_fitted_size, fitted),
     "synthetic outliers": (with_synthetic, trained),
     "outlier exposure": (with_exposure, trained),
 }
@@ -129,10 +154,14 @@ def jobs() -> Iterator[Job]:
         for setting in SETTINGS:
             for normal in DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
-        for setting in ("one-class", "one-class, float32", "one-class, bf16", "untrained", "raw pixels"):
+        for setting in ("one-class", *PRECISIONS, "untrained", "raw pixels"):
             for normal in OTHER_DIGITS:
                 yield Job("digits", normal, "classes", seed, setting)
         for anomalies in ("photographs", "scratch"):
-            for setting in ("one-class", "one-class, refilled", "untrained", "one prototype", "raw pixels"):
+            for setting in ("one-class", "one-class, refilled", "untrained", "one prototype", "raw pixels", "fit"):
                 for normal in TEXTURES:
                     yield Job("textures", normal, anomalies, seed, setting)
+    # One seed more for the comparison of precisions.
+    for normal in (*DIGITS, *OTHER_DIGITS):
+        for setting in PRECISIONS:
+            yield Job("digits", normal, "classes", 2, setting)

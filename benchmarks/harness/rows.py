@@ -144,6 +144,8 @@ class Step:
     """As in `Row`."""
     cpu_seconds_per_step: float | None = None
     """Processor time of all threads; None where other processes worked too."""
+    product_seconds: float | None = None
+    """Of the products in the encoder's two passes at the rate of a large product in the pipeline's precision."""
 
     @property
     def key(self) -> str:

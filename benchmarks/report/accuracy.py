@@ -48,7 +48,7 @@ GOALS = (
 """Group, setting, score and the mean to reach."""
 # Scores that a reader compares; every variant of the plain deviation is in the rows.
 SCORES = (
-    "plain", "prior", "energy", "detector", "detector/features", "stage2",
+    "plain", "prior", "energy", "detector", "detector/features", "stage2", "local", "whole", "both", "either",
     "kNN-3", "one-class SVM", "LOF", "isolation forest", "patch PCA",
 )  # fmt: skip
 # Score -> colour and marker of the picture, and the groups that it shows.

@@ -120,9 +120,9 @@ def host_section(results: Path) -> str:
         "| operator and size | implementation | kernels | µs a call, p20 to p80 | against eager |",
         "|---|---|--:|--:|--:|",
     ]
-    eager = {row.operator: row.milliseconds for row in measured if row.implementation == "eager"}
+    eager = {label(row): row.milliseconds for row in measured if row.implementation == "eager"}
     for row in measured:
-        times, other = row.milliseconds, eager[row.operator]
+        times, other = row.milliseconds, eager[label(row)]
         assert times is not None
         assert other is not None
         name = row.implementation if row.revision == rows.WORK else f"{row.implementation} at {row.revision}"

@@ -311,8 +311,9 @@ def execution(device: str) -> Callable[[Path], str]:
         measured = [row for row in rows.read(results / f"{device}-execution.jsonl", Step) if row.cpu_seconds_per_step]
         if not measured:
             return NOT_MEASURED[device]
-        lines = ["| processor time of a step, ms | " + " | ".join(f"{name}" for name in EXECUTIONS.values()) + " |"]
-        lines.append("|---|" + "--:|" * len(EXECUTIONS))
+        columns = [*EXECUTIONS.values(), "anomem's products at the ceiling"]
+        lines = [f"| processor time of a step, ms | {' | '.join(columns)} |"]
+        lines.append("|---|" + "--:|" * len(columns))
         for title in dict.fromkeys(row.title for row in measured):
             found = {row.pipeline.split(" ")[0]: row for row in measured if row.title == title}
             ours = found["anomem"].cpu_seconds_per_step or 0.0
@@ -321,6 +322,8 @@ def execution(device: str) -> Callable[[Path], str]:
                 seconds = found[name].cpu_seconds_per_step or 0.0 if name in found else None
                 ratio = "" if name == "anomem" or seconds is None else f" ({seconds / ours:.2f}×)"
                 cells.append("–" if seconds is None else f"{number(1e3 * seconds)}{ratio}")
+            products = found["anomem"].product_seconds
+            cells.append("–" if products is None else f"{number(1e3 * products)} ({products / ours:.0%})")
             executed = found["anomem"].config
             how = f"{executed['precision']}, {executed['memory_format']}"
             lines.append(f"| {title.removeprefix('Stage 1, ')}; anomem: {how} | {' | '.join(cells)} |")
@@ -344,6 +347,23 @@ def batches(results: Path) -> str:
         lines.append(f"| {row.pipeline} | {size(row.peak_bytes)} | {number(1e3 * seconds)} ms |")
     head = f"{measured[0].title}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
     return "\n".join([head, "", *lines])
+
+
+def processes(results: Path) -> str:
+    """Throughput of several gloo processes against one process of as many threads."""
+    measured = rows.read(results / "cpu-processes.jsonl", Step)
+    if not measured:
+        return NOT_MEASURED["cpu"]
+    lines = ["| images/s | processes of one thread | one process of as many threads | ratio |", "|---|--:|--:|--:|"]
+    for title in dict.fromkeys(row.title for row in measured):
+        many, one = (row.images_per_second for row in measured if row.title == title)
+        count = next(row.config["processes"] for row in measured if row.title == title)
+        lines.append(
+            f"| {title.removeprefix('Stage 1, ')}; {count} processes | {many:.0f} | {one:.0f} | {times(many / one)} |"
+        )
+    others = max(row.others or 0.0 for row in measured)
+    head = f"{machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+    return "\n".join([f"{head} Other processes used at most {others:.2f} cores.", "", *lines])
 
 
 def picture(title: str, name: str) -> str:
@@ -434,3 +454,4 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     )
 }
 SECTIONS["cpu-batches"] = batches
+SECTIONS["cpu-processes"] = processes

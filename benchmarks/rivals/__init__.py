@@ -6,7 +6,7 @@ A missing package, or a device without a kernel, raises `Unavailable` with the r
 from __future__ import annotations
 
 from benchmarks.harness.case import Implementation
-from benchmarks.rivals import attention, contrast, ours, plain
+from benchmarks.rivals import attention, augment, contrast, ours, plain
 
 _ALL: tuple[Implementation, ...] = (
     *ours.IMPLEMENTATIONS,
@@ -14,6 +14,7 @@ _ALL: tuple[Implementation, ...] = (
     *attention.IMPLEMENTATIONS,
     *plain.IMPLEMENTATIONS,
     *contrast.IMPLEMENTATIONS,
+    *augment.IMPLEMENTATIONS,
 )
 
 

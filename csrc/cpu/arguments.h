@@ -11,6 +11,7 @@
 #include <new>
 #include <type_traits>
 
+#include "cpu/augment.h"
 #include "cpu/contrast.h"
 #include "cpu/deviation_map.h"
 #include "cpu/isa.h"

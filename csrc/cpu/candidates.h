@@ -8,18 +8,29 @@
 // k-th largest rough score cannot be among the k largest. The others, k and a few, are computed again from the rows
 // themselves. Elsewhere the product is of the rows themselves and the bound that of its rounding.
 //
+// Whole numbers of 8 bits (quads.h) come first, with the same bound: their product is twice as fast. Where they leave so
+// many candidates that computing those takes longer than was saved, the search goes on in pairs of bfloat16.
+//
 // The k-th largest is bounded from below by the largest scores of kGroups disjoint groups of columns: the k-th largest
 // of those. No matrix of all scores is kept: a tile of kCandidateRows × kCandidateColumns passes through the cache.
 #pragma once
 
-#include "cpu/factors.h"
-#include "cpu/nearest.h"
+#include <mutex>
+#include <optional>
+#include <tuple>
+
 #include "cpu/panels.h"
 #include "cpu/product.h"
+#include "cpu/quads.h"
+#include "cpu/selection.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-constexpr int64_t kCandidateRows = 42, kCandidateColumns = 1024, kGroups = 2 * kMostCandidates;
+constexpr int64_t kCandidateRows = 42, kCandidateColumns = 1024;
+
+// Room for the columns that `collect` finds.
+template <class T>
+constexpr int64_t kMostFound = kCandidateColumns + kLanes<T>;
 
 // What the product of candidates multiplies.
 #if ANOMEM_BFLOAT16_PAIRS
@@ -33,11 +44,6 @@ using Rough = T;
 // Of a product's sums of float32 (float64) factors, in units of |x| |m|.
 template <class T>
 constexpr T kSlack = sizeof(T) == 4 ? T{3e-5} : T{6e-14};
-
-template <class T>
-inline T larger_or_nan(T a, T b) {
-  return a != a || b <= a ? a : b;
-}
 
 // |x − x'|.
 template <class T>
@@ -57,41 +63,15 @@ inline T rounding_length(const T* x, int64_t d) {
   }
 }
 
-// Σ (a − b)², in two running sums.
-template <class T>
-inline T squared_distance(const T* a, const T* b, int64_t d) {
-  vec<T> even{}, odd{};
-  int64_t p = 0;
-  for (; p + 2 * kLanes<T> <= d; p += 2 * kLanes<T>) {
-    const vec<T> first = load(a + p) - load(b + p), second = load(a + p + kLanes<T>) - load(b + p + kLanes<T>);
-    even = multiply_add(first, first, even);
-    odd = multiply_add(second, second, odd);
-  }
-  for (; p < d; p += kLanes<T>) {
-    const int64_t count = d - p < kLanes<T> ? d - p : kLanes<T>;
-    const vec<T> difference = load_some(a + p, count) - load_some(b + p, count);
-    even = multiply_add(difference, difference, even);
-  }
-  return sum_lanes<T>(even + odd);
-}
-
-// Lanes of x that are at least the bound, as bits.
-template <class T>
-ANOMEM_INLINE uint32_t lanes_at_least(vec<T> x, vec<T> bound) {
-#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(__m512(x), __m512(bound), _CMP_GE_OQ);
-  else return _mm512_cmp_pd_mask(__m512d(x), __m512d(bound), _CMP_GE_OQ);
-#elif ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(reinterpret_cast<__m256>(x >= bound));
-  else return _mm256_movemask_pd(reinterpret_cast<__m256d>(x >= bound));
+#if ANOMEM_BFLOAT16_PAIRS
+constexpr bool kQuads = true;
 #else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint32_t>(x[i] >= bound[i]) << i;
-  return bits;
+constexpr bool kQuads = false;
+struct QuadPanels {};
+struct QuadRows {};
 #endif
-}
 
-// The prototypes of a bank: normalised rows, the packed factor of their rough product, and the lengths of its bound.
+// The prototypes of a bank: normalised rows, the packed factors of their rough products, and the lengths of the bounds.
 template <class S>
 class CandidatePanels {
  public:
@@ -99,48 +79,73 @@ class CandidatePanels {
   using R = Rough<T>;
 
   CandidatePanels(const S* prototypes, int64_t stride, int64_t count, int64_t d, Normalize how)
-      : count_(count), d_(d), rows_(count * d), packed_(packed_size<T>(factors<R>(d), count)) {
-    FactorRows<R> rough(count, d);
+      : count_(count), d_(d), rows_(count * d) {
     for (int64_t j = 0; j < count; ++j) {
       T* row = rows_.data() + j * d;
       normalize_row(prototypes + j * stride, d, how, row);
-      rough.set(j, row, T{1});
-      const T length = std::sqrt(dot_product(row, row, d)), lost = rounding_length(row, d);
-      longest_ = larger_or_nan(longest_, length);
-      most_lost_ = larger_or_nan(most_lost_, lost);
+      longest_ = larger_or_nan(longest_, std::sqrt(dot_product(row, row, d)));
     }
-    rough.pack_columns(count, packed_.data());
+#if ANOMEM_BFLOAT16_PAIRS
+    quads_.emplace(rows_.data(), count, d);
+#endif
   }
 
   int64_t count() const { return count_; }
   int64_t features() const { return d_; }
   const T* operator[](int64_t j) const { return rows_.data() + j * d_; }
   T longest() const { return longest_; }
-  // Of the panels from a column on, a multiple of a panel's width.
-  const factor_t<R>* from(int64_t column) const { return packed_.data() + column * factors<R>(d_); }
+  const QuadPanels& quads() const { return *quads_; }
 
-  // Bound of |x·m − rough product| for a row x of this length that lost so much.
+  // The factor R of the rough product, packed at its first use by any thread.
+  struct Packed {
+    Packed(const T* rows, int64_t count, int64_t d) : d(d), data(packed_size<T>(factors<R>(d), count)) {
+      FactorRows<R> rough(count, d);
+      for (int64_t j = 0; j < count; ++j) {
+        const T* row = rows + j * d;
+        rough.set(j, row, T{1});
+        most_lost = larger_or_nan(most_lost, rounding_length(row, d));
+      }
+      rough.pack_columns(count, data.data());
+    }
+
+    // Of the panels from a column on, a multiple of a panel's width.
+    const factor_t<R>* from(int64_t column) const { return data.data() + column * factors<R>(d); }
+
+    int64_t d;
+    Buffer<factor_t<R>> data;
+    T most_lost = 0;
+  };
+  const Packed& packed() const {
+    std::call_once(packing_, [&] { packed_.emplace(rows_.data(), count_, d_); });
+    return *packed_;
+  }
+
+  // Bound of |x·m − its product of R| for a row x of this length that lost so much.
   T bound(T length, T lost) const {
-    return lost * longest_ + (length + lost) * most_lost_ + kSlack<T> * length * longest_;
+    return lost * longest_ + (length + lost) * packed().most_lost + kSlack<T> * length * longest_;
   }
 
  private:
   int64_t count_, d_;
   Buffer<T> rows_;
-  Buffer<factor_t<R>> packed_;
-  T longest_ = 0, most_lost_ = 0;
+  T longest_ = 0;
+  std::optional<QuadPanels> quads_;
+  mutable std::once_flag packing_;
+  mutable std::optional<Packed> packed_;
 };
 
-// Offsets of all columns, −inf behind the last.
+// What is added to scale · x·m in the score of each column, −inf behind the last.
 template <class T>
 class Offsets {
  public:
-  explicit Offsets(int64_t count) : data_(round_up(count, kGroups)) {
-    for (int64_t j = count; j < round_up(count, kGroups); ++j) data_[j] = -T{INFINITY};
+  template <class S>
+  Offsets(const CandidatePanels<S>& panels, T scale)
+      : scale_(scale), exact_(padded(panels)), rough_(kQuads ? padded(panels) : 0), shift_(nullptr) {
+#if ANOMEM_BFLOAT16_PAIRS
+    shift_ = panels.quads().shift();
+#endif
+    for (int64_t j = panels.count(); j < padded(panels); ++j) set(j, -T{INFINITY});
   }
-  T* data() { return data_.data(); }
-  const T* data() const { return data_.data(); }
-  T operator[](int64_t j) const { return data_[j]; }
 
   // −|m|²/2: the largest x·m − |m|²/2 is the nearest.
   template <class S>
@@ -149,139 +154,28 @@ class Offsets {
   }
 
   void set(int64_t j, T offset) {
-    data_[j] = offset;
+    exact_[j] = offset;
+    if constexpr (kQuads) rough_[j] = offset == -T{INFINITY} ? offset : offset + scale_ * shift_[j];
     if (offset != -T{INFINITY}) largest_ = larger_or_nan(largest_, std::abs(offset));
   }
 
+  T scale() const { return scale_; }
+  T operator[](int64_t j) const { return exact_[j]; }
+  // Beside the products of quads, or others.
+  const T* data(bool quads) const { return quads ? rough_.data() : exact_.data(); }
   T largest() const { return largest_; }  // absolute, of all but −inf
 
  private:
-  Buffer<T> data_;
+  template <class S>
+  static int64_t padded(const CandidatePanels<S>& panels) {
+    return round_up(panels.count(), kGroups);
+  }
+
+  T scale_;
+  Buffer<T> exact_, rough_;
+  const T* shift_;
   T largest_ = 0;
 };
-
-// A number that k of the largest scores of groups reach, close to the k-th largest of them. `top` are the groups'
-// vectors.
-template <class T>
-inline T kth_largest(vec<T>* top, const T* groups, int64_t k) {
-  constexpr int kVectors = kGroups / kLanes<T>;
-  vec<T> high = top[0], low = top[0];
-  for (int v = 1; v < kVectors; ++v) {
-    high = larger(top[v], high);
-    low = top[v] < low ? top[v] : low;
-  }
-  T above = max_lanes<T>(high), least = -max_lanes<T>(-low);
-  if (k == 1) return above;
-  if (least == -T{INFINITY}) {   // fewer columns than groups
-    T largest[kMostCandidates];  // in descending order
-    int64_t held = 0;
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const T score = groups[g];
-      if (held == k && !(score > largest[k - 1])) continue;
-      int64_t p = held < k ? held++ : k - 1;
-      for (; p > 0 && largest[p - 1] < score; --p) largest[p] = largest[p - 1];
-      largest[p] = score;
-    }
-    return largest[k - 1];
-  }
-  for (int step = 0; step < 8; ++step) {  // bisection; no branch depends on the scores
-    const T middle = least + (above - least) / 2;
-    int64_t reach = 0;
-    for (int v = 0; v < kVectors; ++v) reach += __builtin_popcount(lanes_at_least<T>(top[v], broadcast(middle)));
-    const bool enough = reach >= k;
-    least = enough ? middle : least;
-    above = enough ? above : middle;
-  }
-  return least;
-}
-
-// Columns j < n whose score dots[j] · scale + offset[j] is at least the k-th largest less `margin`, in ascending order.
-// `groups` [kGroups] holds the largest scores of the groups so far. Behind n, up to a multiple of kGroups, dots may be
-// anything. A margin that is no number takes all columns.
-template <class T>
-inline int64_t collect(const T* dots, const T* offset, int64_t n, T scale, int64_t k, T margin, T* groups,
-                       int32_t* found) {
-  constexpr int kVectors = kGroups / kLanes<T>;
-  int64_t count = 0;
-  if (!is_finite(margin)) {
-    for (int64_t j = 0; j < n; ++j) found[count++] = static_cast<int32_t>(j);
-    return count;
-  }
-  const vec<T> factor = broadcast(scale);
-  vec<T> top[kVectors];
-  for (int v = 0; v < kVectors; ++v) top[v] = load(groups + v * kLanes<T>);
-  for (int64_t j = 0; j < n; j += kGroups)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = j + v * kLanes<T>;
-      top[v] = larger(multiply_add(load(dots + at), factor, load(offset + at)), top[v]);
-    }
-  for (int v = 0; v < kVectors; ++v) store(groups + v * kLanes<T>, top[v]);
-  const vec<T> least = broadcast(kth_largest<T>(top, groups, k) - margin);
-  for (int64_t j = 0; j < n; j += kGroups) {
-    uint64_t columns = 0;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = j + v * kLanes<T>;
-      const vec<T> score = multiply_add(load(dots + at), factor, load(offset + at));
-      columns |= static_cast<uint64_t>(lanes_at_least<T>(score, least)) << (v * kLanes<T>);
-    }
-    for (; columns != 0; columns &= columns - 1) {
-      const int64_t column = j + __builtin_ctzll(columns);
-      if (column < n) found[count++] = static_cast<int32_t>(column);
-    }
-  }
-  return count;
-}
-
-// Brings the k smallest of `count` keys and their columns into order, in place: of equal keys the first, and NaN last.
-template <class T>
-inline void keep_smallest(T* key, int64_t* column, int64_t count, int64_t k) {
-  const auto before = [](T a, T b) { return a < b || (b != b && a == a); };
-  if (count > 1 && count <= kGroups) {
-    // By rank: the branches of an insertion would be mispredicted.
-    T keys[kGroups];
-    int64_t columns[kGroups];
-    for (int64_t i = 0; i < count; ++i) {
-      keys[i] = key[i] == key[i] ? key[i] : T{INFINITY};
-      columns[i] = column[i];
-    }
-    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) keys[i] = T{INFINITY};
-    bool nan = false;
-    for (int64_t i = 0; i < count; ++i) nan |= key[i] != key[i];
-    if (!nan) {
-      for (int64_t i = 0; i < count; ++i) {
-        int64_t rank = 0;
-        const vec<T> mine = broadcast(keys[i]);
-        for (int64_t j = 0; j < count; j += kLanes<T>) {
-          const vec<T> theirs = load(keys + j);
-          // Behind an equal key that comes first; not behind itself.
-          const uint32_t smaller_or_equal = lanes_at_least<T>(mine, theirs), equal = lanes_at_least<T>(theirs, mine);
-          const int64_t first = i - j;
-          const uint32_t earlier = first <= 0 ? 0 : first >= kLanes<T> ? ~0u : (1u << first) - 1;
-          rank += __builtin_popcount(smaller_or_equal & (~equal | earlier));
-        }
-        if (rank < k) {
-          key[rank] = keys[i];
-          column[rank] = columns[i];
-        }
-      }
-      return;
-    }
-  }
-  for (int64_t i = 1; i < count; ++i) {
-    const T candidate = key[i];
-    const int64_t of = column[i];
-    if (i >= k && !before(candidate, key[k - 1])) continue;
-    int64_t p = i < k ? i : k - 1;
-    for (; p > 0 && before(candidate, key[p - 1]); --p) {
-      key[p] = key[p - 1];
-      column[p] = column[p - 1];
-    }
-    key[p] = candidate;
-    column[p] = of;
-  }
-}
 
 // What a search looks for in each row: the k largest scores. It gives keys and columns of kCandidateRows rows.
 template <class S>
@@ -289,22 +183,21 @@ class Target {
  public:
   using T = accumulator_t<S>;
 
-  Target(int64_t k, T scale, const Offsets<T>* offsets, bool by_distance)
+  Target(int64_t k, const Offsets<T>* offsets, bool by_distance)
       : k_(k),
-        scale_(scale),
         offsets_(offsets),
         by_distance_(by_distance),
         groups_(kCandidateRows * kGroups),
         key_(kCandidateRows * k),
         index_(kCandidateRows * k),
         count_(kCandidateRows),
-        new_key_(k + kCandidateColumns),
+        new_key_(k + kCandidateColumns + 4),
         new_index_(k + kCandidateColumns) {}
 
   int64_t k() const { return k_; }
-  T scale() const { return scale_; }
+  T scale() const { return offsets_->scale(); }
   // Between scores one of which may be the other, if dots are known up to a bound.
-  T margin(T bound) const { return 2 * (std::abs(scale_) * bound + kSlack<T> * offsets_->largest()); }
+  T margin(T bound) const { return 2 * (std::abs(scale()) * bound + kSlack<T> * offsets_->largest()); }
   const Offsets<T>& offsets() const { return *offsets_; }
   T* groups(int64_t r) { return groups_.data() + r * kGroups; }
   const T* keys(int64_t r) const { return key_.data() + r * k_; }
@@ -325,11 +218,16 @@ class Target {
     const int64_t held = count_[r], d = panels.features(), all = held + count;
     std::memcpy(new_key_.data(), key_.data() + r * k_, held * sizeof(T));
     std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t column = first + found[i];
-      new_index_[held + i] = column;
-      new_key_[held + i] = by_distance_ ? squared_distance(x, panels[column], d)
-                                        : -(dot_product(x, panels[column], d) * scale_ + (*offsets_)[column]);
+    for (int64_t i = 0; i < count; ++i) new_index_[held + i] = first + found[i];
+    if (by_distance_) {
+      for (int64_t i = held; i < all; ++i) new_key_[i] = squared_distance(x, panels[new_index_[i]], d);
+    } else {
+      for (int64_t i = held; i < all; i += 4) {
+        const auto column = [&](int64_t j) { return new_index_[i + j < all ? i + j : i]; };
+        four_dot_products<T>(x, {panels[column(0)], panels[column(1)], panels[column(2)], panels[column(3)]}, d,
+                             new_key_.data() + i);
+      }
+      for (int64_t i = held; i < all; ++i) new_key_[i] = -(new_key_[i] * scale() + (*offsets_)[new_index_[i]]);
     }
     keep_smallest(new_key_.data(), new_index_.data(), all, k_);
     count_[r] = all < k_ ? all : k_;
@@ -339,7 +237,6 @@ class Target {
 
  private:
   int64_t k_;
-  T scale_;
   const Offsets<T>* offsets_;
   bool by_distance_;
   Buffer<T> groups_, key_;
@@ -362,49 +259,87 @@ class CandidateSearch {
         rough_(kCandidateRows, panels.features()),
         tile_(kCandidateRows * tile_stride_),
         bound_(kCandidateRows),
-        length_(kCandidateRows),
-        found_(columns_ + 1) {}
+        unit_(kCandidateRows),
+        found_(kMostFound<T>) {
+#if ANOMEM_BFLOAT16_PAIRS
+    if (panels.features() <= kMostQuadTerms) quads_.emplace(kCandidateRows, panels.features());
+#endif
+  }
 
   // Fills the targets for rows x. With `known` distances of the rows only nearer prototypes are found.
   void find(const QueryRows<S>& x, int64_t count, Target<S>* const* targets, int targets_count,
             const T* known = nullptr) {
     const int64_t d = panels_.features();
-    for (int64_t r = 0; r < count; ++r) {
-      rough_.set(r, x[r], T{1});
-      length_[r] = std::sqrt(dot_product(x[r], x[r], d));
-      bound_[r] = panels_.bound(length_[r], rounding_length(x[r], d));
-    }
+    for (int64_t r = 0; r < count; ++r) set(r, x[r]);
     for (int t = 0; t < targets_count; ++t)
       for (int64_t r = 0; r < count; ++r) {
         if (known == nullptr) targets[t]->begin(r);
-        else targets[t]->begin(r, (length_[r] * length_[r] * (1 - kSlack<T>)-known[r]) / 2);
+        else targets[t]->begin(r, (dot_product(x[r], x[r], d) * (1 - kSlack<T>)-known[r]) / 2 - same_for_all(x[r]));
       }
+    int64_t computed = 0, asked = 0;
     for (int64_t first = 0; first < panels_.count(); first += kCandidateColumns) {
       const int64_t left = panels_.count() - first, n = left < kCandidateColumns ? left : kCandidateColumns;
-      product(count, n, factors<R>(d), rough_.data(), rough_.stride(), 1, panels_.from(first), tile_.data(),
-              tile_stride_, false);
+      multiply(count, first, n);
       for (int t = 0; t < targets_count; ++t)
         for (int64_t r = 0; r < count; ++r)
-          collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
+          computed += collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
     }
+    for (int t = 0; t < targets_count; ++t) asked += count * targets[t]->k();
+    // In cycles of a Zen 4 core: a candidate takes d/8 and 24, and quads save d/64 for each product.
+    if (quads_ && (computed - asked) * (d / 8 + 24) > count * panels_.count() * d / 64) quads_.reset();
   }
 
  private:
-  void collect_row(Target<S>& target, int64_t r, const T* x, int64_t first, int64_t n, const T* dots) {
-    const int64_t candidates = collect(dots, target.offsets().data() + first, n, target.scale(), target.k(),
-                                       target.margin(bound_[r]), target.groups(r), found_.data());
+  // Row r of the product; its bound, and the unit of its products.
+  void set(int64_t r, const T* x) {
+#if ANOMEM_BFLOAT16_PAIRS
+    if (quads_) {
+      std::tie(unit_[r], bound_[r]) = quads_->set(r, x, panels_.quads(), kSlack<T>);
+      return;
+    }
+#endif
+    const int64_t d = panels_.features();
+    rough_.set(r, x, T{1});
+    unit_[r] = 1;
+    bound_[r] = panels_.bound(std::sqrt(dot_product(x, x, d)), rounding_length(x, d));
+  }
+
+  // What the products of a row x leave out, the same for all columns.
+  T same_for_all(const T* x) const {
+#if ANOMEM_BFLOAT16_PAIRS
+    if (quads_) return dot_product(x, panels_.quads().mean(), panels_.features());
+#endif
+    return 0;
+  }
+
+  // The rough products of the rows with n columns, to the tile.
+  void multiply(int64_t count, int64_t first, int64_t n) {
+#if ANOMEM_BFLOAT16_PAIRS
+    if (quads_) return quads_->multiply(count, panels_.quads(), first, n, tile_.data(), tile_stride_);
+#endif
+    product(count, n, factors<R>(panels_.features()), rough_.data(), rough_.stride(), 1, panels_.packed().from(first),
+            tile_.data(), tile_stride_, false);
+  }
+
+  // Returns the number of candidates.
+  int64_t collect_row(Target<S>& target, int64_t r, const T* x, int64_t first, int64_t n, const T* dots) {
+    const int64_t candidates =
+        collect(dots, target.offsets().data(quads_.has_value()) + first, n, target.scale() * unit_[r], target.k(),
+                target.margin(bound_[r]), target.groups(r), found_.data());
     target.add(r, x, panels_, first, found_.data(), candidates);
+    return candidates;
   }
 
   const CandidatePanels<S>& panels_;
   int64_t columns_, tile_stride_;
+  std::optional<QuadRows> quads_;  // as long as they leave few candidates
   FactorRows<R> rough_;
-  Buffer<T> tile_, bound_, length_;
+  Buffer<T> tile_, bound_, unit_;
   Buffer<int32_t> found_;
 };
 
 // Fills the target for one row x whose dots with all prototypes are exact up to rounding; `found` has room for
-// kCandidateColumns.
+// kMostFound.
 template <class S, class T = accumulator_t<S>>
 inline void find_in(const CandidatePanels<S>& panels, Target<S>& target, int64_t r, const T* x, const T* dots,
                     int32_t* found) {
@@ -412,7 +347,7 @@ inline void find_in(const CandidatePanels<S>& panels, Target<S>& target, int64_t
   const T margin = target.margin(kSlack<T> * std::sqrt(dot_product(x, x, d)) * panels.longest());
   for (int64_t first = 0; first < panels.count(); first += kCandidateColumns) {
     const int64_t left = panels.count() - first, n = left < kCandidateColumns ? left : kCandidateColumns;
-    const int64_t candidates = collect(dots + first, target.offsets().data() + first, n, target.scale(), target.k(),
+    const int64_t candidates = collect(dots + first, target.offsets().data(false) + first, n, target.scale(), target.k(),
                                        margin, target.groups(r), found);
     target.add(r, x, panels, first, found, candidates);
   }

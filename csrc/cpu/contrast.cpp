@@ -1,4 +1,5 @@
-// native_nt_xent_fwd, native_nt_xent_bwd, native_info_nce_fwd, native_info_nce_bwd.
+// native_nt_xent_fwd, native_nt_xent_bwd, native_info_nce_fwd, native_info_nce_bwd, and the same with kept products:
+// native_nt_xent_kept_fwd, native_nt_xent_kept_bwd, native_info_nce_kept_fwd, native_info_nce_kept_bwd.
 #include "cpu/contrast.h"
 
 #include <torch/csrc/stable/library.h>
@@ -50,6 +51,10 @@ int64_t wave_of(int64_t groups, int64_t items_per_group) {
   return groups_in_a_wave(groups, items_per_group > 0 ? items_per_group : 1, thread_count());
 }
 
+void check_kept(int64_t kept, int64_t groups) {
+  if (kept < 0 || kept > groups) refuse("kept", "0 to G groups", std::to_string(kept));
+}
+
 // The two sets of rows of a contrast, [G, R, d] and [G, C, d], checked.
 struct Sides {
   Rows rows[2];
@@ -74,6 +79,13 @@ struct Sides {
   void check_per_row(const Tensor& tensor, const char* argument, const Tensor& like, int64_t rows) const {
     check_operand(tensor, argument, like, sums, {groups, rows});
   }
+  // A forward pass kept them; none if it did not.
+  KeptProducts<const void> kept_products(const OptionalTensor& products, const Tensor& like, int64_t elements) const {
+    if (!products) return {0, nullptr};
+    check_operand(*products, "products", like, sums, {"kept", elements});
+    if (products->size(0) > groups) refuse("products", "at most G groups", std::to_string(products->size(0)));
+    return {products->size(0), products->const_data_ptr()};
+  }
   Tensor per_row(int64_t rows) const { return empty({groups, rows}, sums); }
   Tensor gradient(int side) const { return empty({groups, count[side], features}, elements); }
 };
@@ -94,23 +106,42 @@ Sides sides_of(const Tensor& rows, const Tensor& columns, const Tensor& positive
   return sides;
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor& z_pair,
-                                                   const OptionalTensor& temperature, double tau) {
+struct NtXentResult {
+  Tensor loss, total, inv_norm, products;
+};
+
+// Of the first `kept` groups the products are kept.
+NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor& temperature, double tau,
+                     int64_t kept) {
   const Sides views = views_of(z, z_pair, temperature);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
   const bool library = takes_library_products(views.type, rows, rows, views.features);
   Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features, library)}, views.sums);
-  run(NtXentForward{views.type, library, groups, batch, views.features, value_of(temperature, tau),
-                    {views.rows[0], views.rows[1]}, loss.mutable_data_ptr(), total.mutable_data_ptr(),
-                    inv_norm.mutable_data_ptr(), workspace.mutable_data_ptr(), wave});
-  return {loss, total, inv_norm};
+  check_kept(kept, groups);
+  Tensor products = empty({kept, nt_xent_kept(rows, groups)}, views.sums);
+  run(NtXentForward{views.type,
+                    library,
+                    groups,
+                    batch,
+                    views.features,
+                    value_of(temperature, tau),
+                    {views.rows[0], views.rows[1]},
+                    loss.mutable_data_ptr(),
+                    total.mutable_data_ptr(),
+                    inv_norm.mutable_data_ptr(),
+                    {kept, products.mutable_data_ptr()},
+                    workspace.mutable_data_ptr(),
+                    wave});
+  return {loss, total, inv_norm, products};
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const Tensor& z, const Tensor& z_pair,
-                                                    const Tensor& loss, const Tensor& total, const Tensor& inv_norm,
-                                                    const OptionalTensor& temperature, double tau) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients nt_xent_gradients(const Tensor& drows, const Tensor& z, const Tensor& z_pair, const Tensor& loss,
+                            const Tensor& total, const Tensor& inv_norm, const OptionalTensor& products,
+                            const OptionalTensor& temperature, double tau) {
   const Sides views = views_of(z, z_pair, temperature);
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
   const bool library = takes_library_products(views.type, rows, rows, views.features);
@@ -121,37 +152,89 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& drows, const T
   const double value = value_of(temperature, tau);
   Tensor dz = views.gradient(0), dz_pair = views.gradient(1), tau_terms = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features)}, views.sums);
-  run(NtXentBackward{views.type, library, groups, batch, views.features, value, {views.rows[0], views.rows[1]},
-                     drows.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(), inv_norm.const_data_ptr(),
-                     {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()}, tau_terms.mutable_data_ptr(),
-                     workspace.mutable_data_ptr(), wave});
+  const auto kept = views.kept_products(products, z, nt_xent_kept(rows, groups));
+  Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features, kept.groups == groups)}, views.sums);
+  run(NtXentBackward{views.type,
+                     library,
+                     groups,
+                     batch,
+                     views.features,
+                     value,
+                     {views.rows[0], views.rows[1]},
+                     drows.const_data_ptr(),
+                     loss.const_data_ptr(),
+                     total.const_data_ptr(),
+                     inv_norm.const_data_ptr(),
+                     kept,
+                     {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()},
+                     tau_terms.mutable_data_ptr(),
+                     workspace.mutable_data_ptr(),
+                     wave});
   // Each similarity counts in both of its rows.
   return {dz, dz_pair, temperature_gradient(temperature, tau_terms, value, 0.5)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, const Tensor& columns,
-                                                            const Tensor& positive, const OptionalTensor& exclude,
-                                                            const OptionalTensor& temperature, double tau) {
+std::tuple<Tensor, Tensor, Tensor> nt_xent_forward(const Tensor& z, const Tensor& z_pair,
+                                                   const OptionalTensor& temperature, double tau) {
+  NtXentResult result = nt_xent(z, z_pair, temperature, tau, 0);
+  return {result.loss, result.total, result.inv_norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_kept_forward(const Tensor& z, const Tensor& z_pair,
+                                                                const OptionalTensor& temperature, double tau,
+                                                                int64_t kept) {
+  NtXentResult result = nt_xent(z, z_pair, temperature, tau, kept);
+  return {result.loss, result.total, result.inv_norm, result.products};
+}
+
+Gradients nt_xent_backward(const Tensor& drows, const Tensor& z, const Tensor& z_pair, const Tensor& loss,
+                           const Tensor& total, const Tensor& inv_norm, const OptionalTensor& temperature, double tau) {
+  return nt_xent_gradients(drows, z, z_pair, loss, total, inv_norm, std::nullopt, temperature, tau);
+}
+
+Gradients nt_xent_kept_backward(const Tensor& drows, const Tensor& z, const Tensor& z_pair, const Tensor& loss,
+                                const Tensor& total, const Tensor& inv_norm, const Tensor& products,
+                                const OptionalTensor& temperature, double tau) {
+  return nt_xent_gradients(drows, z, z_pair, loss, total, inv_norm, products, temperature, tau);
+}
+
+struct InfoNceResult {
+  Tensor loss, total, inv_rows, inv_columns, products;
+};
+
+// Of the first `kept` groups the products are kept.
+InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& positive, const OptionalTensor& exclude,
+                       const OptionalTensor& temperature, double tau, int64_t kept) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   const bool library = takes_library_products(sides.type, r, c, sides.features);
   Tensor loss = sides.per_row(r), total = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
+  check_kept(kept, groups);
+  Tensor products = empty({kept, info_nce_kept(r, c, groups)}, sides.sums);
   Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features, library)}, sides.sums);
-  run(InfoNceForward{sides.type, library, groups, {r, c}, sides.features, value_of(temperature, tau),
-                     {sides.rows[0], sides.rows[1]}, positive.const_data_ptr<int64_t>(),
-                     optional_data<int64_t>(exclude), loss.mutable_data_ptr(), total.mutable_data_ptr(),
-                     {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()}, workspace.mutable_data_ptr(),
+  run(InfoNceForward{sides.type,
+                     library,
+                     groups,
+                     {r, c},
+                     sides.features,
+                     value_of(temperature, tau),
+                     {sides.rows[0], sides.rows[1]},
+                     positive.const_data_ptr<int64_t>(),
+                     optional_data<int64_t>(exclude),
+                     loss.mutable_data_ptr(),
+                     total.mutable_data_ptr(),
+                     {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()},
+                     {kept, products.mutable_data_ptr()},
+                     workspace.mutable_data_ptr(),
                      wave});
-  return {loss, total, inv_rows, inv_columns};
+  return {loss, total, inv_rows, inv_columns, products};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns,
-                                                     const Tensor& loss, const Tensor& total,
-                                                     const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
-                                                     const Tensor& positive, const OptionalTensor& exclude,
-                                                     const OptionalTensor& temperature, double tau) {
+Gradients info_nce_gradients(const Tensor& dloss, const Tensor& rows, const Tensor& columns, const Tensor& loss,
+                             const Tensor& total, const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
+                             const OptionalTensor& products, const Tensor& positive, const OptionalTensor& exclude,
+                             const OptionalTensor& temperature, double tau) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
   const int64_t groups = sides.groups, r = sides.count[0], c = sides.count[1];
   const bool library = takes_library_products(sides.type, r, c, sides.features);
@@ -163,14 +246,60 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
   const double value = value_of(temperature, tau);
   Tensor drows = sides.gradient(0), dcolumns = sides.gradient(1), tau_terms = sides.per_row(r);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  Tensor workspace = empty({wave, info_nce_backward_workspace(r, c, sides.features)}, sides.sums);
-  run(InfoNceBackward{sides.type, library, groups, {r, c}, sides.features, value, {sides.rows[0], sides.rows[1]},
-                      dloss.const_data_ptr(), loss.const_data_ptr(), total.const_data_ptr(),
+  const auto kept = sides.kept_products(products, rows, info_nce_kept(r, c, groups));
+  Tensor workspace =
+      empty({wave, info_nce_backward_workspace(r, c, sides.features, kept.groups == groups)}, sides.sums);
+  run(InfoNceBackward{sides.type,
+                      library,
+                      groups,
+                      {r, c},
+                      sides.features,
+                      value,
+                      {sides.rows[0], sides.rows[1]},
+                      dloss.const_data_ptr(),
+                      loss.const_data_ptr(),
+                      total.const_data_ptr(),
                       {inv_norm_rows.const_data_ptr(), inv_norm_columns.const_data_ptr()},
-                      positive.const_data_ptr<int64_t>(), optional_data<int64_t>(exclude),
-                      {drows.mutable_data_ptr(), dcolumns.mutable_data_ptr()}, tau_terms.mutable_data_ptr(),
-                      workspace.mutable_data_ptr(), wave});
+                      positive.const_data_ptr<int64_t>(),
+                      optional_data<int64_t>(exclude),
+                      kept,
+                      {drows.mutable_data_ptr(), dcolumns.mutable_data_ptr()},
+                      tau_terms.mutable_data_ptr(),
+                      workspace.mutable_data_ptr(),
+                      wave});
   return {drows, dcolumns, temperature_gradient(temperature, tau_terms, value, 1.0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_forward(const Tensor& rows, const Tensor& columns,
+                                                            const Tensor& positive, const OptionalTensor& exclude,
+                                                            const OptionalTensor& temperature, double tau) {
+  InfoNceResult result = info_nce(rows, columns, positive, exclude, temperature, tau, 0);
+  return {result.loss, result.total, result.inv_rows, result.inv_columns};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_kept_forward(const Tensor& rows, const Tensor& columns,
+                                                                         const Tensor& positive,
+                                                                         const OptionalTensor& exclude,
+                                                                         const OptionalTensor& temperature, double tau,
+                                                                         int64_t kept) {
+  InfoNceResult result = info_nce(rows, columns, positive, exclude, temperature, tau, kept);
+  return {result.loss, result.total, result.inv_rows, result.inv_columns, result.products};
+}
+
+Gradients info_nce_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns, const Tensor& loss,
+                            const Tensor& total, const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
+                            const Tensor& positive, const OptionalTensor& exclude, const OptionalTensor& temperature,
+                            double tau) {
+  return info_nce_gradients(dloss, rows, columns, loss, total, inv_norm_rows, inv_norm_columns, std::nullopt, positive,
+                            exclude, temperature, tau);
+}
+
+Gradients info_nce_kept_backward(const Tensor& dloss, const Tensor& rows, const Tensor& columns, const Tensor& loss,
+                                 const Tensor& total, const Tensor& inv_norm_rows, const Tensor& inv_norm_columns,
+                                 const Tensor& products, const Tensor& positive, const OptionalTensor& exclude,
+                                 const OptionalTensor& temperature, double tau) {
+  return info_nce_gradients(dloss, rows, columns, loss, total, inv_norm_rows, inv_norm_columns, products, positive,
+                            exclude, temperature, tau);
 }
 
 }  // namespace
@@ -179,6 +308,10 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& dloss, const 
 STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) {
   m.impl("native_nt_xent_fwd", TORCH_BOX(&anomem::cpu::nt_xent_forward));
   m.impl("native_nt_xent_bwd", TORCH_BOX(&anomem::cpu::nt_xent_backward));
+  m.impl("native_nt_xent_kept_fwd", TORCH_BOX(&anomem::cpu::nt_xent_kept_forward));
+  m.impl("native_nt_xent_kept_bwd", TORCH_BOX(&anomem::cpu::nt_xent_kept_backward));
   m.impl("native_info_nce_fwd", TORCH_BOX(&anomem::cpu::info_nce_forward));
   m.impl("native_info_nce_bwd", TORCH_BOX(&anomem::cpu::info_nce_backward));
+  m.impl("native_info_nce_kept_fwd", TORCH_BOX(&anomem::cpu::info_nce_kept_forward));
+  m.impl("native_info_nce_kept_bwd", TORCH_BOX(&anomem::cpu::info_nce_kept_backward));
 }

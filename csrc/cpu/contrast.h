@@ -13,6 +13,14 @@ struct Rows {
   int64_t group_stride, row_stride;
 };
 
+// Products of the tiles of the first `groups` groups, from the forward pass: the backward pass does not make them
+// again.
+template <class Data>
+struct KeptProducts {
+  int64_t groups;
+  Data* tiles;  // T [groups, nt_xent_kept or info_nce_kept]
+};
+
 // In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by
 // the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave` is the number of groups that are
 // worked on together.
@@ -24,7 +32,8 @@ struct NtXentForward {
   double tau;
   Rows view[2];                   // S [G, B, d] each
   void *loss, *total, *inv_norm;  // T [G, 2B]
-  void* workspace;                // T [wave, nt_xent_forward_workspace]
+  KeptProducts<void> kept;
+  void* workspace;  // T [wave, nt_xent_forward_workspace]
   int64_t wave;
 };
 
@@ -35,9 +44,10 @@ struct NtXentBackward {
   double tau;
   Rows view[2];                                 // S [G, B, d] each
   const void *dloss, *loss, *total, *inv_norm;  // T [G, 2B]
-  void* dview[2];                               // S [G, B, d], contiguous
-  void* tau_terms;                              // T [G, 2B], (1/tau) dU_i·u_i: terms of the temperature's gradient
-  void* workspace;                              // T [wave, nt_xent_backward_workspace]
+  KeptProducts<const void> kept;
+  void* dview[2];   // S [G, B, d], contiguous
+  void* tau_terms;  // T [G, 2B], (1/tau) dU_i·u_i: terms of the temperature's gradient
+  void* workspace;  // T [wave, nt_xent_backward_workspace]
   int64_t wave;
 };
 
@@ -51,7 +61,8 @@ struct InfoNceForward {
   Optional<const int64_t> exclude;  // [R]
   void *loss, *total;               // T [G, R]
   void* inv_norm[2];                // T [G, R] and [G, C]
-  void* workspace;                  // T [wave, info_nce_forward_workspace]
+  KeptProducts<void> kept;
+  void* workspace;  // T [wave, info_nce_forward_workspace]
   int64_t wave;
 };
 
@@ -65,15 +76,18 @@ struct InfoNceBackward {
   const void* inv_norm[2];           // T [G, R] and [G, C]
   const int64_t* positive;           // [R]
   Optional<const int64_t> exclude;   // [R]
-  void* dside[2];                    // S [G, R, d] and [G, C, d], contiguous
-  void* tau_terms;                   // T [G, R]
-  void* workspace;                   // T [wave, info_nce_backward_workspace]
+  KeptProducts<const void> kept;
+  void* dside[2];   // S [G, R, d] and [G, C, d], contiguous
+  void* tau_terms;  // T [G, R]
+  void* workspace;  // T [wave, info_nce_backward_workspace]
   int64_t wave;
 };
 
 // Rows and features of a workspace are padded to multiples of these, so register blocks need no tails.
 constexpr int64_t kRowPadding = 64;
 constexpr int64_t kFeaturePadding = 32;
+
+constexpr int64_t kLargestTile = 128;
 
 // Rows of a tile. Large tiles cost less beside their products; for few short groups, small tiles leave work for more
 // threads. Depends on sizes alone: results do not depend on the number of threads.
@@ -84,23 +98,43 @@ inline int64_t forward_row(int64_t features, bool library) {
   return features + 1 + (library ? round_up(features, kFeaturePadding) : 0);
 }
 
+// Elements of the rows in a backward pass: as a right factor, their gradient, one number, and where products are made
+// again packed for those.
+inline int64_t backward_row(int64_t features, bool all_kept) {
+  return 2 * round_up(features, kFeaturePadding) + 1 + (all_kept ? 0 : features);
+}
+
+// Tiles of products are kept with this row stride: a power of two would put a column of one into a few sets of a cache.
+inline int64_t kept_stride_of_tile(int64_t columns) { return columns + 16; }
+
+// Elements of a group's kept products: the tiles of pairs first ≤ second, or of rows and columns, one after another.
+inline int64_t nt_xent_kept(int64_t rows, int64_t groups) {
+  const int64_t tile = tile_rows(rows, groups), tiles = (rows + tile - 1) / tile;
+  return tiles * (tiles + 1) / 2 * tile * kept_stride_of_tile(tile);
+}
+inline int64_t info_nce_kept(int64_t rows, int64_t columns, int64_t groups) {
+  const int64_t tile = tile_rows(rows, groups), tiles = (rows + tile - 1) / tile;
+  return tiles * ((columns + kLargestTile - 1) / kLargestTile) * tile * kept_stride_of_tile(kLargestTile);
+}
+
 inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features, bool library) {
   return round_up(rows, kRowPadding) * (forward_row(features, library) + 2);
 }
-inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features) {
-  return round_up(rows, kRowPadding) * (features + 2 * round_up(features, kFeaturePadding) + 3);
+inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features, bool all_kept) {
+  return round_up(rows, kRowPadding) * backward_row(features, all_kept) + 2 * round_up(rows, kRowPadding);
 }
 inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features, bool library) {
   return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * forward_row(features, library);
 }
-inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features) {
-  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) *
-         (features + 2 * round_up(features, kFeaturePadding) + 3);
+inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features, bool all_kept) {
+  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * backward_row(features, all_kept) +
+         2 * round_up(rows, kRowPadding);
 }
 
-// Groups worked on together: enough items in every round for all threads. More would need more workspace.
+// Groups worked on together: enough items in every round for all threads. More would need more workspace, which one
+// thread would have to fetch from a farther cache.
 inline int64_t groups_in_a_wave(int64_t groups, int64_t items_per_group, int64_t threads) {
-  const int64_t wanted = (4 * threads + items_per_group - 1) / items_per_group;
+  const int64_t wanted = threads == 1 ? 1 : (4 * threads + items_per_group - 1) / items_per_group;
   return wanted < groups ? wanted : groups;
 }
 

@@ -20,6 +20,17 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
+// The tile `index` of a group's kept products, [rows, kept_stride_of_tile(columns)]; null where none are kept.
+template <class T, class Data>
+ANOMEM_INLINE T* kept_tile(const KeptProducts<Data>& kept, int64_t group, int64_t elements_of_group, int64_t index,
+                           int64_t rows, int64_t columns) {
+  if (group >= kept.groups) return nullptr;
+  return static_cast<T*>(kept.tiles) + group * elements_of_group + index * rows * kept_stride_of_tile(columns);
+}
+
+// The index of a pair of tiles first ≤ second among all of them.
+inline int64_t pair_index(int64_t first, int64_t second) { return second * (second + 1) / 2 + first; }
+
 template <class S>
 struct NtXentForwardRun {
   using T = accumulator_t<S>;
@@ -61,12 +72,15 @@ struct NtXentForwardRun {
     }
   }
 
-  void add_tile(int64_t place, int64_t first, int64_t second) const {
+  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, tile, rows);
     Tile<S> t{unit(place), unit(place), features, row_span, column_span};
     const LibraryProducts library(arguments.library, kInPairs<S>);
     alignas(64) T products[kLargestTile * kTileStride];
-    compute_by_library(t, first == second, products);
+    T* const kept = kept_tile<T>(arguments.kept, group, nt_xent_kept(rows, arguments.groups), pair_index(first, second),
+                                 tile, tile);
+    if (kept != nullptr) keep_products(t, first == second, kept, kept_stride_of_tile(tile));
+    else compute_by_library(t, first == second, products);
     TileSums<T> sums;
     if (scale.fixed_shift) sum_with_fixed_shift<true>(t, scale, UpperTriangle{rows}, sums);
     else sum_with_peaks<true>(t, scale, UpperTriangle{rows}, sums);
@@ -79,14 +93,14 @@ struct NtXentForwardRun {
   }
 
   void finish(int64_t group, int64_t place, int64_t block) const {
-    const Span span(block, kRowPadding, rows);
+    const Span span(block, kRowPadding / 2, batch);  // pairs
     T* loss = static_cast<T*>(arguments.loss) + group * rows;
     T* total = static_cast<T*>(arguments.total) + group * rows;
-    for (int64_t row = span.first; row < span.first + span.count; ++row) {
-      const int64_t positive = row < batch ? row + batch : row - batch;
-      const double s = positive_similarity(x(group, row), inv_norm(group, row), x(group, positive),
-                                           inv_norm(group, positive), features);
-      finish_row(scale, sum(place)[row], peak(place)[row], s, false, loss + row, total + row);
+    for (int64_t i = span.first; i < span.first + span.count; ++i) {
+      const double s = positive_similarity(x(group, i), inv_norm(group, i), x(group, i + batch),
+                                           inv_norm(group, i + batch), features);
+      for (int64_t row = i; row < rows; row += batch)
+        finish_row(scale, sum(place)[row], peak(place)[row], s, false, loss + row, total + row);
     }
   }
 
@@ -94,7 +108,7 @@ struct NtXentForwardRun {
     run_in_waves(
         arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + tile - 1) / tile},
         [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
-        [&](int64_t, int64_t place, int64_t first, int64_t second) { add_tile(place, first, second); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
         [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
   }
 };
@@ -116,15 +130,15 @@ struct NtXentBackwardRun {
         padded_features(round_up(features, kFeaturePadding)),
         tile(tile_rows(rows, a.groups)) {}
 
-  // The workspace of one place: the rows, packed in two ways, their gradient [padded, padded_features], and three times
-  // [padded].
+  // The workspace of one place: twice [padded], and the rows (`backward_side`).
   T* start(int64_t place) const {
-    return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features);
+    const bool all_kept = arguments.kept.groups == arguments.groups;
+    return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features, all_kept);
   }
-  T* weight(int64_t place) const { return start(place) + padded * (features + 2 * padded_features); }
+  T* weight(int64_t place) const { return start(place); }
   T* lse(int64_t place) const { return weight(place) + padded; }
   Side<S> side(int64_t place) const {
-    return backward_side<S>(start(place), lse(place) + padded, padded, features, arguments.library);
+    return backward_side<S>(lse(place) + padded, padded, features, arguments.library);
   }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
@@ -142,7 +156,7 @@ struct NtXentBackwardRun {
     UnitBlock<S> block_rows(features);
     for (int64_t i = 0; i < span.count; ++i)
       block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
-    both.prepare(block_rows, span, features);
+    both.prepare(block_rows, span, features, group < arguments.kept.groups);
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T{0};
@@ -159,7 +173,10 @@ struct NtXentBackwardRun {
     alignas(64) T w[kLargestTile * kTileStride];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
-    compute_by_library(t, diagonal, w);  // each block of products becomes weights in place
+    const T* const kept = kept_tile<const T>(arguments.kept, group, nt_xent_kept(rows, arguments.groups),
+                                             pair_index(first, second), tile, tile);
+    if (kept != nullptr) t.use(kept, kept_stride_of_tile(tile));
+    else compute_by_library(t, diagonal, w);  // each block of products becomes weights in place
     if (scale.fixed_shift) tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
     else tile_weights<false, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
     if (diagonal) mirror(w, row_span.count);
@@ -259,10 +276,14 @@ struct InfoNceForwardRun {
     for (auto& p : peak) p = kNoPeak<T>;
     const LibraryProducts library(arguments.library, kInPairs<S>);
     alignas(64) T products[kLargestTile * kTileStride];
-    for (int64_t j = 0; j < (columns + kLargestTile - 1) / kLargestTile; ++j) {
+    const int64_t column_tiles = (columns + kLargestTile - 1) / kLargestTile;
+    for (int64_t j = 0; j < column_tiles; ++j) {
       const Span column_span(j, kLargestTile, columns);
       Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
-      compute_by_library(t, false, products);
+      T* const kept = kept_tile<T>(arguments.kept, group, info_nce_kept(rows, columns, arguments.groups),
+                                   index * column_tiles + j, tile, kLargestTile);
+      if (kept != nullptr) keep_products(t, false, kept, kept_stride_of_tile(kLargestTile));
+      else compute_by_library(t, false, products);
       TileSums<T> sums;
       if (scale.fixed_shift) sum_with_fixed_shift<false>(t, scale, keep, sums);
       else sum_with_peaks<false>(t, scale, keep, sums);
@@ -308,19 +329,19 @@ struct InfoNceBackwardRun {
         tile(tile_rows(rows, a.groups)),
         padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
 
-  // The workspace of one place. For rows and for columns: packed in two ways, their gradient [padded, padded_features]
-  // and [padded]. Then for the rows twice [padded].
+  bool all_kept() const { return arguments.kept.groups == arguments.groups; }
+
+  // The workspace of one place: for the rows twice [padded]; the rows, and the columns (`backward_side`).
   T* start(int64_t place) const {
-    return static_cast<T*>(arguments.workspace) + place * info_nce_backward_workspace(rows, columns, features);
+    return static_cast<T*>(arguments.workspace) +
+           place * info_nce_backward_workspace(rows, columns, features, all_kept());
   }
   Side<S> side(int64_t place, int index) const {
-    T* const unit = start(place) + index * padded[0] * (features + 2 * padded_features + 1);
-    T* const rest = unit + padded[index] * (features + 2 * padded_features);
-    return backward_side<S>(unit, rest, padded[index], features, arguments.library);
+    T* const sides = lse(place) + padded[0];
+    return backward_side<S>(sides + index * padded[0] * backward_row(features, all_kept()), padded[index], features,
+                            arguments.library);
   }
-  T* weight(int64_t place) const {
-    return start(place) + (padded[0] + padded[1]) * (features + 2 * padded_features + 1);
-  }
+  T* weight(int64_t place) const { return start(place); }
   T* lse(int64_t place) const { return weight(place) + padded[0]; }
   const S* x(int64_t group, int side, int64_t i) const { return row_of<S>(arguments.side[side], group, i); }
   T inv_norm(int64_t group, int side, int64_t i) const {
@@ -339,7 +360,7 @@ struct InfoNceBackwardRun {
     UnitBlock<S> block_rows(features);
     for (int64_t i = 0; i < span.count; ++i)
       block_rows.set(i, x(group, index, span.first + i), inv_norm(group, index, span.first + i));
-    side(place, index).prepare(block_rows, span, features);
+    side(place, index).prepare(block_rows, span, features, group < arguments.kept.groups);
     if (index == 1) return;
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
@@ -357,7 +378,11 @@ struct InfoNceBackwardRun {
     const RowWeights<T> weights{weight(place), lse(place)}, none{nullptr, nullptr};
     const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
     alignas(64) T w[kLargestTile * kTileStride];
-    compute_by_library(t, false, w);
+    const T* const kept =
+        kept_tile<const T>(arguments.kept, group, info_nce_kept(rows, columns, arguments.groups),
+                           first * ((columns + kLargestTile - 1) / kLargestTile) + second, tile, kLargestTile);
+    if (kept != nullptr) t.use(kept, kept_stride_of_tile(kLargestTile));
+    else compute_by_library(t, false, w);
     if (scale.fixed_shift) tile_weights<true, false>(t, scale, keep, weights, none, false, w, kTileStride);
     else tile_weights<false, false>(t, scale, keep, weights, none, false, w, kTileStride);
     for (int64_t i = 0; i < row_span.count; ++i) {

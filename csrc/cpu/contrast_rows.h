@@ -53,7 +53,22 @@ inline Products products_in_double(const S* x, double scale_x, const S* y, doubl
 // |scale · x| in double.
 template <class S>
 inline double length_of(const S* x, int64_t features, double scale) {
-  return std::sqrt(products_in_double(x, scale, x, scale, features).xx);
+  constexpr int64_t lanes = kLanes<double>;
+  vec<double> even{}, odd{};
+  const auto add = [&](vec<double> a, vec<double>& sum) {
+    a *= scale;
+    sum = multiply_add(a, a, sum);
+  };
+  int64_t p = 0;
+  for (; p + 2 * lanes <= features; p += 2 * lanes) {
+    add(load_double(x + p), even);
+    add(load_double(x + p + lanes), odd);
+  }
+  for (; p < features; ++p) {
+    const double a = widen(x[p]) * scale;
+    even[0] += a * a;
+  }
+  return std::sqrt(sum_lanes<double>(even + odd));
 }
 
 // 1/|x|. 0 if |x| ≤ 1e-12: the row becomes zero. NaN for a row with a NaN or an infinity.
@@ -109,6 +124,12 @@ class UnitBlock {
       rows_.copy_columns(count, kRowPadding, to.columns);
     }
     if constexpr (kInPairs<S>) std::memcpy(to.rest, rest_, sizeof rest_);
+  }
+
+  // Without the factors of similarities: for the library's products the rows as they are, in pairs `rest` alone.
+  void pack_kept(int64_t count, const PackedRows<S>& to) const {
+    if constexpr (kInPairs<S>) std::memcpy(to.rest, rest_, sizeof rest_);
+    else if (to.in_rows != nullptr) rows_.copy_rows(count, kRowPadding, to.in_rows, to.row_stride);
   }
 
   // As rows of a right factor of the library's products in pairs, one panel; zeros up to kRowPadding.
@@ -184,9 +205,10 @@ struct Side {
   int64_t panel_stride() const { return factors<S>(padded) * Block<T>::kWidth; }
   factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * panel_width(); }
 
-  // Packs a block of rows in both ways and clears its gradient.
-  void prepare(const UnitBlock<S>& block, const Span& span, int64_t features) const {
-    block.pack(span.count, unit.from(span.first, features));
+  // Packs a block of rows and clears its gradient; with `kept` products it is packed as a right factor alone.
+  void prepare(const UnitBlock<S>& block, const Span& span, int64_t features, bool kept) const {
+    if (!kept) block.pack(span.count, unit.from(span.first, features));
+    else block.pack_kept(span.count, unit.from(span.first, features));
     if (!library()) block.pack_rows(span.count, rows_from(span.first), panel_stride());
     else if (kInPairs<S>) block.pair_rows(span.count, rows_from(span.first), padded_features);
     std::memset(gradient + span.first * padded_features, 0, kRowPadding * padded_features * sizeof(T));
@@ -203,20 +225,21 @@ inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64
   return {packed, rest, reinterpret_cast<factor_t<S>*>(start + padded * features), stride};
 }
 
-// One side of a backward pass at `start`: packed in two ways, the gradient. For the library's products the second way
-// is the rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
+// One side of a backward pass at `start`, [padded, backward_row]: the rows as a right factor, their gradient, `rest`,
+// and unless all products are kept the rows packed for similarities. For the library's products a right factor is the
+// rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
 template <class S>
-inline Side<S> backward_side(accumulator_t<S>* start, accumulator_t<S>* rest, int64_t padded, int64_t features,
-                             bool library) {
+inline Side<S> backward_side(accumulator_t<S>* start, int64_t padded, int64_t features, bool library) {
   const int64_t padded_features = round_up(features, kFeaturePadding);
-  auto* const rows = start + padded * features;
-  auto* const as_rows = reinterpret_cast<factor_t<S>*>(rows);
-  PackedRows<S> unit{reinterpret_cast<factor_t<S>*>(start), rest};
+  auto* const gradient = start + padded * padded_features;
+  auto* const rest = gradient + padded * padded_features;
+  auto* const as_rows = reinterpret_cast<factor_t<S>*>(start);
+  PackedRows<S> unit{reinterpret_cast<factor_t<S>*>(rest + padded), rest};
   if (library) {
     unit.in_rows = kInPairs<S> ? as_rows + padded / 2 * padded_features : as_rows;
     unit.row_stride = kInPairs<S> ? factors<S>(features) : padded_features;
   }
-  return {unit, as_rows, rows + padded * padded_features, padded, padded_features};
+  return {unit, as_rows, gradient, padded, padded_features};
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

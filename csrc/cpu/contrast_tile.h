@@ -10,8 +10,6 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-constexpr int64_t kLargestTile = 128;
-
 // Row stride of a tile. A power of two would put a column of it into a few sets of the cache.
 constexpr int64_t kTileStride = kLargestTile + 16;
 
@@ -130,7 +128,8 @@ struct Tile {
   int64_t features;
   int64_t row, rows;
   int64_t column, columns;
-  const accumulator_t<S>* computed = nullptr;  // [rows, kTileStride], the library's products
+  const accumulator_t<S>* computed = nullptr;  // [rows, computed_stride], products that were made before
+  int64_t computed_stride = 0;
 
   Tile(const PackedRows<S>& left, const PackedRows<S>& right, int64_t features, const Span& rows, const Span& columns)
       : left(left),
@@ -140,12 +139,17 @@ struct Tile {
         rows(rows.count),
         column(columns.first),
         columns(columns.count) {}
+
+  void use(const accumulator_t<S>* products, int64_t stride) {
+    computed = products;
+    computed_stride = stride;
+  }
 };
 
-// The similarities of a tile by the library, if its rows are laid out for it; with `upper` those on and above the
+// The products of a tile by the library, if its rows are laid out for it; with `upper` those on and above the
 // diagonal. They must outlive the tile's use.
 template <class S, class T = accumulator_t<S>>
-inline void compute_by_library(Tile<S>& tile, bool upper, T* to) {
+inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stride = kTileStride) {
   if constexpr (kInLibrary<factor_t<S>>) {
     if (tile.left.in_rows == nullptr) return;
     constexpr int64_t width = kRowPadding, each = Factor<S>::kTerms;
@@ -156,34 +160,57 @@ inline void compute_by_library(Tile<S>& tile, bool upper, T* to) {
         const factor_t<S>* right = tile.right.columns + (tile.column + j) * terms + start * width;
         library_product(upper && j + width < rows ? j + width : rows, width,
                         each * (terms - start < kChain ? terms - start : kChain), library_elements(left + start),
-                        each * tile.left.row_stride, library_elements(right), width, to + j, kTileStride, start > 0);
+                        each * tile.left.row_stride, library_elements(right), width, to + j, to_stride, start > 0);
       }
-    tile.computed = to;
+    tile.use(to, to_stride);
   }
 }
 
+// The products of a register block, made here unless they were made before.
 template <class S, class T = accumulator_t<S>>
-ANOMEM_INLINE void similarities(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
+ANOMEM_INLINE void block_products(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
   constexpr int width = Block<T>::kWidth;
   const int64_t row = tile.row + i, column = tile.column + j, terms = factors<S>(tile.features);
   const int64_t panel_stride = terms * width;
   if (tile.computed != nullptr) {
-    const T* from = tile.computed + i * kTileStride + j;
+    const T* from = tile.computed + i * tile.computed_stride + j;
 #pragma GCC unroll 8
     for (int r = 0; r < Block<T>::kHeight; ++r)
-      for (int h = 0; h < 2; ++h) s[r][h] = load(from + r * kTileStride + h * kLanes<T>);
+      for (int h = 0; h < 2; ++h) s[r][h] = load(from + r * tile.computed_stride + h * kLanes<T>);
   } else {
     for (auto& halves : s) halves[0] = halves[1] = vec<T>{};
     const factor_t<S>* left = tile.left.columns + row / width * panel_stride + row % width;
     const factor_t<S>* right = tile.right.columns + column / width * panel_stride;
     multiply<factor_t<S>, Block<T>::kHeight>(terms, left, 1, width, right, s);
   }
+}
+
+template <class S, class T = accumulator_t<S>>
+ANOMEM_INLINE void similarities(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
+  block_products(tile, i, j, s);
   if constexpr (kInPairs<S>) {
+    const int64_t row = tile.row + i, column = tile.column + j;
     const vec<T> rest[2] = {load(tile.right.rest + column), load(tile.right.rest + column + kLanes<T>)};
 #pragma GCC unroll 8
     for (int r = 0; r < Block<T>::kHeight; ++r)
       for (int h = 0; h < 2; ++h) s[r][h] *= rest[h] * tile.left.rest[row + r];
   }
+}
+
+// The products of a tile, to `kept` for the backward pass.
+template <class S, class T = accumulator_t<S>>
+inline void keep_products(Tile<S>& tile, bool upper, T* kept, int64_t stride) {
+  compute_by_library(tile, upper, kept, stride);
+  if (tile.computed != nullptr) return;
+  for (int64_t j = 0; j < tile.columns; j += Block<T>::kWidth)
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::kHeight) {
+      if (upper && j + Block<T>::kWidth <= i) continue;
+      vec<T> s[Block<T>::kHeight][2];
+      block_products(tile, i, j, s);
+      for (int r = 0; r < Block<T>::kHeight; ++r)
+        for (int h = 0; h < 2; ++h) store(kept + (i + r) * stride + j + h * kLanes<T>, s[r][h]);
+    }
+  tile.use(kept, stride);
 }
 
 template <class T>
@@ -357,17 +384,23 @@ ANOMEM_INLINE void write_weights(const vec<T> (&s)[Block<T>::kHeight][2], const 
 template <bool kFixedShift, bool kBoth, class S, class Keep, class T = accumulator_t<S>>
 void tile_weights(const Tile<S>& tile, const Scale<T>& scale, const Keep& keep, const RowWeights<T>& rows,
                   const RowWeights<T>& columns, bool upper, T* weights, int64_t stride) {
+  const auto write = [&](int64_t i, int64_t j) {
+    const int64_t row = tile.row + i, column = tile.column + j;
+    if (upper && j + Block<T>::kWidth <= i) return;
+    vec<T> s[Block<T>::kHeight][2];
+    similarities(tile, i, j, s);
+    T* to = weights + i * stride + j;
+    if (keep.template all<T>(row, column))
+      write_weights<T, kFixedShift, kBoth, false>(s, scale, keep, row, column, rows, columns, to, stride);
+    else write_weights<T, kFixedShift, kBoth, true>(s, scale, keep, row, column, rows, columns, to, stride);
+  };
+  if (tile.computed != nullptr) {  // along rows, as the processor fetches products kept in a farther cache
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::kHeight)
+      for (int64_t j = 0; j < tile.columns; j += Block<T>::kWidth) write(i, j);
+    return;
+  }
   for (int64_t j = 0; j < tile.columns; j += Block<T>::kWidth)
-    for (int64_t i = 0; i < tile.rows; i += Block<T>::kHeight) {
-      const int64_t row = tile.row + i, column = tile.column + j;
-      if (upper && j + Block<T>::kWidth <= i) continue;
-      vec<T> s[Block<T>::kHeight][2];
-      similarities(tile, i, j, s);
-      T* to = weights + i * stride + j;
-      if (keep.template all<T>(row, column))
-        write_weights<T, kFixedShift, kBoth, false>(s, scale, keep, row, column, rows, columns, to, stride);
-      else write_weights<T, kFixedShift, kBoth, true>(s, scale, keep, row, column, rows, columns, to, stride);
-    }
+    for (int64_t i = 0; i < tile.rows; i += Block<T>::kHeight) write(i, j);
 }
 
 // C [m, features] += A [m, k] B for packed rows B, panels `panel_stride` factors apart. The product is summed before it

@@ -11,7 +11,8 @@ namespace {
 
 bool runs(Isa isa) {
 #if ANOMEM_X86_VARIANTS
-  if (isa == Isa::kAvx512Bf16) return __builtin_cpu_supports("avx512bf16") && runs(Isa::kAvx512);
+  if (isa == Isa::kAvx512Bf16)  // no processor has the first without the second
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && runs(Isa::kAvx512);
   if (isa == Isa::kAvx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && runs(Isa::kAvx2);

@@ -17,7 +17,9 @@
 // The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
 // (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only. nearest_kernel.h and
-// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h).
+// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h). augment_kernel.h passes
+// over one image at a time.
+#include "cpu/augment_kernel.h"
 #include "cpu/contrast_kernel.h"
 #include "cpu/deviation_map_kernel.h"
 #include "cpu/nearest_kernel.h"
@@ -42,6 +44,12 @@ void run(const Arguments& arguments) {
     case Type::kFloat64: return compute<double>(arguments);
   }
 #endif
+}
+
+// Images are augmented in float32 alone.
+template <>
+void run(const Augment& arguments) {
+  compute_views(arguments);
 }
 
 template void run(const RetrieveForward& arguments);

@@ -14,14 +14,14 @@ void compute(const Nearest& a) {
   for (int64_t bank = 0; bank < a.banks; ++bank) {
     const S* prototypes = static_cast<const S*>(a.prototypes) + bank * a.count * d;
     const CandidatePanels<S> panels(prototypes, d, a.count, d, Normalize::kNone);
-    Offsets<T> offsets(a.count);
+    Offsets<T> offsets(panels, T{1});
     offsets.set_lengths(panels);
     T* const distance = static_cast<T*>(a.distance) + bank * n * k;
     int64_t* const index = a.index + bank * n * k;
     parallel_ranges((n + kCandidateRows - 1) / kCandidateRows, [&](int64_t begin, int64_t end) {
       QueryRows<S> x(kCandidateRows, d, Normalize::kNone);
       CandidateSearch<S> search(panels);
-      Target<S> nearest(k, T{1}, &offsets, true);
+      Target<S> nearest(k, &offsets, true);
       Target<S>* const targets[] = {&nearest};
       for (int64_t first = begin * kCandidateRows; first < n && first < end * kCandidateRows; first += kCandidateRows) {
         const int64_t count = n - first < kCandidateRows ? n - first : kCandidateRows;
@@ -102,12 +102,12 @@ class GreedyCenters {
     Buffer<S> rows(count * d_);
     for (int64_t c = 0; c < count; ++c) std::memcpy(rows.data() + c * d_, row(centres[c]), d_ * sizeof(S));
     const CandidatePanels<S> panels(rows.data(), d_, count, d_, Normalize::kNone);
-    Offsets<T> offsets(count);
+    Offsets<T> offsets(panels, T{1});
     offsets.set_lengths(panels);
     parallel_ranges((n_ + kCandidateRows - 1) / kCandidateRows, [&](int64_t begin, int64_t end) {
       QueryRows<S> x(kCandidateRows, d_, Normalize::kNone);
       CandidateSearch<S> search(panels);
-      Target<S> nearest(1, T{1}, &offsets, true);
+      Target<S> nearest(1, &offsets, true);
       Target<S>* const targets[] = {&nearest};
       for (int64_t first = begin * kCandidateRows; first < n_ && first < end * kCandidateRows;
            first += kCandidateRows) {

@@ -99,7 +99,7 @@ void read_of_largest(const Read& a, int64_t bank, const CandidatePanels<S>& pane
   parallel_ranges((n + kCandidateRows - 1) / kCandidateRows, [&](int64_t begin, int64_t end) {
     QueryRows<S> query(kCandidateRows, d, a.normalize);
     CandidateSearch<S> search(panels);
-    Target<S> largest(a.top_k, static_cast<T>(a.beta), &bias, false), nearest(1, T{1}, &lengths, true);
+    Target<S> largest(a.top_k, &bias, false), nearest(1, &lengths, true);
     Target<S>* const targets[] = {&largest, &nearest};
     Buffer<T> read(d);
     for (int64_t first = begin * kCandidateRows; first < n && first < end * kCandidateRows; first += kCandidateRows) {
@@ -130,14 +130,14 @@ void read_of_all(const Read& a, int64_t bank, const Memory& memory, const Candid
   parallel_ranges((n + chunk - 1) / chunk, [&](int64_t begin, int64_t end) {
     QueryRows<S> query(chunk, d, a.normalize);
     Buffer<T> scores(chunk * score_stride), read(chunk * read_stride), scale(chunk);
-    Buffer<int32_t> found(kCandidateColumns);
+    Buffer<int32_t> found(kMostFound<T>);
     for (int64_t first = begin * chunk; first < n && first < end * chunk; first += chunk) {
       const int64_t count = n - first < chunk ? n - first : chunk;
       query.load(a.query.of_bank<S>(bank) + first * a.query.stride, a.query.stride, count);
       product(count, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), scores.data(), score_stride,
               false);
       if (a.nearest) {
-        Target<S> nearest(1, T{1}, lengths, true);
+        Target<S> nearest(1, lengths, true);
         for (int64_t r = 0; r < count; ++r) {
           nearest.begin(r);
           find_in(*candidates, nearest, r, query[r], scores.data() + r * score_stride, found.data());
@@ -168,7 +168,8 @@ void compute(const Read& a) {
       continue;
     }
     const CandidatePanels<S> panels(keys, d, m, d, a.normalize);
-    Offsets<T> bias(m), lengths(m);
+    Offsets<T> bias(panels, static_cast<T>(a.beta));
+    Offsets<T> lengths(panels, T{1});
     lengths.set_lengths(panels);
     if (a.top_k == 0) {
       read_of_all<S>(a, bank, {keys, {false, nullptr}, m, d, d, a.normalize, a.beta}, &panels, &lengths);

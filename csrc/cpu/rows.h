@@ -58,6 +58,11 @@ ANOMEM_INLINE bool is_finite(T x) {
   return x - x == 0;
 }
 
+template <class T>
+ANOMEM_INLINE T larger_or_nan(T a, T b) {
+  return a != a || b <= a ? a : b;
+}
+
 // For a row whose squares overflow: the power of two that brings its largest element to about 2^20. 0 if an element is
 // infinite or NaN: no factor helps.
 template <class S>

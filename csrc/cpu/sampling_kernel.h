@@ -118,7 +118,11 @@ inline void scatter_rows(const Scatter& a, int64_t image, int64_t begin, int64_t
   using T = accumulator_t<S>;
   const int64_t width = end - begin;
   S* to = static_cast<S*>(a.dmap) + image * a.channels * a.area + begin;
-  for (int64_t p = 0; p < a.area; ++p) std::memset(to + p * a.channels, 0, width * sizeof(S));
+  if (width == a.channels) {
+    std::memset(to, 0, a.area * width * sizeof(S));
+  } else {
+    for (int64_t p = 0; p < a.area; ++p) std::memset(to + p * a.channels, 0, width * sizeof(S));
+  }
   for (int64_t i = 0; i < a.positions.count; ++i) {
     const int64_t position = a.positions.of(image)[i];
     if (first[position] == i) scaled_copy(gradients + i * width, width, T{1}, to + position * a.channels);

@@ -111,6 +111,19 @@ ANOMEM_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 
+ANOMEM_INLINE vec<float> square_root(vec<float> x) {
+#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
+  return vec<float>(_mm512_maskz_sqrt_ps(0xffff, x));  // the plain one warns in GCC 12
+#elif ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 32
+  return vec<float>(_mm256_sqrt_ps(x));
+#elif ANOMEM_X86_VARIANTS
+  return vec<float>(_mm_sqrt_ps(x));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // NaN in `b` is kept; NaN in `a` is not.
 template <class V>
 ANOMEM_INLINE V larger(V a, V b) {

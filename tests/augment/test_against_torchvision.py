@@ -11,7 +11,9 @@ import torchvision.transforms.v2.functional as TV
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from anomem.augment.augmentation import Geometry, add_noise, adjust, blur_radius, gaussian_blur, warp
+from anomem.augment.augmentation import Geometry
+from anomem.reference.augment import Padding, add_noise, adjust, blur_radius, gaussian_blur
+from anomem.reference.augment import warp as warp_by
 from anomem.testing import assert_within_budget
 
 BATCH = 6
@@ -28,6 +30,10 @@ def still(**given: Tensor) -> Geometry:
     neutral = dict.fromkeys(("crop_width", "crop_height", "flip", "zoom"), ones)
     neutral |= dict.fromkeys(("crop_x", "crop_y", "angle", "shift_x", "shift_y"), zeros)
     return Geometry(**{**neutral, **given})
+
+
+def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
+    return warp_by(images, geometry.matrices(*images.shape[-2:]), padding)
 
 
 def double(geometry: Geometry) -> Geometry:

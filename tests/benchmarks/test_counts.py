@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counts import RESULT, SUITE
+from benchmarks.counts import RESULT, SUITE, Options, main
 from benchmarks.harness import rows
 from benchmarks.harness.case import case
 from benchmarks.harness.rows import Row, row_for
@@ -62,14 +62,23 @@ def test_the_picture_is_drawn(results: Path, tmp_path: Path) -> None:
 def test_host_time_is_shown_of_both_revisions_against_eager(tmp_path: Path) -> None:
     assert counts.host_section(tmp_path) == "Not measured yet."
     made = [counted("eager", 128, 65, None), counted("triton", 128, 6, None), counted("triton", 128, 6, None)]
+    made += [counted("eager", 256, 65, None), counted("triton", 256, 6, None)]  # another size of the same operator
     made[2].revision = "main (0123)"
-    for row, p50 in zip(made, (0.6, 0.3, 1.2), strict=True):
+    for row, p50 in zip(made, (0.6, 0.3, 1.2, 1.0, 0.5), strict=True):
         row.milliseconds = {"p20": p50 / 2, "p50": p50, "p80": p50 * 2}
         row.about = {**ABOUT, "device_name": "a processor"}
     rows.write(tmp_path / HOST_RESULT.name, made)
     lines = counts.host_section(tmp_path).splitlines()
-    assert [line.split(" | ")[1:] for line in lines[-3:]] == [
+    assert [line.split(" | ")[1:] for line in lines[-5:]] == [
         ["eager", "65", "600 (300 to 1200)", "1.00× |"],
         ["triton", "6", "300 (150 to 600)", "2.00× |"],
         ["triton at main (0123)", "6", "1200 (600 to 2400)", "0.50× |"],
+        ["eager", "65", "1000 (500 to 2000)", "1.00× |"],
+        ["triton", "6", "500 (250 to 1000)", "2.00× |"],
     ]
+
+
+def test_rows_to_keep_must_be_there(results: Path) -> None:
+    before = (results / RESULT.name).read_bytes()
+    assert main(Options(json=results / RESULT.name, keep="another")) == 2
+    assert (results / RESULT.name).read_bytes() == before

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from anomem.functional import deviation_map, gather_positions, hopfield_retrieve, memory_diagnostics, nt_xent
+from anomem.functional import (
+    ViewParameters,
+    augment,
+    deviation_map,
+    gather_positions,
+    hopfield_retrieve,
+    memory_diagnostics,
+    nt_xent,
+)
 from anomem.testing import draw
 
 Call = tuple[Any, tuple[Any, ...], str]
@@ -22,6 +30,7 @@ def registered(library: None) -> None:
     hopfield_retrieve(query, prototypes, impl="native")
     nt_xent(query, query, impl="native")
     gather_positions(feature_map, torch.tensor([0]), impl="native")
+    augment(feature_map[:, :3].sigmoid(), ViewParameters(), impl="native")
     deviation_map(feature_map, prototypes, impl="native")
     memory_diagnostics(query, prototypes, impl="native")
 
@@ -46,6 +55,11 @@ def refused_contrasts() -> Iterator[Call]:
     yield forward, (z.mT.contiguous().mT, z_pair, None, 0.2), "unit stride"
     yield backward, (rows, z, z_pair, rows, total[:, :5], inv_norm, None, 0.2), "total"
     yield backward, (rows, z, z_pair[:, :2], rows, total, inv_norm, None, 0.2), "z_pair"
+    kept_backward = OPERATORS.native_nt_xent_kept_bwd
+    *results, products = OPERATORS.native_nt_xent_kept_fwd(z, z_pair, None, 0.2, 1)
+    yield OPERATORS.native_nt_xent_kept_fwd, (z, z_pair, None, 0.2, 3), "expected 0 to G groups, received 3"
+    yield kept_backward, (rows, z, z_pair, *results, products[:, 1:].contiguous(), None, 0.2), "products"
+    yield kept_backward, (rows, z, z_pair, *results, products.repeat(3, 1), None, 0.2), "expected at most G groups"
     positive = torch.tensor([0, 4])
     yield (
         OPERATORS.native_info_nce_fwd,
@@ -89,8 +103,27 @@ def refused_maps_and_usages() -> Iterator[Call]:
     yield usage, (query.double(), prototypes, *rest), "keys"
 
 
+def refused_augmentations() -> Iterator[Call]:
+    operator, images, three = OPERATORS.native_augment, torch.zeros(2, 3, 5, 4), torch.zeros(3)
+    none, rest = [None] * 7, (0, 0, False)
+    yield operator, (images[0], *none, 2, *rest), "images"
+    yield operator, (images.double(), *none, 2, *rest), "images"
+    yield operator, (images[:, :0], *none, 2, *rest), "C >= 1"
+    yield operator, (images.new_zeros(1, 1, 1, 20000), *none, 1, *rest), "at most 16384 pixels"
+    yield operator, (images, *none, 3, *rest), "a multiple of 2"
+    yield operator, (images, torch.zeros(2, 3, 2), *none[1:], 2, *rest), "matrices"
+    yield operator, (images, None, three, *none[2:], 2, *rest), "brightness"
+    yield operator, (images, None, torch.ones(2, dtype=torch.float64), *none[2:], 2, *rest), "brightness"
+    yield operator, (images, *none[:5], torch.ones(2), None, 2, *rest), "keys"
+    yield operator, (images, *none[:5], torch.ones(2), torch.ones(2), 2, *rest), "keys"
+    yield operator, (images, *none, 2, 4, 0, False), "`radius`: expected 0 to 3"
+    yield operator, (images, *none, 2, 0, 3, False), "padding"
+
+
 @pytest.mark.parametrize(
-    "calls", [refused_retrievals, refused_contrasts, refused_samples, refused_maps_and_usages], ids=lambda f: f.__name__
+    "calls",
+    [refused_retrievals, refused_contrasts, refused_samples, refused_maps_and_usages, refused_augmentations],
+    ids=lambda f: f.__name__,
 )
 def test_what_would_be_misread_is_refused(calls: Any) -> None:
     for operator, arguments, message in calls():

@@ -19,6 +19,7 @@ def peak():
 
 CALLS = {
     "read": lambda x, m: AF.read_memory(x, m, top_k=8, nearest=True, impl="native"),
+    "read of all": lambda x, m: AF.read_memory(x, m, top_k=None, nearest=True, impl="native"),
     "nearest": lambda x, m: AF.nearest(x, m, k=4, impl="native"),
 }
 call = CALLS[sys.argv[1]]
@@ -31,7 +32,7 @@ for n, count in ((8192, 2048), (32768, 8192)):
 """
 
 
-@pytest.mark.parametrize("what", ["read", "nearest"])
+@pytest.mark.parametrize("what", ["read", "read of all", "nearest"])
 def test_peak_memory_does_not_grow_with_scores(library: None, what: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from anomem.functional import (
+    ViewParameters,
+    augment,
     deviation_map,
     gather_positions,
     hopfield_retrieve,
@@ -80,3 +82,10 @@ def test_deviation_map_and_usage() -> None:
             *memory_diagnostics(query, prototypes, impl="native"),
         ]
     )
+
+
+def test_augment() -> None:
+    images = torch.rand(5, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+    matrices, ones = torch.eye(2, 3) + draw(10, 2, 3, scale=0.2), torch.ones(10)
+    parameters = ViewParameters(matrices, 1.1 * ones, 0.9 * ones, 0.8 * ones, ones, 0.1 * ones, torch.arange(10))
+    assert_same_bits(lambda: [augment(images, parameters, impl="native")])

@@ -121,6 +121,26 @@ def test_read_within_budget(
     compare_values(run, impl, [draw(n, d, dtype=dtype), draw(m, d, dtype=dtype, seed=1), bias])
 
 
+@cases("kind", {NATIVE: [("close",), ("one large channel",), ("far from zero",), ("mixed lengths",)]})
+def test_no_result_depends_on_the_rough_product(impl: Impl, kind: str) -> None:
+    """What bytes and bfloat16 cannot tell apart, or leave many candidates of, is read as float32 has it."""
+    query, prototypes = draw(100, 70), draw(1500, 70, seed=1)
+    if kind == "close":
+        query, prototypes = query[:1] + query * 1e-3, query[:1] + prototypes * 1e-3
+    elif kind == "one large channel":
+        query[:, 3], prototypes[:, 3] = 300.0, 300 + prototypes[:, 3]
+    elif kind == "far from zero":
+        query, prototypes = query + 20, prototypes + 20
+    else:
+        prototypes *= torch.logspace(-6, 2, 1500)[:, None]
+    options = {"top_k": 8, "nearest": True, "normalize": "none", "beta": 0.5, "deviation": True}
+
+    def run(name: Impl, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x for x in read_memory(*tensors, impl=name, **options) if x is not None)  # type: ignore[arg-type]
+
+    compare_values(run, impl, [query, prototypes])
+
+
 @cases("normalize", {one: [("layer",), ("l2",), ("none",)] for one in KERNELS})
 def test_gradients_within_budget(impl: Impl, normalize: str) -> None:
     """Of query, prototypes, bias and a learned beta, from every result."""

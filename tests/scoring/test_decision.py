@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anomem.errors import ArgumentError
 from anomem.scoring.decision import Calibration, benjamini_hochberg, hold_out, normals_needed
+from anomem.validation import percent
 
 RESAMPLES = 4000
 
@@ -210,3 +211,11 @@ def test_survives_being_stored() -> None:
     assert after.pixel_threshold("plain", 0.1) == before.pixel_threshold("plain", 0.1)
     with pytest.raises(ArgumentError, match=r"scores.NAME or maxima.NAME"):
         Calibration.restored({"other": torch.ones(3)}, settings)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.01, "1.00%"), (1 / 7, "14.29%"), (0.00123, "0.123%"), (1e-12, "1e-10%"), (0.5, "50.00%")]
+)
+def test_no_rate_is_printed_as_another(rate: float, text: str) -> None:
+    assert percent(rate) == text
+    assert text in calibration(3).promise(rate)

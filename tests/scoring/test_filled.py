@@ -188,15 +188,19 @@ def test_top_by_hand() -> None:
     assert FilledScorer(untouched(), "pooled", top_part=0.01)._top(torch.tensor([[1.0, 9.0]])).tolist() == [9.0]
 
 
-def test_maps_are_bilinear() -> None:
+@pytest.mark.parametrize("size", [(21, 34), (64, 96), (96, 64)])
+def test_maps_are_bilinear(size: tuple[int, int]) -> None:
+    """Of any size, and of whole multiples of the scales' sizes."""
     found = scorer("pooled")
-    distances = [torch.rand(3, h * w) for h, w in found.model.encoder.sizes]
-    spread = torch.tensor([2.0, 0.5, 3.0])[: len(distances)]
-    expected = torch.zeros(3, 21, 34)
-    for d, size, by in zip(distances, found.model.encoder.sizes, spread, strict=True):
-        small = (d / by).unflatten(1, size)[:, None]
-        expected += torch.nn.functional.interpolate(small, (21, 34), mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(found._map(distances, spread, (21, 34)), expected)
+    given, expected = {}, {}
+    for name in ("plain", "local"):
+        distances = [torch.rand(3, h * w) for h, w in found.model.encoder.sizes]
+        spread = torch.tensor([2.0, 0.5, 3.0])[: len(distances)]
+        given[name], expected[name] = (distances, spread), torch.zeros(3, *size)
+        for d, shape, by in zip(distances, found.model.encoder.sizes, spread, strict=True):
+            small = (d / by).unflatten(1, shape)[:, None]
+            expected[name] += torch.nn.functional.interpolate(small, size, mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(found._maps(given, size), expected)
 
 
 def test_reading_a_few_prototypes_is_close_to_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def run(*arguments: str, **variables: str) -> None:
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
 
-@pytest.mark.parametrize("cases", ["refusal", "launch", "range", "training", "counting"])
+@pytest.mark.parametrize("cases", ["refusal", "launch", "pass", "range", "training", "counting"])
 def test_cases(cases: str) -> None:
     run(f"tests/stand_in/{cases}_cases.py")
 

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from anomem.data import DataConfig
-from anomem.data.frame import framed
+from anomem.data.frame import framed, unframed
 from anomem.errors import ArgumentError, UserError
+from anomem.models import TiledEncoder
 from anomem.models.pretrained import pretrained_available
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig, RunConfig, fit, fit_run, fitting, load_detector, load_scorer, resume, save_detector
@@ -208,6 +209,22 @@ def test_images_of_another_aspect_ratio_keep_it(tmp_path: Path) -> None:
     assert not torch.equal(found.scores["plain"], detector(framed(wide, (64, 64), False)).scores["plain"])
     save_detector(detector, tmp_path / "run")
     assert torch.equal(load_detector(tmp_path / "run")(wide).scores["plain"], found.scores["plain"])
+
+
+def test_tiles_of_letterboxed_rectangles(tmp_path: Path) -> None:
+    """Wide images in a less wide frame, which is cut into tiles: their maps lie on the images."""
+    frame = (64, 96)
+    data = replace(CONFIG.data, image_size=frame, letterbox=True)
+    detector = fit(torch.cat([parts(12), parts(12, 3)], dim=3), alpha=0.2, config=replace(CONFIG, data=data, tile=32))
+    assert isinstance(detector.model.encoder, TiledEncoder)
+    wide = torch.cat([parts(3, 7), parts(3, 8, defect=True)], dim=3)  # 64 × 128, in the frame 48 × 96
+    found, inner = detector(wide), detector(framed(wide, frame, True))
+    assert torch.equal(found.scores["plain"], inner.scores["plain"])
+    for name, maps in found.maps.items():
+        assert torch.equal(maps, unframed(inner.maps[name], (64, 128), True))
+        assert float(maps[:, 8:24, 104:120].mean()) > 1.5 * float(maps[:, :, :64].mean())
+    save_detector(detector, tmp_path / "run")
+    assert torch.equal(load_detector(tmp_path / "run")(wide).maps["local"], found.maps["local"])
 
 
 def test_held_out_images_are_not_fitted() -> None:

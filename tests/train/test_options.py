@@ -12,7 +12,18 @@ import torch
 from anomem.data import load_task
 from anomem.errors import UserError
 from anomem.scoring import Scorer, score_images
-from anomem.train import RunDirectory, TrainConfig, execution, model_for, stage1, train, train_stage1, train_task
+from anomem.train import (
+    RunDirectory,
+    TrainConfig,
+    execution,
+    model_for,
+    objective,
+    stage1,
+    steps,
+    train,
+    train_stage1,
+    train_task,
+)
 from anomem.train.batches import Average
 from anomem.train.checkpoint import load_checkpoint
 from anomem.train.execution import compiler_obstacle, multiplies_bf16, settled, worth_compiling
@@ -56,11 +67,30 @@ def test_bf16_keeps_master_weights_in_float32(tiny: TrainConfig, plain: Any) -> 
     assert torch.cosine_similarity(moved, moved_bf16, dim=0) > 0.9
 
 
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_contrast_of_bf16_maps_is_in_float32_on_a_cpu(
+    tiny: TrainConfig, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the plain deviation lost most of a point of AUROC on digits."""
+    seen = []
+
+    def noted(model: Any, criterion: Any, sampled: Any, *rest: Any) -> Any:
+        found = objective.multi_scale_loss(model, criterion, sampled, *rest)
+        seen.append({torch.is_autocast_enabled("cpu"), found[0].dtype, *(x.dtype for x in sampled)})
+        return found
+
+    monkeypatch.setattr(steps, "multi_scale_loss", noted)
+    two_steps(replace(tiny, optimizer=replace(tiny.optimizer, micro_batch=micro_batch)), precision="bf16")
+    assert seen == [{False, torch.float32}] * 2
+
+
 def test_channels_last_trains_the_same_weights(tiny: TrainConfig, plain: Any) -> None:
     scorer, scores = two_steps(tiny, precision="float32", memory_format="channels_last")
     convolution = next(p for p in scorer.model.encoder.parameters() if p.dim() == 4 and p.shape[1] > 1)
     assert convolution.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(weights(scorer), weights(plain[0]), rtol=1e-3, atol=1e-4)
+    start = weights(Scorer(model_for(tiny, load_task(tiny.data)), "per_position", tiny.score))
+    # Not to rounding: a sum that changes its sign by rounding opens or closes a ReLU.
+    assert torch.cosine_similarity(weights(scorer) - start, weights(plain[0]) - start, dim=0) > 0.99
     assert scores.keys() == plain[1].keys()
 
 

@@ -1,0 +1,347 @@
+// Augmentation: the passes over one view, on planes of float that stay in the second-level cache.
+//
+// AugmentedView::make is the order of the passes. An image is first packed with a rim of zeros, pixel by pixel, so that
+// the four neighbours of a place are read without a test; a view without a warp is read into its planes at once.
+#pragma once
+
+#include "cpu/augment.h"
+#include "cpu/augment_noise.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+constexpr int kPacked = 4;  // channels of a packed pixel; one-channel images are not packed
+typedef float Pixel __attribute__((vector_size(4 * kPacked), aligned(4), may_alias));
+
+// Pixels of the rim before and after a line: a place between −1 and the size reads one before it and two after it.
+constexpr int64_t kRimBefore = 1, kRim = 3;
+
+ANOMEM_INLINE vec<float> clamped(vec<float> x) {
+  x = x < vec<float>{} ? vec<float>{} : x;
+  return x > 1.0f ? broadcast(1.0f) : x;
+}
+
+// x ← f(x), vector by vector.
+template <class F>
+ANOMEM_INLINE void for_values(float* x, int64_t n, F f) {
+  for_vectors<float>(n, [&](int64_t i, int64_t count) { store_some(x + i, f(load_some(x + i, count)), count); });
+}
+
+// A line of an image's channel as floats in [0, 1].
+template <class From>
+inline void read_line(const From* from, int64_t stride, int64_t width, float* to) {
+  constexpr float unit = std::is_same_v<From, uint8_t> ? 1.0f / 255 : 1.0f;
+  if (stride == 1)
+    for (int64_t x = 0; x < width; ++x) to[x] = static_cast<float>(from[x]) * unit;
+  else
+    for (int64_t x = 0; x < width; ++x) to[x] = static_cast<float>(from[x * stride]) * unit;
+}
+
+// Where the pixels of one line of a view lie in the packed image.
+struct Places {
+  explicit Places(int64_t width)
+      : at(width + kLanes<float>), right(width + kLanes<float>), down(width + kLanes<float>) {}
+
+  Buffer<int32_t> at;         // the upper left neighbour
+  Buffer<float> right, down;  // weight of the right and of the lower neighbours
+};
+
+// A place on a line of `size` pixels, brought to [−1, size] where the rim continues it.
+ANOMEM_INLINE vec<float> padded_place(vec<float> place, float size, Padding padding) {
+  float low = 0, high = size - 1;
+  if (padding == Padding::kZeros) {
+    low = -1;
+    high = size;
+  } else if (padding == Padding::kReflection) {
+    // The distance from the left edge; odd multiples of the size are reflected. Far places have no fraction left.
+    vec<float> from_edge = place + 0.5f;
+    from_edge = from_edge < vec<float>{} ? -from_edge : from_edge;
+    from_edge = from_edge < 0x1p22f ? from_edge : broadcast(0x1p22f);
+    const auto times = __builtin_convertvector(from_edge / size, typename Simd<float>::bits);
+    const vec<float> rest = from_edge - __builtin_convertvector(times, vec<float>) * size;
+    place = ((times & 1) != 0 ? size - rest : rest) - 0.5f;
+  }
+  place = place > low ? place : broadcast(low);  // NaN too
+  return place < high ? place : broadcast(high);
+}
+
+// The places of line y: the matrix maps centres of pixels in [−1, 1] coordinates; here it maps pixels.
+inline void find_places(const Augment& a, const float* matrix, int64_t y, Places& places) {
+  const double w = static_cast<double>(a.images.width), h = static_cast<double>(a.images.height);
+  const double cx = 1 / w - 1, cy = (2 * static_cast<double>(y) + 1) / h - 1;  // of the line's first pixel
+  const double x0 = ((matrix[0] * cx + matrix[1] * cy + matrix[2] + 1) * w - 1) / 2;
+  const double y0 = ((matrix[3] * cx + matrix[4] * cy + matrix[5] + 1) * h - 1) / 2;
+  const float dx = matrix[0], dy = static_cast<float>(matrix[3] * h / w);
+  const float fx0 = static_cast<float>(x0), fy0 = static_cast<float>(y0);
+  const float width = static_cast<float>(a.images.width), height = static_cast<float>(a.images.height);
+  const int32_t stride = static_cast<int32_t>(a.images.width + kRim);
+  const auto lane = lane_index<float>();
+  for (int64_t x = 0; x < a.images.width; x += kLanes<float>) {
+    const vec<float> step = __builtin_convertvector(lane + static_cast<int32_t>(x), vec<float>);
+    const vec<float> px = padded_place(multiply_add(step, broadcast(dx), broadcast(fx0)), width, a.padding) + 1.0f;
+    const vec<float> py = padded_place(multiply_add(step, broadcast(dy), broadcast(fy0)), height, a.padding) + 1.0f;
+    const auto column = __builtin_convertvector(px, typename Simd<float>::bits);  // not negative: truncation is floor
+    const auto row = __builtin_convertvector(py, typename Simd<float>::bits);
+    const auto at = row * stride + column;
+    std::memcpy(places.at.data() + x, &at, sizeof at);
+    store(places.right.data() + x, px - __builtin_convertvector(column, vec<float>));
+    store(places.down.data() + x, py - __builtin_convertvector(row, vec<float>));
+  }
+}
+
+// A line of a view from the packed image, bilinearly.
+template <class P>
+inline void sample_line(const P* packed, const Places& places, int64_t stride, int64_t width, P* line) {
+  for (int64_t x = 0; x < width; ++x) {
+    const P* upper = packed + places.at[x];
+    const P* lower = upper + stride;
+    const float right = places.right[x], down = places.down[x];
+    const P above = upper[0] + (upper[1] - upper[0]) * right, below = lower[0] + (lower[1] - lower[0]) * right;
+    line[x] = above + (below - above) * down;
+  }
+}
+
+// Weights of one side of a Gaussian, weights[0] its middle. Returns how far it reaches: what follows is below rounding.
+inline int64_t gaussian(double sigma, int64_t radius, float* weights) {
+  sigma = sigma < 1e-3 ? 1e-3 : sigma;
+  const auto weight = [&](int64_t k) { return std::exp(-0.5 * (k / sigma) * (k / sigma)); };
+  double sum = 1;
+  int64_t reach = 0;
+  for (int64_t k = 1; k <= radius && weight(k) > 1e-10; ++k) {
+    sum += 2 * weight(k);
+    reach = k;
+  }
+  for (int64_t k = 0; k <= reach; ++k) weights[k] = static_cast<float>(weight(k) / sum);
+  return reach;
+}
+
+// i on a line of `size` positions that is mirrored at its ends, for −size < i < 2 size − 1.
+inline int64_t mirrored(int64_t i, int64_t size) {
+  if (i < 0) return -i;
+  return i < size ? i : 2 * (size - 1) - i;
+}
+
+// Makes views one after another in the same scratch.
+template <class From>
+class AugmentedView {
+ public:
+  explicit AugmentedView(const Augment& a)
+      : a_(a),
+        c_(a.images.channels),
+        h_(a.images.height),
+        w_(a.images.width),
+        area_(a.images.area()),
+        packed_(a.matrices.given ? (h_ + kRim) * (w_ + kRim) * (c_ == 1 ? 1 : kPacked) : 0),
+        lines_(round_up(w_, kLanes<float>) * kPacked),
+        places_(a.matrices.given ? w_ : 0),
+        planes_(c_ * area_),
+        blurred_(a.blur.given ? c_ * area_ : 0),
+        padded_(a.blur.given ? w_ + 2 * a.radius + kLanes<float> : 0),
+        weights_(a.radius + 1) {}
+
+  void make(int64_t view) {
+    float* out = a_.out + view * c_ * area_;
+    x_ = planes_.data();
+    read(view);
+    if (a_.brightness.given)
+      for_values(x_, c_ * area_, [f = a_.brightness.data[view]](vec<float> x) { return clamped(x * f); });
+    if (a_.contrast.given) change_contrast(a_.contrast.data[view]);
+    if (a_.saturation.given && c_ == 3) change_saturation(a_.saturation.data[view]);
+    if (a_.blur.given && a_.blur.data[view] > 0) blur(a_.blur.data[view]);
+    const bool direct = c_ == 1 || !a_.channels_last;
+    float* to = direct ? out : x_;
+    if (a_.noise.given) add_noise(a_.noise.data[view], a_.keys.data[view], to);
+    else if (direct) std::memcpy(to, x_, c_ * area_ * sizeof(float));
+    if (!direct) interleave(out);
+  }
+
+ private:
+  const From* line_of(int64_t image, int64_t channel, int64_t y) const {
+    const FeatureMap& map = a_.images;
+    return static_cast<const From*>(map.data) + image * map.batch_stride + channel * map.channel_stride +
+           y * map.height_stride;
+  }
+
+  void read(int64_t view) {
+    const int64_t image = view % a_.images.batch;
+    if (!a_.matrices.given) {
+      for (int64_t c = 0; c < c_; ++c)
+        for (int64_t y = 0; y < h_; ++y)
+          read_line(line_of(image, c, y), a_.images.width_stride, w_, x_ + c * area_ + y * w_);
+      return;
+    }
+    const float* matrix = a_.matrices.data + view * 6;
+    if (c_ == 1) {
+      pack_plane(image);
+      for (int64_t y = 0; y < h_; ++y) {
+        find_places(a_, matrix, y, places_);
+        sample_line<float>(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
+      }
+      return;
+    }
+    for (int64_t first = 0; first < c_; first += kPacked) {
+      const int64_t count = c_ - first < kPacked ? c_ - first : kPacked;
+      pack_pixels(image, first, count);
+      Pixel* line = reinterpret_cast<Pixel*>(lines_.data());
+      for (int64_t y = 0; y < h_; ++y) {
+        find_places(a_, matrix, y, places_);
+        sample_line<Pixel>(reinterpret_cast<const Pixel*>(packed_.data()), places_, w_ + kRim, w_, line);
+        for (int64_t c = 0; c < count; ++c) {
+          float* to = x_ + (first + c) * area_ + y * w_;
+          const float* from = lines_.data() + c;
+          for (int64_t x = 0; x < w_; ++x) to[x] = from[x * kPacked];
+        }
+      }
+    }
+  }
+
+  void pack_plane(int64_t image) {
+    const int64_t stride = w_ + kRim;
+    std::memset(packed_.data(), 0, (h_ + kRim) * stride * sizeof(float));
+    for (int64_t y = 0; y < h_; ++y)
+      read_line(line_of(image, 0, y), a_.images.width_stride, w_,
+                packed_.data() + (y + kRimBefore) * stride + kRimBefore);
+  }
+
+  // Channels first … first + count of an image; the others of a pixel are zero.
+  void pack_pixels(int64_t image, int64_t first, int64_t count) {
+    const int64_t stride = w_ + kRim, line = round_up(w_, kLanes<float>);
+    std::memset(packed_.data(), 0, (h_ + kRim) * stride * kPacked * sizeof(float));
+    std::memset(lines_.data(), 0, line * kPacked * sizeof(float));
+    const float *r = lines_.data(), *g = r + line, *b = g + line, *other = b + line;
+    for (int64_t y = 0; y < h_; ++y) {
+      for (int64_t c = 0; c < count; ++c)
+        read_line(line_of(image, first + c, y), a_.images.width_stride, w_, lines_.data() + c * line);
+      float* to = packed_.data() + ((y + kRimBefore) * stride + kRimBefore) * kPacked;
+      for (int64_t x = 0; x < w_; ++x) {
+        to[x * kPacked] = r[x];
+        to[x * kPacked + 1] = g[x];
+        to[x * kPacked + 2] = b[x];
+        to[x * kPacked + 3] = other[x];
+      }
+    }
+  }
+
+  // About the image's mean grey: luma of three channels, the mean of any other number.
+  void change_contrast(float factor) {
+    double total = 0;
+    for (int64_t c = 0; c < c_; ++c) total += weight_of(c) * plane_sum(x_ + c * area_);
+    const float mean = static_cast<float>(total / static_cast<double>(area_));
+    const float rest = 1 - factor;  // a factor of 1 changes no bit
+    for_values(x_, c_ * area_, [&](vec<float> x) { return clamped(x + (mean - x) * rest); });
+  }
+
+  double weight_of(int64_t channel) const {
+    constexpr double luma[] = {0.2989, 0.587, 0.114};  // ITU-R BT.601 with torchvision's rounding
+    return c_ == 3 ? luma[channel] : 1 / static_cast<double>(c_);
+  }
+
+  double plane_sum(const float* plane) const {
+    constexpr int64_t run = 64 * kLanes<float>;  // short sums of float: rounding grows with their length
+    double total = 0;
+    for (int64_t i = 0; i < area_; i += run) {
+      vec<float> sum{};
+      for_vectors<float>(area_ - i < run ? area_ - i : run,
+                         [&](int64_t j, int64_t count) { sum += load_some(plane + i + j, count); });
+      total += static_cast<double>(sum_lanes<float>(sum));
+    }
+    return total;
+  }
+
+  void change_saturation(float factor) {
+    const float rest = 1 - factor;
+    float *r = x_, *g = r + area_, *b = g + area_;
+    const float wr = static_cast<float>(weight_of(0)), wg = static_cast<float>(weight_of(1)),
+                wb = static_cast<float>(weight_of(2));
+    for_vectors<float>(area_, [&](int64_t i, int64_t count) {
+      const vec<float> red = load_some(r + i, count), green = load_some(g + i, count), blue = load_some(b + i, count);
+      const vec<float> grey = wr * red + wg * green + wb * blue;
+      store_some(r + i, clamped(red + (grey - red) * rest), count);
+      store_some(g + i, clamped(green + (grey - green) * rest), count);
+      store_some(b + i, clamped(blue + (grey - blue) * rest), count);
+    });
+  }
+
+  // Line by line: down the columns into a padded line, then along it.
+  void blur(float sigma) {
+    const int64_t reach = gaussian(sigma, a_.radius, weights_.data());
+    if (reach == 0) return;
+    float* line = padded_.data() + reach;
+    for (int64_t c = 0; c < c_; ++c)
+      for (int64_t y = 0; y < h_; ++y) {
+        const float* plane = x_ + c * area_;
+        for_vectors<float>(w_, [&](int64_t x, int64_t count) {
+          vec<float> sum = load_some(plane + y * w_ + x, count) * weights_[0];
+          for (int64_t k = 1; k <= reach; ++k)
+            sum += (load_some(plane + mirrored(y - k, h_) * w_ + x, count) +
+                    load_some(plane + mirrored(y + k, h_) * w_ + x, count)) *
+                   weights_[k];
+          store_some(line + x, sum, count);
+        });
+        for (int64_t k = 1; k <= reach; ++k) {
+          line[-k] = line[mirrored(-k, w_)];
+          line[w_ - 1 + k] = line[mirrored(w_ - 1 + k, w_)];
+        }
+        float* to = blurred_.data() + c * area_ + y * w_;
+        for_vectors<float>(w_, [&](int64_t x, int64_t count) {
+          vec<float> sum = load(line + x) * weights_[0];
+          for (int64_t k = 1; k <= reach; ++k) sum += (load(line + x - k) + load(line + x + k)) * weights_[k];
+          store_some(to + x, sum, count);
+        });
+      }
+    x_ = blurred_.data();
+  }
+
+  // Values i and i + ⌈n / 2⌉ have the two normal numbers of pair i.
+  void add_noise(float sigma, int64_t key, float* to) {
+    const int64_t n = c_ * area_, half = (n + 1) / 2;
+    for_vectors<float>(half, [&](int64_t i, int64_t count) {
+      const NormalPair normal = normal_pairs(i, key);
+      store_some(to + i, clamped(multiply_add(normal.first, broadcast(sigma), load_some(x_ + i, count))), count);
+      const int64_t j = i + half, rest = n - j < count ? n - j : count;
+      if (rest > 0)
+        store_some(to + j, clamped(multiply_add(normal.second, broadcast(sigma), load_some(x_ + j, rest))), rest);
+    });
+  }
+
+  void interleave(float* out) const {
+    if (c_ == 3) {
+      const float *r = x_, *g = r + area_, *b = g + area_;
+      for (int64_t i = 0; i < area_; ++i) {
+        out[3 * i] = r[i];
+        out[3 * i + 1] = g[i];
+        out[3 * i + 2] = b[i];
+      }
+      return;
+    }
+    for (int64_t i = 0; i < area_; ++i)
+      for (int64_t c = 0; c < c_; ++c) out[i * c_ + c] = x_[c * area_ + i];
+  }
+
+  const Augment& a_;
+  int64_t c_, h_, w_, area_;
+  Buffer<float> packed_;   // [H + 3, W + 3] pixels
+  Buffer<float> lines_;    // one line of pixels, or of four channels
+  Places places_;          // of one line
+  Buffer<float> planes_;   // [C, H, W]
+  Buffer<float> blurred_;  // [C, H, W]
+  Buffer<float> padded_;   // one line with a rim as wide as the filter reaches
+  Buffer<float> weights_;  // of the filter
+  float* x_ = nullptr;     // the view so far, [C, H, W]
+};
+
+template <class From>
+void make_views(const Augment& a) {
+  parallel_ranges(a.views, [&](int64_t begin, int64_t end) {
+    AugmentedView<From> one(a);
+    for (int64_t view = begin; view < end; ++view) one.make(view);
+  });
+}
+
+inline void compute_views(const Augment& a) {
+  if (a.bytes) make_views<uint8_t>(a);
+  else make_views<float>(a);
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA
