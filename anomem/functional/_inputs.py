@@ -118,9 +118,9 @@ def kernel_memory(memory: Memory) -> Memory:
     return Memory(keys.contiguous(), None if values is None else values.contiguous(), beta, scale, normalize)
 
 
-def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast_inputs(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on; float64 is left alone, as torch's own matrix products do."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device, tensors = first.device.type, (first, *others)
     if not _autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -184,11 +184,11 @@ def _kept(query: Tensor, memory: Memory) -> int:
     """
     if query.device.type != "cpu" or memory.beta is not None or torch.compiler.is_compiling():
         return 0
+    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64:
+        return 0
     if torch._C._are_functorch_transforms_active():  # vmap would give each element its part of the weights
         return 0
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
-        return 0
-    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64:
         return 0
     row = _kept_stride(memory.keys.shape[0]) * query.element_size()
     return min(query.shape[0], KEPT_BYTES // row)

@@ -4,6 +4,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -16,6 +20,17 @@ struct Forward {
   Tensor out, lse, entropy, kept;
 };
 
+// A large tensor that one call fills: in huge pages, where the system gives them on request, a tenth of the time of the
+// forward pass is not spent on page faults.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
+#endif
+}
+
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
                 double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
   check_query(query);
@@ -27,8 +42,15 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
   Tensor weights = empty({kept, kept_stride(memory.prototypes)}, query.scalar_type());
-  run(RetrieveForward{type, memory, shrinkage, queries_of(query), out.mutable_data_ptr(), lse.mutable_data_ptr(),
-                      entropy.mutable_data_ptr(), {kept, weights.mutable_data_ptr()}});
+  ask_for_huge_pages(weights.mutable_data_ptr(), weights.numel() * weights.element_size());
+  run(RetrieveForward{type,
+                      memory,
+                      shrinkage,
+                      queries_of(query),
+                      out.mutable_data_ptr(),
+                      lse.mutable_data_ptr(),
+                      entropy.mutable_data_ptr(),
+                      {kept, weights.mutable_data_ptr()}});
   return {out, lse, entropy, weights};
 }
 
@@ -78,9 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> retrieve_kept_forward(const Tensor& query, co
 
 std::tuple<Tensor, Tensor, Tensor> retrieve_kept_backward(const Tensor& dout, const OptionalTensor& dlse,
                                                           const Tensor& query, const Tensor& keys,
-                                                          const OptionalTensor& values, double scale,
-                                                          int64_t normalize, const Tensor& lse,
-                                                          const Tensor& weights) {
+                                                          const OptionalTensor& values, double scale, int64_t normalize,
+                                                          const Tensor& lse, const Tensor& weights) {
   Backward result =
       backward(dout, dlse, std::nullopt, query, keys, values, std::nullopt, scale, normalize, {}, lse, weights);
   return {std::get<0>(result), std::get<1>(result), std::get<2>(result)};
@@ -92,9 +113,9 @@ Backward retrieve_backward(const Tensor& dout, const OptionalTensor& dlse, const
   return backward(dout, dlse, std::nullopt, query, keys, values, beta, scale, normalize, {}, lse);
 }
 
-std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Tensor& keys,
-                                                  const OptionalTensor& values, const OptionalTensor& beta,
-                                                  double scale, int64_t normalize, double shrink) {
+std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
+                                                  const OptionalTensor& beta, double scale, int64_t normalize,
+                                                  double shrink) {
   Forward result = forward(query, keys, values, beta, scale, normalize, {true, shrink}, 0);
   return {result.out, result.lse, result.entropy};
 }

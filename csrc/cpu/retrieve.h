@@ -77,11 +77,14 @@ struct BackwardPlan {
     key_sums = key_stride * (memory.library ? memory.features : memory.prototypes);
     value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
     rows = chunk_rows(queries, memory.prototypes, memory.library);
-    // A chunk's two tiles of scores and four of rows should stay in the second-level cache.
-    const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
-    if (rows > 84 && bytes * rows > (int64_t{896} << 10)) rows = 84;
-    chunks = (queries + rows - 1) / rows;
     const int64_t sums = key_sums + value_sums;
+    const bool in_groups = memory.library && sums > int64_t{1} << 18;
+    // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do
+    // not; twice as many rows then read the memory half as often.
+    const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
+    if (in_groups && rows == 126) rows = 252;
+    else if (rows == 126 && bytes * rows > (int64_t{896} << 10)) rows = 84;
+    chunks = (queries + rows - 1) / rows;
     const int64_t affordable = (int64_t{1} << 22) / sums;  // 16 MiB of floats
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
@@ -89,9 +92,9 @@ struct BackwardPlan {
     if (chunks < slots) slots = chunks;
     tiles = 2 * rows * padded(memory.prototypes) + padded(rows * (memory.features + memory.value_features));
     group = 0;
-    if (memory.library && sums > int64_t{1} << 18) {
-      const int64_t threads = thread_count();
-      group = threads < 4 ? 4 : threads > 16 ? 16 : threads;
+    if (in_groups) {
+      const int64_t threads = thread_count(), least = rows > 126 ? 2 : 4;
+      group = threads < least ? least : threads > 16 ? 16 : threads;
       if (group > chunks) group = chunks;
       slots = 1;
     }
