@@ -74,8 +74,8 @@ class Options:
     """Only cases whose title contains this."""
     json: Path = RESULT
     """File of rows, written when all are counted."""
-    keep: str | None = None
-    """Take the rows that the file has from this commit, and count the others."""
+    keep: tuple[str, ...] = ()
+    """Take the rows that the file has from these commits, and count the others."""
 
 
 def _counted(row: Row) -> tuple[object, ...]:
@@ -90,9 +90,10 @@ def main(options: Options) -> int:
         return 2
     partial = options.json.with_suffix(".partial")
     partial.unlink(missing_ok=True)
-    kept = {_counted(row): row for row in rows.read(options.json) if row.about["commit"] == options.keep}
-    if options.keep and not kept:
-        say(f"{options.json} has no rows from {options.keep}")
+    kept = {_counted(row): row for row in rows.read(options.json) if row.about["commit"] in options.keep}
+    missing = set(options.keep) - {row.about["commit"] for row in kept.values()}
+    if missing:
+        say(f"{options.json} has no rows from {', '.join(sorted(missing))}")
         return 2
     for each in cases():
         if options.filter not in each.title:

@@ -80,5 +80,6 @@ def test_host_time_is_shown_of_both_revisions_against_eager(tmp_path: Path) -> N
 
 def test_rows_to_keep_must_be_there(results: Path) -> None:
     before = (results / RESULT.name).read_bytes()
-    assert main(Options(json=results / RESULT.name, keep="another")) == 2
+    for keep in (("another",), (ABOUT["commit"], "another")):
+        assert main(Options(json=results / RESULT.name, keep=keep)) == 2
     assert (results / RESULT.name).read_bytes() == before
