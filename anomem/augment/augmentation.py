@@ -83,9 +83,12 @@ class Augmentation:
         Returns:
             [V, C, H, W] float32 in [0, 1].
         """
+        parameters = self.parameters(uniform, keys, *images.shape[-2:])
+        if len(images) and all(given is None for given in parameters):  # which says nothing of the number of views
+            images = images.repeat(len(keys) // len(images), 1, 1, 1)
         return AF.augment(
             images,
-            self.parameters(uniform, keys, *images.shape[-2:]),
+            parameters,
             padding=self.config.padding,
             radius=blur_radius(self.config.blur_sigma[1]),
             memory_format=memory_format,

@@ -64,7 +64,7 @@ def augment(
     matrices, brightness, contrast, saturation, blur, noise, keys = given
     views = next((len(p) for p in given if p is not None), len(x))
     if views == 0:
-        return x.clone()
+        return x[:0].clone()
     if views != len(x):
         x = x.repeat(views // len(x), 1, 1, 1)
     if matrices is not None:
@@ -103,11 +103,16 @@ def warp(images: Tensor, matrices: Tensor, padding: Padding) -> Tensor:
 
 def _make_centres(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size] centres of a line's pixels, from −1 to 1 at its ends."""
-    return ((2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1).to(dtype).to(device)
+    place = torch.arange(size, dtype=torch.float64, device="cpu")
+    return ((2 * place + 1) / size - 1).to(dtype).to(device)
 
 
-# A copy to an accelerator waits for the device, so that it is made once.
-_kept_centres = functools.lru_cache(maxsize=16)(_make_centres)
+@functools.lru_cache(maxsize=16)
+def _kept_centres(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A copy to an accelerator waits for the device, so that it is made once. Kept from inference mode, it could not be
+    # saved for a gradient.
+    with torch.inference_mode(False):
+        return _make_centres(size, dtype, device)
 
 
 def adjust(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
@@ -184,14 +189,16 @@ def blur_radius(largest_sigma: float) -> int:
 
 def _make_bands(size: int, radius: int, device: torch.device) -> Tensor:
     """[2r + 1, size²]: row t is the matrix that shifts a line by t − r pixels, mirrored at the ends."""
-    place = torch.arange(size)
-    columns = (place + torch.arange(-radius, radius + 1).unsqueeze(1)).abs()  # [2r + 1, size]
+    place = torch.arange(size, device="cpu")
+    columns = (place + torch.arange(-radius, radius + 1, device="cpu").unsqueeze(1)).abs()  # [2r + 1, size]
     columns = torch.where(columns >= size, 2 * (size - 1) - columns, columns)
     return (columns.unsqueeze(-1) == place).float().flatten(1).to(device)
 
 
-# A copy to an accelerator waits for the device, so that it is made once.
-_kept_bands = functools.lru_cache(maxsize=16)(_make_bands)
+@functools.lru_cache(maxsize=16)
+def _kept_bands(size: int, radius: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _make_bands(size, radius, device)
 
 
 def add_noise(images: Tensor, sigma: Tensor, normal: Tensor) -> Tensor:

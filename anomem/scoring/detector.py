@@ -311,12 +311,9 @@ class Gaussians(nn.Module):
         centred = centred.transpose(0, 1)  # [P', B, d]
         # W is lower triangular: a quarter of the product is saved.
         half = x.shape[2] // 32 * 16
-        parts = [
-            torch.linalg.vector_norm(columns @ rows.mT, dim=-1)  # one Gaussian broadcasts over P'
-            for columns, rows in (
-                (centred[..., :half], self.whitening[:, :half, :half]),
-                (centred, self.whitening[:, half:]),
-            )
-        ]
-        length: Tensor = torch.hypot(*parts).T
+        blocks = [(centred[..., :half], self.whitening[:, :half, :half])] if half else []
+        blocks.append((centred, self.whitening[:, half:]))
+        # One Gaussian broadcasts over P'.
+        parts = [torch.linalg.vector_norm(columns @ rows.mT, dim=-1) for columns, rows in blocks]
+        length: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0).T  # ONNX has no hypot
         return length

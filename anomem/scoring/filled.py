@@ -378,14 +378,15 @@ class FilledScorer(nn.Module):
             scale = torch.stack([distances[s] / spread[s] for distances, spread in found.values()])  # [maps, B, P_s]
             small[shape] = small[shape] + scale if shape in small else scale
         rows, columns = self.rows, self.columns
-        if size != self.model.encoder.image_size:
-            rows, columns = (x.to(rows) for x in _interpolation(self.model.encoder.sizes, size))
+        exporting = torch.compiler.is_exporting()  # a size may be dynamic, and no comparison may fix it
+        if exporting or size != self.model.encoder.image_size:
+            rows, columns = (x.to(rows) for x in _interpolation(self.model.encoder.sizes, size, straight=not exporting))
         wide, first = [], 0
         for shape, x in small.items():
             wide.append(x.unflatten(2, shape) @ columns[first : first + shape[1]])
             first += shape[1]
         knots = rows @ torch.cat(wide, dim=2)  # [maps, B, knots, W]
-        if len(rows) == size[0]:
+        if exporting or len(rows) == size[0]:
             return dict(zip(found, knots, strict=True))
         step = size[0] // (len(rows) - 1)
         part = (torch.arange(step, device=knots.device, dtype=knots.dtype)[:, None] + 0.5) / step
@@ -393,19 +394,22 @@ class FilledScorer(nn.Module):
         return dict(zip(found, between.flatten(2, 3), strict=True))
 
 
-def _interpolation(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _interpolation(
+    sizes: Sequence[tuple[int, int]], size: tuple[int, int], *, straight: bool = True
+) -> tuple[Tensor, Tensor]:
     """Matrices that bring maps of different sizes to an image's size, the sizes one after the other.
 
     Args:
         sizes: (H_s, W_s); each counts once.
         size: (H, W).
+        straight: rows may stand for strips between which the interpolation is straight.
 
     Returns:
         rows [K, Σ H_s] and columns [Σ W_s, W]. K is H, or the number of edges of the strips of rows between which the
         interpolation is straight.
     """
     different = list(dict.fromkeys(sizes))
-    step = _straight_step(size[0], [height for height, _ in different])
+    step = _straight_step(size[0], [height for height, _ in different]) if straight else 1
     rows = torch.cat([_bilinear(size[0], height, step) for height, _ in different], dim=1)
     return rows, torch.cat([_bilinear(size[1], width).T for _, width in different])
 

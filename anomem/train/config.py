@@ -200,7 +200,7 @@ class RunConfig:
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
     compile: Compile = "auto"
-    """Stage 1's encoder by torch.compile. auto: the small encoder on a CPU, where the time gained exceeds compiling.
+    """Stage 1's encoder by torch.compile. auto is False: it gained too little where it was measured.
     Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
     cuda_graph: bool = True
     """On a GPU: capture stage 1's step and launch it as one CUDA graph, where it can be captured."""

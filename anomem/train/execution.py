@@ -1,8 +1,7 @@
 """How a run executes where its configuration says "auto": precision, memory format and compilation, by rule.
 
-A stage-1 step on a Zen 4 processor (AVX512-BF16, one thread, CPU time), small encoder, 64 images of 64 pixels: eager
-float32 689 ms, channels-last 453 ms, channels-last with bfloat16 273 ms. `python -m benchmarks.profile_training`
-measures another machine. Not measured on a GPU yet.
+The rules quote benchmarks/results/cpu-execution.jsonl (AMD family 25); `python -m benchmarks.profile_training` measures
+another machine. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -16,17 +15,13 @@ from dataclasses import replace
 
 import torch
 
-from anomem.data import Images
 from anomem.errors import UserError
-from anomem.models import AnoMem, NetworkEncoder
+from anomem.models import AnoMem
 from anomem.train.config import RunConfig, TrainConfig
 from anomem.train.ranks import Ranks
 
-WORTH_COMPILING = 1 << 30
-"""Pixels of stage 1's views after which compiling has paid for itself at 32 and at 64 pixels."""
 
-
-def settled(config: TrainConfig, device: torch.device, *, worth_compiling: bool = False) -> TrainConfig:
+def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The same configuration without "auto" in its execution; a run keeps this one, so that a resumption is the same.
 
     Warns where the encoder is to be compiled and cannot be.
@@ -34,7 +29,6 @@ def settled(config: TrainConfig, device: torch.device, *, worth_compiling: bool 
     Args:
         config: of the run.
         device: of the model.
-        worth_compiling: what `run.compile = auto` becomes, where the encoder can be compiled.
 
     Raises:
         UserError: bf16 is asked for on a device that has none.
@@ -48,32 +42,13 @@ def settled(config: TrainConfig, device: torch.device, *, worth_compiling: bool 
     if precision == "bf16" and device.type not in ("cpu", "cuda"):
         raise UserError(f"`run.precision`: bf16 runs on cpu and cuda, received the device {device.type}; take float32")
     if compiled == "auto":
-        compiled = worth_compiling and _not_compiled(config) is None
+        compiled = False  # a step of the small encoder gained 0 to 4 % by half a minute of compiling
     if compiled:
         reason = _not_compiled(config) or compiler_obstacle(device.type)
         if reason is not None:
             warnings.warn(f"anomem: `run.compile`: stage 1 runs uncompiled: {reason}", RuntimeWarning, stacklevel=2)
         compiled = reason is None
     return replace(config, run=replace(run, precision=precision, memory_format=layout, compile=compiled))
-
-
-def worth_compiling(config: TrainConfig, model: AnoMem, images: Images) -> bool:
-    """Whether stage 1 gains more by torch.compile than compiling costs: the small encoder, on a CPU, in long runs.
-
-    Compiled, a step of 64 images of 64 pixels took 178 instead of 235 ms of processor time (AMD family 25, rows in
-    benchmarks/results/cpu-execution.jsonl); compiling took about half a minute there, in a trial.
-
-    Args:
-        config: of the run.
-        model: of the run.
-        images: the training images.
-    """
-    if model.device.type != "cpu" or config.model.backbone != "small" or isinstance(model.encoder, NetworkEncoder):
-        return False
-    height, width = images.size
-    batch = min(config.optimizer.batch_size, len(images))
-    views = config.optimizer.steps * 2 * batch * (1 + config.synthetic_outliers)
-    return views * height * width >= WORTH_COMPILING
 
 
 def _not_compiled(config: TrainConfig) -> str | None:

@@ -15,7 +15,7 @@ from anomem.data import Task, load_task
 from anomem.files import make_folder, write_atomically
 from anomem.models import Encoder
 from anomem.train.config import TrainConfig
-from anomem.train.execution import settled, worth_compiling
+from anomem.train.execution import settled
 from anomem.train.ranks import Ranks, joined
 from anomem.train.run import model_for, prepare
 from anomem.train.rundir import default_directory
@@ -117,7 +117,7 @@ def profile_steps(
         task = task or load_task(config.data)
         model = model_for(config, task, encoder)
         task = task.to(model.device)
-        config = settled(config, model.device, worth_compiling=worth_compiling(config, model, task.train))
+        config = settled(config, model.device)
         # One step more, whose batch is asked for when the last profiled step has ended.
         optimizer = replace(config.optimizer, steps=WARMUP + steps + 1)
         config = replace(config, optimizer=optimizer, run=replace(config.run, log_every=10**9, cuda_graph=False))

@@ -27,7 +27,7 @@ from anomem.train.checkpoint import (
     saved_step,
 )
 from anomem.train.config import FitConfig, RunConfig, TrainConfig, flat_settings, read_json
-from anomem.train.execution import settled, worth_compiling
+from anomem.train.execution import settled
 from anomem.train.monitor import tensorboard_writer
 from anomem.train.ranks import ONE, Ranks, joined, local_device
 from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
@@ -82,7 +82,7 @@ def train(
         task = task or load_task(config.data)
         model = model_for(config, task, encoder)
         # Without "auto": a resumption executes as the run began.
-        config = settled(config, model.device, worth_compiling=worth_compiling(config, model, task.train))
+        config = settled(config, model.device)
         ranks.require_same(flat_settings(config))
         _require_an_image_each(config, len(task.train), ranks)
         trained_on = task.trained_on
@@ -250,7 +250,7 @@ def _train_and_fit(
 ) -> Scorer | None:
     """`train_task`; of several processes the first one fits the scorer, the others return None."""
     is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
-    config = settled(config, model.device, worth_compiling=worth_compiling(config, model, task.train))
+    config = settled(config, model.device)
     if config.optimizer.steps:
         train_stage1(model, task.train, is_normal, config, run, quiet=not loud)
     else:

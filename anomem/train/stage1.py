@@ -28,7 +28,7 @@ from anomem.train.batches import (
 from anomem.train.captured import Captured, obstacle
 from anomem.train.checkpoint import StageState
 from anomem.train.config import TrainConfig
-from anomem.train.execution import arrange, settled, worth_compiling
+from anomem.train.execution import arrange, settled
 from anomem.train.monitor import Monitor
 from anomem.train.network import Network
 from anomem.train.objective import Views, memory_figures
@@ -64,7 +64,7 @@ def train_stage1(
         Interrupted: a signal asked to stop; the state is saved if there is a run.
     """
     ranks = Ranks.current()
-    config = settled(config, model.device, worth_compiling=worth_compiling(config, model, images))
+    config = settled(config, model.device)
     settings, seed = config.optimizer, config.run.seed
     arrange(model, config.run)
     network = Network(model, ranks, config.run.parallel == "fsdp", config.run.compile is True)

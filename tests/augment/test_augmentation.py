@@ -63,6 +63,16 @@ def test_nothing_changes_nothing_and_copies() -> None:
     assert view.data_ptr() != images.data_ptr()
 
 
+@pytest.mark.parametrize("config", [AugmentConfig(), AugmentConfig.nothing()])
+def test_as_many_views_as_were_drawn(config: AugmentConfig) -> None:
+    images = torch.randint(0, 256, (3, 2, 5, 6), dtype=torch.uint8)
+    augmentation = Augmentation(config)
+    views = augmentation.apply(images, *augmentation.draw(6, torch.Generator().manual_seed(0)))
+    assert views.shape == (6, 2, 5, 6)
+    if config == AugmentConfig.nothing():
+        torch.testing.assert_close(views, images.repeat(2, 1, 1, 1) / 255)
+
+
 @pytest.mark.parametrize(
     "changed",
     [

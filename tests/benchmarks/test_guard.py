@@ -12,7 +12,7 @@ from anomem import backends
 from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.models import ModelConfig, build_model
-from anomem.ops import retrieve
+from anomem.ops import contrast, retrieve
 from anomem.train import OptimizerConfig, RunConfig, TrainConfig
 from anomem.train.stage1 import train_stage1
 from benchmarks.harness.case import Case, case
@@ -63,9 +63,10 @@ def native_or_skip(operator: str) -> None:
 
 @pytest.mark.parametrize(("one", "share"), SHARES, ids=lambda value: getattr(value, "operator", ""))
 def test_native_allocates_a_small_share_of_eager(one: Case, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the weights that a retrieval keeps for its backward pass, at most KEPT_BYTES."""
+    """Beside what is kept for the backward pass, at most KEPT_BYTES."""
     native_or_skip(one.operator)
-    monkeypatch.setattr(retrieve, "KEPT_BYTES", 0)
+    for operators in (retrieve, contrast):
+        monkeypatch.setattr(operators, "KEPT_BYTES", 0)
     assert peak(one, "native") <= share * peak(one, "reference")
 
 
@@ -105,7 +106,7 @@ def test_one_native_call_for_each_operator_and_scale() -> None:
         f"anomem.native_{operator}_{direction}": 3
         for operator in ("retrieve", "nt_xent", "gather", "variance")
         for direction in ("fwd", "bwd")
-    }
+    } | {"anomem.native_augment": 1}
     assert calls["aten.index_select"] == 1  # of the batch, no other
     assert not {"aten.logsumexp", "aten._softmax", "aten.native_layer_norm"} & calls.keys()
 

@@ -169,6 +169,26 @@ def test_a_matrix_that_is_no_map_reads_inside_the_image(impl: Impl, scale: float
 
 
 @each(*ALL)
+def test_no_views_of_some_images(impl: Impl) -> None:
+    images = numbers(3, 2, 5, 6, seed=1)
+    for parameters in (ViewParameters(brightness=torch.ones(0)), given(0)):
+        assert augment(images, parameters, impl=impl).shape == (0, 2, 5, 6)
+
+
+def test_what_is_kept_serves_every_mode() -> None:
+    """The first call of a size may be in inference mode, or under another default device."""
+    images, parameters = numbers(2, 3, 13, 15, seed=1), given(2)
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        reference.augment.__globals__["_kept_centres"].cache_clear()
+        reference.augment.__globals__["_kept_bands"].cache_clear()
+        with mode:
+            augment(images, parameters, impl="reference")
+        matrices = some_matrices(2).requires_grad_()
+        reference.augment(images, parameters._replace(matrices=matrices), radius=3).sum().backward()
+        assert matrices.grad is not None
+
+
+@each(*ALL)
 def test_a_filter_wider_than_the_image(impl: Impl) -> None:
     images, blur = numbers(2, 3, 4, 6, seed=1), torch.tensor([5.0, 30.0])
     wide, cut = (augment(images, ViewParameters(blur=blur), radius=radius, impl=impl) for radius in (90, 3))

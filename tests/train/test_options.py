@@ -26,7 +26,7 @@ from anomem.train import (
 )
 from anomem.train.batches import Average
 from anomem.train.checkpoint import load_checkpoint
-from anomem.train.execution import compiler_obstacle, multiplies_bf16, settled, worth_compiling
+from anomem.train.execution import compiler_obstacle, multiplies_bf16, settled
 
 
 def two_steps(config: TrainConfig, **execution: Any) -> tuple[Scorer, dict[str, torch.Tensor]]:
@@ -119,34 +119,25 @@ def test_compiled_encoder_trains_the_same_weights(
     assert scores.keys() == plain[1].keys()
 
 
-def test_long_runs_are_compiled_where_a_compiler_is(
+def test_what_cannot_be_compiled_says_so_and_runs(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    cpu, images = torch.device("cpu"), load_task(tiny.data).train
-    model, pixels = model_for(tiny, load_task(tiny.data)), 6 * 2 * 40 * 16 * 16  # of 32 images and 8 outliers
-    for least, expected in ((pixels, True), (pixels + 1, False)):
-        monkeypatch.setattr(execution, "WORTH_COMPILING", least)
-        assert worth_compiling(tiny, model, images) is expected
-    monkeypatch.setattr(execution, "WORTH_COMPILING", 1)
-    other = replace(tiny, model=replace(tiny.model, backbone="resnet18"))
-    assert not worth_compiling(other, model, images)
+    cpu = torch.device("cpu")
     monkeypatch.setattr(execution, "compiler_obstacle", lambda _: None)
+    asked = replace(tiny, run=replace(tiny.run, compile=True))
     assert settled(tiny, cpu).run.compile is False
-    assert settled(tiny, cpu, worth_compiling=True).run.compile is True
-    for changes in ({"micro_batch": 4}, {"accumulate": 2}):
-        in_parts = replace(tiny, optimizer=replace(tiny.optimizer, **changes))
-        assert settled(in_parts, cpu, worth_compiling=True).run.compile is False
+    assert settled(asked, cpu).run.compile is True
     assert not [one for one in recwarn if "run.compile" in str(one.message)]
-    asked = replace(in_parts, run=replace(tiny.run, compile=True))
-    with pytest.warns(RuntimeWarning, match="stage 1 runs uncompiled: parts of a batch differ in size"):
-        assert settled(asked, cpu).run.compile is False
+    for changes, reason in (({"micro_batch": 4}, "micro-batches"), ({"accumulate": 2}, "parts of a batch")):
+        in_parts = replace(asked, optimizer=replace(tiny.optimizer, **changes))
+        with pytest.warns(RuntimeWarning, match=f"stage 1 runs uncompiled: {reason}"):
+            assert settled(in_parts, cpu).run.compile is False
     monkeypatch.undo()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    for config, worth in ((tiny, True), (replace(tiny, run=replace(tiny.run, compile=True)), False)):
-        compiler_obstacle.cache_clear()
-        torch.compiler.reset()
-        with pytest.warns(RuntimeWarning, match=r"stage 1 runs uncompiled: .*No working C\+\+ compiler"):
-            assert settled(config, cpu, worth_compiling=worth).run.compile is False
+    compiler_obstacle.cache_clear()
+    torch.compiler.reset()
+    with pytest.warns(RuntimeWarning, match=r"stage 1 runs uncompiled: .*No working C\+\+ compiler"):
+        assert settled(asked, cpu).run.compile is False
     compiler_obstacle.cache_clear()
 
 
