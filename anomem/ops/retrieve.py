@@ -26,7 +26,8 @@ from anomem.ops.library import (
 )
 
 KEPT_BYTES = 256 << 20
-"""Most memory of the weights that one call on a CPU keeps for its backward pass; it recomputes the others."""
+"""Most memory of the weights that one call on a CPU keeps for its backward pass; others are recomputed. An eighth of it
+below 128 features: there new pages cost as much as the products that they save."""
 _LEAST_KEPT = 126
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
@@ -191,7 +192,8 @@ def _kept(query: Tensor, memory: Memory) -> int:
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
         return 0
     row = _kept_stride(memory.keys.shape[0]) * query.element_size()
-    return min(query.shape[0], KEPT_BYTES // row)
+    most = KEPT_BYTES if query.shape[1] >= 128 else KEPT_BYTES // 8
+    return min(query.shape[0], most // row)
 
 
 def _kept_stride(prototypes: int) -> int:

@@ -39,8 +39,8 @@ Tensor augment(const Tensor& images, const OptionalTensor& matrices, const Optio
   if (out.numel() == 0) return out;
   run(Augment{Type::kFloat32, map_of(images), bytes, views, static_cast<Padding>(padding), radius,
               optional_data<float>(matrices), given(brightness, "brightness"), given(contrast, "contrast"),
-              given(saturation, "saturation"), given(blur, "blur"), given(noise, "noise"),
-              optional_data<int64_t>(keys), channels_last, out.mutable_data_ptr<float>()});
+              given(saturation, "saturation"), given(blur, "blur"), given(noise, "noise"), optional_data<int64_t>(keys),
+              channels_last, out.mutable_data_ptr<float>()});
   return out;
 }
 

@@ -19,9 +19,9 @@ ANOMEM_INLINE Words hashed(Words counter, uint32_t low, uint32_t high) { return 
 
 // ln u for positive normal numbers: a polynomial on [sqrt(1/2), sqrt(2)) (Cephes), and the exponent.
 ANOMEM_INLINE vec<float> log_of_normal(vec<float> u) {
-  constexpr float coefficients[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
-                                    -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
-                                    2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  constexpr float coefficients[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                    -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                    2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
   using Bits = typename Simd<float>::bits;
   const Bits bits = reinterpret_cast<Bits>(u);
   const Bits exponent = (bits - 0x3f3504f3) >> 23;

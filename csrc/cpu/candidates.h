@@ -8,8 +8,8 @@
 // k-th largest rough score cannot be among the k largest. The others, k and a few, are computed again from the rows
 // themselves. Elsewhere the product is of the rows themselves and the bound that of its rounding.
 //
-// Whole numbers of 8 bits (quads.h) come first, with the same bound: their product is twice as fast. Where they leave so
-// many candidates that computing those takes longer than was saved, the search goes on in pairs of bfloat16.
+// Whole numbers of 8 bits (quads.h) come first, with the same bound: their product is twice as fast. Where they leave
+// so many candidates that computing those takes longer than was saved, the search goes on in pairs of bfloat16.
 //
 // The k-th largest is bounded from below by the largest scores of kGroups disjoint groups of columns: the k-th largest
 // of those. No matrix of all scores is kept: a tile of kCandidateRows × kCandidateColumns passes through the cache.
@@ -59,7 +59,7 @@ inline T rounding_length(const T* x, int64_t d) {
       const vec<T> lost = exact - load(rounded);
       squares = multiply_add(lost, lost, squares);
     });
-    return std::sqrt(sum_lanes<T>(squares));
+    return length_at_most(sum_lanes<T>(squares), d);
   }
 }
 
@@ -83,7 +83,7 @@ class CandidatePanels {
     for (int64_t j = 0; j < count; ++j) {
       T* row = rows_.data() + j * d;
       normalize_row(prototypes + j * stride, d, how, row);
-      longest_ = larger_or_nan(longest_, std::sqrt(dot_product(row, row, d)));
+      longest_ = larger_or_nan(longest_, length_at_most(dot_product(row, row, d), d));
     }
 #if ANOMEM_BFLOAT16_PAIRS
     quads_.emplace(rows_.data(), count, d);
@@ -301,7 +301,7 @@ class CandidateSearch {
     const int64_t d = panels_.features();
     rough_.set(r, x, T{1});
     unit_[r] = 1;
-    bound_[r] = panels_.bound(std::sqrt(dot_product(x, x, d)), rounding_length(x, d));
+    bound_[r] = panels_.bound(length_at_most(dot_product(x, x, d), d), rounding_length(x, d));
   }
 
   // What the products of a row x leave out, the same for all columns.
@@ -344,11 +344,11 @@ template <class S, class T = accumulator_t<S>>
 inline void find_in(const CandidatePanels<S>& panels, Target<S>& target, int64_t r, const T* x, const T* dots,
                     int32_t* found) {
   const int64_t d = panels.features();
-  const T margin = target.margin(kSlack<T> * std::sqrt(dot_product(x, x, d)) * panels.longest());
+  const T margin = target.margin(kSlack<T> * length_at_most(dot_product(x, x, d), d) * panels.longest());
   for (int64_t first = 0; first < panels.count(); first += kCandidateColumns) {
     const int64_t left = panels.count() - first, n = left < kCandidateColumns ? left : kCandidateColumns;
-    const int64_t candidates = collect(dots + first, target.offsets().data(false) + first, n, target.scale(), target.k(),
-                                       margin, target.groups(r), found);
+    const int64_t candidates = collect(dots + first, target.offsets().data(false) + first, n, target.scale(),
+                                       target.k(), margin, target.groups(r), found);
     target.add(r, x, panels, first, found, candidates);
   }
 }

@@ -17,8 +17,8 @@
 // The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
 // (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only. nearest_kernel.h and
-// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h). augment_kernel.h passes
-// over one image at a time.
+// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h). augment_kernel.h
+// passes over one image at a time.
 #include "cpu/augment_kernel.h"
 #include "cpu/contrast_kernel.h"
 #include "cpu/deviation_map_kernel.h"

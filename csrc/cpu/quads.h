@@ -48,7 +48,7 @@ inline float round_to_bytes(const float* x, int64_t d, float step, int8_t shift,
     squares = multiply_add(lost, lost, squares);
     _mm_mask_storeu_epi8(to + i, static_cast<__mmask16>((1u << count) - 1), _mm_add_epi8(rounded, moved));
   });
-  return std::sqrt(sum_lanes<float>(squares));
+  return length_at_most(sum_lanes<float>(squares), d);
 }
 
 // The prototypes of a bank.
@@ -72,12 +72,12 @@ class QuadPanels {
       const float* row = centred.data() + j * d;
       int8_t* const to = bytes.data() + j * stride;
       std::memset(to, 0, stride);
-      const float lost = round_to_bytes(row, d, step_, -128, to), length = std::sqrt(dot_product(row, row, d));
+      const float lost = round_to_bytes(row, d, step_, -128, to), length = length_at_most(dot_product(row, row, d), d);
       most_lost_ = larger_or_nan(most_lost_, lost);
       longest_ = larger_or_nan(longest_, length);
       shift_[j] = dot_product(mean_.data(), row, d);
     }
-    mean_length_ = std::sqrt(dot_product(mean_.data(), mean_.data(), d));
+    mean_length_ = length_at_most(dot_product(mean_.data(), mean_.data(), d), d);
     pack_transposed(reinterpret_cast<const float*>(bytes.data()), quads_of(d), count, quads_of(d),
                     reinterpret_cast<float*>(packed_.data()));
   }
@@ -97,8 +97,7 @@ class QuadPanels {
   // Bound of |y·n − rounded product| for a y of this length that lost so much, and of the rounding of x·m in float32;
   // `slack` in units of the lengths of x and m.
   float bound(float length, float lost, float slack) const {
-    return lost * longest_ + (length + lost) * most_lost_ +
-           slack * (length + mean_length_) * (longest_ + mean_length_);
+    return lost * longest_ + (length + lost) * most_lost_ + slack * (length + mean_length_) * (longest_ + mean_length_);
   }
 
   // Of the panels from a column on, a multiple of a panel's width.
@@ -139,10 +138,7 @@ __attribute__((noinline)) inline void quad_block(int64_t quads, const int32_t* r
 class QuadRows {
  public:
   QuadRows(int64_t rows, int64_t d)
-      : quads_(quads_of(d)),
-        row_(d),
-        data_(round_up(rows, kQuadRows) * quads_),
-        start_(round_up(rows, kQuadRows)) {
+      : quads_(quads_of(d)), row_(d), data_(round_up(rows, kQuadRows) * quads_), start_(round_up(rows, kQuadRows)) {
     std::memset(data_.data(), 0, round_up(rows, kQuadRows) * quads_ * sizeof(int32_t));
     std::memset(start_.data(), 0, round_up(rows, kQuadRows) * sizeof(int32_t));
   }
@@ -162,7 +158,8 @@ class QuadRows {
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), bytes);
     }
     start_[r] = -_mm512_reduce_add_epi32(sum);
-    return {step * panels.step(), panels.bound(std::sqrt(dot_product(row_.data(), row_.data(), d)), lost, slack)};
+    const float length = length_at_most(dot_product(row_.data(), row_.data(), d), d);
+    return {step * panels.step(), panels.bound(length, lost, slack)};
   }
 
   // The rounded products of the first m rows with n columns from `first` on, a multiple of kQuadColumns. They are in

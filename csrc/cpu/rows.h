@@ -91,6 +91,12 @@ inline accumulator_t<S> sum_of_squares(const S* x, int64_t n, accumulator_t<S> s
   return sum_lanes<T>(squares);
 }
 
+// Not below the length of a row whose d squares have this sum, some of which may be too small for T.
+template <class T>
+inline T length_at_most(T squares, int64_t d) {
+  return std::sqrt(squares + static_cast<T>(d) * std::numeric_limits<T>::min());
+}
+
 // 1/|x|, or 0 if |x| ≤ 1e-12: such a row becomes zero and passes no gradient. NaN stays NaN; 0 for an infinite element.
 template <class S>
 inline accumulator_t<S> inverse_length(const S* x, int64_t n) {

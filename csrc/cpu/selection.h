@@ -1,5 +1,5 @@
-// Selection among the scores of a row: the columns near the k largest, and the k smallest keys in order. With AVX-512 no
-// branch depends on the scores.
+// Selection among the scores of a row: the columns near the k largest, and the k smallest keys in order. With AVX-512
+// no branch depends on the scores.
 #pragma once
 
 #include "cpu/nearest.h"

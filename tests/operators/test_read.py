@@ -221,6 +221,18 @@ def test_of_equal_scores_the_first_is_read(impl: Impl) -> None:
 
 
 @each(*ALL)
+def test_lengths_whose_squares_are_too_small_for_float32(impl: Impl) -> None:
+    """The bound of the rough product came out as 0, and another prototype was read."""
+    generator = torch.Generator().manual_seed(0)
+    query, prototypes = (torch.randn(n, 64, generator=generator) for n in (90, 700))
+    query, prototypes = query * 1e17, prototypes * 1e-24
+    options: dict[str, Any] = {"beta": 1e8, "normalize": "none", "top_k": 1}
+    found = read_memory(query, prototypes, **options, impl=impl)
+    exact = read_memory(query.double(), prototypes.double(), **options, impl="reference")
+    torch.testing.assert_close(found.lse.double(), exact.lse, rtol=1e-5, atol=1e-3)
+
+
+@each(*ALL)
 def test_a_prototype_without_a_chance_is_not_read(impl: Impl) -> None:
     query, prototypes, bias = draw(20, 8), draw(5, 8, seed=1), torch.zeros(5)
     bias[2] = -torch.inf

@@ -283,7 +283,7 @@ def test_a_learned_beta_of_two_steps_within_budget(impl: Impl) -> None:
 def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass recomputes the weights of no, some or all chunks of queries; what is kept is bounded."""
     for most in (0, 200 * 96 * dtype.itemsize, 2**30):
-        monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", most)
+        monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", 8 * most)  # an eighth of it for so few features
         saved: list[Tensor] = []
         query, prototypes = draw(260, 40, dtype=dtype, seed=1), draw(70, 40, dtype=dtype, seed=2)
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x) or x, lambda x: x):
