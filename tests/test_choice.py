@@ -99,7 +99,7 @@ def test_a_small_call_follows_the_rule(timed: list[Problem]) -> None:
 
 
 def test_no_size_lies_between_the_rule_for_small_calls_and_a_measurement() -> None:
-    """A training step of 64 images contrasted 2²³ products a scale in plain PyTorch, six times as slow as natively."""
+    """A training step of 64 images has 2²³ multiplications a scale: it was contrasted in plain PyTorch."""
     assert choice._LARGE["cpu"] <= (rules._SMALL_CALL.most_work or 0)
     step = Problem("nt_xent", "cpu", torch.bfloat16, features=32, rows=128, columns=128, groups=16)
     assert rules._SMALL_CALL.holds(step) or choice.is_large(step)

@@ -341,7 +341,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
         ctx.group = group
         if not torch.compiler.is_compiling():
-            # A functional collective wraps its result in a tensor that waits at its first use, which takes longer.
+            # A functional collective wraps its result in a tensor that waits at its first use.
             total = values.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=group)
             return total

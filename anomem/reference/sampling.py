@@ -55,11 +55,11 @@ def gather_positions(feature_map: Tensor, positions: Tensor, *, normalize: bool 
     if feature_map.stride(1) == 1:  # channels-last
         # A gradient gets the layout of what is indexed; the encoder's layers are slow where it is not the map's.
         rows = flat.transpose(1, 2)  # [B, HW, C]
-        each = positions.unsqueeze(2).expand(-1, -1, channels) if positions.dim() == 2 else None
+        each = positions.unsqueeze(2).expand(-1, -1, channels) if positions.dim() == 2 else None  # [B, n, C]
         picked = rows.index_select(1, positions) if each is None else rows.gather(1, each)  # [B, n, C]
         vectors = picked.transpose(0, 1)  # [n, B, C]
     else:
-        each = positions.unsqueeze(1).expand(-1, channels, -1) if positions.dim() == 2 else None
+        each = positions.unsqueeze(1).expand(-1, channels, -1) if positions.dim() == 2 else None  # [B, C, n]
         picked = flat.index_select(2, positions) if each is None else flat.gather(2, each)  # [B, C, n]
         vectors = picked.permute(2, 0, 1)
     return l2_normalize(vectors) if normalize else vectors

@@ -104,8 +104,8 @@ class Stage1Step:
         self.views_of = views(config, is_normal, self.draws)
         self.criterion = scale_criterion(config.loss, config.model.impl, ranks)
         self.exact = model.device.type == "cpu"
-        """Whether the contrast is in float32 under autocast. In bfloat16 the plain deviation lost most of a point of
-        AUROC on digits, in a trial. A GPU's kernels are made for bfloat16; not measured on a GPU yet."""
+        """Whether the contrast is in float32 under autocast: AUROC is then that of float32 (docs/PERFORMANCE.md). A
+        GPU's kernels are made for bfloat16; not measured on a GPU yet."""
 
     def __call__(self, batch: Batch) -> Loss:
         """Gradients of a batch, in `.grad` of all parameters; the loss of its last part."""

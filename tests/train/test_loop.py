@@ -64,7 +64,7 @@ class BatchNorms(TorchDispatchMode):
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_gradients_reach_the_encoder_in_the_layout_of_its_maps(tiny: TrainConfig, impl: str) -> None:
-    """In another one batch norm's backward pass took four times as long, a quarter of a step."""
+    """In another one batch norm's backward pass is slow."""
     config = replace(
         tiny,
         model=replace(tiny.model, impl=impl),
