@@ -48,7 +48,7 @@ class Chunks {
  private:
   Chunks(int64_t rows, int64_t channels, int64_t fold, int64_t numbers)
       : rows_(rows), channels_(channels), fold_(fold) {
-    const int64_t length = numbers / channels < 16 ? 16 : numbers / channels;
+    const int64_t length = numbers / channels < 64 ? 64 : numbers / channels;
     length_ = length / fold * fold;
     chunks_ = (rows + length_ - 1) / length_;
     pieces_ = chunks_ < 64 ? chunks_ : 64;
@@ -68,6 +68,17 @@ ANOMEM_INLINE void for_strips(int64_t width, const F& f) {
   for (; j + kStrip * lanes <= width; j += kStrip * lanes) f(std::integral_constant<int, kStrip>{}, j, lanes);
   for (; j + lanes <= width; j += lanes) f(std::integral_constant<int, 1>{}, j, lanes);
   if (j < width) f(std::integral_constant<int, 1>{}, j, width - j);
+}
+
+// Calls f(n, first, last, j, some) for the vectors of some rows of a chunk. Long rows are taken four at a time: they
+// lie apart by a power of two, and many of them fall into the same few sets of the cache.
+template <class T, class F>
+ANOMEM_INLINE void for_blocks(int64_t rows, int64_t width, const F& f) {
+  const int64_t block = width > kStrip * kLanes<T> ? 4 : rows;
+  for (int64_t first = 0; first < rows; first += block) {
+    const int64_t last = first + block < rows ? first + block : rows;
+    for_strips<T>(width, [&](auto count, int64_t j, int64_t some) { f(count, first, last, j, some); });
+  }
 }
 
 // Mean and sum of squared deviations [C] of `count` rows, joined with those of others (Chan, Golub and LeVeque 1979).
@@ -165,6 +176,7 @@ class Lines {
     return {load_some(at, some), load_some(at + width_, some), load_some(at + 2 * width_, some),
             load_some(at + 3 * width_, some)};
   }
+  T inverse(int64_t j) const { return numbers_[width_ + j]; }
 
  private:
   int64_t width_;
@@ -180,12 +192,12 @@ inline void apply_lines(const BatchNormApply& a) {
     const S* x = static_cast<const S*>(a.x) + offset;
     const S* add = kAdd ? static_cast<const S*>(a.add.data) + offset : nullptr;
     S* out = static_cast<S*>(a.out) + offset;
-    for_strips<T>(width, [&](auto count, int64_t j, int64_t some) {
+    for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
       constexpr int n = decltype(count)::value;
       typename Lines<T>::Line line[n];
 #pragma GCC unroll 4
       for (int i = 0; i < n; ++i) line[i] = lines.of(j + i * kLanes<T>, some);
-      for (int64_t k = 0; k < rows; ++k)
+      for (int64_t k = first; k < last; ++k)
 #pragma GCC unroll 4
         for (int i = 0; i < n; ++i) {
           const int64_t at = k * width + j + i * kLanes<T>;
@@ -240,13 +252,19 @@ void compute(const BatchNormSums& a) {
       chunks.of_piece(piece, [&](int64_t offset, int64_t rows, int64_t width) {
         const S *x = static_cast<const S*>(a.x) + offset, *dout = static_cast<const S*>(a.dout) + offset;
         const S* out = a.out.given ? static_cast<const S*>(a.out.data) + offset : dout;
-        for_strips<T>(width, [&](auto count, int64_t j, int64_t some) {
+        T *totals = scratch.data(), *products = totals + widest;
+        std::memset(totals, 0, 2 * widest * sizeof(T));
+        for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
           constexpr int n = decltype(count)::value;
           typename Lines<T>::Line line[n];
-          vec<T> total[n] = {}, product[n] = {};
+          vec<T> total[n], product[n];
 #pragma GCC unroll 4
-          for (int i = 0; i < n; ++i) line[i] = lines.of(j + i * kLanes<T>, some);
-          for (int64_t k = 0; k < rows; ++k)
+          for (int i = 0; i < n; ++i) {
+            line[i] = lines.of(j + i * kLanes<T>, some);
+            total[i] = load_some(totals + j + i * kLanes<T>, some);
+            product[i] = load_some(products + j + i * kLanes<T>, some);
+          }
+          for (int64_t k = first; k < last; ++k)
 #pragma GCC unroll 4
             for (int i = 0; i < n; ++i) {
               const int64_t at = k * width + j + i * kLanes<T>;
@@ -257,14 +275,14 @@ void compute(const BatchNormSums& a) {
             }
 #pragma GCC unroll 4
           for (int i = 0; i < n; ++i) {
-            store_some(scratch.data() + j + i * kLanes<T>, total[i], some);
-            store_some(scratch.data() + widest + j + i * kLanes<T>, product[i] * line[i].inverse, some);
+            store_some(totals + j + i * kLanes<T>, total[i], some);
+            store_some(products + j + i * kLanes<T>, product[i], some);
           }
         });
         for (int64_t at = 0; at < width; at += channels)
           for (int64_t j = 0; j < channels; ++j) {
-            constant[j] += static_cast<double>(scratch[at + j]);
-            along[j] += static_cast<double>(scratch[widest + at + j]);
+            constant[j] += static_cast<double>(totals[at + j]);
+            along[j] += static_cast<double>(products[at + j]);
           }
       });
     });
@@ -276,7 +294,7 @@ void compute(const BatchNormSums& a) {
       along += sums[piece * 2 * channels + channels + j];
     }
     static_cast<T*>(a.constant)[j] = static_cast<T>(constant);
-    static_cast<T*>(a.along)[j] = static_cast<T>(along);
+    static_cast<T*>(a.along)[j] = static_cast<T>(along * static_cast<double>(lines.inverse(j)));
   }
 }
 
@@ -291,18 +309,18 @@ void compute(const BatchNormGradient& a) {
   Buffer<T> means(2 * widest);
   for (int64_t at = 0; at < widest; ++at) {
     const int64_t j = at % channels;
-    const T inverse = T{1} / std::sqrt(static_cast<const T*>(a.affine.variance)[j] + static_cast<T>(a.affine.eps));
     means[at] =
         static_cast<T>(static_cast<double>(static_cast<const T*>(a.constant)[j]) / static_cast<double>(a.count));
     means[widest + at] =
-        static_cast<T>(static_cast<double>(static_cast<const T*>(a.along)[j]) / static_cast<double>(a.count)) * inverse;
+        static_cast<T>(static_cast<double>(static_cast<const T*>(a.along)[j]) / static_cast<double>(a.count)) *
+        lines.inverse(j);
   }
   with_gate(a.affine, a.out.given, [&](auto gate) {
     chunks.backwards([&](int64_t offset, int64_t rows, int64_t width) {
       const S *x = static_cast<const S*>(a.x) + offset, *dout = static_cast<const S*>(a.dout) + offset;
       const S* out = a.out.given ? static_cast<const S*>(a.out.data) + offset : dout;
       S *dx = static_cast<S*>(a.dx) + offset, *dadd = a.dadd.given ? static_cast<S*>(a.dadd.data) + offset : nullptr;
-      for_strips<T>(width, [&](auto count, int64_t j, int64_t some) {
+      for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
         constexpr int n = decltype(count)::value;
         typename Lines<T>::Line line[n];
         vec<T> constant[n], slope[n];
@@ -312,7 +330,7 @@ void compute(const BatchNormGradient& a) {
           constant[i] = load_some(means.data() + j + i * kLanes<T>, some);
           slope[i] = load_some(means.data() + widest + j + i * kLanes<T>, some);
         }
-        for (int64_t k = 0; k < rows; ++k)
+        for (int64_t k = first; k < last; ++k)
 #pragma GCC unroll 4
           for (int i = 0; i < n; ++i) {
             const int64_t at = k * width + j + i * kLanes<T>;
