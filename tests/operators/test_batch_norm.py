@@ -184,7 +184,7 @@ def test_auto_takes_the_kernel_for_channels_last_maps_alone() -> None:
             batch_norm(x, training=True)
         return {event.key for event in profile.key_averages() if "batch_norm" in event.key}
 
-    x = draw(16, 8, 6, 6)
+    x = draw(16, 8, 12, 12)
     assert any("native_batch_norm_apply" in name for name in operators_of(x.to(memory_format=torch.channels_last)))
     assert not any("anomem" in name for name in operators_of(x))
 
