@@ -154,7 +154,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = [
-    Floor("anomem/functional", set(WORDS), {"__init__", "_inputs", "distributed", "memory_loss"}),
+    Floor("anomem/functional", set(WORDS), {"__init__", "_inputs", "distributed", "joint", "memory_loss"}),
     Floor("anomem/reference", set(WORDS), {"__init__"}),
     Floor("anomem/ops", set(WORDS), {"__init__", "library", "native", "sources"}),
     Floor(
