@@ -177,4 +177,6 @@ def _reduce(rows: Tensor, reduction: Reduction, grouped: bool) -> Tensor:
         return rows.mean()
     if reduction == "sum":
         return rows.sum()
+    if rows.requires_grad:
+        rows = rows.clone()  # a kernel's backward pass reads its losses again; the caller's may be changed in place
     return rows if grouped else rows.squeeze(0)

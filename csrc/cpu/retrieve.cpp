@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Ten
 Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy,
                          const Tensor& query, const Tensor& keys, const OptionalTensor& values,
                          const OptionalTensor& beta, double scale, int64_t normalize, double shrink,
-                         const Tensor& /* out */, const Tensor& lse, const Tensor& /* entropy */) {
+                         const Tensor& lse) {
   return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink}, lse);
 }
 

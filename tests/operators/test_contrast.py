@@ -376,6 +376,19 @@ def test_permuting_the_columns_changes_nothing(impl: Impl) -> None:
 
 
 @each(*ALL)
+def test_losses_may_be_changed_in_place(impl: Impl) -> None:
+    z, z_pair = draw(2, 4, 16, seed=1).requires_grad_(), draw(2, 4, 16, seed=2)
+    positive = torch.arange(4)
+    for function in (
+        lambda: nt_xent(z, z_pair, reduction="none", impl=impl),
+        lambda: info_nce(z, z_pair, positive, reduction="none", impl=impl),
+        lambda: info_nce(z[0], z_pair[0], positive, reduction="none", impl=impl),
+    ):
+        (expected,) = torch.autograd.grad(function().sum(), z)
+        torch.testing.assert_close(torch.autograd.grad(function().mul_(2).sum(), z)[0], 2 * expected)
+
+
+@each(*ALL)
 def test_nt_xent_is_info_nce_row_by_row(impl: Impl) -> None:
     z, z_pair = views(2, 7, 16)
     both, index = torch.cat([z, z_pair], 1), torch.arange(14)
