@@ -167,7 +167,7 @@ FLOORS = [
         set(WORDS),
         {
             "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
-            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "quads", "raw_scores",
+            "kernels", "library_product", "memory", "operands", "pages", "panels", "parallel", "product", "quads", "raw_scores",
             "rows", "selection", "simd", "softmax", "types",
         },
     ),

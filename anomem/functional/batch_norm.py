@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from anomem import backends, reference, rules
-from anomem.functional.distributed import group_of, processes, sum_over
+from anomem.functional.distributed import group_of, of_everyone, processes, sum_over
 from anomem.ops.library import accumulator, may_be_differentiated
 from anomem.rules import Impl
 from anomem.validation import require, require_same_kind, require_tensor
@@ -126,9 +125,7 @@ class JointBatch:
     def moments(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
         """Mean and biased variance [C] of the joint batch, from those of this process, and its number of values."""
         mine = torch.cat([mean, variance, mean.new_tensor([count])])
-        everyone = [torch.empty_like(mine) for _ in range(processes(self.group))]
-        dist.all_gather(everyone, mine, group=self.group)
-        found = torch.stack(everyone)
+        found = of_everyone(mine, self.group)
         means, variances = found[:, :-1].chunk(2, dim=1)  # [W, C] each
         weights = found[:, -1:] / found[:, -1].sum()
         joint = (weights * means).sum(0)
