@@ -62,7 +62,8 @@ def read_softmax_kernel(
         if least is not None:
             bound = tl.load(least + queries, mask=queries < N, other=0.0)[:, None]
             bound_index = tl.load(least_index + queries, mask=queries < N, other=0)[:, None]
-            taken = (s > bound) | ((s == bound) & (prototypes[None, :] <= bound_index)) | (s != s)
+            rank = tl.where(s == s, s, float("-inf"))  # NaN comes last
+            taken = (rank > bound) | ((rank == bound) & (prototypes[None, :] <= bound_index))
             exponentials = tl.where(taken, exponentials, 0.0)
         exponentials = tl.where(mask, exponentials, 0.0)
         running_sum += tl.sum(exponentials, axis=1)

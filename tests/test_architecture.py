@@ -136,10 +136,10 @@ def test_layers_and_commands_load_no_kernel_and_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment")
+WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment", "batch_norm")
 """One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
 the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory;
-augment."""
+augment; batch_norm."""
 
 
 class Floor(NamedTuple):
@@ -167,7 +167,7 @@ FLOORS = [
         set(WORDS),
         {
             "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
-            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "quads", "raw_scores",
+            "kernels", "library_product", "memory", "operands", "pages", "panels", "parallel", "product", "quads", "raw_scores",
             "rows", "selection", "simd", "softmax", "types",
         },
     ),

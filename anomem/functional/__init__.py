@@ -11,6 +11,7 @@ preference, for one call of a larger computation: an operator without such a ker
 """
 
 from anomem.functional.augment import augment
+from anomem.functional.batch_norm import batch_norm
 from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.distributed import gather_rows, rows_per_process
@@ -36,6 +37,7 @@ __all__ = [
     "ScaleVectors",
     "ViewParameters",
     "augment",
+    "batch_norm",
     "contrasted_memory_loss",
     "contrasted_memory_losses",
     "deviation",

@@ -40,7 +40,7 @@ def nt_xent(
 
     Per group U = [z; z_pair], rows L2-normalised, N = 2B, and
     l_i = logsumexp_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau. The fused implementations keep no [N, N] matrix, except
-    that on a CPU a call keeps at most 16 MiB of the similarities for its backward pass.
+    that on a CPU a call keeps at most 96 MiB of the similarities for its backward pass.
 
     Args:
         z: [B, d] or [G, B, d]; need not be normalised.
@@ -177,4 +177,6 @@ def _reduce(rows: Tensor, reduction: Reduction, grouped: bool) -> Tensor:
         return rows.mean()
     if reduction == "sum":
         return rows.sum()
+    if rows.requires_grad:
+        rows = rows.clone()  # a kernel's backward pass reads its losses again; the caller's may be changed in place
     return rows if grouped else rows.squeeze(0)

@@ -56,6 +56,9 @@ def read_memory(
         `MemoryRead(out, residual, cosine, distance, indices, entropy, lse)`: out [..., d] in query's dtype, the others
         [...] in float32 (float64 for float64); distance and indices are None without `nearest`. For banks all begin
         with the axis L. All but the index are differentiable; the gradient is the reference's, in blocks of queries.
+        Where the largest score that is read is infinite (every bias is −inf, a product overflows), lse is that score
+        and the weights are NaN. A score of NaN is read after all others and makes its query's results NaN. A prototype
+        with a NaN or an infinity may also spoil queries that do not read it.
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.

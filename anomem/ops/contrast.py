@@ -29,12 +29,13 @@ from anomem.ops.library import (
     with_known_signature,
 )
 
-KEPT_BYTES = 16 << 20
+KEPT_BYTES = 96 << 20
 """Most memory of the products that one call on a CPU keeps for its backward pass; it makes the others again.
 
-Products that leave the third-level cache are read back more slowly than they are made, and so are those of short rows
-(measured on AMD family 25).
+A sixth of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back more
+slowly than they are made (measured on AMD family 25).
 """
+_LONG_ROWS = {torch.float32: 128, torch.float64: 128, torch.bfloat16: 256}
 _LEAST_KEPT_ROWS = 126
 _LEAST_KEPT_FEATURES = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 128}
 _TILE = 128
@@ -350,9 +351,10 @@ def _kept(inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, elements: Cal
         return 0
     if not library.may_be_differentiated(inputs):
         return 0
-    groups = inputs[0].shape[0]
+    groups, _, features = inputs[0].shape
     group = elements(rows=rows, groups=groups) * accumulator(inputs[0]).itemsize
-    return min(groups, KEPT_BYTES // group)
+    most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 6
+    return min(groups, most // group)
 
 
 @with_known_signature

@@ -102,11 +102,9 @@ def _shrink_backward_fake(
     scale: float,
     normalize: int,
     shrink: float,
-    out: Tensor,
     lse: Tensor,
-    entropy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _retrieve_backward_fake(dout, dlse, query, keys, values, beta, scale, normalize, out, lse)
+    return _retrieve_backward_fake(dout, dlse, query, keys, values, beta, scale, normalize, dout, lse)
 
 
 define(
@@ -154,7 +152,7 @@ define(
 define(
     "native_shrink_bwd",
     "(Tensor dout, Tensor? dlse, Tensor? dentropy, Tensor query, Tensor keys, Tensor? values, Tensor? beta, "
-    "float scale, int normalize, float shrink, Tensor out, Tensor lse, Tensor entropy) -> "
+    "float scale, int normalize, float shrink, Tensor lse) -> "
     "(Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dbeta)",
     _shrink_backward_fake,
     scheduled=("shrink",),
@@ -242,10 +240,14 @@ class _Retrieve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         query, keys, values, beta, ctx.scale, ctx.normalize, ctx.threshold, ctx.backend, ctx.kept = inputs
+        out, lse, *rest = output
         if ctx.kept or ctx.backend == "triton":  # weights and normaliser are for the backward pass alone
-            ctx.mark_non_differentiable(output[2])
+            ctx.mark_non_differentiable(*rest)
+        else:
+            rest = []  # the entropy
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, keys, values, beta, *output)
+        # What is saved may not be changed in place; the native kernels do not read `out` again.
+        ctx.save_for_backward(query, keys, values, beta, out if ctx.backend == "triton" else None, lse, *rest)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -264,7 +266,8 @@ class _Retrieve(torch.autograd.Function):
             composite = _composite(ctx.scale, ctx.normalize, ctx.threshold, kept)
             grads = library.differentiable_gradients(composite, inputs, needed, upstream)
             return (*grads, None, None, None, None, None)
-        dout = torch.zeros_like(out) if upstream[0] is None else upstream[0].contiguous()
+        width = (keys if values is None else values).shape[1]
+        dout = query.new_zeros(query.shape[0], width) if upstream[0] is None else upstream[0].contiguous()
         dextras = [None if grad is None else grad.contiguous() for grad in upstream[1:]]
         if ctx.kept:
             dquery, dkeys, dvalues = operator("retrieve_kept_bwd", ctx.backend)(
@@ -274,10 +277,11 @@ class _Retrieve(torch.autograd.Function):
             return dquery, dkeys, dvalues, None, None, None, None, None, None
         given = (dout, *dextras, query, keys, values, beta, ctx.scale, ctx.normalize)
         if ctx.threshold is None:
+            out = dout if out is None else out
             dquery, dkeys, dvalues, dbeta = library.call("retrieve_bwd", ctx.backend, *given, out, *extras)
         else:
             shrink_backward = library.overload(operator("shrink_bwd", ctx.backend), ctx.threshold)
-            dquery, dkeys, dvalues, dbeta = shrink_backward(*given, ctx.threshold, out, *extras)
+            dquery, dkeys, dvalues, dbeta = shrink_backward(*given, ctx.threshold, *extras)
         # What does not depend on the values gives them no gradient, which an optimizer tells from zeros.
         dvalues = None if values is None or upstream[0] is None else dvalues
         return dquery, dkeys, dvalues, None if beta is None else dbeta, None, None, None, None, None

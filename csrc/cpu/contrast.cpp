@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/library_product.h"
 #include "cpu/operands.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace anomem::cpu {
@@ -121,6 +122,7 @@ NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor
   Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features, library)}, views.sums);
   check_kept(kept, groups);
   Tensor products = empty({kept, nt_xent_kept(rows, groups)}, views.sums);
+  ask_for_huge_pages(products);
   run(NtXentForward{views.type,
                     library,
                     groups,
@@ -212,6 +214,7 @@ InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& 
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   check_kept(kept, groups);
   Tensor products = empty({kept, info_nce_kept(r, c, groups)}, sides.sums);
+  ask_for_huge_pages(products);
   Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features, library)}, sides.sums);
   run(InfoNceForward{sides.type,
                      library,

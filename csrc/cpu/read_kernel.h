@@ -51,7 +51,8 @@ struct ReadRows {
   int64_t* index;
 };
 
-// Reads the k prototypes of a row's target: r ← Σ e_i m_i, e_i = exp(s_i − s_0). Returns Σ e_i.
+// Reads the k prototypes of a row's target: r ← Σ e_i m_i, e_i = exp(s_i − s_0). Returns Σ e_i. Where s_0 is infinite
+// the weights are NaN and the lse is s_0, unless a score is NaN: such scores come last.
 template <class S, class T = accumulator_t<S>>
 inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, const int64_t* columns, int64_t k,
                               T* r) {
@@ -86,8 +87,9 @@ inline RowSum<T> read_largest(const CandidatePanels<S>& panels, const T* keys, c
       store_some(r + first + p, total, count);
     });
   }
-  const T sum = sum_lanes<T>(sums);
-  return {sum, -keys[0] + std::log(sum), sum_lanes<T>(products)};
+  const T sum = sum_lanes<T>(sums), top = -keys[0], last = keys[k - 1];
+  const bool special = !is_finite(top) && last == last;
+  return {sum, special ? top : top + std::log(sum), sum_lanes<T>(products)};
 }
 
 template <class S>

@@ -4,14 +4,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <tuple>
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
+#include "cpu/pages.h"
 
 namespace anomem::cpu {
 namespace {
@@ -19,17 +16,6 @@ namespace {
 struct Forward {
   Tensor out, lse, entropy, kept;
 };
-
-// A large tensor that one call fills: in huge pages, where the system gives them on request, a tenth of the time of the
-// forward pass is not spent on page faults.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
-#endif
-}
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
                 double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
@@ -42,7 +28,7 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
   Tensor weights = empty({kept, kept_stride(memory.prototypes)}, query.scalar_type());
-  ask_for_huge_pages(weights.mutable_data_ptr(), weights.numel() * weights.element_size());
+  ask_for_huge_pages(weights);
   run(RetrieveForward{type,
                       memory,
                       shrinkage,
@@ -123,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Ten
 Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy,
                          const Tensor& query, const Tensor& keys, const OptionalTensor& values,
                          const OptionalTensor& beta, double scale, int64_t normalize, double shrink,
-                         const Tensor& /* out */, const Tensor& lse, const Tensor& /* entropy */) {
+                         const Tensor& lse) {
   return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink}, lse);
 }
 

@@ -46,9 +46,11 @@ void compute(const RetrieveForward& a) {
     Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
-      // Weights are made where they are kept, unless they are converted or products write rows past the last.
-      S* const kept = first + count <= a.kept.rows ? static_cast<S*>(a.kept.weights) + first * kept_stride(m) : nullptr;
-      const bool in_place = kept != nullptr && (!a.memory.library || count == rows);
+      // Weights are made where they are kept, unless they are converted, some rows of the chunk are not kept or
+      // products write rows past the last. The backward pass has other chunks: every row counts.
+      const int64_t left = a.kept.rows - first, kept_rows = left < count ? left : count;
+      S* const kept = left > 0 ? static_cast<S*>(a.kept.weights) + first * kept_stride(m) : nullptr;
+      const bool in_place = kept_rows == count && (!a.memory.library || count == rows);
       T* tile = scores.data();
       int64_t tile_stride = score_stride;
       if constexpr (std::is_same_v<S, T>)
@@ -80,7 +82,7 @@ void compute(const RetrieveForward& a) {
           in_rows<S>(tile, count, m, tile_stride, pairs_in_place ? reinterpret_cast<factor_t<S>*>(kept) : nullptr,
                      kept_stride(m) / 2);
       if (kept != nullptr && !pairs_in_place && tile == scores.data())
-        for (int64_t r = 0; r < count; ++r)
+        for (int64_t r = 0; r < kept_rows; ++r)
           keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
                        kept + r * kept_stride(m));
       product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),

@@ -243,6 +243,37 @@ def test_a_prototype_without_a_chance_is_not_read(impl: Impl) -> None:
         torch.testing.assert_close(found.lse, expected.lse)
 
 
+@cases(
+    "kind, normalize",
+    {
+        one: [
+            *product(["no chance", "infinite bias", "bias of NaN", "infinite queries"], ["none", "layer"]),
+            *product(["products above the range", "products below the range"], ["none"]),
+        ]
+        for one in KERNELS
+    },
+)
+def test_infinite_scores_give_what_the_reference_gives(impl: Impl, kind: str, normalize: str) -> None:
+    query, prototypes, bias = draw(9, 8), draw(7, 8, seed=1), draw(7, seed=2)
+    if kind == "no chance":
+        bias[:] = -torch.inf
+    elif kind == "infinite bias":
+        bias[2] = torch.inf
+    elif kind == "bias of NaN":
+        bias[2] = torch.nan
+    elif kind == "infinite queries":
+        query[2, 3], query[4, 1], query[5] = torch.inf, -torch.inf, torch.inf
+    else:
+        query, prototypes = query.abs(), prototypes.abs() * 1e20
+        query[1] *= -1e25 if "below" in kind else 1e25
+        bias[4] = -torch.inf
+    for top_k in (None, 1, 3, 7):
+        options: dict[str, Any] = {"bias": bias, "beta": 0.6, "normalize": normalize, "top_k": top_k}
+        found, expected = (read_memory(query, prototypes, **options, impl=name) for name in (impl, "reference"))
+        torch.testing.assert_close(found[:3], expected[:3], equal_nan=True, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[5:], expected[5:], equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 @each(REFERENCE, NATIVE)
 def test_a_bad_query_spoils_its_own_row_only(impl: Impl) -> None:
     query, prototypes = draw(50, 8), draw(70, 8, seed=1)

