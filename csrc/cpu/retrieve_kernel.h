@@ -64,6 +64,7 @@ void compute(const RetrieveForward& a) {
                 a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
         T* p = tile + r * tile_stride;
+        if (first + rows + r < n) fetch_row(source + (rows + r) * a.query.stride, d);
         const RowSum<T> row =
             a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, beta) : exponentials(p, m, beta);
         static_cast<T*>(a.lse)[first + r] = row.lse;
@@ -85,10 +86,14 @@ void compute(const RetrieveForward& a) {
         for (int64_t r = 0; r < kept_rows; ++r)
           keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
                        kept + r * kept_stride(m));
-      product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
-              retrieved.data(), out_stride, false, a.memory.library);
-      for (int64_t r = 0; r < count; ++r)
-        scaled_copy(retrieved.data() + r * out_stride, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
+      S* const out = static_cast<S*>(a.out) + first * dv;
+      T* read = retrieved.data();
+      int64_t read_stride = out_stride;
+      if constexpr (std::is_same_v<S, T>)
+        if (height == count && dv == out_stride) read = out, read_stride = dv;  // whole panels
+      product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(), read,
+              read_stride, false, a.memory.library);
+      for (int64_t r = 0; r < count; ++r) scaled_copy(read + r * read_stride, dv, scale[r], out + r * dv);
     }
   });
 }
@@ -270,6 +275,11 @@ class BackwardChunk {
     for (int64_t r = 0; r < count; ++r) {
       T *const p = tiles.weights + r * score_stride_, *const g = tiles.gradient + r * score_stride_;
       const T row_dlse = a_.dlse.given ? dlse[first + r] : T{0};
+      if (const int64_t next = first + rows_ + r; next < a_.query.count) {
+        fetch_row(source + (rows_ + r) * a_.query.stride, d_);
+        fetch_row(dout_row(next), dv_);
+        if (next < a_.kept.rows) fetch_row(static_cast<const S*>(a_.kept.weights) + next * kept_stride(m_), m_);
+      }
       if (a_.shrinkage.entropy) {
         // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
         std::memcpy(p, scores_.data() + r * score_stride_, score_stride_ * sizeof(T));
