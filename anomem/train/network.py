@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -137,11 +137,15 @@ def with_joint_batch_norm(module: nn.Module) -> nn.Module:
 
     torch's `SyncBatchNorm` runs on GPUs only.
     """
-    on_gpu = next(module.parameters()).is_cuda
+    return replace_batch_norms(module, synchronised if next(module.parameters()).is_cuda else JointBatchNorm)
+
+
+def replace_batch_norms(module: nn.Module, by: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    """The module with others in the place of its batch norms, within it."""
     for part in list(module.modules()):
         for name, child in part.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm | JointBatchNorm):
-                setattr(part, name, _synchronised(child) if on_gpu else JointBatchNorm(child))
+                setattr(part, name, by(child))
     return module
 
 
@@ -181,7 +185,8 @@ class _SynchronisedWithReLU(nn.SyncBatchNorm):
         return F.relu(total, inplace=True) if self.relu else total
 
 
-def _synchronised(norm: _BatchNorm) -> nn.Module:
+def synchronised(norm: _BatchNorm) -> nn.Module:
+    """torch's batch norm over several processes, with what follows ours."""
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
     if isinstance(norm, BatchNorm2d):
         converted.__class__ = _SynchronisedWithReLU

@@ -106,10 +106,10 @@ constexpr int64_t panel_width(int64_t first, int64_t n, int64_t widest) {
 }
 
 // The first `count` rows of `length` elements become columns, to [length, rows] with `to_stride` between rows; columns
-// of zeros follow.
-template <class S, class To>
-inline void transpose(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
-                      int64_t to_stride) {
+// of zeros follow. A vector x of row r becomes scale(r, x).
+template <class S, class To, class Scale>
+inline void transpose_scaled(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
+                             int64_t to_stride, const Scale& scale) {
   using T = accumulator_t<S>;
   constexpr int64_t block = kLanes<T>;
   for (int64_t first = 0; first < rows; first += block) {
@@ -118,11 +118,19 @@ inline void transpose(const S* source, int64_t stride, int64_t count, int64_t le
       const int64_t width = length - p < block ? length - p : block;
       vec<T> square[block];
       for (int64_t r = 0; r < block; ++r)
-        square[r] = first + r < count ? load_some(source + (first + r) * stride + p, width) : vec<T>{};
+        square[r] =
+            first + r < count ? scale(first + r, load_some(source + (first + r) * stride + p, width)) : vec<T>{};
       transpose_square<T>(square);
       for (int64_t j = 0; j < width; ++j) store_some(to + (p + j) * to_stride + first, square[j], height);
     }
   }
+}
+
+template <class S, class To>
+inline void transpose(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
+                      int64_t to_stride) {
+  transpose_scaled(source, stride, count, length, rows, to, to_stride,
+                   [](int64_t, vec<accumulator_t<S>> x) { return x; });
 }
 
 // Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Columns of zeros follow up to `padded` (0: to

@@ -23,4 +23,10 @@ inline void ask_for_huge_pages(const torch::stable::Tensor& tensor) {
 #endif
 }
 
+// The same for a result, which goes back to the allocator: glibc takes only blocks from this size on from the system
+// anew.
+inline void ask_for_huge_pages_if_fresh(const torch::stable::Tensor& result) {
+  if (result.numel() * result.element_size() >= int64_t{32} << 20) ask_for_huge_pages(result);
+}
+
 }  // namespace anomem::cpu

@@ -29,6 +29,7 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
   Tensor weights = empty({kept, kept_stride(memory.prototypes)}, query.scalar_type());
   ask_for_huge_pages(weights);
+  ask_for_huge_pages_if_fresh(out);
   run(RetrieveForward{type,
                       memory,
                       shrinkage,
@@ -59,6 +60,7 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   const Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   Tensor dquery = empty({queries, memory.features}, elements);
+  ask_for_huge_pages_if_fresh(dquery);
   Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
   Tensor workspace = empty({BackwardPlan(type, memory, queries).workspace}, sums);

@@ -64,6 +64,7 @@ void compute(const RetrieveForward& a) {
                 a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
         T* p = tile + r * tile_stride;
+        if (first + rows + r < n) fetch_row(source + (rows + r) * a.query.stride, d);
         const RowSum<T> row =
             a.shrinkage.entropy && threshold == 0 ? exponentials<true>(p, m, beta) : exponentials(p, m, beta);
         static_cast<T*>(a.lse)[first + r] = row.lse;
@@ -85,10 +86,14 @@ void compute(const RetrieveForward& a) {
         for (int64_t r = 0; r < kept_rows; ++r)
           keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
                        kept + r * kept_stride(m));
-      product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(),
-              retrieved.data(), out_stride, false, a.memory.library);
-      for (int64_t r = 0; r < count; ++r)
-        scaled_copy(retrieved.data() + r * out_stride, dv, scale[r], static_cast<S*>(a.out) + (first + r) * dv);
+      S* const out = static_cast<S*>(a.out) + first * dv;
+      T* read = retrieved.data();
+      int64_t read_stride = out_stride;
+      if constexpr (std::is_same_v<S, T>)
+        if (height == count && dv == out_stride) read = out, read_stride = dv;  // whole panels
+      product(height, dv, factors<S>(m), weights.data, weights.row_stride, weights.term_stride, panels.values(), read,
+              read_stride, false, a.memory.library);
+      for (int64_t r = 0; r < count; ++r) scaled_copy(read + r * read_stride, dv, scale[r], out + r * dv);
     }
   });
 }
@@ -218,8 +223,9 @@ class BackwardChunk {
         key_stride_(padded_stride<T>(d_)),
         query_(rows, d_, a.memory.normalize),
         raw_(rows, d_, raw_keys, a.memory.normalize == Normalize::kLayer),
-        scaled_query_(rows, d_),
+        scaled_query_(as_they_are() ? 0 : rows, d_),
         dout_(rows, dv_),
+        dout_scale_(rows),
         dquery_(rows * key_stride_),
         scores_(keeps_scores() ? rows * score_stride_ : 0),
         packed_(a.memory.library ? 0 : packed_size<T>(factors<S>(rows), d_ > dv_ ? d_ : dv_)),
@@ -234,9 +240,10 @@ class BackwardChunk {
     const T* dentropy = static_cast<const T*>(a_.dentropy.data);
     const S* const source = static_cast<const S*>(a_.query.data) + first * a_.query.stride;
     query_.load(source, a_.query.stride, count);
+    const bool in_place = as_they_are() && count == rows_;
     for (int64_t r = 0; r < count; ++r) {
-      set_dout(first, r, T{1});
-      scaled_query_.set(r, query_[r], beta);
+      set_dout(first, r, T{1}, !in_place);
+      if (!as_they_are()) scaled_query_.set(r, query_[r], beta);
     }
     const bool library = a_.memory.library;
     const S* const kept =
@@ -262,11 +269,17 @@ class BackwardChunk {
     };
     if (keeps_scores()) score(scores_.data(), Overwrite());
     else if (kept == nullptr) score(tiles.weights, exponential);
-    product(height, m_, factors<S>(dv_), dout_.data(), dout_.stride(), 1, panels_.values_transposed(), tiles.gradient,
+    const factor_t<S>* const dout = in_place ? reinterpret_cast<const factor_t<S>*>(dout_row(first)) : dout_.data();
+    product(height, m_, factors<S>(dv_), dout, dout_.stride(), 1, panels_.values_transposed(), tiles.gradient,
             score_stride_, false, library);
     for (int64_t r = 0; r < count; ++r) {
       T *const p = tiles.weights + r * score_stride_, *const g = tiles.gradient + r * score_stride_;
       const T row_dlse = a_.dlse.given ? dlse[first + r] : T{0};
+      if (const int64_t next = first + rows_ + r; next < a_.query.count) {
+        fetch_row(source + (rows_ + r) * a_.query.stride, d_);
+        fetch_row(dout_row(next), dv_);
+        if (next < a_.kept.rows) fetch_row(static_cast<const S*>(a_.kept.weights) + next * kept_stride(m_), m_);
+      }
       if (a_.shrinkage.entropy) {
         // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
         std::memcpy(p, scores_.data() + r * score_stride_, score_stride_ * sizeof(T));
@@ -274,7 +287,7 @@ class BackwardChunk {
         shrunk_gradient(p, g, m_, static_cast<T>(a_.shrinkage.threshold), row_dlse,
                         a_.dentropy.given ? dentropy[first + r] : T{0}, softmax_.data());
       } else if (reads_kept) {
-        set_dout(first, r, score_gradient(kept + r * kept_stride(m_), g, m_, row_dlse));
+        set_dout(first, r, score_gradient(kept + r * kept_stride(m_), g, m_, row_dlse), !as_they_are());
       } else {
         if (kept != nullptr) {
           scaled_copy(kept + r * kept_stride(m_), round_up(m_, Block<T>::kWidth), T{1}, p);
@@ -285,7 +298,7 @@ class BackwardChunk {
             });
           if (Exponentials<T>::keeps_scores(lse[r])) exponentials(p, m_, beta);
         }
-        set_dout(first, r, score_gradient(p, g, m_, row_dlse));
+        set_dout(first, r, score_gradient(p, g, m_, row_dlse), !as_they_are());
       }
       if (dbeta != nullptr) *dbeta += dot_product(scores_.data() + r * score_stride_, g, m_);
     }
@@ -299,7 +312,14 @@ class BackwardChunk {
       normalize_row_backward(row, query_[r], query_.factor(r), beta, d_, a_.memory.normalize,
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
-    if (library) {
+    if (as_they_are()) {
+      T *const dout_columns = reinterpret_cast<T*>(tiles.dout), *const query_columns =
+                                                                    reinterpret_cast<T*>(tiles.query);
+      transpose_scaled(dout_row(first), dv_, count, dv_, rows_, dout_columns, rows_,
+                       [&](int64_t r, vec<T> x) { return x * dout_scale_[r]; });
+      transpose_scaled(query_.data(), query_.stride(), count, d_, rows_, query_columns, rows_,
+                       [&](int64_t, vec<T> x) { return x * beta; });
+    } else if (library) {
       dout_.transpose(count, rows_, tiles.dout);
       scaled_query_.transpose(count, rows_, tiles.query);
     }
@@ -336,8 +356,14 @@ class BackwardChunk {
   // Whether weights are read where they are kept: where products take them as they are, or after a change of layout.
   static constexpr bool kReadsKept = std::is_same_v<S, T> || kInPairs<S>;
 
-  void set_dout(int64_t first, int64_t r, T scale) {
-    dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv_, scale);
+  // Whether the library's products read rows of the upstream gradient and of queries as they are: float32.
+  bool as_they_are() const { return kInLibrary<S> && std::is_same_v<S, T> && a_.memory.library; }
+
+  const S* dout_row(int64_t i) const { return static_cast<const S*>(a_.dout) + i * dv_; }
+
+  void set_dout(int64_t first, int64_t r, T scale, bool copied) {
+    dout_scale_[r] = scale;
+    if (copied) dout_.set(r, dout_row(first + r), scale);
   }
 
   // A tile as a factor that is summed over its rows; the library's products sum all rows of a chunk.
@@ -369,7 +395,7 @@ class BackwardChunk {
   QueryRows<S> query_;
   RawQueries<S> raw_;
   FactorRows<S> scaled_query_, dout_;
-  Buffer<T> dquery_, scores_;
+  Buffer<T> dout_scale_, dquery_, scores_;
   Buffer<factor_t<S>> packed_, neighbours_;
   Buffer<T> softmax_;
 };

@@ -32,6 +32,13 @@ ANOMEM_INLINE vec<T> keep_first(vec<T> x, int64_t count, T rest = 0) {
   return lane_index<T>() < typename Simd<T>::bits{} + static_cast<Word>(count) ? x : broadcast(rest);
 }
 
+// Asks for a row of n elements that will be read soon, in the second-level cache.
+template <class S>
+ANOMEM_INLINE void fetch_row(const S* x, int64_t n) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(x + i, 0, 2);
+}
+
 // x ← scale · x.
 template <class T>
 inline void scale_row(T* x, int64_t n, T scale) {

@@ -106,6 +106,9 @@ ANOMEM_INLINE vec<accumulator_t<S>> load_first(const S* p, int64_t n) {
 
 template <class S>
 ANOMEM_INLINE void store_first(S* p, vec<accumulator_t<S>> x, int64_t n) {
+#if ANOMEM_X86_VARIANTS && ANOMEM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, __m512(x));
+#endif
   S padded[kLanes<accumulator_t<S>>];
   store(padded, x);
   std::memcpy(p, padded, n * sizeof(S));
