@@ -77,10 +77,11 @@ def batch_norm(
     else:
         rows = x.numel() // x.shape[1]
         problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
-        if joint and (impl == "auto" or part) and impl != "reference":
-            # Not by the size of the share: processes that chose differently would wait for each other's messages.
-            impl, part = "native", True
-        chosen = backends.choose(problem, impl, part=part)
+        if joint and (impl == "auto" or (part and impl == "triton")):
+            # Not by the size of the share: processes that chose differently would mix up each other's messages.
+            chosen = "reference" if backends.obstacle_of_auto(problem, "native") else "native"
+        else:
+            chosen = backends.choose(problem, impl, part=part)
         if rows == 0 or (not training and may_be_differentiated([x, weight, bias, add])):
             chosen = "reference"
     if chosen == "reference":
