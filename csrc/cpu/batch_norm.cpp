@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
+#include "cpu/pages.h"
 
 namespace anomem::cpu {
 namespace {
@@ -36,9 +37,11 @@ int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 Tensor map_like(const Tensor& x) {
   const int64_t shape[] = {x.size(0), x.size(1), x.size(2), x.size(3)};
-  return torch::stable::empty({shape, 4}, x.scalar_type(), std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor map = torch::stable::empty({shape, 4}, x.scalar_type(), std::nullopt,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
+                                    torch::headeronly::MemoryFormat::ChannelsLast);
+  ask_for_huge_pages_if_fresh(map);
+  return map;
 }
 
 Affine affine_of(const Tensor& x, const Tensor& mean, const Tensor& variance, const OptionalTensor& weight,

@@ -70,11 +70,11 @@ ANOMEM_INLINE void for_strips(int64_t width, const F& f) {
   if (j < width) f(std::integral_constant<int, 1>{}, j, width - j);
 }
 
-// Calls f(n, first, last, j, some) for the vectors of some rows of a chunk. Long rows are taken four at a time: they
-// lie apart by a power of two, and many of them fall into the same few sets of the cache.
-template <class T, class F>
+// Calls f(n, first, last, j, some) for the vectors of some rows of a chunk. Of long rows there are at most kRows: they
+// lie apart by a power of two, and fall into the same few sets of the cache.
+template <class T, int kRows, class F>
 ANOMEM_INLINE void for_blocks(int64_t rows, int64_t width, const F& f) {
-  const int64_t block = width > kStrip * kLanes<T> ? 4 : rows;
+  const int64_t block = width > kStrip * kLanes<T> ? kRows : rows;
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = first + block < rows ? first + block : rows;
     for_strips<T>(width, [&](auto count, int64_t j, int64_t some) { f(count, first, last, j, some); });
@@ -192,7 +192,7 @@ inline void apply_lines(const BatchNormApply& a) {
     const S* x = static_cast<const S*>(a.x) + offset;
     const S* add = kAdd ? static_cast<const S*>(a.add.data) + offset : nullptr;
     S* out = static_cast<S*>(a.out) + offset;
-    for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
+    for_blocks<T, 1>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
       constexpr int n = decltype(count)::value;
       typename Lines<T>::Line line[n];
 #pragma GCC unroll 4
@@ -254,7 +254,7 @@ void compute(const BatchNormSums& a) {
         const S* out = a.out.given ? static_cast<const S*>(a.out.data) + offset : dout;
         T *totals = scratch.data(), *products = totals + widest;
         std::memset(totals, 0, 2 * widest * sizeof(T));
-        for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
+        for_blocks<T, 4>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
           constexpr int n = decltype(count)::value;
           typename Lines<T>::Line line[n];
           vec<T> total[n], product[n];
@@ -320,7 +320,7 @@ void compute(const BatchNormGradient& a) {
       const S *x = static_cast<const S*>(a.x) + offset, *dout = static_cast<const S*>(a.dout) + offset;
       const S* out = a.out.given ? static_cast<const S*>(a.out.data) + offset : dout;
       S *dx = static_cast<S*>(a.dx) + offset, *dadd = a.dadd.given ? static_cast<S*>(a.dadd.data) + offset : nullptr;
-      for_blocks<T>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
+      for_blocks<T, 1>(rows, width, [&](auto count, int64_t first, int64_t last, int64_t j, int64_t some) {
         constexpr int n = decltype(count)::value;
         typename Lines<T>::Line line[n];
         vec<T> constant[n], slope[n];
