@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem import backends, reference, rules
-from anomem.functional.distributed import group_of, of_everyone, processes, sum_over
+from anomem.functional.distributed import gather_together, group_of, of_everyone, processes, sum_over
 from anomem.ops.library import accumulator, may_be_differentiated
 from anomem.rules import Impl
 from anomem.validation import require, require_same_kind, require_tensor
@@ -77,7 +77,11 @@ def batch_norm(
     else:
         rows = x.numel() // x.shape[1]
         problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
-        chosen = backends.choose(problem, impl, part=part)
+        if joint and (impl == "auto" or (part and impl == "triton")):
+            # Not by the size of the share: processes that chose differently would mix up each other's messages.
+            chosen = "reference" if backends.obstacle_of_auto(problem, "native") else "native"
+        else:
+            chosen = backends.choose(problem, impl, part=part)
         if rows == 0 or (not training and may_be_differentiated([x, weight, bias, add])):
             chosen = "reference"
     if chosen == "reference":
@@ -125,12 +129,8 @@ class JointBatch:
     def moments(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
         """Mean and biased variance [C] of the joint batch, from those of this process, and its number of values."""
         mine = torch.cat([mean, variance, mean.new_tensor([count])])
-        found = of_everyone(mine, self.group)
-        means, variances = found[:, :-1].chunk(2, dim=1)  # [W, C] each
-        weights = found[:, -1:] / found[:, -1].sum()
-        joint = (weights * means).sum(0)
-        spread = (weights * (variances + (means - joint).square())).sum(0)
-        return joint, spread, int(found[:, -1].double().sum())
+        joint, spread, total = reference.merged_moments(of_everyone(mine, self.group))
+        return joint, spread, int(total)
 
     def sums(self, *mine: Tensor) -> tuple[Tensor, ...]:
         """The sums over the processes, in one message."""
@@ -151,7 +151,7 @@ def _joint(
 ) -> Tensor:
     """The batch norm of the joint batch in plain PyTorch."""
     wide = x.to(accumulator(x))
-    mean, variance, count = reference.joint_moments(wide, lambda values: sum_over(values, group))
+    mean, variance, count = reference.joint_moments(wide, lambda mine: gather_together([mine], group)[0])
     reference.update_running(running_mean, mean.detach(), momentum)
     reference.update_running(running_var, variance.detach() * (count / (count - 1)), momentum)
     normalised = reference.normalised_by(wide, mean, variance, weight, bias, eps)

@@ -9,7 +9,7 @@ each), `B` images, `S` scales.
 """
 
 from anomem.reference.augment import Padding, ViewParameters, augment, blur_radius, normal_numbers
-from anomem.reference.batch_norm import batch_norm, joint_moments, normalised_by, update_running
+from anomem.reference.batch_norm import batch_norm, joint_moments, merged_moments, normalised_by, update_running
 from anomem.reference.contrast import (
     Negatives,
     Weighting,
@@ -66,6 +66,7 @@ __all__ = [
     "layer_normalize",
     "margin_loss",
     "memory_diagnostics",
+    "merged_moments",
     "nearest",
     "normal_numbers",
     "normalised_by",

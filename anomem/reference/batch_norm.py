@@ -54,17 +54,30 @@ def batch_norm(
     return F.relu(total, inplace=True) if relu else total
 
 
-def joint_moments(x: Tensor, sum_over: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def joint_moments(x: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance [C] of each channel over the batches of several processes, and the number of values.
 
     Args:
         x: [B, C, …], those of this process.
-        sum_over: the sum over the processes, differentiable.
+        gather: [2C + 1] of every process, [W, 2C + 1]; differentiable.
     """
     values = x.transpose(0, 1).flatten(1)  # [C, R]
-    count = sum_over(values.new_tensor(values.shape[1]))
-    mean = sum_over(values.sum(1)) / count
-    return mean, sum_over((values - mean[:, None]).square().sum(1)) / count, count
+    mean = values.mean(1)
+    variance = (values - mean[:, None]).square().mean(1)
+    return merged_moments(gather(torch.cat([mean, variance, mean.new_tensor([values.shape[1]])])))
+
+
+def merged_moments(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [C] of a joint batch, and its number of values (Chan, Golub and LeVeque 1983).
+
+    Args:
+        everyone: [W, 2C + 1], mean, biased variance and number of values of each process.
+    """
+    means, variances = everyone[:, :-1].chunk(2, dim=1)  # [W, C] each
+    count = everyone[:, -1].sum()
+    weights = everyone[:, -1:] / count
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + (means - mean).square())).sum(0), count
 
 
 def normalised_by(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomem import functional as AF
 from anomem import nn as ann
@@ -92,9 +93,29 @@ def encoder() -> nn.Module:
 
 def mean(values: Tensor) -> Tensor:
     """Over the processes."""
+    return sum_of(values) / dist.get_world_size()
+
+
+def sum_of(values: Tensor) -> Tensor:
+    """Over the processes."""
     total = values.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total
+
+
+class Messages(TorchDispatchMode):
+    """Counts tensors sent to other processes, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        if func.overloadpacket is torch.ops.c10d.send:
+            self.count += len(args[0])
+            self.bytes += sum(x.numel() * x.element_size() for x in args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def rows_are_those_of_one_process() -> None:
@@ -144,6 +165,45 @@ def half_precision_and_far_means_keep_the_budget() -> None:
         assert_within_budget(AF.variance_hinge_distributed(own(x, counts), gamma=2.0, counts=counts), *results_of)
 
 
+def batch_norm_is_that_of_the_joint_batch() -> None:
+    """Map, running statistics and gradients; one message in each pass.
+
+    A process with more rows than another takes the same implementation: each sends other sums.
+    """
+    joint_batch_norm(UNEVEN[dist.get_world_size()], torch.contiguous_format, "reference", "auto")
+    joint_batch_norm(UNEVEN[dist.get_world_size()], torch.channels_last, "reference", "auto")
+    joint_batch_norm((300, 1, 2), torch.channels_last, "auto")
+
+
+def joint_batch_norm(counts: tuple[int, ...], layout: torch.memory_format, *impls: str) -> None:
+    """Compare with one process, for images of each process."""
+    rank = dist.get_rank()
+    x, add, upstream = (draw(sum(counts), 4, 3, 5, seed=seed) + 3 for seed in (1, 2, 3))
+    weight, bias = draw(4, seed=4), draw(4, seed=5)
+
+    def results(rows: slice, dtype: torch.dtype, **options: object) -> list[Tensor]:
+        leaves = [v[rows].to(dtype, memory_format=layout).requires_grad_() for v in (x, add)]
+        leaves += [v.clone().to(dtype).requires_grad_() for v in (weight, bias)]
+        running = [torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)]
+        out = AF.batch_norm(
+            leaves[0], *running, *leaves[2:], training=True, add=leaves[1], relu=True, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        found = torch.autograd.grad(out, leaves, upstream[rows].to(dtype))
+        return [out.detach(), *running, *found]
+
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    names = ("map", "mean", "variance", "d_x", "d_add", "d_weight", "d_bias")
+    plain, exact = (results(slice(None), dtype, impl="reference") for dtype in (torch.float32, torch.float64))
+    for impl in impls:
+        with Messages() as sent:
+            found = results(mine, torch.float32, impl=impl, process_group=dist.group.WORLD)
+        assert sent.count == 2 * (dist.get_world_size() - 1), impl
+        for name, actual, low, high in zip(names, found, plain, exact, strict=True):
+            per_row = actual.dim() == 4
+            joint = actual if per_row or name in ("mean", "variance") else sum_of(actual)
+            assert_within_budget(joint, *([v[mine] for v in (low, high)] if per_row else (low, high)), name)
+
+
 def gathering_is_twice_differentiable() -> None:
     """Σ of cubes over all processes: the second derivative of one's rows is 6 W x."""
     world = dist.get_world_size()
@@ -186,23 +246,17 @@ def the_compiler_traces_a_loss() -> None:
         torch.testing.assert_close(actual, gradient)
 
 
-def the_ring_sends_what_the_documentation_says() -> None:
-    """(W − 1)·S forward; backward the columns again and W·S of gradients."""
+def messages_have_the_size_that_the_documentation_says() -> None:
+    """(W − 1)·S in each pass of a gather; the ring sends backward the columns again and W·S of gradients."""
     world = dist.get_world_size()
     z, z_pair = (draw(3, 4, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
-    sent: list[int] = []
-    message = dist.P2POp
-
-    def counted(way: object, tensor: Tensor, *rest: object) -> dist.P2POp:
-        sent.append(tensor.numel() * tensor.element_size() if way is dist.isend else 0)
-        return message(way, tensor, *rest)  # type: ignore[arg-type]
-
     size = 2 * 3 * 4 * 4  # both views, in float32
-    with mock.patch.object(dist, "P2POp", counted):
-        loss = AF.nt_xent_distributed(z, z_pair, ring=True)
-        assert sum(sent) == (world - 1) * size
-        loss.backward()
-    assert sum(sent) == (world - 1) * size + (2 * world - 1) * size
+    for ring, backward in ((False, world - 1), (True, 2 * world - 1)):
+        with Messages() as sent:
+            loss = AF.nt_xent_distributed(z, z_pair, ring=ring)
+            assert sent.bytes == (world - 1) * size
+            loss.backward()
+        assert sent.bytes == (world - 1 + backward) * size
 
 
 def rows_agree_with_lightly() -> None:
@@ -225,10 +279,11 @@ CHECKS = {
         gradients_are_those_of_one_process,
         rows_are_those_of_one_process,
         half_precision_and_far_means_keep_the_budget,
+        batch_norm_is_that_of_the_joint_batch,
         gathering_is_twice_differentiable,
         groups_meshes_and_mistakes,
         the_compiler_traces_a_loss,
-        the_ring_sends_what_the_documentation_says,
+        messages_have_the_size_that_the_documentation_says,
         rows_agree_with_lightly,
     )
 }

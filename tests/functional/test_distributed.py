@@ -19,7 +19,8 @@ ONCE = [
     "half_precision_and_far_means_keep_the_budget",
     "gathering_is_twice_differentiable",
     "groups_meshes_and_mistakes",
-    "the_ring_sends_what_the_documentation_says",
+    "messages_have_the_size_that_the_documentation_says",
+    "batch_norm_is_that_of_the_joint_batch",
 ]
 IN_TWO = ["the_compiler_traces_a_loss"]  # its import takes seconds in every process
 IN_TWO += ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []

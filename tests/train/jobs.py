@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.errors import UserError
-from anomem.models import DeviationHead, ModelConfig, build_model
+from anomem.models import DeviationHead, ModelConfig, NetworkEncoder, build_model
 from anomem.train import (
     LossConfig,
     OptimizerConfig,
@@ -42,13 +42,13 @@ from anomem.train.stopping import Interrupted
 SIDE = 16
 
 
-def config_of(parallel: str = "ddp", **changes: Any) -> TrainConfig:
+def config_of(parallel: str = "ddp", ring: bool = False, **changes: Any) -> TrainConfig:
     """Uneven shares, random augmentation, synthetic outliers, positions of each image, batch norm, clipping."""
     shared = {"steps": 3, "batch_size": 11, "warmup": 0}
     config = TrainConfig(
         augment=AugmentConfig(),
         model=ModelConfig(prototypes=(5,)),
-        loss=LossConfig(max_positions=3, negatives="both", positions_per_image=True),
+        loss=LossConfig(max_positions=3, negatives="both", positions_per_image=True, ring=ring),
         optimizer=OptimizerConfig(**shared, learning_rate=0.02, clip=1.0),
         stage2=Stage2Config(hidden=4, embedding=4, optimizer=Stage2OptimizerConfig(**shared)),
         run=RunConfig(
@@ -63,11 +63,30 @@ def config_of(parallel: str = "ddp", **changes: Any) -> TrainConfig:
     return replace(config, optimizer=replace(config.optimizer, **changes))
 
 
+class Plain(nn.Module):
+    """Two scales without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps of 8 and 4 pixels."""
+        first = torch.relu(self.one(x))
+        return [first, torch.relu(self.two(first))]
+
+
 def trained(config: TrainConfig, run: RunDirectory | None = None) -> dict[str, Tensor]:
-    """Weights, buffers and head after both stages, on 13 images of which 3 are labelled anomalies."""
+    """Weights, buffers and head after both stages, on 13 images of which 3 are labelled anomalies.
+
+    Micro-batches are encoded without batch norm, which would normalise each of them.
+    """
     images = ResidentImages(torch.randint(256, (13, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2)).byte())
     is_normal = torch.tensor([True] * 10 + [False] * 3)
-    model = build_model(config.model, images.size, 3, (0.5,) * 3, (0.25,) * 3)
+    encoder = None if config.optimizer.micro_batch is None else NetworkEncoder(Plain(), images.size, 3)
+    model = build_model(config.model, images.size, 3, (0.5,) * 3, (0.25,) * 3, encoder=encoder)
     train_stage1(model, images, is_normal, config, run, quiet=True)
     head: DeviationHead = head_for(config, model)
     train_stage2(model, head, images, is_normal, config, run, quiet=True)

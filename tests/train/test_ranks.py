@@ -29,6 +29,7 @@ from tests.train import jobs
 CASES: list[dict[str, Any]] = [
     {},
     {"parallel": "fsdp", "accumulate": 2, "ema": 0.5},
+    {"ring": True, "micro_batch": 2},
 ]
 
 
