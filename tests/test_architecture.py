@@ -167,8 +167,8 @@ FLOORS = [
         set(WORDS),
         {
             "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
-            "kernels", "library_product", "memory", "operands", "panels", "parallel", "product", "quads", "raw_scores",
-            "rows", "selection", "simd", "softmax", "types",
+            "kernels", "library_product", "memory", "operands", "pages", "panels", "parallel", "product", "quads",
+            "raw_scores", "rows", "selection", "simd", "softmax", "types",
         },
     ),
     Floor(
