@@ -23,6 +23,7 @@ from torch import Tensor
 from anomem import backends, choice, reference, testing
 from anomem.choice import Measured
 from anomem.ops import augment as augments
+from anomem.ops import batch_norm as batch_norms
 from anomem.ops import contrast, retrieve, sampling
 from anomem.ops import deviation_map as deviation_maps
 from anomem.ops import nearest as nearests
@@ -183,6 +184,9 @@ def inputs_of(problem: Problem) -> list[Tensor]:
         return [draw(rows, d, columns, 1), indices(groups, columns)]
     if operator == "variance":
         return [draw(groups, rows, d)]
+    if operator == "batch_norm":
+        maps = [draw(1, d, rows, 1).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        return [*maps, draw(d), draw(d)]
     if operator == "deviation_map":
         return [draw(1, d, rows, 1), draw(columns, d)]
     if operator == "augment":
@@ -284,6 +288,16 @@ def _augment_kernel(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
     return (augments.augment(images, parameters, views, radius, "reflection", False),)
 
 
+def _batch_norm_reference(x: Tensor, add: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    numbers = weight.to(accumulator(x)), bias.to(accumulator(x))
+    return (reference.batch_norm(x, None, None, *numbers, True, 0.0, 1e-5, add=add, relu=True),)
+
+
+def _batch_norm_kernel(x: Tensor, add: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    numbers = weight.to(accumulator(x)), bias.to(accumulator(x))
+    return (batch_norms.batch_norm(x, *numbers, add, 1e-5, True, None)[0],)
+
+
 # Modules are named at the call, so that a test can put a wrong or slow kernel in the place of one.
 _BY_REFERENCE: dict[str, Function] = {
     "retrieve": _retrieve_reference,
@@ -297,6 +311,7 @@ _BY_REFERENCE: dict[str, Function] = {
     "nearest": _nearest_reference,
     "read": _read_reference,
     "augment": _augment_reference,
+    "batch_norm": _batch_norm_reference,
 }
 _BY_KERNEL: dict[str, Function] = {
     "retrieve": lambda impl, query, prototypes: retrieve.retrieve(query, _memory(prototypes), impl),
@@ -314,6 +329,7 @@ _BY_KERNEL: dict[str, Function] = {
     "nearest": _nearest_kernel,
     "read": _read_kernel,
     "augment": lambda impl, *given: _augment_kernel(*given),
+    "batch_norm": lambda impl, *given: _batch_norm_kernel(*given),
 }
 
 
@@ -397,6 +413,7 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
                 yield make("shrink", rows=8192 * more, columns=512), training
                 yield make("gather", rows=128 * more, columns=256, groups=64), training
                 yield make("variance", rows=128 * more, groups=64), training
+                yield make("batch_norm", rows=2**17 * more), training
                 if not training:
                     yield make("deviation_map", rows=8192 * more, columns=512), training
                     yield make("usage", rows=8192 * more, columns=512), training

@@ -25,6 +25,7 @@ OPERATORS = (
     "nearest",
     "read",
     "augment",
+    "batch_norm",
 )
 
 
@@ -191,11 +192,13 @@ _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half
 _SMALL = "its fixed cost is below that of the reference's many operators (benchmarks/results/cpu-zen4-small.jsonl)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
+_MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
+_TWO_PASSES = "two passes over the map each way, with the sum and the ReLU in them (AMD family 25)"
 _ONE_PASS = "one pass over an image instead of a dozen over the batch (AMD family 25)"
 _WIDENED = "plain PyTorch widens the whole map and narrows its gradient, the kernel reads what was sampled"
 _CHUNKS = "scores in chunks of at most 256 MiB, selected from in one pass (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
-    *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS),
+    *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS if operator != "batch_norm"),
     Rule(
         "nt_xent",
         "cpu",
@@ -207,6 +210,7 @@ RULES: tuple[Rule, ...] = (
     Rule("nearest", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
     Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
     Rule("augment", "cpu", "native", Where(), _ONE_PASS),
+    *(Rule("batch_norm", "cpu", "native", where, _TWO_PASSES) for where in _MAPS),
     Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),

@@ -4,7 +4,7 @@ Flops of retrieval. S = q Kᵀ and P V are 2·N·M·d each: 4·N·M·d forward. 
 and the memory's gradient dSᵀ q and Pᵀ dO: 8·N·M·d if P was kept, 10·N·M·d if it is recomputed. The floor counts
 12·N·M·d for both passes: a kernel that keeps nothing of size [N, M] does 14 and reaches at most 86 % of the floor.
 
-Gather, variance and augmentation have no matrix product: bytes alone make their floor.
+Gather, variance, batch norm and augmentation have no matrix product: bytes alone make their floor.
 """
 
 from __future__ import annotations
@@ -126,6 +126,23 @@ def variance_work(dims: Dims, itemsize: int, training: bool) -> Work:
     return Work(0, row_elements(dims) * itemsize * (3 if training else 1))
 
 
+def maps_and_numbers(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """Two channels-last maps [B, C, H, H], and weight and bias [C] in float32."""
+    shape = dims["B"], dims["C"], dims["H"], dims["H"]
+    maps = (draw(*shape, dtype=dtype, seed=seed + i).contiguous(memory_format=torch.channels_last) for i in range(2))
+    return (*maps, draw(dims["C"], seed=seed + 2), draw(dims["C"], seed=seed + 3))
+
+
+def batch_norm(impl: str) -> Function:
+    """Batch norm of the first map, plus the second, through a ReLU: the end of a residual block."""
+    return lambda x, add, weight, bias: AF.batch_norm(x, None, None, weight, bias, True, add=add, relu=True, impl=impl)
+
+
+def batch_norm_work(dims: Dims, itemsize: int, training: bool) -> Work:
+    """Forward reads both maps and writes one; backward reads gradient, map and result and writes two gradients."""
+    return Work(0, whole_map(dims) * itemsize * (8 if training else 3))
+
+
 def sample(impl: str) -> Function:
     """Gather with L2 normalisation, then the variance hinge of the sampled vectors."""
     return lambda feature_map, positions: AF.variance_hinge(gather(impl)(feature_map, positions), impl=impl)
@@ -201,6 +218,16 @@ _ALL = (
         variance_work,
         row_elements,
         lambda dims: capped(dims, G=8),
+    ),
+    Operator(
+        "batch_norm",
+        "max(0, batch norm + sum)",
+        maps_and_numbers,
+        batch_norm,
+        batch_norm_work,
+        whole_map,
+        lambda dims: capped(dims, B=8),
+        width="C",
     ),
     Operator(
         "sample",

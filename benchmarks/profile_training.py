@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2
 
 from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images, ResidentImages
@@ -315,6 +314,8 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, images: Tensor) -> None:
+        from torchvision.transforms import v2  # its import takes longer than torch's
+
         config = AugmentConfig()
         side = images.shape[-1]
         radius = min(max(1, round(3 * config.blur_sigma[1])), side - 1)

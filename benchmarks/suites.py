@@ -59,6 +59,7 @@ def smoke(device: str) -> Suite:
         case("info_nce", R=512, C=512, d=64),
         case("gather", B=64, C=64, H=16, n=8),
         case("variance", G=8, B=128, d=128),
+        case("batch_norm", B=16, C=16, H=16),
         case("sample", B=64, C=64, H=16, n=8),
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
@@ -121,6 +122,12 @@ def kernels(device: str) -> Suite:
         case("augment", B=size, C=3, H=side, training=False, group="augmentation")
         for size, side in ((64, 64), (batch, 32), (16, 256))
     ]
+    if device == "cpu":  # the maps of the small encoder at 64 pixels and of ResNet-18 at 32
+        cases += [
+            case("batch_norm", B=128, C=channels, H=side, dtype=one, group="batch norm")
+            for channels, side in ((16, 64), (64, 8), (64, 32), (128, 16), (512, 4))
+            for one in ("float32", "bfloat16")
+        ]
     if device == "cuda":
         cases += [
             case("retrieve", N=2**20, M=512, d=256, B=batch, dtype=dtype, group="large"),
@@ -131,7 +138,7 @@ def kernels(device: str) -> Suite:
             case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
         ]
     # On a CPU compiling every case would take most of the time.
-    groups = None if device == "cuda" else ("resnet18 scale 1", "large")
+    groups = None if device == "cuda" else ("resnet18 scale 1", "large", "batch norm")
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
 

@@ -136,10 +136,10 @@ def test_layers_and_commands_load_no_kernel_and_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment")
+WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment", "batch_norm")
 """One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
 the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory;
-augment."""
+augment; batch_norm."""
 
 
 class Floor(NamedTuple):
@@ -154,7 +154,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = [
-    Floor("anomem/functional", set(WORDS), {"__init__", "_inputs", "distributed", "memory_loss"}),
+    Floor("anomem/functional", set(WORDS), {"__init__", "_inputs", "distributed", "joint", "memory_loss"}),
     Floor("anomem/reference", set(WORDS), {"__init__"}),
     Floor("anomem/ops", set(WORDS), {"__init__", "library", "native", "sources"}),
     Floor(

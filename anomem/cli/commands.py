@@ -43,7 +43,8 @@ class Train:
     quiet: bool = False
     """Print only the run directory."""
     profile: int | None = None
-    """Train no run: print where the time of so many steps goes, and write a trace of them."""
+    """Train no run: print where the time of so many steps goes, and write a trace of them.
+    Of several processes the first does so."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 

@@ -11,16 +11,18 @@ preference, for one call of a larger computation: an operator without such a ker
 """
 
 from anomem.functional.augment import augment
+from anomem.functional.batch_norm import batch_norm
 from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviation_map import deviation, deviation_map
-from anomem.functional.distributed import (
-    gather_rows,
-    info_nce_distributed,
-    nt_xent_distributed,
-    rows_per_process,
-    variance_hinge_distributed,
+from anomem.functional.distributed import gather_rows, rows_per_process
+from anomem.functional.joint import info_nce_distributed, nt_xent_distributed, variance_hinge_distributed
+from anomem.functional.memory_loss import (
+    ScaleVectors,
+    contrasted_memory_loss,
+    contrasted_memory_losses,
+    margin_loss,
+    scale_weights,
 )
-from anomem.functional.memory_loss import contrasted_memory_loss, margin_loss, scale_weights
 from anomem.functional.nearest import k_center, nearest
 from anomem.functional.read import read_memory
 from anomem.functional.retrieve import hopfield_retrieve
@@ -32,9 +34,12 @@ __all__ = [
     "MemoryDiagnostics",
     "MemoryRead",
     "Nearest",
+    "ScaleVectors",
     "ViewParameters",
     "augment",
+    "batch_norm",
     "contrasted_memory_loss",
+    "contrasted_memory_losses",
     "deviation",
     "deviation_map",
     "gather_positions",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from anomem import reference
 from anomem.functional._inputs import autocast_inputs, require_width
 from anomem.functional.contrast import nt_xent
-from anomem.functional.distributed import group_of, nt_xent_distributed, processes, variance_hinge_distributed
+from anomem.functional.distributed import group_of, processes
+from anomem.functional.joint import joint_terms
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
@@ -31,7 +32,27 @@ from anomem.validation import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from anomem.functional.distributed import Group
+
+
+class ScaleVectors(NamedTuple):
+    """The vectors of one scale and the memory that answers them; arguments of `contrasted_memory_loss`."""
+
+    z: Tensor
+    """[n, B, d]."""
+    z_pair: Tensor
+    """[n, B, d]."""
+    prototypes: Tensor
+    """[M, d]."""
+    values: Tensor | None = None
+    """[M, d]."""
+    beta: float | Tensor | None = None
+    steps: int = 1
+    normalize: Normalize = "layer"
+    shrink: float | Tensor = 0.0
+    variance_gamma: float | Tensor = 1.0
 
 
 def contrasted_memory_loss(
@@ -87,25 +108,96 @@ def contrasted_memory_loss(
     Raises:
         ArgumentError: a wrong shape, dtype or name, or fewer than two images.
     """
+    scale = ScaleVectors(z, z_pair, prototypes, values, beta, steps, normalize, shrink, variance_gamma)
+    return contrasted_memory_losses(
+        [scale],
+        is_normal=is_normal,
+        temperature=temperature,
+        negatives=negatives,
+        symmetric=symmetric,
+        distributed=distributed,
+        process_group=process_group,
+        counts=counts,
+        ring=ring,
+        impl=impl,
+    )[0]
+
+
+def contrasted_memory_losses(
+    scales: Sequence[ScaleVectors],
+    *,
+    is_normal: Tensor | None = None,
+    temperature: float | Tensor = 0.2,
+    negatives: Negatives = "image",
+    symmetric: bool = True,
+    distributed: bool = False,
+    process_group: Group | None = None,
+    counts: Sequence[int] | None = None,
+    ring: bool = False,
+    impl: Impl = "auto",
+) -> list[tuple[Tensor, Tensor]]:
+    """`contrasted_memory_loss` of several scales of the same images.
+
+    Across processes all scales share one message forward and one backward; in the ring each scale's columns travel on
+    their own, and the variances share a message.
+
+    Args:
+        scales: S scales, of the same B.
+        is_normal: as in `contrasted_memory_loss`, and so are the others.
+        temperature: tau > 0.
+        negatives: "image", "position" or "both".
+        symmetric: contrast both ways and take the mean.
+        distributed: the batch is that of all processes.
+        process_group: whose processes.
+        counts: B of each process, where they differ.
+        ring: let the columns travel instead of gathering them.
+        impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+
+    Returns:
+        S times (L_COM, L_V), all 0-dim.
+
+    Raises:
+        ArgumentError: as `contrasted_memory_loss`.
+    """
+    require_choice(negatives, "negatives", NEGATIVES)
+    group = group_of(process_group) if distributed else None
+    world = processes(group) if distributed else 1
+    scales = [_checked(scale, is_normal, world, counts) for scale in scales]
+    if world == 1:  # one after another: what a scale has written is still in the cache when it is read
+        return [
+            _terms(scale, *_answered(scale, is_normal, symmetric, impl), temperature, negatives, symmetric, impl)
+            for scale in scales
+        ]
+    pairs = [_answered(scale, is_normal, symmetric, impl) for scale in scales]
+    return _joint_terms(scales, pairs, temperature, negatives, symmetric, group, counts, ring, impl)
+
+
+def _checked(scale: ScaleVectors, is_normal: Tensor | None, world: int, counts: Sequence[int] | None) -> ScaleVectors:
+    """The same, in autocast's dtype, after a look at every argument."""
+    z, z_pair = scale.z, scale.z_pair
     require_tensor(z, "z", (3,), "[n, B, d]")
     require_tensor(z_pair, "z_pair", (3,), "[n, B, d]")
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
     z, z_pair = autocast_inputs(z, z_pair)
     require_same_kind(z_pair, "z_pair", z, "z")
-    if values is not None:
-        require_width(values, z.shape[-1])
-    require_choice(negatives, "negatives", NEGATIVES)
+    if scale.values is not None:
+        require_width(scale.values, z.shape[-1])
     require(z.shape[0] > 0, "z", "at least one sampled position", z)
-    group = group_of(process_group) if distributed else None
-    world = processes(group) if distributed else 1
     images = sum(counts) if world > 1 and counts is not None else world * z.shape[1]
-    require(z.shape[1] >= 1, "z", "at least one image of each process", z)
+    require(z.shape[1] >= 1 or world > 1, "z", "at least one image", z)
     require(images >= 2, "z", "at least two images in the batch", z, "the contrast needs a negative")
     if is_normal is not None:
         require_mask(is_normal, "is_normal", z.shape[1])
         require_same_device(is_normal, "is_normal", z, "z")
+    return scale._replace(z=z, z_pair=z_pair)
 
-    # View v is contrasted with the memory's answer to the other view.
+
+def _answered(scale: ScaleVectors, is_normal: Tensor | None, symmetric: bool, impl: Impl) -> tuple[Tensor, Tensor]:
+    """The vectors to be contrasted, and what answers them: [n, B, d] each, or [2n, B, d] where both ways are.
+
+    View v is contrasted with the memory's answer to the other view.
+    """
+    z, z_pair, prototypes, values, beta, steps, normalize, shrink, _ = scale
     views = torch.cat([z, z_pair]) if symmetric else z  # [n or 2n, B, d]
     queries = torch.cat([z_pair, z]) if symmetric else z_pair
     retrieved = hopfield_retrieve(
@@ -113,25 +205,67 @@ def contrasted_memory_loss(
     )
     if is_normal is not None:
         retrieved = torch.where(is_normal[:, None], retrieved, queries.to(retrieved.dtype))
+    return views.to(retrieved.dtype), retrieved
 
-    views = views.to(retrieved.dtype)
-    loss = z.new_zeros((), dtype=accumulator(z))
+
+def _terms(
+    scale: ScaleVectors,
+    views: Tensor,
+    retrieved: Tensor,
+    temperature: float | Tensor,
+    negatives: Negatives,
+    symmetric: bool,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """(L_COM, L_V) of a scale in one process."""
+    loss = scale.z.new_zeros((), dtype=accumulator(scale.z))
     if negatives != "position":
-        if world > 1:
-            loss = loss + nt_xent_distributed(
-                views, retrieved, temperature=temperature, process_group=group, counts=counts, ring=ring, impl=impl,
-                part=True,
-            )  # fmt: skip
-        else:
-            loss = loss + nt_xent(views, retrieved, temperature=temperature, impl=impl, part=True)
+        loss = loss + nt_xent(views, retrieved, temperature=temperature, impl=impl, part=True)
     if negatives != "image":
-        # Within an image: nothing is exchanged. The mean over the processes is the mean over the images.
-        weight = z.shape[1] * world / images
-        ours, theirs = (_by_image(x, symmetric) for x in (views, retrieved))
-        loss = loss + weight * nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
-    if world > 1:
-        return loss, variance_hinge_distributed(retrieved, gamma=variance_gamma, process_group=group, counts=counts)
-    return loss, variance_hinge(retrieved, gamma=variance_gamma, impl=impl, part=True)
+        loss = loss + _within_images(views, retrieved, temperature, symmetric, impl)
+    return loss, variance_hinge(retrieved, gamma=scale.variance_gamma, impl=impl, part=True)
+
+
+def _joint_terms(
+    scales: Sequence[ScaleVectors],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    temperature: float | Tensor,
+    negatives: Negatives,
+    symmetric: bool,
+    group: ProcessGroup | None,
+    counts: Sequence[int] | None,
+    ring: bool,
+    impl: Impl,
+) -> list[tuple[Tensor, Tensor]]:
+    """(L_COM, L_V) of every scale across processes."""
+    found = joint_terms(
+        pairs,
+        contrasted=negatives != "position",
+        temperature=temperature,
+        gammas=[scale.variance_gamma for scale in scales],
+        group=group,
+        counts=counts,
+        ring=ring,
+        impl=impl,
+    )
+    terms = []
+    for scale, pair, (contrast, variance) in zip(scales, pairs, found, strict=True):
+        loss = scale.z.new_zeros((), dtype=accumulator(scale.z)) if contrast is None else contrast
+        if negatives != "image":
+            # Nothing is exchanged. The mean over the processes is the mean over the images.
+            images, world = scale.z.shape[1], processes(group)
+            weight = 1.0 if counts is None else images * world / sum(counts)
+            loss = loss + (weight * _within_images(*pair, temperature, symmetric, impl) if images else 0.0)
+        terms.append((loss, variance))
+    return terms
+
+
+def _within_images(
+    views: Tensor, retrieved: Tensor, temperature: float | Tensor, symmetric: bool, impl: Impl
+) -> Tensor:
+    """The contrast with other positions of the same image: 0-dim, the mean over the images."""
+    ours, theirs = (_by_image(x, symmetric) for x in (views, retrieved))
+    return nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
 
 
 def _by_image(x: Tensor, symmetric: bool) -> Tensor:

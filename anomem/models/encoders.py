@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from anomem.errors import ArgumentError
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
+from anomem.nn import BatchNorm2d
 from anomem.validation import require, require_count, require_names, require_size
 
+Norm = Callable[..., BatchNorm2d]
+"""Makes the batch norm of so many channels."""
 SMALL_IMAGE = 64
 """Up to this side in pixels `stem="auto"` keeps the resolution."""
 
@@ -203,21 +207,23 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
     """
     require_size(image_size, "image_size")
     require_count(channels, "channels", 1)
+    scales = config.scales or DEFAULT_SCALES[config.backbone]
     small_stem = config.stem == "small" or (config.stem == "auto" and max(image_size) <= SMALL_IMAGE)
+    norm = partial(BatchNorm2d, impl=config.impl)
     if config.backbone == "small":
-        modules = _small_stages(channels)
+        modules = _small_stages(channels, "stem" in scales, norm)
     elif config.backbone == "efficientnet_b0":
-        modules = _efficientnet_stages(channels, small_stem)
+        modules = _efficientnet_stages(channels, small_stem, norm)
     else:
-        modules = _resnet_stages(config.backbone, channels, small_stem)
+        modules = _resnet_stages(config.backbone, channels, small_stem, norm)
     stages = dict(zip(STAGES[config.backbone], modules, strict=True))
-    return MultiScaleEncoder(stages, config.scales or DEFAULT_SCALES[config.backbone], image_size, channels)
+    return MultiScaleEncoder(stages, scales, image_size, channels)
 
 
-def _resnet_stages(name: str, channels: int, small_stem: bool) -> list[nn.Module]:
+def _resnet_stages(name: str, channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
     from torchvision.models import get_model
 
-    net = get_model(name, weights=None)
+    net = get_model(name, weights=None, norm_layer=norm)
     if small_stem:
         convolution = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         stem = nn.Sequential(convolution, net.bn1, net.relu)
@@ -228,10 +234,10 @@ def _resnet_stages(name: str, channels: int, small_stem: bool) -> list[nn.Module
     return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
 
 
-def _efficientnet_stages(channels: int, small_stem: bool) -> list[nn.Module]:
+def _efficientnet_stages(channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
     from torchvision.models import get_model
 
-    features = get_model("efficientnet_b0", weights=None).features
+    features = get_model("efficientnet_b0", weights=None, norm_layer=norm).features
     convolution = nn.Conv2d(channels, 32, 3, stride=1 if small_stem else 2, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out")  # as torchvision's own stem
     features[0][0] = convolution
@@ -247,33 +253,42 @@ class ResidualBlock(nn.Module):
     Args:
         channels_in: C.
         channels_out: C'.
+        activated: whether the input has passed a ReLU already.
+        norm: makes the batch norms.
 
     Shape:
         [B, C, H, W] -> [B, C', ⌈H/2⌉, ⌈W/2⌉].
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, *, activated: bool = False, norm: Norm = BatchNorm2d
+    ) -> None:
         super().__init__()
+        self.activated = activated
         self.branch = nn.Sequential(
             nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(inplace=True),
+            norm(channels_out, relu=True),
+            nn.Identity(),  # once a ReLU of its own: keys of state dicts count it
             nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
+            norm(channels_out),
         )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
+        self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), norm(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """branch(relu(x)) + shortcut(relu(x))."""
-        activated = x.relu()
-        total: Tensor = self.branch(activated) + self.shortcut(activated)
+        activated = x if self.activated else x.relu()
+        *branch, last = self.branch
+        straight = self.shortcut(activated)
+        for layer in branch:
+            activated = layer(activated)
+        total: Tensor = last(activated, straight)
         return total
 
 
-def _small_stages(channels: int) -> list[nn.Module]:
+def _small_stages(channels: int, stem_is_a_scale: bool, norm: Norm) -> list[nn.Module]:
     """Stem of 16 channels at full resolution, then blocks of 16, 32 and 64: 77 392 parameters for one channel."""
-    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
-    return [stem, ResidualBlock(16, 16), ResidualBlock(16, 32), ResidualBlock(32, 64)]
+    convolution = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+    activated = not stem_is_a_scale
+    stem = nn.Sequential(convolution, norm(16, relu=activated))
+    first = ResidualBlock(16, 16, activated=activated, norm=norm)
+    return [stem, first, ResidualBlock(16, 32, norm=norm), ResidualBlock(32, 64, norm=norm)]

@@ -96,8 +96,17 @@ class AnoMem(nn.Module):
         require(channels in (1, images.shape[1]), "images", lambda: f"images of {channels} channels", images)
         if images.dtype == torch.uint8:
             images = images / 255
-        maps: list[Tensor] = self.encoder((images - self.mean) / self.std)
+        maps: list[Tensor] = self.encoder(self.standardized(images))
         return maps
+
+    def standardized(self, images: Tensor) -> Tensor:
+        """(images − mean) / std of each channel."""
+        mean, std = self.mean, self.std
+        layout = torch.channels_last
+        if len(mean) > 1 and not torch.compiler.is_compiling() and images.is_contiguous(memory_format=layout):
+            # Broadcast over the batch alone: over adjacent channels torch's loops are as short as their number.
+            mean, std = (x.expand(1, *images.shape[1:]).contiguous(memory_format=layout) for x in (mean, std))
+        return (images - mean).div_(std)
 
     def sample(self, maps: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
         """The projected vectors at sampled positions of every scale.

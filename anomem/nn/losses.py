@@ -115,8 +115,8 @@ class NTXentLoss(_Contrast):
     def forward(self, out0: Tensor, out1: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Mean loss over all rows of both views."""
         require_views(out0, "out0", out1, "out1")
-        _require_a_batch(out0, "out0")
         if not self.gather_distributed:
+            _require_a_batch(out0, "out0")
             return AF.nt_xent(out0, out1, temperature=self.temperature, impl=self.impl)
         return AF.nt_xent_distributed(
             out0, out1, temperature=self.temperature, process_group=self.process_group, counts=counts, ring=self.ring,
@@ -320,30 +320,39 @@ class ContrastedMemoryLoss(nn.Module):
         counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, L_COM, L_V), the last two for the log; `is_normal` [B] bool, None when all are."""
-        right = isinstance(memory, HopfieldMemory)
-        require(right, "memory", "a HopfieldMemory", lambda: type(memory).__name__)
-        contrast, variance = AF.contrasted_memory_loss(
-            z,
-            z_pair,
-            memory.prototypes,
+        return self.of_scales([(z, z_pair)], [memory], is_normal, counts)[0]
+
+    def of_scales(
+        self,
+        vectors: Sequence[tuple[Tensor, Tensor]],
+        memories: Sequence[HopfieldMemory],
+        is_normal: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The call for several scales (z, z_pair) of the same images; processes exchange all scales at once."""
+        scales = []
+        for (z, z_pair), memory in zip(vectors, memories, strict=True):
+            right = isinstance(memory, HopfieldMemory)
+            require(right, "memory", "a HopfieldMemory", lambda memory=memory: type(memory).__name__)
+            # A unit vector's coordinates have a standard deviation of at most 1/sqrt(d).
+            gamma = z.shape[-1] ** -0.5 if memory.normalize == "l2" else 1.0
+            scale = AF.ScaleVectors(z, z_pair, memory.prototypes, memory.values, variance_gamma=gamma)
+            scales.append(
+                scale._replace(beta=memory.beta, steps=memory.steps, normalize=memory.normalize, shrink=memory.shrink)
+            )
+        terms = AF.contrasted_memory_losses(
+            scales,
             is_normal=is_normal,
-            values=memory.values,
-            beta=memory.beta,
-            steps=memory.steps,
-            normalize=memory.normalize,
-            shrink=memory.shrink,
             temperature=self.temperature,
             negatives=self.negatives,
             symmetric=self.symmetric,
-            # A unit vector's coordinates have a standard deviation of at most 1/sqrt(d).
-            variance_gamma=z.shape[-1] ** -0.5 if memory.normalize == "l2" else 1.0,
             distributed=self.gather_distributed,
             process_group=self.process_group,
             counts=counts,
             ring=self.ring,
             impl=self.impl,
         )
-        return contrast + self.variance_weight * variance, contrast, variance
+        return [(contrast + self.variance_weight * variance, contrast, variance) for contrast, variance in terms]
 
     def extra_repr(self) -> str:
         """The weights, and the options that are not the default, for `print(module)`."""

@@ -9,6 +9,7 @@ each), `B` images, `S` scales.
 """
 
 from anomem.reference.augment import Padding, ViewParameters, augment, blur_radius, normal_numbers
+from anomem.reference.batch_norm import batch_norm, joint_moments, normalised_by, update_running
 from anomem.reference.contrast import (
     Negatives,
     Weighting,
@@ -49,6 +50,7 @@ __all__ = [
     "ViewParameters",
     "Weighting",
     "augment",
+    "batch_norm",
     "blur_radius",
     "contrast_rows",
     "contrasted_memory_loss",
@@ -58,6 +60,7 @@ __all__ = [
     "gather_positions",
     "hopfield_retrieve",
     "info_nce_rows",
+    "joint_moments",
     "k_center",
     "l2_normalize",
     "layer_normalize",
@@ -65,6 +68,7 @@ __all__ = [
     "memory_diagnostics",
     "nearest",
     "normal_numbers",
+    "normalised_by",
     "normalize_rows",
     "nt_xent_rows",
     "read_memory",
@@ -73,6 +77,7 @@ __all__ = [
     "sample_positions",
     "scale_weights",
     "shrink_weights",
+    "update_running",
     "variance_hinge",
     "weights_entropy",
 ]

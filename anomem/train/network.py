@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anomem.functional.distributed import sum_over
 from anomem.models import AnoMem
+from anomem.nn import BatchNorm2d
+from anomem.nn.batch_norm import normalised
 from anomem.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Network:
             return self.compiled(views)  # type: ignore[no-any-return]
         if self.ranks.count == 1:
             return self.model(views)  # type: ignore[no-any-return]
-        return self.call((views - self.model.mean) / self.model.std)  # type: ignore[no-any-return]
+        return self.call(self.model.standardized(views))  # type: ignore[no-any-return]
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters and their names in the model."""
@@ -136,17 +137,19 @@ def with_joint_batch_norm(module: nn.Module) -> nn.Module:
 
     torch's `SyncBatchNorm` runs on GPUs only.
     """
-    if next(module.parameters()).is_cuda:
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return converted
-    for part in module.modules():
+    return replace_batch_norms(module, synchronised if next(module.parameters()).is_cuda else JointBatchNorm)
+
+
+def replace_batch_norms(module: nn.Module, by: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    """The module with others in the place of its batch norms, within it."""
+    for part in list(module.modules()):
         for name, child in part.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(part, name, JointBatchNorm(child))
+            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm | JointBatchNorm):
+                setattr(part, name, by(child))
     return module
 
 
-class JointBatchNorm(nn.Module):
+class JointBatchNorm(_BatchNorm):
     """A batch norm over the joint batch of all processes, on CPUs; parameters and buffers keep their names.
 
         layer = JointBatchNorm(nn.BatchNorm2d(16))
@@ -156,94 +159,45 @@ class JointBatchNorm(nn.Module):
         norm: whose parameters, buffers and options are taken over.
 
     Shape:
-        [B, C, …] -> [B, C, …].
+        [B, C, …] -> [B, C, …]; what is added has the same.
     """
 
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor
-
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__()
-        self.eps, self.momentum, self.track_running_stats = norm.eps, norm.momentum, norm.track_running_stats
-        for name in ("weight", "bias"):
-            self.register_parameter(name, getattr(norm, name))
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(norm, name))
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.relu, self.impl = (norm.relu, norm.impl) if isinstance(norm, BatchNorm2d) else (False, "auto")
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
         self.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
         """Normalised by the joint batch in training mode, by the running statistics else."""
-        weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
-        if not self.training and running_mean is not None:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, self.eps)
-        if weight is None:
-            weight, bias = (value.expand(x.shape[1]) for value in x.new_tensor([1.0, 0.0], dtype=torch.float32))
-        mean, variance, count = _joint_statistics(x.detach())
-        if self.training and self.track_running_stats and running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                part = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                running_mean.lerp_(mean, part)
-                running_var.lerp_(variance * (count / (count - 1)), part)
-        normalised: Tensor = _Normalise.apply(x, weight, bias, mean, variance, count, self.eps)  # type: ignore[no-untyped-call]
-        return normalised
+        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD)
 
 
-@torch.no_grad()
-def _joint_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel over all processes [C], and the number of values."""
-    # By batch norm's own passes: var_mean would copy a map to float32 and stride through it. The statistics have the
-    # dtype of the running ones, which are dropped here.
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dropped = (torch.zeros(x.shape[1], dtype=dtype) for _ in range(2))
-    mean, variance = torch.ops.aten.batch_norm_update_stats(x, *dropped, 0.0)
-    count = x.numel() / x.shape[1]
-    mine = torch.cat([mean, variance, mean.new_tensor([count])])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    found = torch.stack(everyone)
-    means, variances = found[:, :-1].chunk(2, dim=1)  # [W, C] each
-    weights = found[:, -1:] / found[:, -1].sum()
-    joint = (weights * means).sum(0)
-    return joint, (weights * (variances + (means - joint).square())).sum(0), found[:, -1].sum()
+class _SynchronisedWithReLU(nn.SyncBatchNorm):
+    """torch's synchronised batch norm with the sum and the ReLU of `anomem.nn.BatchNorm2d`."""
+
+    relu = False
+
+    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
+        total = super().forward(input)
+        total = total if add is None else total + add
+        return F.relu(total, inplace=True) if self.relu else total
 
 
-class _Normalise(torch.autograd.Function):
-    """(x − mean) / sqrt(variance + eps) · weight + bias, whose mean and variance depend on the x of all processes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, eps: float
-    ) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        # In eval mode torch's own backward gives upstream · weight / std and both sums in one pass.
-        direct, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            upstream, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )
-        along, constant = sum_over(torch.stack([d_weight, d_bias])) / count
-        inverse = (variance + ctx.eps).rsqrt()
-        slope = weight * inverse.square() * along
-        offset = weight * inverse * constant - slope * mean
-        # slope · x + offset in one pass.
-        one = torch.ones_like(mean)
-        correction = F.batch_norm(x, torch.zeros_like(mean), one, slope, offset, False, 0.0, 0.0)
-        return direct.sub_(correction), d_weight, d_bias, None, None, None, None
+def synchronised(norm: _BatchNorm) -> nn.Module:
+    """torch's batch norm over several processes, with what follows ours."""
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    if isinstance(norm, BatchNorm2d):
+        converted.__class__ = _SynchronisedWithReLU
+        converted.relu = norm.relu  # type: ignore[assignment]
+    return converted
 
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Around a second pass over the same views: batch norms normalise by the batch, and their running averages stay."""
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm | JointBatchNorm) and m.track_running_stats]
+    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False
     try:

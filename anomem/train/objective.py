@@ -145,10 +145,9 @@ def multi_scale_loss(
     """
     total = sampled[0].new_zeros((), dtype=torch.float32)
     terms = {}
-    scales = zip(model.encoder.names, sampled, model.memories, model.scale_weights, strict=True)
-    for name, vectors, memory, weight in scales:
-        z, z_pair = vectors.chunk(2, dim=1)
-        loss, contrast, variance = criterion(z, z_pair, memory, is_normal, counts)
+    pairs = [(z, z_pair) for z, z_pair in (vectors.chunk(2, dim=1) for vectors in sampled)]
+    found = criterion.of_scales(pairs, list(model.memories), is_normal, counts)
+    for name, weight, (loss, contrast, variance) in zip(model.encoder.names, model.scale_weights, found, strict=True):
         total = total + weight * loss
         terms[f"contrast/{name}"], terms[f"variance/{name}"] = contrast, variance
     return total, terms

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from anomem.data import Task, load_task
 from anomem.files import make_folder, write_atomically
 from anomem.models import Encoder
-from anomem.train.config import TrainConfig
+from anomem.train.config import TrainConfig, flat_settings
 from anomem.train.execution import settled
-from anomem.train.ranks import Ranks, joined
-from anomem.train.run import model_for, prepare
+from anomem.train.ranks import joined
+from anomem.train.run import model_for, prepare, require_an_image_each
 from anomem.train.rundir import default_directory
 from anomem.train.stage1 import train_stage1
 from anomem.validation import require_count
@@ -99,6 +99,8 @@ def profile_steps(
 ) -> Profile | None:
     """Profile the loop of stage 1; nothing is kept but the trace, beside where the run directory would be.
 
+    Of several processes the first keeps its trace. All of them are profiled, so that none waits for a slower one.
+
     Args:
         config: of the run.
         steps: profiled, after a few that are not.
@@ -113,11 +115,13 @@ def profile_steps(
     """
     require_count(steps, "profile", 1)
     prepare(config)
-    with joined(config.run.device):
+    with joined(config.run.device) as ranks:
         task = task or load_task(config.data)
         model = model_for(config, task, encoder)
         task = task.to(model.device)
         config = settled(config, model.device)
+        ranks.require_same(flat_settings(config))
+        require_an_image_each(config, len(task.train), ranks)
         # One step more, whose batch is asked for when the last profiled step has ended.
         optimizer = replace(config.optimizer, steps=WARMUP + steps + 1)
         config = replace(config, optimizer=optimizer, run=replace(config.run, log_every=10**9, cuda_graph=False))
@@ -126,7 +130,7 @@ def profile_steps(
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as profiler:
             train_stage1(model, task.train, is_normal, config, quiet=True)
-        if not Ranks.current().first:
+        if not ranks.first:
             return None
     events = [Event.of(event) for event in profiler.events() or ()]
     ends = sorted(event.end for event in events if event.name == RANGES + LAST)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anomem.errors import UserError
-from anomem.functional.distributed import sum_over
+from anomem.functional.distributed import of_everyone, sum_over
 
 T = TypeVar("T")
 WAIT = timedelta(seconds=50)
@@ -71,9 +71,7 @@ class Ranks:
         """The largest of each number over the processes; by the host's backend, so that no device waits."""
         if self.count == 1:
             return list(numbers)
-        found = torch.tensor(numbers)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [int(number) for number in found]
+        return [int(number) for number in of_everyone(torch.tensor(numbers)).amax(0)]
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -84,7 +84,7 @@ def train(
         # Without "auto": a resumption executes as the run began.
         config = settled(config, model.device)
         ranks.require_same(flat_settings(config))
-        _require_an_image_each(config, len(task.train), ranks)
+        require_an_image_each(config, len(task.train), ranks)
         trained_on = task.trained_on
         run = RunDirectory(ranks.on_first(lambda: RunDirectory.create(config, given, trained_on).path))
         with _stoppable(run, ranks), _claimed(run, ranks):
@@ -117,7 +117,7 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
             if not ranks.on_first(lambda: _finished(run, config)):
                 prepare(config)
                 task = task or load_task(config.data, run.split())
-                _require_an_image_each(config, len(task.train), ranks)
+                require_an_image_each(config, len(task.train), ranks)
                 _complete(run, config, task, model_for(config, task, encoder), quiet, ranks)
     return run.path
 
@@ -359,7 +359,7 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
     print(f"training: {stages}; checkpoints in {run.checkpoints} at the end of each stage{every}", flush=True)
 
 
-def _require_an_image_each(config: TrainConfig, images: int, ranks: Ranks) -> None:
+def require_an_image_each(config: TrainConfig, images: int, ranks: Ranks) -> None:
     """Check that every process has an image of every part of a batch.
 
     Raises:

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cpu/augment.h"
+#include "cpu/batch_norm.h"
 #include "cpu/contrast.h"
 #include "cpu/deviation_map.h"
 #include "cpu/isa.h"

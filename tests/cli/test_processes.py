@@ -59,3 +59,14 @@ def test_a_profile_of_the_real_loop(tiny: list[str], tmp_path: Path, capsys: pyt
     assert not (tmp_path / "run").exists()
     assert main(["train", "--profile", "2", "--resume", str(tmp_path / "run")]) == 2
     assert "`--profile` trains no run" in capsys.readouterr().err
+
+
+def test_processes_profile_their_loop(tiny: list[str], tmp_path: Path) -> None:
+    profiled = ["train", *tiny, "--run.directory", str(tmp_path / "run"), "--profile", "2"]
+    in_processes(2, jobs.command, profiled, 0, str(tmp_path))
+    *table, last = (tmp_path / "out0").read_text().splitlines()
+    assert last == f"trace of 2 steps in {tmp_path / 'run-trace.json.gz'}; open it in ui.perfetto.dev"
+    assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["run-trace.json.gz"]  # of the first alone
+    milliseconds, images = float(table[-1].split()[1]), float(table[-1].split()[-2])
+    assert images == pytest.approx(32 / (milliseconds / 1000), abs=1)  # the batch of the whole job

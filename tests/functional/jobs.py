@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -18,7 +19,8 @@ from anomem import nn as ann
 from anomem.errors import ArgumentError
 from anomem.testing import assert_within_budget, draw
 
-UNEVEN = {2: (3, 2), 3: (3, 1, 2), 4: (2, 1, 3, 1)}
+UNEVEN = {2: (3, 2), 3: (3, 1, 2), 4: (2, 0, 3, 1)}
+"""Rows of each process; one has none."""
 FEATURES = 6
 Loss = Callable[[list[Tensor], nn.Module, "tuple[int, ...] | None", "Tensor | None"], Tensor]
 
@@ -39,19 +41,21 @@ def losses(gathered: bool) -> Iterator[tuple[str, nn.Module, Loss]]:
 
     def memory(views: list[Tensor], loss: nn.Module, counts: object, normal: Tensor | None) -> Tensor:
         z, z_pair = (torch.stack([views[0], views[i]]) for i in (1, 2))
-        total: Tensor = loss.criterion(z, z_pair, loss.memory, normal, counts=counts)[0]
-        return total
+        # Three scales of 2, 2 and 1 positions and of 6, 3 and 5 features.
+        vectors = [(z, z_pair), (z[..., :3], z_pair[..., 3:]), (z[:1, :, :5], z_pair[1:, :, 1:])]
+        found = loss.criterion.of_scales(vectors, list(loss.memories), normal, counts)
+        return torch.stack([weight * term[0] for weight, term in zip((1.0, 0.5, 2.0), found, strict=True)]).sum()
 
     for ring in (False, True):
         options = {"gather_distributed": gathered, "ring": ring}
         yield f"nt_xent {ring=}", ann.NTXentLoss(0.3, learn_temperature=True, **options), pairs
         yield f"info_nce {ring=}", ann.InfoNCELoss(0.3, learn_temperature=True, **options), pairs
-        for negatives in ("image", "both") if not ring else ("image",):
-            both = nn.Module()
+        for negatives in ("image", "position", "both") if not ring else ("image",):
+            scales = nn.Module()
             torch.manual_seed(2)
-            both.memory = ann.HopfieldMemory(FEATURES, 4, learn_beta=True)
-            both.criterion = ann.ContrastedMemoryLoss(0.3, 0.4, negatives=negatives, **options)  # type: ignore[arg-type]
-            yield f"memory {negatives} {ring=}", both, memory
+            scales.memories = nn.ModuleList(ann.HopfieldMemory(size, 4, learn_beta=True) for size in (FEATURES, 3, 5))
+            scales.criterion = ann.ContrastedMemoryLoss(0.3, 0.4, negatives=negatives, **options)  # type: ignore[arg-type]
+            yield f"memory {negatives} {ring=}", scales, memory
     yield "variance", ann.VarianceHinge(gather_distributed=gathered), alone
 
 
@@ -111,6 +115,33 @@ def rows_are_those_of_one_process() -> None:
                 impl=impl,
             )  # fmt: skip
             assert_within_budget(rows, *expected)
+
+
+def half_precision_and_far_means_keep_the_budget() -> None:
+    """bfloat16 rows and their gradients, gathered and in the ring; a variance whose mean is 10⁴ standard deviations."""
+    counts = UNEVEN[dist.get_world_size()]
+    z, z_pair = (draw(3, sum(counts), 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+
+    def results(one: Tensor, two: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in (one, two)]
+        loss = function(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    plain, exact = (
+        results(z.to(dtype), z_pair.to(dtype), lambda a, b: AF.nt_xent(a, b, impl="reference"))
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    for ring in (False, True):
+        found = results(own(z, counts), own(z_pair, counts), partial(AF.nt_xent_distributed, counts=counts, ring=ring))
+        assert_within_budget(mean(found[0]), plain[0], exact[0], "loss")
+        for gradient, low, high in zip(found[1:], plain[1:], exact[1:], strict=True):
+            shares = [own(x, counts) for x in (low, high)]
+            if gradient.numel():
+                assert_within_budget(gradient / dist.get_world_size(), *shares, "gradient")
+    for dtype, offset in ((torch.float32, 1e4), (torch.bfloat16, 100.0)):
+        x = (draw(3, sum(counts), 16, seed=3) + offset).to(dtype)
+        results_of = [AF.variance_hinge(x.to(kind), gamma=2.0, impl="reference") for kind in (dtype, torch.float64)]
+        assert_within_budget(AF.variance_hinge_distributed(own(x, counts), gamma=2.0, counts=counts), *results_of)
 
 
 def gathering_is_twice_differentiable() -> None:
@@ -193,6 +224,7 @@ CHECKS = {
     for check in (
         gradients_are_those_of_one_process,
         rows_are_those_of_one_process,
+        half_precision_and_far_means_keep_the_budget,
         gathering_is_twice_differentiable,
         groups_meshes_and_mistakes,
         the_compiler_traces_a_loss,

@@ -16,6 +16,7 @@ from tests.processes import in_processes
 
 ONCE = [
     "rows_are_those_of_one_process",
+    "half_precision_and_far_means_keep_the_budget",
     "gathering_is_twice_differentiable",
     "groups_meshes_and_mistakes",
     "the_ring_sends_what_the_documentation_says",
@@ -24,7 +25,7 @@ IN_TWO = ["the_compiler_traces_a_loss"]  # its import takes seconds in every pro
 IN_TWO += ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []
 
 
-@pytest.mark.parametrize(("count", "more"), [(2, IN_TWO), (3, ONCE), (4, [])])
+@pytest.mark.parametrize(("count", "more"), [(2, IN_TWO), (3, ONCE), (4, ["rows_are_those_of_one_process"])])
 def test_processes_are_one(count: int, more: list[str]) -> None:
     in_processes(count, jobs.check, ["gradients_are_those_of_one_process", *more])
 

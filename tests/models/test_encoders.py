@@ -176,3 +176,17 @@ def test_a_network_that_fails_is_told_which_images_it_got() -> None:
 def test_scales_are_no_text_read_letter_by_letter() -> None:
     with pytest.raises(ArgumentError, match="`scales`: expected a sequence, received '16'"):
         pretrained_encoder("efficientnet_lite0", (64, 64), scales="16", weights=None)
+
+
+def test_the_stem_has_a_relu_unless_it_is_a_scale() -> None:
+    """A scale keeps both signs; the maps behind it do not change."""
+    without, with_stem = (
+        build_encoder(ModelConfig(scales=scales), (16, 16), 1).eval()
+        for scales in (("block1", "block3"), ("stem", "block1", "block3"))
+    )
+    with_stem.load_state_dict(without.state_dict())
+    images = torch.randn(2, 1, 16, 16)
+    stem, *others = with_stem(images)
+    assert (stem < 0).any()
+    for mine, theirs in zip(without(images), others, strict=True):
+        assert torch.equal(mine, theirs)

@@ -23,6 +23,19 @@ def test_bytes_and_unit_floats_give_the_same_maps() -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_standardized_to_the_bit(channels: int, layout: torch.memory_format) -> None:
+    mean, std = [0.3, 0.4, 0.6][:channels], [0.2, 0.1, 0.3][:channels]
+    model = build_model(ModelConfig(), (16, 16), channels, mean, std)
+    images = torch.rand(4, channels, 16, 16).contiguous(memory_format=layout).requires_grad_()
+    found = model.standardized(images)
+    assert torch.equal(found, (images - model.mean) / model.std)
+    assert found.is_contiguous(memory_format=layout)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    torch.testing.assert_close(gradient, (1 / model.std).expand_as(images))
+
+
 @pytest.mark.parametrize("projection", [None, 8])
 def test_sampled_vectors_are_the_queries_at_those_positions(maps: list[torch.Tensor], projection: int | None) -> None:
     model = build_model(ModelConfig(projection=projection), (16, 16), 1, [0.5], [0.5])

@@ -11,6 +11,7 @@ import torch
 from anomem.functional import (
     ViewParameters,
     augment,
+    batch_norm,
     deviation_map,
     gather_positions,
     hopfield_retrieve,
@@ -30,6 +31,7 @@ def registered(library: None) -> None:
     hopfield_retrieve(query, prototypes, impl="native")
     nt_xent(query, query, impl="native")
     gather_positions(feature_map, torch.tensor([0]), impl="native")
+    batch_norm(feature_map, training=True, impl="native")
     augment(feature_map[:, :3].sigmoid(), ViewParameters(), impl="native")
     deviation_map(feature_map, prototypes, impl="native")
     memory_diagnostics(query, prototypes, impl="native")
@@ -120,9 +122,36 @@ def refused_augmentations() -> Iterator[Call]:
     yield operator, (images, *none, 2, 0, 3, False), "padding"
 
 
+def refused_batch_norms() -> Iterator[Call]:
+    x, three, four = draw(2, 3, 5, 4).contiguous(memory_format=torch.channels_last), torch.ones(3), torch.ones(4)
+    statistics, apply = OPERATORS.native_batch_norm_statistics, OPERATORS.native_batch_norm_apply
+    sums, gradient = OPERATORS.native_batch_norm_sums, OPERATORS.native_batch_norm_gradient
+    affine, rest = (three, three, None, None), (1e-5, True)
+    yield statistics, (x.contiguous(),), "a channels-last map"
+    yield statistics, (x[0],), "x"
+    yield statistics, (x[:0],), "at least one row"
+    yield statistics, (x.half(),), "float32, bfloat16 or float64"
+    yield apply, (x, four, *affine[1:], None, *rest), "`mean`"
+    yield apply, (x, three, three.double(), None, None, None, *rest), "`variance`"
+    yield apply, (x, three, three, four, None, None, *rest), "`weight`"
+    yield apply, (x, *affine, x[:1], *rest), "`add`"
+    yield apply, (x, *affine, x.contiguous(), *rest), "a channels-last map"
+    yield sums, (x.double(), x, None, *affine, *rest), "`dout`"
+    yield sums, (x, x, x[:, :2], *affine, *rest), "`out`"
+    yield gradient, (x, x, None, *affine, three, four, 40, *rest, False), "`along`"
+    yield gradient, (x, x, None, *affine, four, three, 40, *rest, False), "`constant`"
+
+
 @pytest.mark.parametrize(
     "calls",
-    [refused_retrievals, refused_contrasts, refused_samples, refused_maps_and_usages, refused_augmentations],
+    [
+        refused_retrievals,
+        refused_contrasts,
+        refused_samples,
+        refused_maps_and_usages,
+        refused_augmentations,
+        refused_batch_norms,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_what_would_be_misread_is_refused(calls: Any) -> None:

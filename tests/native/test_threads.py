@@ -11,6 +11,7 @@ from torch import Tensor
 from anomem.functional import (
     ViewParameters,
     augment,
+    batch_norm,
     deviation_map,
     gather_positions,
     hopfield_retrieve,
@@ -89,3 +90,18 @@ def test_augment() -> None:
     matrices, ones = torch.eye(2, 3) + draw(10, 2, 3, scale=0.2), torch.ones(10)
     parameters = ViewParameters(matrices, 1.1 * ones, 0.9 * ones, 0.8 * ones, ones, 0.1 * ones, torch.arange(10))
     assert_same_bits(lambda: [augment(images, parameters, impl="native")])
+
+
+@pytest.mark.parametrize("channels", [16, 70])
+def test_batch_norm(channels: int) -> None:
+    inputs = [
+        draw(9, channels, 30, 31),
+        draw(channels, seed=1),
+        draw(channels, seed=2),
+        draw(9, channels, 30, 31, seed=3),
+    ]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+        return batch_norm(x, None, None, weight, bias, True, add=add, relu=True, impl="native")
+
+    assert_same_bits(lambda: gradients(run, inputs))

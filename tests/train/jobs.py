@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
@@ -32,6 +35,7 @@ from anomem.train import (
 )
 from anomem.train.checkpoint import StageState
 from anomem.train.config import from_dict
+from anomem.train.profiling import profile_steps
 from anomem.train.run import head_for, resume, train
 from anomem.train.stopping import Interrupted
 
@@ -123,28 +127,64 @@ def mistakes(settings: dict[str, Any], batch: int) -> None:
     other = replace(config, optimizer=replace(config.optimizer, learning_rate=0.1 + dist.get_rank()))
     small = replace(config, optimizer=replace(config.optimizer, batch_size=batch))
     for wrong, reason in ((other, "`optimizer.learning_rate`: expected the same"), (small, "start fewer processes")):
-        if dist.get_rank() == 0:
-            with pytest.raises(UserError, match=reason):
-                train(wrong, quiet=True)
-        else:
-            leaves(wrong, 2)
+        for call in (train, profiled):
+            if dist.get_rank() == 0:
+                with pytest.raises(UserError, match=reason):
+                    call(wrong, quiet=True)
+            else:
+                leaves(wrong, 2, call)
     assert not Path(str(config.run.directory)).exists()
 
 
-def act_after_a_step(done: int | None, act: Callable[[], None]) -> None:
-    """Have the last process act when so many steps are done."""
+class Sent(TorchDispatchMode):
+    """Counts what is sent to another process, and each collective, by the name of torch's operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        if func.namespace == "c10d" and func.overloadpacket.__name__ != "recv_":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def messages_of_a_step(folder: str) -> None:
+    """Count the messages of a step of stage 1 with the default encoder."""
+    model = build_model(ModelConfig(), (32, 32), 3, (0.5,) * 3, (0.25,) * 3)
+    images = ResidentImages(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+    config = TrainConfig(optimizer=OptimizerConfig(steps=5, batch_size=8), run=RunConfig(device="cpu", log_every=10**9))
+    sent = Sent()
+    # DDP orders its gradients anew after the first step, and says so in the second.
+    act_after_a_step(3, sent.counts.clear, everywhere=True)
+    write = Path(folder, f"sent{dist.get_rank()}").write_text
+    act_after_a_step(4, lambda: write(json.dumps(dict(sent.counts))), everywhere=True)
+    with sent:
+        train_stage1(model, images, None, config, quiet=True)
+
+
+def profiled(config: TrainConfig, quiet: bool) -> None:
+    """Profile a step."""
+    assert quiet
+    profile_steps(config, 1)
+
+
+def act_after_a_step(done: int | None, act: Callable[[], object], everywhere: bool = False) -> None:
+    """Have the last process, or every one, act when so many steps are done."""
     step_done = StageState.step_done
 
     def and_act(state: StageState, number: int, *others: Any) -> None:
-        if state.name == "stage1" and number == done and dist.get_rank() == dist.get_world_size() - 1:
+        last = dist.get_rank() == dist.get_world_size() - 1
+        if state.name == "stage1" and number == done and (last or everywhere):
             act()
         step_done(state, number, *others)
 
     StageState.step_done = and_act  # type: ignore[method-assign]
 
 
-def leaves(config: TrainConfig, code: int) -> None:
-    """The training ends this process without a word."""
+def leaves(config: TrainConfig, code: int, call: Callable[..., object] = train) -> None:
+    """The training, or another call, ends this process without a word."""
     with pytest.raises(SystemExit) as left:
-        train(config, quiet=True)
+        call(config, quiet=True)
     assert left.value.code == code

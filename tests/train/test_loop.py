@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import anomem.nn.batch_norm as layers
 from anomem.data import load_task
 from anomem.train import TrainConfig, model_for, stage1, stage2, train_stage1, train_stage2
 from anomem.train.run import head_for
@@ -48,23 +48,21 @@ def test_a_profile_shows_the_parts_of_every_step(tiny: TrainConfig, stage: int, 
     assert ranges(config, stage) == Counter({**dict.fromkeys(SHARED | {loss}, 2), "anomem.batch": 3})
 
 
-class BatchNorms(TorchDispatchMode):
-    """Notes the memory formats that the backward passes of batch norms get."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.formats: list[tuple[bool, bool]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.native_batch_norm_backward.default:
-            gradient, x = args[:2]
-            self.formats.append(tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (gradient, x)))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_gradients_reach_the_encoder_in_the_layout_of_its_maps(tiny: TrainConfig, impl: str) -> None:
-    """In another one batch norm's backward pass is slow."""
+def test_gradients_reach_the_encoder_in_the_layout_of_its_maps(
+    tiny: TrainConfig, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another one batch norm's backward pass copies them or is slow."""
+    formats: list[bool] = []
+    batch_norm = layers.batch_norm
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        out = batch_norm(*args, **options)
+        if out.requires_grad:
+            out.register_hook(lambda g: formats.append(g.is_contiguous(memory_format=torch.channels_last)))
+        return out
+
+    monkeypatch.setattr(layers, "batch_norm", noted)
     config = replace(
         tiny,
         model=replace(tiny.model, impl=impl),
@@ -72,10 +70,9 @@ def test_gradients_reach_the_encoder_in_the_layout_of_its_maps(tiny: TrainConfig
         run=replace(tiny.run, memory_format="channels_last"),
     )
     task = load_task(config.data)
-    with BatchNorms() as seen:
-        train_stage1(model_for(config, task), task.train, None, config, quiet=True)
-    assert len(seen.formats) > 3
-    assert set(seen.formats) == {(True, True)}
+    train_stage1(model_for(config, task), task.train, None, config, quiet=True)
+    assert len(formats) > 3
+    assert all(formats)
 
 
 def rows_of(setting: str, score: str) -> list[dict[str, Any]]:

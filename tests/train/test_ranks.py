@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomem.cli import main
 from anomem.data import ResidentImages, load_task
 from anomem.errors import UserError
+from anomem.models import ModelConfig, build_model
 from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, resume, train
 from anomem.train.batches import training_batches
 from anomem.train.checkpoint import load_checkpoint
@@ -72,6 +75,19 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tiny: TrainConfi
 
 def test_mistakes_are_said_once_and_none_hangs(tiny: TrainConfig) -> None:
     in_processes(3, jobs.mistakes, to_dict(tiny), 2)
+
+
+def test_the_messages_of_a_step_are_those_of_the_documentation(tmp_path: Path) -> None:
+    in_processes(2, jobs.messages_of_a_step, str(tmp_path))
+    sent, other = (json.loads((tmp_path / f"sent{rank}").read_text()) for rank in (0, 1))
+    assert sent == other
+    model = build_model(ModelConfig(), (32, 32), 3, (0.5,) * 3, (0.25,) * 3)
+    norms = sum(isinstance(part, _BatchNorm) for part in model.encoder.modules())
+    # Batch norm in each pass; columns and variances, and what comes back; gradients of the encoder and of the rest;
+    # whether a process has been asked to stop.
+    assert sum(sent.values()) == 2 * norms + 2 + 2 + 1
+    documentation = " ".join((Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text("utf-8").split())
+    assert f"a step of the small encoder sends {sum(sent.values())} messages, {2 * norms} of them" in documentation
 
 
 def test_a_process_that_dies_ends_the_job(tiny: TrainConfig) -> None:

@@ -1,0 +1,186 @@
+"""Batch norm with what follows it: one operator in place of three, over one process's batch or over all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomem import backends, reference, rules
+from anomem.functional.distributed import group_of, of_everyone, processes, sum_over
+from anomem.ops.library import accumulator, may_be_differentiated
+from anomem.rules import Impl
+from anomem.validation import require, require_same_kind, require_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from anomem.functional.distributed import Group
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,
+    relu: bool = False,
+    process_group: Group | None = None,
+    impl: Impl = "auto",
+    part: bool = False,
+) -> Tensor:
+    """Batch norm, then an optional sum, then an optional ReLU; otherwise as `torch.nn.functional.batch_norm`.
+
+    The native kernel takes channels-last maps, in training or without a gradient; with "auto" all else runs plain
+    PyTorch.
+
+    Args:
+        x: [B, C, …].
+        running_mean: [C], updated in place where `training`; needed where not.
+        running_var: [C], likewise; the unbiased variance.
+        weight: [C], None for 1.
+        bias: [C], None for 0.
+        training: normalise by the statistics of the batch instead of the running ones.
+        momentum: part of the batch in the new running statistics.
+        eps: > 0, added to the variance.
+        add: added to the result, shape and dtype of `x`.
+        relu: max(0, ·) of the result.
+        process_group: where `training`, normalise by the joint batch of these processes. Its gradient has no graph in
+            the native kernel.
+        impl: "auto", "reference" or "native"; see `anomem.backends`.
+        part: where the named implementation has no such kernel, choose by "auto".
+
+    Returns:
+        [B, C, …] in the dtype of `x`.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype or device, a batch with one value per channel, no statistics, or an
+            implementation that cannot run here.
+
+    Example:
+        >>> x = torch.randn(8, 16, 4, 4).to(memory_format=torch.channels_last)
+        >>> batch_norm(x, training=True, relu=True).shape
+        torch.Size([8, 16, 4, 4])
+    """
+    group = None if process_group is None else group_of(process_group)
+    joint = training and process_group is not None and processes(group) > 1
+    _check(x, running_mean, running_var, weight, bias, training, joint, add)
+    if (impl == "auto" or part) and not _is_channels_last(x):
+        chosen = "reference"
+    else:
+        rows = x.numel() // x.shape[1]
+        problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
+        chosen = backends.choose(problem, impl, part=part)
+        if rows == 0 or (not training and may_be_differentiated([x, weight, bias, add])):
+            chosen = "reference"
+    if chosen == "reference":
+        if joint:
+            return _joint(x, running_mean, running_var, weight, bias, momentum, eps, add, relu, group)
+        return reference.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, add=add, relu=relu
+        )
+    from anomem.ops import batch_norm as operators
+
+    wide = accumulator(x)
+    weight, bias = (None if given is None else given.to(wide).contiguous() for given in (weight, bias))
+    feature_map, summand = _as_map(x), None if add is None else _as_map(add)
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        statistics = running_mean.to(wide), running_var.to(wide)
+        return operators.apply(feature_map, *statistics, weight, bias, summand, eps, relu).view_as(x)
+    others = JointBatch(group) if joint else None
+    out, mean, variance, count = operators.batch_norm(feature_map, weight, bias, summand, eps, relu, others)
+    reference.update_running(running_mean, mean, momentum)
+    reference.update_running(running_var, variance * (count / (count - 1)), momentum)
+    return out.view_as(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # `is_contiguous` cannot be asked this under torch.func.vmap.
+    if x.dim() != 4:
+        return False
+    channels, height, width = x.shape[1:]
+    return x.stride() == (height * width * channels, 1, width * channels, channels)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """[B, C, …] as [B, C, H, W]."""
+    return x if x.dim() == 4 else x.flatten(2)[..., None] if x.dim() > 2 else x[..., None, None]
+
+
+class JointBatch:
+    """What the processes of a group exchange for a batch norm: moments forward, two sums of gradients backward."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def moments(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+        """Mean and biased variance [C] of the joint batch, from those of this process, and its number of values."""
+        mine = torch.cat([mean, variance, mean.new_tensor([count])])
+        found = of_everyone(mine, self.group)
+        means, variances = found[:, :-1].chunk(2, dim=1)  # [W, C] each
+        weights = found[:, -1:] / found[:, -1].sum()
+        joint = (weights * means).sum(0)
+        spread = (weights * (variances + (means - joint).square())).sum(0)
+        return joint, spread, int(found[:, -1].double().sum())
+
+    def sums(self, *mine: Tensor) -> tuple[Tensor, ...]:
+        """The sums over the processes, in one message."""
+        return sum_over(torch.stack(mine), self.group).unbind()
+
+
+def _joint(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    add: Tensor | None,
+    relu: bool,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """The batch norm of the joint batch in plain PyTorch."""
+    wide = x.to(accumulator(x))
+    mean, variance, count = reference.joint_moments(wide, lambda values: sum_over(values, group))
+    reference.update_running(running_mean, mean.detach(), momentum)
+    reference.update_running(running_var, variance.detach() * (count / (count - 1)), momentum)
+    normalised = reference.normalised_by(wide, mean, variance, weight, bias, eps)
+    total = normalised if add is None else normalised + add
+    return (F.relu(total) if relu else total).to(x.dtype)
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    joint: bool,
+    add: Tensor | None,
+) -> None:
+    require_tensor(x, "x", (), "[B, C, …]")
+    require(x.dim() >= 2 and x.shape[1] > 0, "x", "[B, C, …] with C ≥ 1", x)
+    channels = x.shape[1]
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, given in named.items():
+        if given is not None:
+            right = isinstance(given, Tensor) and given.shape == (channels,)
+            require(right, name, lambda: f"[{channels}], a number for each channel of `x`", given)
+            require(given.device == x.device, name, lambda: f"a tensor on {x.device}", given.device)
+    for name in ("running_mean", "running_var"):
+        require(training or named[name] is not None, name, "running statistics where `training` is False", "None")
+    require(not training or joint or x.numel() != channels, "x", "more than one value per channel in training", x)
+    if add is not None:
+        require_same_kind(add, "add", x, "x")
+        require(add.shape == x.shape, "add", lambda: f"the shape of `x`, {list(x.shape)}", add)

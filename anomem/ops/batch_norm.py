@@ -1,0 +1,224 @@
+"""Batch norm with an optional sum and ReLU behind it, on channels-last maps."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anomem import reference
+from anomem.ops import library
+from anomem.ops.library import accumulator, define, empty, with_known_signature
+
+
+def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(x, x.shape[1], dtype=accumulator(x)), empty(x, x.shape[1], dtype=accumulator(x))
+
+
+def _apply_fake(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _sums_fake(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    return _statistics_fake(x)
+
+
+def _gradient_fake(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constant: Tensor,
+    along: Tensor,
+    count: int,
+    eps: float,
+    relu: bool,
+    add: bool,
+) -> tuple[Tensor, Tensor]:
+    map_like = torch.empty_like(x, memory_format=torch.channels_last)
+    return map_like, torch.empty_like(map_like) if add else empty(x, 0)
+
+
+define("native_batch_norm_statistics", "(Tensor x) -> (Tensor mean, Tensor variance)", _statistics_fake)
+define(
+    "native_batch_norm_apply",
+    "(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, Tensor? add, float eps, bool relu) "
+    "-> Tensor",
+    _apply_fake,
+)
+define(
+    "native_batch_norm_sums",
+    "(Tensor dout, Tensor x, Tensor? out, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps, "
+    "bool relu) -> (Tensor constant, Tensor along)",
+    _sums_fake,
+)
+define(
+    "native_batch_norm_gradient",
+    "(Tensor dout, Tensor x, Tensor? out, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, "
+    "Tensor constant, Tensor along, SymInt count, float eps, bool relu, bool add) -> (Tensor dx, Tensor dadd)",
+    _gradient_fake,
+)
+
+
+class Joint(Protocol):
+    """How the batch of this process is joined with those of others."""
+
+    def moments(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+        """Mean and biased variance [C] of all, and their number of values per channel."""
+
+    def sums(self, *mine: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all."""
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    relu: bool,
+    joint: Joint | None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Batch norm by the statistics of the batch.
+
+    Args:
+        x: [B, C, H, W], not empty; copied where it is not channels-last.
+        weight: [C] contiguous in the accumulation dtype, or None for 1.
+        bias: [C] likewise, or None for 0.
+        add: as `x`, or None for 0.
+        eps: added to the variance.
+        relu: whether negative results become 0.
+        joint: other processes whose batches count too.
+
+    Returns:
+        [B, C, H, W], mean and biased variance [C], and the number of values that they are of.
+    """
+    out, mean, variance, count = library.apply(_BatchNorm, x, weight, bias, add, eps, relu, joint)
+    return out, mean, variance, count
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Batch norm by given statistics [C], without a gradient; the other arguments are those of `batch_norm`."""
+    result: Tensor = torch.ops.anomem.native_batch_norm_apply(
+        _channels_last(x), mean, variance, weight, bias, _channels_last(add), eps, relu
+    )
+    return result
+
+
+def _channels_last(x: Any) -> Any:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+@with_known_signature
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        add: Tensor | None,
+        eps: float,
+        relu: bool,
+        joint: Joint | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        x, add = _channels_last(x), _channels_last(add)
+        mean, variance = torch.ops.anomem.native_batch_norm_statistics(x)
+        count = x.numel() // x.shape[1]
+        if joint is not None:
+            mean, variance, count = joint.moments(mean, variance, count)
+        return apply(x, mean, variance, weight, bias, add, eps, relu), mean, variance, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, int]) -> None:
+        x, weight, bias, add, ctx.eps, ctx.relu, ctx.joint = inputs
+        out, mean, variance, ctx.count = output
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        # The ReLU's gate can be made again from x, but for what was added.
+        kept = out if ctx.relu and add is not None else None
+        ctx.save_for_backward(x, weight, bias, add if kept is not None else None, kept, mean, variance)
+        ctx.added = add is not None
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return (None,) * 7
+        x, weight, bias, add, out, mean, variance = ctx.saved_tensors
+        if library.wants_graph():
+            return (*_with_graph(ctx, x, weight, bias, add, dout), None, None, None)
+        x, out, dout = (_channels_last(one) for one in (x, out, dout))
+        affine = (mean, variance, weight, bias)
+        operators = torch.ops.anomem
+        constant, along = operators.native_batch_norm_sums(dout, x, out, *affine, ctx.eps, ctx.relu)
+        of_all = (constant, along) if ctx.joint is None else ctx.joint.sums(constant, along)
+        gated = ctx.relu and ctx.needs_input_grad[3]
+        dx = dadd = None
+        if ctx.needs_input_grad[0] or gated:
+            dx, dadd = operators.native_batch_norm_gradient(
+                dout, x, out, *affine, *of_all, ctx.count, ctx.eps, ctx.relu, gated
+            )
+        if ctx.added and not gated:
+            dadd = dout
+        numbers = along if weight is not None else None, constant if bias is not None else None
+        return dx, *numbers, dadd if ctx.added else None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        if args[-1] is not None:
+            raise RuntimeError("a batch norm over several processes has no vmap")
+        counts: list[int] = []
+
+        def tensors(*given: Any) -> tuple[Tensor, ...]:
+            *found, count = _BatchNorm.apply(*given)  # type: ignore[no-untyped-call]
+            counts.append(count)
+            return tuple(found)
+
+        found, dims = library.vmap(tensors, 0, info, in_dims, args)
+        return (*found, counts[0]), (*dims, None)
+
+
+def _with_graph(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None, dout: Tensor
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and add that can be differentiated again."""
+    if ctx.joint is not None:
+        raise RuntimeError("a batch norm over several processes is differentiated once; take impl='reference'")
+
+    def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None) -> Tensor:
+        return reference.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps, add=add, relu=ctx.relu)
+
+    if add is None and ctx.added:  # without a ReLU the sum is linear, so that any summand will do
+        add = torch.zeros_like(x)
+    return library.differentiable_gradients(composite, (x, weight, bias, add), ctx.needs_input_grad[:4], (dout,))
