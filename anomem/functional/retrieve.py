@@ -20,6 +20,10 @@ from anomem.reference import Normalize, normalize_rows
 from anomem.rules import Impl
 from anomem.validation import require, require_count, require_schedule, require_tensor
 
+_LEAST_ROUNDED = 16
+"""Features from which on the CPU's kernel rounds weights and prototypes to bfloat16 in products: of fewer, thousands of
+prototypes lie so close together that their differences, and the gradients, would lose their digits."""
+
 
 @overload
 def hopfield_retrieve(
@@ -134,14 +138,19 @@ def _by_kernel(
     """`shrink` is None where neither shrinkage nor the entropy is wanted."""
     from anomem.ops import retrieve
 
+    dtype = query.dtype
+    if backend == "native" and dtype == torch.bfloat16 and query.shape[-1] < _LEAST_ROUNDED and not query.is_cuda:
+        query = query.float()
+        values = None if memory.values is None else memory.values.float()
+        memory = memory._replace(keys=memory.keys.float(), values=values)
     flat = query.dim() == 2
     rows = query.numel() // query.shape[-1]  # not −1: an empty vmap cannot tell it
     state = unit_inner_stride(query if flat else query.reshape(rows, query.shape[-1]))  # [N, d]
     memory = kernel_memory(memory)
     if steps > 1:
         # Normalised once: an updated state is a mean of normalised prototypes and is read as it is.
-        dtype = accumulator(state)
-        state, keys = (normalize_rows(x.to(dtype), memory.normalize).to(x.dtype) for x in (state, memory.keys))
+        wide = accumulator(state)
+        state, keys = (normalize_rows(x.to(wide), memory.normalize).to(x.dtype) for x in (state, memory.keys))
         memory = memory._replace(keys=keys, normalize="none")
         for _ in range(steps - 1):
             state, _ = retrieve.retrieve(state, memory._replace(values=None), backend)
@@ -150,6 +159,7 @@ def _by_kernel(
         out, lse = retrieve.retrieve(state, memory, backend)
     else:
         out, lse, entropy = retrieve.shrink(state, memory, shrink)
+    out = out.to(dtype)
     if flat:
         return out, lse, entropy
     leading = query.shape[:-1]

@@ -29,11 +29,11 @@ from anomem.ops.library import (
     with_known_signature,
 )
 
-KEPT_BYTES = 96 << 20
+KEPT_BYTES = 64 << 20
 """Most memory of the products that one call on a CPU keeps for its backward pass; it makes the others again.
 
-A sixth of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back more
-slowly than they are made (measured on AMD family 25).
+A quarter of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back
+more slowly than they are made (measured on AMD family 25).
 """
 _LONG_ROWS = {torch.float32: 128, torch.float64: 128, torch.bfloat16: 256}
 _LEAST_KEPT_ROWS = 126
@@ -353,7 +353,7 @@ def _kept(inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, elements: Cal
         return 0
     groups, _, features = inputs[0].shape
     group = elements(rows=rows, groups=groups) * accumulator(inputs[0]).itemsize
-    most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 6
+    most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 4
     return min(groups, most // group)
 
 

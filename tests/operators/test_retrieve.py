@@ -319,6 +319,16 @@ def test_the_last_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, mon
     check(impl, memory(2020, 920, 24, dtype=dtype))
 
 
+@cases("d, normalize, beta", {NATIVE: [(3, "l2", 1e4), (3, "layer", 10.0), (8, "l2", 100.0)]})
+def test_crowded_bfloat16_prototypes_err_as_in_plain_pytorch(impl: Impl, d: int, normalize: str, beta: float) -> None:
+    """Of few features: their differences are small beside them, and the gradients erred 3 to 19 times as much."""
+    inputs = pair(300, 3000, d, BF16)
+    run, reference = (retrieval(name, normalize=normalize, beta=beta) for name in (impl, "reference"))  # type: ignore[arg-type]
+    results = gradients(run, inputs), gradients(reference, inputs), gradients(reference, [x.double() for x in inputs])
+    for actual, baseline, exact in zip(*(result[2:] for result in results), strict=True):
+        assert (actual.double() - exact).norm() < 1.5 * (baseline.double() - exact).norm()
+
+
 @each(NATIVE)
 def test_products_of_bfloat16_without_the_library_of_torch(impl: Impl) -> None:
     """oneDNN refuses bfloat16 where it is switched off; the kernels' own products then take its place."""
