@@ -156,6 +156,12 @@ def grid(device: str) -> Suite:
         for prototypes in (64, 512)
         for d in (64, 128, 256)
     ]
+    if device == "cpu":  # memories filled with features
+        cases += [
+            case("retrieve", N=queries, M=prototypes, d=d, B=1, dtype=one, group="large memories")
+            for queries, prototypes, d in ((5000, 2000, 384), (3000, 10000, 256))
+            for one in ("float32", "bfloat16")
+        ]
     cases += [
         case("info_nce", R=rows, C=columns, d=128, dtype=dtype, group="grid")
         for rows, columns in ((128, 128), (1024, 1024), (512, 4096))
