@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomem.cli import main
@@ -19,7 +22,7 @@ from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, r
 from anomem.train.batches import training_batches
 from anomem.train.checkpoint import load_checkpoint
 from anomem.train.config import to_dict
-from anomem.train.ranks import Ranks, joined
+from anomem.train.ranks import ADDRESS, WAIT, Ranks, _connect, joined
 from anomem.train.rows import Rows, blocks, seed_of, shares
 from anomem.train.rundir import RunDirectory
 from anomem.train.steps import Shares
@@ -102,6 +105,25 @@ def test_processes_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29400")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set"), joined("cpu"):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has that policy")
+def test_threads_that_carry_messages_give_way_to_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, started = threading.Event(), []
+
+    def connect(*given: Any, **options: Any) -> None:
+        started.append(threading.Thread(target=ended.wait, daemon=True))
+        started[0].start()
+
+    monkeypatch.setattr(dist, "init_process_group", connect)
+    for name in ADDRESS:
+        monkeypatch.setenv(name, "0")
+    _connect("2", "cpu", WAIT)
+    try:
+        assert os.sched_getscheduler(started[0].native_id) == os.SCHED_BATCH
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    finally:
+        ended.set()
 
 
 def test_one_process_needs_no_others() -> None:
