@@ -104,7 +104,8 @@ def batch_norm(
     out, mean, variance, count = operators.batch_norm(feature_map, weight, bias, summand, eps, relu, others)
     reference.update_running(running_mean, mean, momentum)
     reference.update_running(running_var, variance * (count / (count - 1)), momentum)
-    return out.view_as(x)
+    # No view of the kernel's result: a ReLU in place on one makes autograd copy the gradient, in another layout.
+    return out if x.dim() == 4 else out.view_as(x)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -194,6 +194,20 @@ def test_auto_takes_the_kernel_for_channels_last_maps_alone() -> None:
     assert not any("anomem" in name for name in operators_of(x))
 
 
+@each(NATIVE)
+def test_a_relu_in_place_behind_it(impl: Impl) -> None:
+    """As in torchvision's networks: the gradient takes no detour through a view."""
+    x = channels_last(4, 5, 6, 6).requires_grad_()
+    out = nn.ReLU(inplace=True)(BatchNorm2d(5, impl=impl)(x))
+    (before, _), *_ = out.grad_fn.next_functions
+    assert before.name() == "_BatchNormBackward"
+
+    def plain(x: Tensor) -> Tensor:
+        return R.batch_norm(x, *[None] * 4, True, 0.0, 1e-5).relu()
+
+    compare(lambda x: batch_norm(x, training=True, impl=impl).relu_(), plain, [x.detach()])
+
+
 def test_a_frozen_batch_norm_has_torchs_gradient() -> None:
     norm, theirs = BatchNorm2d(4, relu=True).eval(), nn.BatchNorm2d(4).eval()
     x = channels_last(3, 4, 5, 5)
