@@ -1,8 +1,7 @@
 """What the processes of a data-parallel job send each other: gathered tensors, sums, and blocks in a ring.
 
-CPU tensors go from process to process (`isend`, `irecv`). gloo's collectives hand each message to a worker thread and
-send it in several pieces: 8 to 18 context switches where two processes exchange directly with 5. GPU tensors, and
-whatever torch.compile traces, take torch's functional collectives.
+CPU tensors go from process to process (`isend`, `irecv`): gloo's collectives hand each message to a worker thread and
+send it in several pieces. GPU tensors, and whatever torch.compile traces, take torch's functional collectives.
 """
 
 from __future__ import annotations
