@@ -137,6 +137,7 @@ _ROWS = "AuthenticAMD family 26 AVX512-BF16"
 """The processor of those rows."""
 _FASTEST_ZEN4 = "the fastest in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
+_MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
@@ -182,6 +183,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
     Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST_ZEN4, _ROWS_ZEN4),
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
+    *(Rule("batch_norm", "cpu", "native", where, _FASTEST_ZEN4, _ROWS_ZEN4) for where in _MAPS),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),
@@ -192,7 +194,6 @@ _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half
 _SMALL = "its fixed cost is below that of the reference's many operators (benchmarks/results/cpu-zen4-small.jsonl)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
-_MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 _TWO_PASSES = "two passes over the map each way, with the sum and the ReLU in them (AMD family 25)"
 _ONE_PASS = "one pass over an image instead of a dozen over the batch (AMD family 25)"
 _WIDENED = "plain PyTorch widens the whole map and narrows its gradient, the kernel reads what was sampled"
