@@ -126,11 +126,17 @@ inline void transpose_scaled(const S* source, int64_t stride, int64_t count, int
   }
 }
 
+struct Unscaled {
+  template <class V>
+  ANOMEM_INLINE V operator()(int64_t, V x) const {
+    return x;
+  }
+};
+
 template <class S, class To>
 inline void transpose(const S* source, int64_t stride, int64_t count, int64_t length, int64_t rows, To* to,
                       int64_t to_stride) {
-  transpose_scaled(source, stride, count, length, rows, to, to_stride,
-                   [](int64_t, vec<accumulator_t<S>> x) { return x; });
+  transpose_scaled(source, stride, count, length, rows, to, to_stride, Unscaled());
 }
 
 // Packs B = rowsᵀ: row r of the source [count, k] becomes column r of B. Columns of zeros follow up to `padded` (0: to

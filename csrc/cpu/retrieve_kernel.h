@@ -316,9 +316,9 @@ class BackwardChunk {
       T *const dout_columns = reinterpret_cast<T*>(tiles.dout), *const query_columns =
                                                                     reinterpret_cast<T*>(tiles.query);
       transpose_scaled(dout_row(first), dv_, count, dv_, rows_, dout_columns, rows_,
-                       [&](int64_t r, vec<T> x) { return x * dout_scale_[r]; });
+                       [&](int64_t r, vec<T> x) ANOMEM_ALWAYS { return x * dout_scale_[r]; });
       transpose_scaled(query_.data(), query_.stride(), count, d_, rows_, query_columns, rows_,
-                       [&](int64_t, vec<T> x) { return x * beta; });
+                       [&](int64_t, vec<T> x) ANOMEM_ALWAYS { return x * beta; });
     } else if (library) {
       dout_.transpose(count, rows_, tiles.dout);
       scaled_query_.transpose(count, rows_, tiles.query);

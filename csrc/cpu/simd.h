@@ -11,6 +11,8 @@
 #include "cpu/types.h"
 
 #define ANOMEM_INLINE inline __attribute__((always_inline))
+// Of a lambda that takes or returns vectors: out of line it would lack the instruction set.
+#define ANOMEM_ALWAYS __attribute__((always_inline))
 
 namespace anomem::cpu::ANOMEM_ISA {
 
