@@ -72,18 +72,8 @@ def batch_norm(
     group = None if process_group is None else group_of(process_group)
     joint = training and process_group is not None and processes(group) > 1
     _check(x, running_mean, running_var, weight, bias, training, joint, add)
-    if (impl == "auto" or part) and not _is_channels_last(x):
-        chosen = "reference"
-    else:
-        rows = x.numel() // x.shape[1]
-        problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
-        if joint and (impl == "auto" or (part and impl == "triton")):
-            # Not by the size of the share: processes that chose differently would mix up each other's messages.
-            chosen = "reference" if backends.obstacle_of_auto(problem, "native") else "native"
-        else:
-            chosen = backends.choose(problem, impl, part=part)
-        if rows == 0 or (not training and may_be_differentiated([x, weight, bias, add])):
-            chosen = "reference"
+    differentiated = may_be_differentiated([x, weight, bias, add])
+    chosen = _implementation(x, training, joint, differentiated, impl, part)
     if chosen == "reference":
         if joint:
             return _joint(x, running_mean, running_var, weight, bias, momentum, eps, add, relu, group)
@@ -108,12 +98,27 @@ def batch_norm(
     return out if x.dim() == 4 else out.view_as(x)
 
 
+def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool, impl: Impl, part: bool) -> str:
+    if (impl == "auto" or part) and not _is_channels_last(x):
+        return "reference"
+    rows = x.numel() // x.shape[1]
+    problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
+    if joint and (impl == "auto" or (part and impl == "triton")):
+        # Not by the size of the share: processes that chose differently would mix up each other's messages.
+        return "reference" if backends.obstacle_of_auto(problem, "native") else "native"
+    chosen = backends.choose(problem, impl, part=part)
+    if (rows == 0 and not joint) or (not training and differentiated):
+        return "reference"
+    return chosen
+
+
 def _is_channels_last(x: Tensor) -> bool:
-    # `is_contiguous` cannot be asked this under torch.func.vmap.
+    # `is_contiguous` cannot be asked this under torch.func.vmap. The stride of a single image says nothing.
     if x.dim() != 4:
         return False
-    channels, height, width = x.shape[1:]
-    return x.stride() == (height * width * channels, 1, width * channels, channels)
+    batch, channels, height, width = x.shape
+    image = x.stride()[1:] == (1, width * channels, channels)
+    return image and (batch <= 1 or x.stride(0) == height * width * channels)
 
 
 def _as_map(x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def batch_norm(
     """Batch norm by the statistics of the batch.
 
     Args:
-        x: [B, C, H, W], not empty; copied where it is not channels-last.
+        x: [B, C, H, W], empty in a joint batch alone; copied where it is not channels-last.
         weight: [C] contiguous in the accumulation dtype, or None for 1.
         bias: [C] likewise, or None for 0.
         add: as `x`, or None for 0.
@@ -154,8 +154,11 @@ class _BatchNorm(torch.autograd.Function):
         joint: Joint | None,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         x, add = _channels_last(x), _channels_last(add)
-        mean, variance = torch.ops.anomem.native_batch_norm_statistics(x)
         count = x.numel() // x.shape[1]
+        if joint is not None and count == 0:
+            mean = variance = x.new_zeros(x.shape[1], dtype=accumulator(x))
+        else:
+            mean, variance = torch.ops.anomem.native_batch_norm_statistics(x)
         if joint is not None:
             mean, variance, count = joint.moments(mean, variance, count)
         return apply(x, mean, variance, weight, bias, add, eps, relu), mean, variance, count

@@ -62,9 +62,10 @@ def joint_moments(x: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor
         gather: [2C + 1] of every process, [W, 2C + 1]; differentiable.
     """
     values = x.transpose(0, 1).flatten(1)  # [C, R]
-    mean = values.mean(1)
-    variance = (values - mean[:, None]).square().mean(1)
-    return merged_moments(gather(torch.cat([mean, variance, mean.new_tensor([values.shape[1]])])))
+    count = values.shape[1]
+    mean = values.sum(1) / max(count, 1)  # a process may be without values
+    variance = (values - mean[:, None]).square().sum(1) / max(count, 1)
+    return merged_moments(gather(torch.cat([mean, variance, mean.new_tensor([count])])))
 
 
 def merged_moments(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor]:

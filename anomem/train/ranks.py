@@ -189,10 +189,9 @@ def _threads() -> set[int]:
 
 
 def give_way_to_computation(threads: Iterable[int]) -> None:
-    """Have gloo's threads wait for a core on which this process computes, as batch work does under Linux.
+    """Have threads wait for a core on which this process computes: Linux schedules them as batch work.
 
-    Otherwise a message takes the core from the thread that computes; where that thread holds the lock of the
-    connection, gloo polls until its time slice of some milliseconds is over.
+    A message that wakes one of gloo's threads takes no core from the thread that computes.
     """
     for thread in threads:
         with suppress(OSError):  # it has ended, or the system forbids it

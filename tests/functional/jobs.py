@@ -173,6 +173,7 @@ def batch_norm_is_that_of_the_joint_batch() -> None:
     joint_batch_norm(UNEVEN[dist.get_world_size()], torch.contiguous_format, "reference", "auto")
     joint_batch_norm(UNEVEN[dist.get_world_size()], torch.channels_last, "reference", "auto")
     joint_batch_norm((300, 1, 2), torch.channels_last, "auto")
+    joint_batch_norm((300, 0, 2), torch.channels_last, "reference", "auto")  # a process without rows
 
 
 def joint_batch_norm(counts: tuple[int, ...], layout: torch.memory_format, *impls: str) -> None:

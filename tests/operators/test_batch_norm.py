@@ -192,6 +192,9 @@ def test_auto_takes_the_kernel_for_channels_last_maps_alone() -> None:
     x = draw(16, 8, 12, 12)
     assert any("native_batch_norm_apply" in name for name in operators_of(x.to(memory_format=torch.channels_last)))
     assert not any("anomem" in name for name in operators_of(x))
+    every_other = draw(4, 8, 48, 48).to(memory_format=torch.channels_last)[::2]
+    assert not any("anomem" in name for name in operators_of(every_other))
+    assert any("native_batch_norm_apply" in name for name in operators_of(every_other[:1]))  # one image has no stride
 
 
 @each(NATIVE)
