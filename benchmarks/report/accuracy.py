@@ -62,7 +62,9 @@ STYLES = {
     "patch PCA": (BLACK, "*"),
 }
 SHOWN = (GROUPS[0], GROUPS[2], GROUPS[3])
-TICKS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+TICKS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+MOST = 0.999
+"""Above it a mean is drawn at it: the axis would stretch without end."""
 
 
 def seeds_of(scores: list[Score], group: Group, setting: str, score: str) -> dict[int, list[float]]:
@@ -194,15 +196,19 @@ def _panel(plot: Any, group: Group, found: dict[str, dict[str, dict[int, list[fl
     for height, setting in enumerate(lines):
         for score, seeds in found[setting].items():
             colour, marker = STYLES[score]
-            means = [mean(values) for values in seeds.values()]
+            means = [min(mean(values), MOST) for values in seeds.values()]
             lowest, highest = min([lowest, *means]), max([highest, *means])
             fill = {"facecolors": "none"} if marker in "oD^s" else {}
             if means:
                 plot.scatter(means, [height] * len(means), marker=marker, color=colour, s=46, label=score, **fill)
     plot.set_xscale("function", functions=(_stretch, _shrink))
     limits = (1 - 1.1 * (1 - lowest), 1 - 0.7 * (1 - highest))
-    ticks = [tick for tick in TICKS if limits[0] <= tick <= limits[1]]
-    plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60)
+    apart = 0.04 * (_stretch(limits[1]) - _stretch(limits[0]))
+    ticks: list[float] = []
+    for tick in TICKS:
+        if limits[0] <= tick <= limits[1] and (not ticks or _stretch(tick) - _stretch(ticks[-1]) > apart):
+            ticks.append(tick)
+    plot.set_xticks(ticks, [f"≥ {tick:g}" if tick == MOST else f"{tick:g}" for tick in ticks], rotation=60)
     plot.set_xlim(limits)
     plot.set_yticks(range(len(lines)), lines)
     plot.invert_yaxis()
