@@ -76,10 +76,11 @@ $(FLOOR)/.installed: pyproject.toml
 	ANOMEM_BUILD=none $(FLOOR)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,lab]'
 	@touch $@
 
+# Without mypy's cache: it does not always see that an installed package has changed.
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --no-incremental
 
 bench: build
 	$(PY) -m benchmarks.run --suite kernels

@@ -183,6 +183,11 @@ def _others(group: ProcessGroup | None) -> list[int]:
     return [peer % world for peer in range(rank + 1, rank + world)]
 
 
+def _present(group: ProcessGroup | None) -> Any:
+    """The group; the default one for None, which functional collectives do not take."""
+    return group or dist.group.WORLD
+
+
 def _directly(tensor: Tensor) -> bool:
     """Whether the processes exchange a tensor without a collective."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -205,7 +210,7 @@ class _Gather(torch.autograd.Function):
 
         # torch 2.14 renamed it, and warns about the name it had before.
         gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-        result: Tensor = functional.wait_tensor(gather(mine[None], 0, group or dist.group.WORLD))
+        result: Tensor = functional.wait_tensor(gather(mine[None], 0, _present(group)))
         return result
 
     @staticmethod
@@ -231,7 +236,7 @@ class _Scatter(torch.autograd.Function):
         from torch.distributed import _functional_collectives as functional
 
         scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
-        total = scatter(everyone, "sum", 0, group or dist.group.WORLD)
+        total = scatter(everyone, "sum", 0, _present(group))
         result: Tensor = functional.wait_tensor(total)[0]
         return result
 
@@ -249,7 +254,7 @@ class _Sum(torch.autograd.Function):
         if torch.compiler.is_compiling():
             from torch.distributed import _functional_collectives as functional
 
-            summed = functional.all_reduce(values.contiguous(), "sum", group or dist.group.WORLD)
+            summed = functional.all_reduce(values.contiguous(), "sum", _present(group))
             result: Tensor = functional.wait_tensor(summed)
             return result
         others = processes(group) - 1
