@@ -164,17 +164,16 @@ def pass_on(blocks: Sequence[Tensor], count: int, group: ProcessGroup | None) ->
 
 def _exchange(to: Sequence[tuple[int, Tensor]], of: Sequence[tuple[int, Tensor]], group: ProcessGroup | None) -> None:
     """Send and receive contiguous tensors, each with its rank in the group; empty ones are not sent."""
-
-    def messages(way: Any, tensors: Sequence[tuple[int, Tensor]]) -> list[Any]:
-        ranks = [peer if group is None else dist.get_global_rank(group, peer) for peer, _ in tensors]
-        return [
-            dist.P2POp(way, tensor, peer, group)
-            for peer, (_, tensor) in zip(ranks, tensors, strict=True)
-            if tensor.numel()
-        ]
-
-    everything = [*messages(dist.irecv, of), *messages(dist.isend, to)]
-    for work in dist.batch_isend_irecv(everything) if everything else ():
+    to, of = ([(peer, x) for peer, x in tensors if x.numel()] for tensors in (to, of))
+    works: Sequence[Any]
+    if all(x.is_cpu for _, x in (*to, *of)):
+        works = [dist.irecv(x, group=group, group_src=peer) for peer, x in of]
+        works += [dist.isend(x, group=group, group_dst=peer) for peer, x in to]
+    else:  # NCCL starts the messages of one batch together; one after the other they could wait for each other
+        messages = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in of]
+        messages += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in to]
+        works = dist.batch_isend_irecv(messages) if messages else ()
+    for work in works:
         work.wait()
 
 
