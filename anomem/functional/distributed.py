@@ -167,8 +167,8 @@ def _exchange(to: Sequence[tuple[int, Tensor]], of: Sequence[tuple[int, Tensor]]
     to, of = ([(peer, x) for peer, x in tensors if x.numel()] for tensors in (to, of))
     works: Sequence[Any]
     if all(x.is_cpu for _, x in (*to, *of)):
-        works = [dist.irecv(x, group=group, group_src=peer) for peer, x in of]
-        works += [dist.isend(x, group=group, group_dst=peer) for peer, x in to]
+        received = [dist.irecv(x, group=group, group_src=peer) for peer, x in of]
+        works = [*(dist.isend(x, group=group, group_dst=peer) for peer, x in to), *received]
     else:  # NCCL starts the messages of one batch together; one after the other they could wait for each other
         messages = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in of]
         messages += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in to]
