@@ -39,7 +39,7 @@ def batch_norm(
     """Batch norm, then an optional sum, then an optional ReLU; otherwise as `torch.nn.functional.batch_norm`.
 
     The native kernel takes channels-last maps, in training or without a gradient; with "auto" all else runs plain
-    PyTorch.
+    PyTorch. In a joint batch it takes all maps.
 
     Args:
         x: [B, C, …].
@@ -93,20 +93,22 @@ def batch_norm(
     others = JointBatch(group) if joint else None
     out, mean, variance, count = operators.batch_norm(feature_map, weight, bias, summand, eps, relu, others)
     _require_several(count, x)
-    reference.update_running(running_mean, mean, momentum)
-    reference.update_running(running_var, variance * (count / (count - 1)), momentum)
+    if count:
+        reference.update_running(running_mean, mean, momentum)
+        reference.update_running(running_var, variance * (count / (count - 1)), momentum)
     # No view of the kernel's result: a ReLU in place on one makes autograd copy the gradient, in another layout.
     return out if x.dim() == 4 else out.view_as(x)
 
 
 def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool, impl: Impl, part: bool) -> str:
-    if (impl == "auto" or part) and not _is_channels_last(x):
+    if not joint and (impl == "auto" or part) and not _is_channels_last(x):
         return "reference"
     rows = x.numel() // x.shape[1]
     problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
     if joint and (impl == "auto" or (part and impl == "triton")):
-        # Not by the size of the share: processes that chose differently would mix up each other's messages.
-        return "reference" if backends.obstacle_of_auto(problem, "native") else "native"
+        # Not by the share's size or layout: processes that chose differently would mix up each other's messages.
+        traced = torch.compiler.is_compiling()
+        return "reference" if traced or backends.obstacle_of_auto(problem, "native") else "native"
     chosen = backends.choose(problem, impl, part=part)
     if (rows == 0 and not joint) or (not training and differentiated):
         return "reference"
@@ -161,8 +163,9 @@ def _joint(
     mean, variance, count = reference.joint_moments(wide, lambda mine: gather_together([mine], group)[0])
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
         _require_several(int(count), x)
-    reference.update_running(running_mean, mean.detach(), momentum)
-    reference.update_running(running_var, variance.detach() * (count / (count - 1)), momentum)
+    part = momentum * (count > 0)
+    reference.update_running(running_mean, mean.detach(), part)
+    reference.update_running(running_var, variance.detach() * (count / (count - 1)), part)
     normalised = reference.normalised_by(wide, mean, variance, weight, bias, eps)
     total = normalised if add is None else normalised + add
     return (F.relu(total) if relu else total).to(x.dtype)

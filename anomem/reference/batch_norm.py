@@ -76,7 +76,7 @@ def merged_moments(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     means, variances = everyone[:, :-1].chunk(2, dim=1)  # [W, C] each
     count = everyone[:, -1].sum()
-    weights = everyone[:, -1:] / count
+    weights = everyone[:, -1:] / count.clamp(min=1)  # all processes may be without values
     mean = (weights * means).sum(0)
     return mean, (weights * (variances + (means - mean).square())).sum(0), count
 
@@ -91,8 +91,9 @@ def normalised_by(
     return result if bias is None else result + bias.view(shape)
 
 
-def update_running(running: Tensor | None, of_batch: Tensor, momentum: float) -> None:
+def update_running(running: Tensor | None, of_batch: Tensor, momentum: float | Tensor) -> None:
     """Move a running statistic towards that of a batch, in place."""
     if running is not None:
+        momentum = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
         with torch.no_grad():
             running.lerp_(of_batch.to(running.dtype), momentum)

@@ -19,7 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
+from anomem.functional.batch_norm import batch_norm
 from anomem.models import AnoMem
 from anomem.nn import BatchNorm2d
 from anomem.nn.batch_norm import normalised
@@ -65,8 +67,7 @@ class Network:
             return
         self.encoder = copy.deepcopy(model.encoder)
         self.joint = batch_norm == "job"
-        if self.joint:
-            self.encoder = with_joint_batch_norm(self.encoder)
+        replace_batch_norms(self.encoder, joined if self.joint else separate)
         trained = any(p.requires_grad for p in self.encoder.parameters())
         self.call = self.encoder
         if trained and shard:
@@ -79,11 +80,13 @@ class Network:
                         fully_shard(stage)
             fully_shard(self.encoder)  # type: ignore[arg-type]
         elif trained:
+            blank = torch.zeros(1, len(model.mean), *model.encoder.image_size, device=model.device)
             replicas = nn.parallel.DistributedDataParallel
             # torch 2.14 renamed it, and warns about the name it had before.
             renamed = "forward_sync_buffers" in inspect.signature(replicas.__init__).parameters
-            buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.call = replicas(self.encoder, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
+            options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            options["find_unused_parameters"] = has_unused_parameters(self.encoder, blank)
+            self.call = replicas(self.encoder, gradient_as_bucket_view=True, **options)  # type: ignore[arg-type]
 
     def __call__(self, views: Tensor) -> list[Tensor]:
         """S maps [2B, C_s, H_s, W_s] of views [2B, C, H, W] in [0, 1]."""
@@ -116,7 +119,10 @@ class Network:
                 own[name].copy_(whole(value))
             if not self.joint:
                 # A running average is linear: the mean over the processes moves by the mean of their statistics.
-                self.ranks.average([b for b in self.model.encoder.buffers() if b.is_floating_point()])
+                norms = [part for part in self.model.encoder.modules() if isinstance(part, _BatchNorm)]
+                self.ranks.average(
+                    [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
+                )
 
     def scatter(self) -> None:
         """Copy the model's encoder into the trained one; all processes call it."""
@@ -149,21 +155,80 @@ def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
     return found is not None and isinstance(tensor, found.DTensor)
 
 
-def with_joint_batch_norm(module: nn.Module) -> nn.Module:
-    """The module with batch norms that normalise by the joint batch of all processes, in place where it can be.
+def has_unused_parameters(encoder: nn.Module, image: Tensor) -> bool:
+    """Whether a trained parameter gets no gradient, as those of a classifier behind the maps.
 
-    torch's `SyncBatchNorm` runs on GPUs only.
+    DDP fails at such a parameter unless it is told to look for them, which takes time in every step.
+
+    Args:
+        encoder: in training mode afterwards.
+        image: [1, C, H, W].
     """
-    return replace_batch_norms(module, synchronised if next(module.parameters()).is_cuda else JointBatchNorm)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    encoder.eval()  # one image has no variance
+    with torch.enable_grad():
+        maps = [x.sum() for x in encoder(image) if x.requires_grad]
+        found = torch.autograd.grad(maps, trained, allow_unused=True) if maps else (None,)
+    encoder.train()
+    return any(gradient is None for gradient in found)
 
 
 def replace_batch_norms(module: nn.Module, by: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
     """The module with others in the place of its batch norms, within it."""
+    others: dict[_BatchNorm, nn.Module] = {}  # a batch norm may have several names
     for part in list(module.modules()):
-        for name, child in part.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm | JointBatchNorm):
-                setattr(part, name, by(child))
+        for name, child in list(part._modules.items()):
+            if isinstance(child, _BatchNorm):
+                if child not in others:
+                    others[child] = by(child)
+                setattr(part, name, others[child])
     return module
+
+
+def joined(norm: _BatchNorm) -> nn.Module:
+    """The batch norm over the joint batch of all processes.
+
+    torch's `SyncBatchNorm` runs on GPUs only.
+    """
+    tensors = (*norm.parameters(), *norm.buffers())
+    on_gpu = any(x.is_cuda for x in tensors)
+    if on_gpu and isinstance(norm, nn.SyncBatchNorm):
+        return norm
+    if not _is_plain(norm):
+        return _with_joint_statistics(norm)
+    return synchronised(norm) if on_gpu else JointBatchNorm(norm)
+
+
+def separate(norm: _BatchNorm) -> nn.Module:
+    """The batch norm over the batch of each process."""
+    return JointBatchNorm(norm, joint=False) if isinstance(norm, nn.SyncBatchNorm) else norm
+
+
+def _is_plain(norm: _BatchNorm) -> bool:
+    """Whether a batch norm does what its parameters, buffers and options say, and nothing else."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm2d)
+    return type(norm) in kinds and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+
+
+def _with_joint_statistics(norm: _BatchNorm) -> _BatchNorm:
+    """A batch norm that computes more than that, as one with an activation: it calls that of the joint batch."""
+    own = norm.forward
+
+    def forward(*given: Any, **options: Any) -> Any:
+        with _JointStatistics():
+            return own(*given, **options)
+
+    norm.forward = forward  # type: ignore[method-assign]
+    return norm
+
+
+class _JointStatistics(TorchFunctionMode):
+    """Within it `torch.nn.functional.batch_norm` normalises by the joint batch of all processes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            return batch_norm(*args, **(kwargs or {}), process_group=dist.group.WORLD)
+        return func(*args, **(kwargs or {}))
 
 
 class JointBatchNorm(_BatchNorm):
@@ -174,13 +239,15 @@ class JointBatchNorm(_BatchNorm):
 
     Args:
         norm: whose parameters, buffers and options are taken over.
+        joint: whether the batches of the processes are one; each has its own else.
 
     Shape:
         [B, C, …] -> [B, C, …]; what is added has the same.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm, joint: bool = True) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.joint = joint
         self.relu, self.impl = (norm.relu, norm.impl) if isinstance(norm, BatchNorm2d) else (False, "auto")
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(self, name, getattr(norm, name))
@@ -188,7 +255,7 @@ class JointBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
         """Normalised by the joint batch in training mode, by the running statistics else."""
-        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD)
+        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD if self.joint else None)
 
 
 class _SynchronisedWithReLU(nn.SyncBatchNorm):

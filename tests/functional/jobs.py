@@ -174,10 +174,21 @@ def batch_norm_is_that_of_the_joint_batch() -> None:
     joint_batch_norm(UNEVEN[dist.get_world_size()], torch.channels_last, "reference", "auto")
     joint_batch_norm((300, 1, 2), torch.channels_last, "auto")
     joint_batch_norm((300, 0, 2), torch.channels_last, "reference", "auto")  # a process without rows
+    joint_batch_norm((3, 1, 2), mixed_layouts(), "auto")
+    for impl in ("reference", "auto"):  # all without rows
+        running = [torch.zeros(4), torch.ones(4)]
+        nothing = torch.zeros(0, 4, 3, 5)
+        AF.batch_norm(nothing, *running, training=True, impl=impl, process_group=dist.group.WORLD)  # type: ignore[arg-type]
+        assert [x.unique().tolist() for x in running] == [[0], [1]], impl
     alone = torch.zeros(int(dist.get_rank() == 0), 3, 1, 1).contiguous(memory_format=torch.channels_last)
     for impl in ("reference", "auto"):
         with pytest.raises(ArgumentError, match="`x`: expected more than one value per channel"):
             AF.batch_norm(alone, training=True, impl=impl, process_group=dist.group.WORLD)  # type: ignore[arg-type]
+
+
+def mixed_layouts() -> torch.memory_format:
+    """Another layout in the first process than in the others."""
+    return torch.contiguous_format if dist.get_rank() == 0 else torch.channels_last
 
 
 def joint_batch_norm(counts: tuple[int, ...], layout: torch.memory_format, *impls: str) -> None:

@@ -78,14 +78,42 @@ class Plain(nn.Module):
         return [first, torch.relu(self.two(first))]
 
 
-def trained(config: TrainConfig, run: RunDirectory | None = None) -> dict[str, Tensor]:
+class WithTanh(nn.BatchNorm2d):
+    """A batch norm that does more than one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Between -1 and 1."""
+        return torch.tanh(super().forward(input))
+
+
+class Peculiar(Plain):
+    """Torch's synchronised batch norm, under two names; one with an activation; an unused layer; a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = self.again = nn.SyncBatchNorm(6)
+        self.bounded, self.classifier = WithTanh(6), nn.Linear(8, 2, bias=False)
+        nn.init.ones_(self.classifier.weight)
+        self.bounded.register_forward_hook(lambda *given: 2 * given[-1])
+        self.register_buffer("mask", torch.tensor([-torch.inf, torch.finfo(torch.float32).min, 0.1]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps of 8 and 4 pixels."""
+        first = self.bounded(self.again(torch.relu(self.norm(self.one(x)))))
+        return [first, torch.relu(self.two(first))]
+
+
+def trained(
+    config: TrainConfig, run: RunDirectory | None = None, network: type[nn.Module] | None = None
+) -> dict[str, Tensor]:
     """Weights, buffers and head after both stages, on 13 images of which 3 are labelled anomalies.
 
     Micro-batches are encoded without batch norm, which would normalise each of them.
     """
     images = ResidentImages(torch.randint(256, (13, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2)).byte())
     is_normal = torch.tensor([True] * 10 + [False] * 3)
-    encoder = None if config.optimizer.micro_batch is None else NetworkEncoder(Plain(), images.size, 3)
+    network = network or (None if config.optimizer.micro_batch is None else Plain)
+    encoder = None if network is None else NetworkEncoder(network(), images.size, 3)
     model = build_model(config.model, images.size, 3, (0.5,) * 3, (0.25,) * 3, encoder=encoder)
     train_stage1(model, images, is_normal, config, run, quiet=True)
     head: DeviationHead = head_for(config, model)
@@ -103,6 +131,15 @@ def same_weights(folder: str, cases: list[dict[str, Any]]) -> None:
         found = trained(config_of(**case), run)
         expected = torch.load(Path(folder) / f"case{number}.pt", weights_only=True)
         assert_same_weights(found, expected, str(case))
+
+
+def an_encoder_of_ones_own(folder: str) -> None:
+    """Its batch norms are joint, whatever they are, or each process's own; its buffers stay."""
+    found = trained(config_of(), network=Peculiar)
+    assert_same_weights(found, torch.load(Path(folder) / "peculiar.pt", weights_only=True), "own encoder")
+    config = config_of()
+    found = trained(replace(config, run=replace(config.run, batch_norm="process")), network=Peculiar)
+    assert torch.equal(found["encoder.network.mask"], Peculiar().mask)
 
 
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], about: str) -> None:

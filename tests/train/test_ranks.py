@@ -113,6 +113,11 @@ def test_batch_norm_of_each_process(tmp_path: Path) -> None:
     assert not torch.allclose(one[stem + "running_var"], joint[stem + "running_var"], rtol=1e-4)
 
 
+def test_an_encoder_of_ones_own(tmp_path: Path) -> None:
+    torch.save(jobs.trained(jobs.config_of(), network=jobs.Peculiar), tmp_path / "peculiar.pt")
+    in_processes(3, jobs.an_encoder_of_ones_own, str(tmp_path))
+
+
 def test_a_process_that_dies_ends_the_job(tiny: TrainConfig) -> None:
     in_processes(3, jobs.a_process_dies, to_dict(tiny))
 
