@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from anomem import backends, choice, reference, testing
 from anomem.choice import Measured
+from anomem.errors import UserError
 from anomem.ops import augment as augments
 from anomem.ops import batch_norm as batch_norms
 from anomem.ops import contrast, retrieve, sampling
@@ -424,7 +426,7 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
 
 
 def fill(device: str, place: Path, seconds: float, report: Callable[[float, str], object]) -> dict[str, Measured]:
-    """Check and measure the usual calls and write the outcomes into a file.
+    """Check and measure the usual calls and write the outcomes into a file, also those before an interruption.
 
     Args:
         device: "cpu" or "cuda".
@@ -434,27 +436,44 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
 
     Returns:
         What was measured.
+
+    Raises:
+        UserError: the file cannot be written; said before anything is measured where it is known then.
     """
+    choice.require_kept(place)
     start = time.monotonic()
     found: dict[str, Measured] = {}
     calls = list(problems(device))
-    for i, (problem, training) in enumerate(calls):
-        passed = (time.monotonic() - start) / seconds
-        name = choice.bucket_of(problem, training).name
-        report(max(passed, i / len(calls)), name)
-        if passed >= 1:
-            break
-        kernels = choice.candidates(problem)
-        measured = measure(problem, training, kernels, rivals=True) if kernels else None
-        if measured is not None and measured.separate:
-            found[name] = measured
-    checks = choice.outcomes(device)
-    choice.keep(place, device, choices=found, checks=checks)
+    try:
+        for i, (problem, training) in enumerate(calls):
+            passed = (time.monotonic() - start) / seconds
+            name = choice.bucket_of(problem, training).name
+            report(max(passed, i / len(calls)), name)
+            if passed >= 1:
+                break
+            kernels = choice.candidates(problem)
+            measured = measure(problem, training, kernels, rivals=True) if kernels else None
+            if measured is not None and measured.separate:
+                found[name] = measured
+    finally:
+        choice.add(place, device, choices=found, checks=choice.outcomes(device))
     return found
 
 
-def run(devices: Sequence[str], place: Path, seconds: float) -> None:
-    """`fill` with a progress bar, for each device."""
+def run(devices: Sequence[str], place: Path, seconds: float) -> int:
+    """`fill` with a progress bar, for each device; returns the exit code."""
+    try:
+        _run(devices, place, seconds)
+    except UserError as error:
+        print(f"anomem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"anomem: stopped; what was measured is kept in {place}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _run(devices: Sequence[str], place: Path, seconds: float) -> None:
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[device]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -489,8 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=positive, default=60.0, help="of measurements, for each device")
     parser.add_argument("--output", type=Path, help="the file; the one that impl='auto' follows by default")
     options: Any = parser.parse_args(arguments)
-    run(devices(), options.output or choice.path() or choice.default_path(), options.seconds)
-    return 0
+    return run(devices(), options.output or choice.path() or choice.default_path(), options.seconds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 
 from anomem import backends, rules
 from anomem.errors import UserError
-from anomem.files import make_folder, write_atomically
+from anomem.files import cache_folder, make_folder, require_writable, write_atomically
 
 FORMAT = 1
 PASSED = "passed"
@@ -144,7 +144,7 @@ def mode() -> Literal["measure", "table"] | Path:
     value = os.environ.get("ANOMEM_CHOICE", "")
     if value in ("", "measure"):
         return "measure"
-    return "table" if value == "table" else Path(value).expanduser()
+    return "table" if value == "table" else Path(os.path.expanduser(value))
 
 
 def path() -> Path | None:
@@ -157,7 +157,7 @@ def path() -> Path | None:
 
 def default_path() -> Path:
     """The file of this user and machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anomem" / "choices.json"
+    return cache_folder() / "choices.json"
 
 
 def of_machine(problem: rules.Problem, training: bool) -> backends.Choice | None:
@@ -340,9 +340,10 @@ def _section(device: str) -> Section:
     if device not in _sections:
         _sections[device] = Section({}, {})
         place = path()
-        if place is not None and (place.exists() or mode() != "measure"):
-            try:
-                _sections[device] = read(place, device)
+        if place is not None:
+            try:  # also around `exists`: the folder may be closed to us
+                if place.exists() or mode() != "measure":
+                    _sections[device] = read(place, device)
             except (OSError, ValueError) as error:
                 _warn(f"no choices of this machine are used: {error}")
     return _sections[device]
@@ -365,26 +366,55 @@ def read(place: Path, device: str) -> Section:
 def keep(
     place: Path, device: str, choices: dict[str, Measured] | None = None, checks: dict[str, str] | None = None
 ) -> None:
-    """Add to a file, atomically; sections of other machines stay. A file that cannot be written gives a warning.
+    """`add`; a file that cannot be written gives a warning."""
+    try:
+        add(place, device, choices, checks)
+    except UserError as error:
+        _warn(f"the choices of this machine are not kept: {error}")
+
+
+def add(
+    place: Path, device: str, choices: dict[str, Measured] | None = None, checks: dict[str, str] | None = None
+) -> None:
+    """Add to a file, atomically; sections of other machines stay.
 
     If two processes write at the same time one addition may be lost; it is measured again later.
+
+    Raises:
+        UserError: it is not a file of choices, or cannot be written.
     """
     hardware_here, software_here = identity(device)
+    sections = _sections_of(place)
+    section = next((s for s in sections if (s["hardware"], s["software"]) == identity(device)), None)
+    if section is None:
+        section = {"hardware": hardware_here, "software": software_here, "choices": {}, "checks": {}}
+        # Replaces what the same hardware measured with other software.
+        sections = [*(s for s in sections if s["hardware"] != hardware_here), section]
+    for name, measured in (choices or {}).items():
+        times = {implementation: round(ms, 5) for implementation, ms in measured.milliseconds.items()}
+        section["choices"][name] = {"implementation": measured.implementation, "milliseconds": times}
+    section["checks"].update(checks or {})
+    make_folder(place.parent)
+    write_atomically(place, (json.dumps({"format": FORMAT, "sections": sections}, indent=1) + "\n").encode())
+
+
+def require_kept(place: Path) -> None:
+    """Check that `add` will succeed, before minutes of measurements.
+
+    Raises:
+        UserError: it is not a file of choices, or cannot be written.
+    """
+    _sections_of(place)
+    make_folder(place.parent)
+    require_writable(place.parent)
+
+
+def _sections_of(place: Path) -> list[dict[str, Any]]:
+    """The sections of a file; none where there is no file."""
     try:
-        sections = _read_all(place) if place.exists() else []
-        section = next((s for s in sections if (s["hardware"], s["software"]) == identity(device)), None)
-        if section is None:
-            section = {"hardware": hardware_here, "software": software_here, "choices": {}, "checks": {}}
-            # Replaces what the same hardware measured with other software.
-            sections = [*(s for s in sections if s["hardware"] != hardware_here), section]
-        for name, measured in (choices or {}).items():
-            times = {implementation: round(ms, 5) for implementation, ms in measured.milliseconds.items()}
-            section["choices"][name] = {"implementation": measured.implementation, "milliseconds": times}
-        section["checks"].update(checks or {})
-        make_folder(place.parent)
-        write_atomically(place, (json.dumps({"format": FORMAT, "sections": sections}, indent=1) + "\n").encode())
-    except (OSError, ValueError, UserError) as error:
-        _warn(f"the choices of this machine are not kept: {error}")
+        return _read_all(place) if place.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}; delete it, or name another file") from error
 
 
 def _read_all(place: Path) -> list[dict[str, Any]]:
@@ -405,7 +435,8 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
             if not all(isinstance(outcome, str) for outcome in section["checks"].values()):
                 raise ValueError("a check has no outcome")
         sections: list[dict[str, Any]] = content["sections"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # errors of JSON and UTF-8 are ValueErrors
+    # Errors of JSON and UTF-8 are ValueErrors. RecursionError: thousands of brackets.
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not a file of choices ({type(error).__name__}: {error})") from None
     return sections
 

@@ -86,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=calibrate.positive, default=60.0, help="of --check, for each device")
     options: Any = parser.parse_args(arguments)
     if options.check:
-        calibrate.run(calibrate.devices(), choice.path() or choice.default_path(), options.seconds)
+        code = calibrate.run(calibrate.devices(), choice.path() or choice.default_path(), options.seconds)
+        if code:
+            return code
     found = about()
     try:
         if options.json:

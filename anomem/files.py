@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,27 @@ def make_folder(path: Path) -> None:
     """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Check that files can be written into a folder.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {folder}: permission denied")
+
+
+def cache_folder() -> Path:
+    """The project's part of the user's cache folder; of the system's temporary one where the user has no home."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    if folder:
+        return Path(folder) / "anomem"
+    try:
+        return Path.home() / ".cache" / "anomem"
+    except RuntimeError:  # a user without an entry in the system's list, in a container
+        return Path(tempfile.gettempdir()) / "anomem"
 
 
 @contextmanager

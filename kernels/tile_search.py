@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import threading
 import uuid
 import warnings
@@ -229,12 +230,15 @@ def from_environment() -> Choice | None:
         raise ValueError(f"ANOMEM_AUTOTUNE: expected 0 or 1, received {autotune!r}")
     if autotune == "0" and not path:
         return None
-    return Choice(Path(path).expanduser() if path else default_path(), search=autotune == "1")
+    return Choice(Path(os.path.expanduser(path)) if path else default_path(), search=autotune == "1")
 
 
 def default_path() -> Path:
     """The file of a search when ANOMEM_TILES is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anomem" / "tiles.json"
+    folder = os.environ.get("XDG_CACHE_HOME") or str(Path(os.path.expanduser("~"), ".cache"))
+    if folder.startswith("~"):  # a user without a home
+        folder = tempfile.gettempdir()
+    return Path(folder) / "anomem" / "tiles.json"
 
 
 class Fixed:
@@ -357,7 +361,8 @@ def _sections(path: Path) -> list[dict[str, Any]]:
             _described(section)
             for values in section["tiles"].values():
                 _tile(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # errors of JSON and UTF-8 are ValueErrors
+    # Errors of JSON and UTF-8 are ValueErrors. RecursionError: thousands of brackets.
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of tiles ({type(error).__name__}: {error})") from None
     return content["sections"]
 

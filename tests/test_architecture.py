@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "rules": set(),
     "backends": {"choice", "errors", "kernels", "ops", "reference", "rules", "validation"},
     "choice": {"backends", "calibrate", "errors", "files", "ops", "kernels", "rules"},
-    "calibrate": {"backends", "choice", "ops", "reference", "rules", "testing"},
+    "calibrate": {"backends", "choice", "errors", "ops", "reference", "rules", "testing"},
     "ops": {"reference", "kernels"},
     "functional": {"backends", "errors", "ops", "reference", "rules", "validation"},
     "nn": {"errors", "functional", "reference", "rules", "validation"},

@@ -310,7 +310,12 @@ def test_the_environment_checks_and_measures(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = []
-    monkeypatch.setattr("anomem.calibrate.run", lambda *arguments: ran.append(arguments))
+
+    def run(*arguments: object) -> int:
+        ran.append(arguments)
+        return 0
+
+    monkeypatch.setattr("anomem.calibrate.run", run)
     assert env.main(["--check", "--seconds", "7"]) == 0
     assert ran == [(calibrate.devices(), choice.default_path(), 7.0)]
 

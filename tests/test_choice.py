@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice, rules
+from anomem import backends, calibrate, choice, env, rules
 from anomem import functional as AF
 from anomem.backends import Choice
 from anomem.choice import Measured
@@ -143,6 +145,7 @@ def test_the_file_of_another_machine_is_not_used_and_stays(timed: list[Problem],
         lambda text: text.replace('"implementation": "native"', '"implementation": "fast"'),
         lambda text: text.replace("1.5", '"fast"'),
         lambda text: "[]",
+        lambda text: "[" * 100_000,
     ],
 )
 def test_a_damaged_file_is_reported_and_not_overwritten(timed: list[Problem], damage: Callable[[str], str]) -> None:
@@ -161,6 +164,31 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="not kept: cannot write"):
         assert backends.decide(LARGE).implementation == "native"
+
+
+@pytest.mark.parametrize("name", ["XDG_CACHE_HOME", "ANOMEM_CHOICE"])
+def test_a_folder_that_cannot_be_looked_into_is_a_warning(
+    timed: list[Problem], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A name too long for the system fails as a folder that is closed to the user does, also for root."""
+    monkeypatch.setenv(name, f"/tmp/{'x' * 300}")
+    new_process()
+    with pytest.warns(RuntimeWarning, match="no choices of this machine are used"):
+        backends.decide(LARGE)
+
+
+def test_a_user_without_a_home(timed: list[Problem], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert backends.decide(LARGE).source == "measured"
+    assert choice.default_path() == tmp_path / "anomem" / "choices.json"
+    assert choice.default_path().exists()
+    monkeypatch.setenv("ANOMEM_CHOICE", "~nobody/choices.json")
+    new_process()
+    with pytest.warns(RuntimeWarning, match="no choices of this machine are used"):
+        assert backends.decide(LARGE).source == "default"
 
 
 def test_the_environment_asks_for_the_table(timed: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,6 +513,34 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> Non
     assert timed == []
     with pytest.raises(SystemExit):
         calibrate.main(["--seconds", "0"])
+
+
+@pytest.mark.parametrize("command", [calibrate.main, lambda options: env.main(["--check", *options])])
+def test_the_command_looks_at_the_file_before_it_measures(
+    timed: list[Problem], capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], int]
+) -> None:
+    choice.default_path().parent.mkdir()
+    choice.default_path().write_text("{")
+    assert command(["--seconds", "60"]) == 2
+    assert "is not a file of choices" in capsys.readouterr().err
+    assert timed == []
+    assert choice.default_path().read_text() == "{"
+
+
+def test_a_stopped_command_keeps_what_it_measured(
+    timed: list[Problem], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = calibrate.measure
+
+    def stopped(*given: Any, **options: Any) -> Measured | None:
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return measure(*given, **options)
+
+    monkeypatch.setattr(calibrate, "measure", stopped)
+    assert calibrate.main([]) == 130
+    assert "stopped; what was measured is kept in" in capsys.readouterr().err
+    assert len(choice.read(choice.default_path(), "cpu").choices) == 2
 
 
 def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
