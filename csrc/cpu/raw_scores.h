@@ -7,10 +7,12 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// The difference q·k − d mean(q) mean(k) keeps its digits where no mean is much larger than the spread around it.
+// The difference q·k − d mean(q) mean(k) keeps its digits where no mean is much larger than the spread around it. q·k
+// stays within the range of float32 where rows are shorter than about 1e12 sqrt(5 d).
 template <class T>
 ANOMEM_INLINE bool keeps_digits(T mean, T factor) {
-  return is_finite(factor) && mean * mean * factor * factor <= T{4};
+  const bool short_enough = factor == 0 || factor >= T{1e-12};
+  return is_finite(factor) && short_enough && mean * mean * factor * factor <= T{4};
 }
 
 template <class S>

@@ -653,3 +653,8 @@ def test_long_rows_are_read_like_short_ones(impl: Impl, normalize: str) -> None:
         out = hopfield_retrieve(query * scale, prototypes * scale, normalize=normalize, impl=impl)
         short = hopfield_retrieve(query * 2.0**20, prototypes * 2.0**20, normalize=normalize, impl=impl)
         torch.testing.assert_close(out, short)
+    query, prototypes = pair(600, 65, 64, torch.bfloat16)  # products of the rows as they are would overflow
+    for scale in (2.0**66, 2.0**100):
+        out = hopfield_retrieve(query * scale, prototypes * scale, normalize=normalize, impl=impl)
+        short = hopfield_retrieve(query * 2.0**20, prototypes * 2.0**20, normalize=normalize, impl=impl)
+        torch.testing.assert_close(out, short)
