@@ -20,6 +20,7 @@ from benchmarks.harness.measure import limit_process, total_bytes
 from benchmarks.harness.prepare import Bounds
 from benchmarks.harness.rows import RESULTS, WORK, Row
 from benchmarks.harness.runner import Runner
+from benchmarks.rivals import implementations
 from benchmarks.suites import suite
 
 DISTURBED = 0.1
@@ -68,6 +69,10 @@ def main(options: Options) -> int:
         say(f"--filter {options.filter!r} matches no case of the suite; the cases are:")
         for case in chosen.cases:
             say(f"  {case.title}")
+        return 2
+    names = {one.name for case in cases for one in implementations(case.operator)}
+    if unknown := set(options.only) - names:
+        say(f"--only: expected some of {', '.join(sorted(names))}; received {', '.join(sorted(unknown))}")
         return 2
     path = _rows_path(options, device)
     old = rows.read(path) if path and options.resume else []
@@ -161,4 +166,4 @@ def _bounds(options: Options, device: str) -> Bounds:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.run", description=__doc__)))
