@@ -38,7 +38,7 @@ class Options:
     device: Literal["cpu", "cuda"] | None = None
     """A GPU if there is one, when not given."""
     filter: str = ""
-    """Only cases whose title contains this."""
+    """Only cases whose title contains this: "nt_xent G=8", or as docs/PERFORMANCE.md writes it."""
     only: tuple[str, ...] = ()
     """Names of the implementations to measure; all when not given."""
     json: str | None = None
@@ -64,7 +64,7 @@ def main(options: Options) -> int:
     chosen = suite(options.suite, device)
     if not options.compile:
         chosen = replace(chosen, compiled_groups=())
-    cases = [case for case in chosen.cases if options.filter in case.title]
+    cases = [case for case in chosen.cases if _plain(options.filter) in _plain(case.title)]
     if not cases:
         say(f"--filter {options.filter!r} matches no case of the suite; the cases are:")
         for case in chosen.cases:
@@ -109,6 +109,11 @@ def main(options: Options) -> int:
         say(f"rows in {path}")
     wrong = [row for row in new if row.status == rows.WRONG and row.implementation in ("native", "triton")]
     return 1 if wrong else 0
+
+
+def _plain(title: str) -> str:
+    """The title of a run (`G=8 B=128`) and that of the report (`G 8, B 128`) alike."""
+    return title.translate(str.maketrans({"=": " ", ",": None, "`": None}))
 
 
 def show(measured: list[Row]) -> None:
