@@ -432,7 +432,8 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
         device: "cpu" or "cuda".
         place: the file.
         seconds: no measurement begins after so long.
-        report: called with the part that is done, 0 to 1, and the name of the next call.
+        report: called with the part that is done, 0 to 1, and the name of the next call; at the end with 1 and how many
+            calls the time was enough for.
 
     Returns:
         What was measured.
@@ -444,6 +445,7 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
     start = time.monotonic()
     found: dict[str, Measured] = {}
     calls = list(problems(device))
+    done = 0
     try:
         for i, (problem, training) in enumerate(calls):
             passed = (time.monotonic() - start) / seconds
@@ -455,13 +457,16 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
             measured = measure(problem, training, kernels, rivals=True) if kernels else None
             if measured is not None and measured.separate:
                 found[name] = measured
+            done = i + 1
     finally:
         choice.add(place, device, choices=found, checks=choice.outcomes(device))
+    short = "" if done == len(calls) else f" in {seconds:g} s; a larger --seconds measures the others"
+    report(1.0, f"{done} of {len(calls)} calls measured{short}")
     return found
 
 
 def run(devices: Sequence[str], place: Path, seconds: float) -> int:
-    """`fill` with a progress bar, for each device; returns the exit code."""
+    """`fill` with a progress bar on standard error, for each device; returns the exit code."""
     try:
         _run(devices, place, seconds)
     except UserError as error:
@@ -470,22 +475,23 @@ def run(devices: Sequence[str], place: Path, seconds: float) -> int:
     except KeyboardInterrupt:
         print(f"anomem: stopped; what was measured is kept in {place}", file=sys.stderr)
         return 128 + signal.SIGINT
+    print(f"kept in {place}", file=sys.stderr)
     return 0
 
 
 def _run(devices: Sequence[str], place: Path, seconds: float) -> None:
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[device]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         for device in devices:
             bar = progress.add_task("", total=1.0, device=device)
 
-            def report(done: float, name: str, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done, description=name)
+            def report(done: float, text: str, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done, description=text)
 
             fill(device, place, seconds, report)
-            progress.update(bar, completed=1.0, description=f"kept in {place}")
     backends.forget()
 
 
@@ -505,7 +511,7 @@ def devices() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure this machine and keep the choices."""
     parser = argparse.ArgumentParser(prog="python -m anomem.calibrate", description=main.__doc__)
-    parser.add_argument("--seconds", type=positive, default=60.0, help="of measurements, for each device")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of measurements, for each device (default: 60)")
     parser.add_argument("--output", type=Path, help="the file; the one that impl='auto' follows by default")
     options: Any = parser.parse_args(arguments)
     return run(devices(), options.output or choice.path() or choice.default_path(), options.seconds)

@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anomem.env", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--check", action="store_true", help="first check and measure the kernels on this machine")
-    parser.add_argument("--seconds", type=calibrate.positive, default=60.0, help="of --check, for each device")
+    parser.add_argument(
+        "--seconds", type=calibrate.positive, default=60.0, help="of --check, for each device (default: 60)"
+    )
     options: Any = parser.parse_args(arguments)
     if options.check:
         code = calibrate.run(calibrate.devices(), choice.path() or choice.default_path(), options.seconds)
@@ -102,6 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _joined(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of `choices` in which neighbours that differ in their operator alone are one row."""
+    joined: list[dict[str, str]] = []
+    before: tuple[str, ...] = ()
+    for row in rows:
+        operator, _, where = row["call"].partition(", ")
+        rest = (where, row["takes"], row["source"], row["because"])
+        if where and rest == before:
+            head = joined[-1]["call"].removesuffix(f", {where}")
+            joined[-1] = {**row, "call": f"{head}, {operator}, {where}"}
+        else:
+            joined.append(row)
+        before = rest
+    return joined
+
+
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -116,14 +134,23 @@ def _print(found: dict[str, Any]) -> None:
         for operator, implementation, answer in of_device["runs"]:
             runs.add_row(operator, implementation, answer, style=None if answer.startswith("runs") else "dim")
         console.print(runs)
-        auto = Table("call", "takes", "source", "because", title=f'impl="auto" on {device}: {of_device["hardware"]}')
-        for row in of_device["choices"]:
+        auto = Table("call", "takes", "source", title=f'impl="auto" on {device}: {of_device["hardware"]}')
+        auto.add_column("because", overflow="fold")  # paths are longer than the column
+        for row in _joined(of_device["choices"]):
             auto.add_row(*row.values())
         console.print(auto)
+        if any(row["source"] == "file" for row in of_device["choices"]):
+            sizes = "Sizes of the file: groups x rows x columns x features."
+            console.print(f"{sizes} Times are of fewer where a call would take long.", soft_wrap=True)
         console.print(f"File of this machine: {of_device['file']}", soft_wrap=True)
         checks = of_device["checks"]
         passed = sum(outcome == choice.PASSED for outcome in checks.values())
-        console.print(f"{passed} of {len(checks)} checks of kernels on {device} passed.")
+        if checks:
+            console.print(f"{passed} of {len(checks)} checks of kernels on {device} passed.")
+        elif any(rule.processor == of_device["hardware"] for rule in rules.AUTO):
+            console.print(f"No kernel is checked on {device}: the committed rows are of this hardware.")
+        else:
+            console.print(f"No kernel has been checked on {device} yet: --check does so.")
         for family, outcome in checks.items():
             if outcome != choice.PASSED:
                 console.print(f"{family}: {outcome}", style="red", markup=False, soft_wrap=True)

@@ -81,4 +81,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.batch_memory", description=__doc__)))

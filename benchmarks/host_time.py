@@ -181,4 +181,4 @@ def main(options: Options) -> int:
 if __name__ == "__main__":
     if not recording.present():
         start("-m", "benchmarks.host_time", *sys.argv[1:])
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.host_time")))

@@ -349,4 +349,4 @@ CASES: dict[str, Callable[[int, int, int, int], dict[str, tuple[Call, float]]]] 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.memories", description=__doc__))

@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from anomem.data import ResidentImages
+from anomem.train.config import BatchNormOver
 from anomem.train.execution import settled
 from anomem.train.ranks import joined
 from benchmarks.harness import rows
@@ -39,6 +40,8 @@ class Options:
     """Pixels of an image's side; the images are random."""
     backbone: str = "small"
     """Encoder."""
+    batch_norm: BatchNormOver = "job"
+    """Whose batch the processes normalise by: that of the job, or each its own share."""
     processes: int = 2
     """W, at most as many as there are cores."""
     steps: int = 10
@@ -64,7 +67,8 @@ def main(options: Options) -> int:
     for _ in range(options.rounds):
         for name, launcher in commands.items():
             found[name].append(seconds_of(launcher, 1 if name == PROCESSES else count, options))
-    title = f"Stage 1, {options.backbone}, B = {options.batch}, {options.side}×{options.side} pixels"
+    norms = "" if options.batch_norm == "job" else ", batch norm of each process"
+    title = f"Stage 1, {options.backbone}, B = {options.batch}, {options.side}×{options.side} pixels{norms}"
     about = {**rows.about("cpu"), "threads": count}
     config = config_of(options.backbone, "auto", options.batch, "cpu")
     precision = settled(config, torch.device("cpu")).run.precision
@@ -72,7 +76,13 @@ def main(options: Options) -> int:
         Step(
             pipeline=name,
             title=title,
-            config={"processes": count, "backbone": options.backbone, "batch": options.batch, "precision": precision},
+            config={
+                "processes": count,
+                "backbone": options.backbone,
+                "batch": options.batch,
+                "precision": precision,
+                "batch_norm": options.batch_norm,
+            },
             about=about,
             seconds_per_step=(seconds := median(turn["seconds"] for turn in turns)),
             milliseconds={},
@@ -93,7 +103,7 @@ def seconds_of(launcher: list[str], threads: int, options: Options) -> dict[str,
     """One turn in processes of its own: seconds of a step, and cores that others used meanwhile."""
     arguments = (
         f"--batch {options.batch} --side {options.side} --backbone {options.backbone} --processes {options.processes} "
-        f"--steps {options.steps} --child"
+        f"--batch-norm {options.batch_norm} --steps {options.steps} --child"
     )
     command = [sys.executable, *launcher, "-m", "benchmarks.processes", *arguments.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -107,7 +117,8 @@ def train(options: Options) -> int:
     with joined("cpu") as ranks:
         images = ResidentImages(random_images((options.steps + 6) * options.batch, options.side))
         config = config_of(options.backbone, "auto", options.batch, "cpu")
-        config = replace(config, run=replace(config.run, threads=torch.get_num_threads()))
+        run = replace(config.run, threads=torch.get_num_threads(), batch_norm=options.batch_norm)
+        config = replace(config, run=run)
         with rows.Others() as others:
             stamped = Pipeline("", config, images, warmup=3).train(options.steps)
         ranks.wait()
@@ -120,4 +131,4 @@ def train(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.processes", description=__doc__)))

@@ -434,4 +434,4 @@ def show(title: str, found: list[Step]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.profile_training", description=__doc__)))

@@ -20,6 +20,7 @@ from benchmarks.harness.measure import limit_process, total_bytes
 from benchmarks.harness.prepare import Bounds
 from benchmarks.harness.rows import RESULTS, WORK, Row
 from benchmarks.harness.runner import Runner
+from benchmarks.rivals import implementations
 from benchmarks.suites import suite
 
 DISTURBED = 0.1
@@ -37,7 +38,7 @@ class Options:
     device: Literal["cpu", "cuda"] | None = None
     """A GPU if there is one, when not given."""
     filter: str = ""
-    """Only cases whose title contains this."""
+    """Only cases whose title contains this: "nt_xent G=8", or as docs/PERFORMANCE.md writes it."""
     only: tuple[str, ...] = ()
     """Names of the implementations to measure; all when not given."""
     json: str | None = None
@@ -63,11 +64,15 @@ def main(options: Options) -> int:
     chosen = suite(options.suite, device)
     if not options.compile:
         chosen = replace(chosen, compiled_groups=())
-    cases = [case for case in chosen.cases if options.filter in case.title]
+    cases = [case for case in chosen.cases if _plain(options.filter) in _plain(case.title)]
     if not cases:
         say(f"--filter {options.filter!r} matches no case of the suite; the cases are:")
         for case in chosen.cases:
             say(f"  {case.title}")
+        return 2
+    names = {one.name for case in cases for one in implementations(case.operator)}
+    if unknown := set(options.only) - names:
+        say(f"--only: expected some of {', '.join(sorted(names))}; received {', '.join(sorted(unknown))}")
         return 2
     path = _rows_path(options, device)
     old = rows.read(path) if path and options.resume else []
@@ -104,6 +109,11 @@ def main(options: Options) -> int:
         say(f"rows in {path}")
     wrong = [row for row in new if row.status == rows.WRONG and row.implementation in ("native", "triton")]
     return 1 if wrong else 0
+
+
+def _plain(title: str) -> str:
+    """The title of a run (`G=8 B=128`) and that of the report (`G 8, B 128`) alike."""
+    return title.translate(str.maketrans({"=": " ", ",": None, "`": None}))
 
 
 def show(measured: list[Row]) -> None:
@@ -161,4 +171,4 @@ def _bounds(options: Options, device: str) -> Bounds:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.run", description=__doc__)))

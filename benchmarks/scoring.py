@@ -131,4 +131,4 @@ def in_turns(detector: FittedDetector, images: torch.Tensor, repeats: int) -> li
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.scoring", description=__doc__))

@@ -57,4 +57,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.touch", description=__doc__)))

@@ -358,4 +358,4 @@ def run(parts: list[Part], path: Path) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m benchmarks.tune", description=__doc__)))

@@ -288,6 +288,7 @@ def test_the_environment_can_be_printed(cache: Path, capsys: pytest.CaptureFixtu
     for words in (
         "torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels", choice.hardware("cpu"),
         str(choice.default_path()), "2.00 times as fast as reference", "error 3 expected 1", "1 of 2 checks",
+        "groups x rows x columns x features",
     ):  # fmt: skip
         assert words in printed, words
 
@@ -310,14 +311,37 @@ def test_the_environment_checks_and_measures(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = []
+    monkeypatch.setattr("anomem.calibrate.fill", lambda *arguments: ran.append(arguments[:3]))
+    assert env.main(["--check", "--seconds", "7", "--json"]) == 0
+    assert ran == [(device, choice.default_path(), 7.0) for device in calibrate.devices()]
+    said = capsys.readouterr()
+    assert json.loads(said.out)["devices"]  # nothing else on standard output
+    assert f"kept in {choice.default_path()}" in said.err
 
-    def run(*arguments: object) -> int:
-        ran.append(arguments)
-        return 0
 
-    monkeypatch.setattr("anomem.calibrate.run", run)
-    assert env.main(["--check", "--seconds", "7"]) == 0
-    assert ran == [(calibrate.devices(), choice.default_path(), 7.0)]
+def test_a_printed_choice_names_operators_of_one_reason_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"takes": "native", "source": "rule", "because": "benchmarks/results/" + 100 * "x"}
+    rows = [{"call": call, **same} for call in ("retrieve, always", "usage, always", "usage, rows ≥ 8", "read, always")]
+    assert [row["call"] for row in env._joined(rows)] == ["retrieve, usage, always", "usage, rows ≥ 8", "read, always"]
+    monkeypatch.setattr(env, "choices", lambda device: rows)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert env.main([]) == 0
+    assert "…" not in capsys.readouterr().out  # a reason is broken, never cut
+
+
+def test_the_environment_says_why_nothing_was_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ANOMEM_CHOICE", "measure")
+    ours = Rule("usage", "cpu", "native", Where(), "measured", choice.hardware("cpu"))
+    for table, words in (((), "--check does so"), ((ours,), "the committed rows are of")):
+        monkeypatch.setattr(rules, "AUTO", table)
+        backends.forget()
+        assert env.main([]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_the_environment_as_a_command_whose_reader_leaves() -> None:

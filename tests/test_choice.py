@@ -500,7 +500,7 @@ def test_threads_choose_once(timed: list[Problem]) -> None:
     assert timed == [LARGE]
 
 
-def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> None:
+def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "mine.json"
     assert calibrate.main(["--seconds", "60", "--output", str(place)]) == 0
     assert len(timed) == len(list(calibrate.problems("cpu")))
@@ -511,6 +511,7 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path) -> Non
     timed.clear()
     assert calibrate.main(["--seconds", "1e-9", "--output", str(place)]) == 0
     assert timed == []
+    assert f"kept in {place}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate.main(["--seconds", "0"])
 
@@ -541,6 +542,15 @@ def test_a_stopped_command_keeps_what_it_measured(
     assert calibrate.main([]) == 130
     assert "stopped; what was measured is kept in" in capsys.readouterr().err
     assert len(choice.read(choice.default_path(), "cpu").choices) == 2
+
+
+def test_a_calibration_says_how_many_calls_its_time_was_enough_for(timed: list[Problem], tmp_path: Path) -> None:
+    said: list[tuple[float, str]] = []
+    count = len(list(calibrate.problems("cpu")))
+    for seconds, words in ((60.0, f"{count} of {count} calls measured"), (1e-9, f"0 of {count} calls measured in")):
+        calibrate.fill("cpu", tmp_path / "mine.json", seconds, lambda done, text: said.append((done, text)))
+        assert said[-1][0] == 1.0
+        assert said[-1][1].startswith(words)
 
 
 def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:

@@ -201,8 +201,9 @@ class RunConfig:
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
     batch_norm: BatchNormOver = "job"
-    """With several processes: whose batch a batch norm normalises by. job, the batch of all, gives the weights of one
-    process. process, the share of each, sends two messages less per layer; the weights then depend on their number."""
+    """With several processes: whose batch a batch norm normalises by.
+    job, the batch of all, gives the weights that one process would train.
+    process, the share of each, sends two messages fewer per layer; the weights then depend on how many there are."""
     compile: Compile = "auto"
     """Stage 1's encoder by torch.compile. auto is False: it gained too little where it was measured.
     Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,6 +129,8 @@ def profile_steps(
         is_normal = None if bool(task.train_is_normal.all()) else task.train_is_normal
         on_gpu = model.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        # Read at the first profile; without it the profiler reports each start and stop, and a missing GPU, as errors.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with profile(activities=activities) as profiler:
             train_stage1(model, task.train, is_normal, config, quiet=True)
         if not ranks.first:

@@ -142,7 +142,7 @@ def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
     Raises:
         UserError: the environment does not say where the others are, they do not come, or one of them has ended.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
+    count = os.environ.get("WORLD_SIZE") or "1"
     ours = count != "1" and not (dist.is_available() and dist.is_initialized())
     if ours:
         _connect(count, device, wait)
@@ -167,12 +167,17 @@ def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
 def _connect(count: str, device: str, wait: timedelta) -> None:
     missing = [name for name in ADDRESS if not os.environ.get(name)]
     if missing:
+        names = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
         raise UserError(
-            f"WORLD_SIZE is {count}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start "
-            "the processes with torchrun, or unset WORLD_SIZE to train in this one"
+            f"WORLD_SIZE is {count}, but {names} {'is' if len(missing) == 1 else 'are'} not set: start the processes "
+            "with torchrun, or unset WORLD_SIZE to use this one alone"
         )
+    # torch reports these by a trace of its C++ frames, after the wait.
+    processes = _integer("WORLD_SIZE", 1)
+    _integer("RANK", 0, processes - 1)
+    _integer("MASTER_PORT", 0, 65535)
     if not dist.is_available():
-        raise UserError("this torch was built without torch.distributed; train without torchrun")
+        raise UserError("this torch was built without torch.distributed: start one process, without torchrun")
     on_gpus = device != "cpu" and torch.cuda.is_available()
     before = threads()
     try:
@@ -181,6 +186,16 @@ def _connect(count: str, device: str, wait: timedelta) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot connect the {count} processes of the job: {reason}") from error
     give_way_to_computation(threads() - before)
+
+
+def _integer(name: str, least: int, most: int | None = None) -> int:
+    """An environment variable that torchrun sets."""
+    text = os.environ[name]
+    wanted = f"an integer ≥ {least}" if most is None else f"an integer from {least} to {most}"
+    number = int(text) if text.isdecimal() else -1
+    if number < least or (most is not None and number > most):
+        raise UserError(f"the environment variable {name}: expected {wanted}, received {text!r}; torchrun sets it")
+    return number
 
 
 def local_device(device: str) -> str:

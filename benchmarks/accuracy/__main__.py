@@ -93,4 +93,4 @@ def scores_of(job: Job, metrics: Metrics, seconds: float) -> list[Score]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=Options.__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.accuracy", description=Options.__doc__))

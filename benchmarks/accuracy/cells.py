@@ -381,4 +381,4 @@ def row_of(kind: str, seed: int, setting: str, found: Found) -> CellRow:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=Options.__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.accuracy.cells", description=Options.__doc__))

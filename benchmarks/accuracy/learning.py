@@ -332,4 +332,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=Options.__doc__))
+    main(tyro.cli(Options, prog="python -m benchmarks.accuracy.learning", description=Options.__doc__))

@@ -375,7 +375,7 @@ def provenance(measured: list[Row]) -> str:
     """Machine, ceilings and commits of the rows."""
     about, ceilings = measured[0].about, measured[0].ceilings
     others = max((row.others for row in measured if row.others is not None), default=None)
-    alone = "" if others is None else f" Other processes used at most {others:g} of the cores."
+    alone = "" if others is None else f" Other processes used at most {others:g} cores."
     return (
         f"{machine_line(about)} Ceilings of the run: product {ceilings['product_flops'] / 1e9:.0f} Gflop/s "
         f"({measured[0].dtype}), copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s. "

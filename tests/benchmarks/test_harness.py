@@ -20,7 +20,7 @@ from benchmarks.harness.rows import NoTime, Others, Unavailable
 from benchmarks.harness.runner import Runner
 from benchmarks.operators import OPERATORS
 from benchmarks.rivals import implementations
-from benchmarks.run import Options
+from benchmarks.run import Options, _plain, main
 from benchmarks.suites import SUITES, Suite, suite
 
 SMALL = case("retrieve", N=128, M=16, d=16, B=8)
@@ -274,3 +274,17 @@ def test_a_base_revision_is_measured_in_its_own_process(monkeypatch) -> None:
     assert caught.value.status == rows.OUT_OF_MEMORY
     with pytest.raises(ValueError, match="no-such-revision"):
         Base("no-such-revision", "cpu")
+
+
+def test_a_title_of_the_report_is_a_filter() -> None:
+    chosen = [
+        c.title for c in suite("kernels", "cpu").cases if _plain("`nt_xent` G 16, B 512, d 128") in _plain(c.title)
+    ]
+    assert chosen == ["nt_xent G=16 B=512 d=128 float32 forward+backward large"]
+
+
+def test_an_implementation_that_no_case_has_is_named(capsys) -> None:
+    assert main(Options(suite="smoke", device="cpu", filter="nt_xent", only=("nativ", "eager"))) == 2
+    said = capsys.readouterr()
+    assert "--only: expected some of" in said.out + said.err
+    assert "received nativ" in said.out + said.err

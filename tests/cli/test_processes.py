@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,12 @@ def test_processes_score_a_folder_as_one_does(finished: Path, tmp_path: Path) ->
             assert np.abs(one.astype(int) - other.astype(int)).max() <= 2, picture
 
 
-def test_a_profile_of_the_real_loop(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_of_the_real_loop(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
     assert main(["train", *tiny, "--run.directory", str(tmp_path / "run"), "--profile", "2"]) == 0
+    assert os.environ["KINETO_LOG_LEVEL"] == "99"  # read once a process, so its silence cannot be seen here
     lines = capsys.readouterr().out.splitlines()
     phases = ["batch", "augment", "encode", "contrast", "backward", "optimizer", "step"]
     assert [line.split()[0] for line in lines[:-1]] == phases

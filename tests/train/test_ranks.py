@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,28 @@ def test_processes_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29400")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set"), joined("cpu"):
         pass
+
+
+@pytest.mark.parametrize(("name", "value", "wanted"), [
+    ("WORLD_SIZE", "two", "an integer ≥ 1, received 'two'"),
+    ("RANK", "2", "an integer from 0 to 1, received '2'"),
+    ("RANK", "first", "an integer from 0 to 1, received 'first'"),
+    ("MASTER_PORT", "70000", "an integer from 0 to 65535, received '70000'"),
+])  # fmt: skip
+def test_an_environment_that_is_not_torchruns(
+    name: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400", name: value}
+    for variable, text in given.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(UserError, match=f"{name}: expected {wanted}"), joined("cpu", timedelta(seconds=1)):
+        pass
+
+
+def test_an_empty_world_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with joined("cpu") as ranks:
+        assert ranks.count == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
