@@ -190,6 +190,7 @@ def test_threads_that_carry_messages_give_way_to_computation(monkeypatch: pytest
         started[0].start()
 
     monkeypatch.setattr(dist, "init_process_group", connect)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ADDRESS:
         monkeypatch.setenv(name, "0")
     _connect("2", "cpu", WAIT)
