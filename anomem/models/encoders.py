@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +299,7 @@ class ResidualBlock(nn.Module):
         return total
 
 
-def _is_bare(layer: nn.Module) -> bool:
+def _is_bare(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is its weight and nothing else: no hook, parametrization or other convolution in its place."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return type(layer) is nn.Conv2d and not any(hooks)
