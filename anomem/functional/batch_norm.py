@@ -93,6 +93,7 @@ def batch_norm(
         return operators.apply(feature_map, *statistics, weight, bias, summand, eps, relu).view_as(x)
     others = JointBatch(group) if joint else None
     out, mean, variance, count = operators.batch_norm(feature_map, weight, bias, summand, eps, relu, others)
+    _require_several(count, x)
     reference.update_running(running_mean, mean, momentum)
     reference.update_running(running_var, variance * (count / (count - 1)), momentum)
     # No view of the kernel's result: a ReLU in place on one makes autograd copy the gradient, in another layout.
@@ -150,11 +151,18 @@ def _joint(
     """The batch norm of the joint batch in plain PyTorch."""
     wide = x.to(accumulator(x))
     mean, variance, count = reference.joint_moments(wide, lambda mine: gather_together([mine], group)[0])
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+        _require_several(int(count), x)
     reference.update_running(running_mean, mean.detach(), momentum)
     reference.update_running(running_var, variance.detach() * (count / (count - 1)), momentum)
     normalised = reference.normalised_by(wide, mean, variance, weight, bias, eps)
     total = normalised if add is None else normalised + add
     return (F.relu(total) if relu else total).to(x.dtype)
+
+
+def _require_several(count: int, x: Tensor) -> None:
+    """Refuse a batch, or a joint one, of one value per channel: it has no variance."""
+    require(count != 1, "x", "more than one value per channel in training", x)
 
 
 def _check(
@@ -178,7 +186,8 @@ def _check(
             require(given.device == x.device, name, lambda: f"a tensor on {x.device}", given.device)
     for name in ("running_mean", "running_var"):
         require(training or named[name] is not None, name, "running statistics where `training` is False", "None")
-    require(not training or joint or x.numel() != channels, "x", "more than one value per channel in training", x)
+    if training and not joint and x.numel():
+        _require_several(x.numel() // channels, x)
     if add is not None:
         require_same_kind(add, "add", x, "x")
         require(add.shape == x.shape, "add", lambda: f"the shape of `x`, {list(x.shape)}", add)

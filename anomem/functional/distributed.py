@@ -92,8 +92,7 @@ def gather_rows(rows: Tensor, process_group: Group | None = None, counts: Sequen
 def of_everyone(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """The tensors of all processes, [W, ...], in order of rank; all have the same shape. No gradient."""
     with torch.no_grad():
-        found: Tensor = _Gather.apply(values, group)  # type: ignore[no-untyped-call]
-    return found
+        return _gathered(values, group)
 
 
 def gather_together(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -> list[Tensor]:
@@ -148,6 +147,8 @@ def sum_over(values: Tensor, process_group: Group | None = None) -> Tensor:
     group = group_of(process_group)
     if processes(group) == 1:
         return values
+    if not torch.is_grad_enabled():
+        return _summed(values, group)  # without the cost of an autograd function
     total: Tensor = _Sum.apply(values, group)  # type: ignore[no-untyped-call]
     return total
 
@@ -163,17 +164,16 @@ def pass_on(blocks: Sequence[Tensor], count: int, group: ProcessGroup | None) ->
 
 def _exchange(to: Sequence[tuple[int, Tensor]], of: Sequence[tuple[int, Tensor]], group: ProcessGroup | None) -> None:
     """Send and receive contiguous tensors, each with its rank in the group; empty ones are not sent."""
-
-    def messages(way: Any, tensors: Sequence[tuple[int, Tensor]]) -> list[Any]:
-        ranks = [peer if group is None else dist.get_global_rank(group, peer) for peer, _ in tensors]
-        return [
-            dist.P2POp(way, tensor, peer, group)
-            for peer, (_, tensor) in zip(ranks, tensors, strict=True)
-            if tensor.numel()
-        ]
-
-    everything = [*messages(dist.irecv, of), *messages(dist.isend, to)]
-    for work in dist.batch_isend_irecv(everything) if everything else ():
+    to, of = ([(peer, x) for peer, x in tensors if x.numel()] for tensors in (to, of))
+    works: Sequence[Any]
+    if all(x.is_cpu for _, x in (*to, *of)):
+        received = [dist.irecv(x, group=group, group_src=peer) for peer, x in of]
+        works = [*(dist.isend(x, group=group, group_dst=peer) for peer, x in to), *received]
+    else:  # NCCL starts the messages of one batch together; one after the other they could wait for each other
+        messages = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in of]
+        messages += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in to]
+        works = dist.batch_isend_irecv(messages) if messages else ()
+    for work in works:
         work.wait()
 
 
@@ -193,25 +193,49 @@ def _directly(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _gathered(mine: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[...] in every process -> [W, ...]."""
+    mine = mine.contiguous()
+    if _directly(mine):
+        everyone = mine.new_empty((processes(group), *mine.shape))
+        parts = everyone.unbind()
+        parts[dist.get_rank(group)].copy_(mine)
+        others = _others(group)
+        _exchange([(peer, mine) for peer in others], [(peer, parts[peer]) for peer in others], group)
+        return everyone
+    from torch.distributed import _functional_collectives as functional
+
+    # torch 2.14 renamed it, and warns about the name it had before.
+    gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+    result: Tensor = functional.wait_tensor(gather(mine[None], 0, _present(group)))
+    return result
+
+
+def _summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[...] in every process -> [...]: their sum in each of them."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        summed = functional.all_reduce(values.contiguous(), "sum", _present(group))
+        result: Tensor = functional.wait_tensor(summed)
+        return result
+    others = processes(group) - 1
+    if _directly(values) and (others == 1 or others * values.numel() * values.element_size() <= DIRECT):
+        # In order of rank: the same bits in every process.
+        return _gathered(values, group).sum(0, dtype=values.dtype)
+    # A functional collective wraps its result in a tensor that waits at its first use.
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _Gather(torch.autograd.Function):
-    """[...] in every process -> [W, ...]; its transpose is `_Scatter`."""
+    """`_gathered`; its transpose is `_Scatter`."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: ProcessGroup | None) -> Tensor:
         ctx.group = group
-        mine = mine.contiguous()
-        if _directly(mine):
-            everyone = mine.new_empty((processes(group), *mine.shape))
-            everyone[dist.get_rank(group)] = mine
-            others = _others(group)
-            _exchange([(peer, mine) for peer in others], [(peer, everyone[peer]) for peer in others], group)
-            return everyone
-        from torch.distributed import _functional_collectives as functional
-
-        # torch 2.14 renamed it, and warns about the name it had before.
-        gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-        result: Tensor = functional.wait_tensor(gather(mine[None], 0, _present(group)))
-        return result
+        return _gathered(mine, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -251,20 +275,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
         ctx.group = group
-        if torch.compiler.is_compiling():
-            from torch.distributed import _functional_collectives as functional
-
-            summed = functional.all_reduce(values.contiguous(), "sum", _present(group))
-            result: Tensor = functional.wait_tensor(summed)
-            return result
-        others = processes(group) - 1
-        if _directly(values) and (others == 1 or others * values.numel() * values.element_size() <= DIRECT):
-            # In order of rank: the same bits in every process.
-            return of_everyone(values, group).sum(0, dtype=values.dtype)
-        # A functional collective wraps its result in a tensor that waits at its first use.
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _summed(values, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -29,6 +29,7 @@ Positive = Literal["memory", "view"]
 FirstPrototypes = Literal["normal", "features"]
 Precision = Literal["auto", "float32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
+BatchNormOver = Literal["job", "process"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 Compile = Literal["auto", True, False]
 EXECUTION = frozenset(
@@ -199,6 +200,9 @@ class RunConfig:
     """Layout of images and maps; auto is channels_last."""
     parallel: Parallel = "ddp"
     """With several processes: ddp replicates the encoder, fsdp shards it."""
+    batch_norm: BatchNormOver = "job"
+    """With several processes: whose batch a batch norm normalises by. job, the batch of all, gives the weights of one
+    process. process, the share of each, sends two messages less per layer; the weights then depend on their number."""
     compile: Compile = "auto"
     """Stage 1's encoder by torch.compile. auto is False: it gained too little where it was measured.
     Not with several processes, `optimizer.micro_batch` or `optimizer.accumulate`."""
@@ -217,6 +221,7 @@ class RunConfig:
         require_count(self.seed, "run.seed", 0, STEPS)
         require_choice(self.precision, "run.precision", get_args(Precision))
         require_choice(self.parallel, "run.parallel", get_args(Parallel))
+        require_choice(self.batch_norm, "run.batch_norm", get_args(BatchNormOver))
         require_choice(self.memory_format, "run.memory_format", get_args(MemoryFormat))
         require_choice(self.compile, "run.compile", get_args(Compile))
         if self.threads is not None:

@@ -1,7 +1,8 @@
 """The encoder as the processes of a training share it: one replica each (DDP), or shards of one (`fully_shard`).
 
-Batch norm normalises by the statistics of the whole batch in either. The prototypes and the projections are small and
-replicated: their gradients are averaged in one message. Without other processes the network is the model itself.
+Batch norm normalises by the statistics of the whole batch in either, or by those of each process's share. The
+prototypes and the projections are small and replicated: their gradients are averaged in one message. Without other
+processes the network is the model itself.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from anomem.train.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+    from anomem.train.config import BatchNormOver
+
 
 class Network:
     """Calls the encoder, and keeps the replicas of the processes the same.
@@ -37,13 +40,21 @@ class Network:
         ranks: the processes.
         shard: `fully_shard` in place of `DistributedDataParallel`.
         compile: of one process: passes with gradients run compiled.
+        batch_norm: whose statistics batch norm normalises by: those of the "job" or of each "process".
 
     Example:
         >>> network = Network(model, Ranks.current())
         >>> maps = network(views)  # as model(views)
     """
 
-    def __init__(self, model: AnoMem, ranks: Ranks, shard: bool = False, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: AnoMem,
+        ranks: Ranks,
+        shard: bool = False,
+        compile: bool = False,
+        batch_norm: BatchNormOver = "job",
+    ) -> None:
         self.model, self.ranks = model, ranks
         self.encoder: nn.Module = model.encoder
         self.call: Any = model.encoder
@@ -52,7 +63,10 @@ class Network:
         self.compiled: Any = torch.compile(model) if compile else None
         if ranks.count == 1:
             return
-        self.encoder = with_joint_batch_norm(copy.deepcopy(model.encoder))
+        self.encoder = copy.deepcopy(model.encoder)
+        self.joint = batch_norm == "job"
+        if self.joint:
+            self.encoder = with_joint_batch_norm(self.encoder)
         trained = any(p.requires_grad for p in self.encoder.parameters())
         self.call = self.encoder
         if trained and shard:
@@ -92,7 +106,7 @@ class Network:
 
     def reduce(self) -> None:
         """Average the gradients of prototypes and projections over the processes."""
-        self.ranks.average_gradients(self.replicated)
+        self.ranks.average([p.grad for p in self.replicated if p.grad is not None])
 
     def gather(self) -> None:
         """Copy the trained encoder into the model; all processes call it."""
@@ -100,6 +114,9 @@ class Network:
             own = self.model.encoder.state_dict()
             for name, value in self.encoder.state_dict().items():
                 own[name].copy_(whole(value))
+            if not self.joint:
+                # A running average is linear: the mean over the processes moves by the mean of their statistics.
+                self.ranks.average([b for b in self.model.encoder.buffers() if b.is_floating_point()])
 
     def scatter(self) -> None:
         """Copy the model's encoder into the trained one; all processes call it."""

@@ -7,11 +7,10 @@ on GPUs. Only the first writes the run directory and the terminal.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from anomem.errors import UserError
 from anomem.functional.distributed import of_everyone, sum_over
+from anomem.train.cores import give_way_to_computation, own_cores, threads
 
 T = TypeVar("T")
 WAIT = timedelta(seconds=50)
@@ -60,13 +60,12 @@ class Ranks:
         return values if self.count == 1 else sum_over(values.detach()) / self.count
 
     @torch.no_grad()
-    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Average the gradients of replicated parameters over the processes, in one message."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.count > 1 and gradients:
-            mean = self.mean(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over the processes in the place of each tensor, in one message."""
+        if self.count > 1 and tensors:
+            mean = self.mean(torch.cat([x.flatten() for x in tensors]))
+            for tensor, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def largest(self, *numbers: int) -> list[int]:
         """The largest of each number over the processes; by the host's backend, so that no device waits."""
@@ -148,8 +147,10 @@ def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
     if ours:
         _connect(count, device, wait)
     ranks = Ranks.current()
+    on_cpu = ranks.count > 1 and (device == "cpu" or not torch.cuda.is_available())
     try:
-        yield ranks
+        with own_cores() if on_cpu else nullcontext():
+            yield ranks
     except RuntimeError as error:
         if ranks.count == 1 or not _is_of_another(error):
             raise
@@ -173,29 +174,13 @@ def _connect(count: str, device: str, wait: timedelta) -> None:
     if not dist.is_available():
         raise UserError("this torch was built without torch.distributed; train without torchrun")
     on_gpus = device != "cpu" and torch.cuda.is_available()
-    before = _threads()
+    before = threads()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot connect the {count} processes of the job: {reason}") from error
-    give_way_to_computation(_threads() - before)
-
-
-def _threads() -> set[int]:
-    """Of this process, where Linux names them."""
-    tasks = Path("/proc/self/task")
-    return {int(task.name) for task in tasks.iterdir()} if tasks.is_dir() else set()
-
-
-def give_way_to_computation(threads: Iterable[int]) -> None:
-    """Have threads wait for a core on which this process computes: Linux schedules them as batch work.
-
-    A message that wakes one of gloo's threads takes no core from the thread that computes.
-    """
-    for thread in threads:
-        with suppress(OSError):  # it has ended, or the system forbids it
-            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+    give_way_to_computation(threads() - before)
 
 
 def local_device(device: str) -> str:

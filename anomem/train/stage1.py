@@ -67,7 +67,10 @@ def train_stage1(
     config = settled(config, model.device)
     settings, seed = config.optimizer, config.run.seed
     arrange(model, config.run)
-    network = Network(model, ranks, config.run.parallel == "fsdp", config.run.compile is True)
+    execution = config.run
+    network = Network(
+        model, ranks, execution.parallel == "fsdp", execution.compile is True, batch_norm=execution.batch_norm
+    )
     step_of = Stage1Step(model, network, images, is_normal, config, ranks, Views)
     named = network.parameters()
     memories = [p for name, p in named if name.startswith("memories.")]

@@ -137,7 +137,7 @@ def train_stage2(
                     loss.backward()
                 total = total + loss.detach()
             with record_function("anomem.optimizer"):
-                ranks.average_gradients(head.parameters())
+                ranks.average([p.grad for p in head.parameters() if p.grad is not None])
                 apply_gradients(optimizer, settings)
                 average.update()
                 if adaptive is not None:

@@ -174,6 +174,10 @@ def batch_norm_is_that_of_the_joint_batch() -> None:
     joint_batch_norm(UNEVEN[dist.get_world_size()], torch.channels_last, "reference", "auto")
     joint_batch_norm((300, 1, 2), torch.channels_last, "auto")
     joint_batch_norm((300, 0, 2), torch.channels_last, "reference", "auto")  # a process without rows
+    alone = torch.zeros(int(dist.get_rank() == 0), 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    for impl in ("reference", "auto"):
+        with pytest.raises(ArgumentError, match="`x`: expected more than one value per channel"):
+            AF.batch_norm(alone, training=True, impl=impl, process_group=dist.group.WORLD)  # type: ignore[arg-type]
 
 
 def joint_batch_norm(counts: tuple[int, ...], layout: torch.memory_format, *impls: str) -> None:

@@ -34,7 +34,7 @@ from anomem.train import (
     train_stage2,
 )
 from anomem.train.checkpoint import StageState
-from anomem.train.config import from_dict
+from anomem.train.config import BatchNormOver, from_dict
 from anomem.train.profiling import profile_steps
 from anomem.train.run import head_for, resume, train
 from anomem.train.stopping import Interrupted
@@ -169,11 +169,12 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def messages_of_a_step(folder: str) -> None:
+def messages_of_a_step(folder: str, batch_norm: BatchNormOver) -> None:
     """Count the messages of a step of stage 1 with the default encoder."""
     model = build_model(ModelConfig(), (32, 32), 3, (0.5,) * 3, (0.25,) * 3)
     images = ResidentImages(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
-    config = TrainConfig(optimizer=OptimizerConfig(steps=5, batch_size=8), run=RunConfig(device="cpu", log_every=10**9))
+    run = RunConfig(device="cpu", log_every=10**9, batch_norm=batch_norm)
+    config = TrainConfig(optimizer=OptimizerConfig(steps=5, batch_size=8), run=run)
     sent = Sent()
     # DDP orders its gradients anew after the first step, and says so in the second.
     act_after_a_step(3, sent.counts.clear, everywhere=True)
@@ -183,13 +184,36 @@ def messages_of_a_step(folder: str) -> None:
         train_stage1(model, images, None, config, quiet=True)
 
 
+def batch_norm_of_each_process(folder: str) -> None:
+    """A run whose processes normalise their own shares, whole and in two parts; each writes what it trained."""
+    config = config_of(batch_size=12, accumulate=1)
+    settings = replace(config.run, batch_norm="process", checkpoint_every=1)
+    config = replace(config, run=settings, synthetic_outliers=0.0)
+    whole = trained(config)
+    run = RunDirectory(Path(folder) / "run")
+    if dist.get_rank() == 0:
+        run.checkpoints.mkdir(parents=True)
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        act_after_a_step(2, lambda: 1 / 0, everywhere=True, patch=patch)
+        with pytest.raises(ZeroDivisionError):
+            trained(config, run)
+    assert_same_weights(trained(config, run), whole, "continued after a step")
+    torch.save(whole, Path(folder) / f"whole{dist.get_rank()}.pt")
+
+
 def profiled(config: TrainConfig, quiet: bool) -> None:
     """Profile a step."""
     assert quiet
     profile_steps(config, 1)
 
 
-def act_after_a_step(done: int | None, act: Callable[[], object], everywhere: bool = False) -> None:
+def act_after_a_step(
+    done: int | None,
+    act: Callable[[], object],
+    everywhere: bool = False,
+    patch: pytest.MonkeyPatch | None = None,
+) -> None:
     """Have the last process, or every one, act when so many steps are done."""
     step_done = StageState.step_done
 
@@ -199,7 +223,7 @@ def act_after_a_step(done: int | None, act: Callable[[], object], everywhere: bo
             act()
         step_done(state, number, *others)
 
-    StageState.step_done = and_act  # type: ignore[method-assign]
+    (patch or pytest.MonkeyPatch()).setattr(StageState, "step_done", and_act)
 
 
 def leaves(config: TrainConfig, code: int, call: Callable[..., object] = train) -> None:

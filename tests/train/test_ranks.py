@@ -22,6 +22,7 @@ from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, r
 from anomem.train.batches import training_batches
 from anomem.train.checkpoint import load_checkpoint
 from anomem.train.config import to_dict
+from anomem.train.cores import own_cores
 from anomem.train.ranks import ADDRESS, WAIT, Ranks, _connect, joined
 from anomem.train.rows import Rows, blocks, seed_of, shares
 from anomem.train.rundir import RunDirectory
@@ -81,17 +82,35 @@ def test_mistakes_are_said_once_and_none_hangs(tiny: TrainConfig) -> None:
     in_processes(3, jobs.mistakes, to_dict(tiny), 2)
 
 
-def test_the_messages_of_a_step_are_those_of_the_documentation(tmp_path: Path) -> None:
-    in_processes(2, jobs.messages_of_a_step, str(tmp_path))
+@pytest.mark.parametrize("batch_norm", ["job", "process"])
+def test_the_messages_of_a_step_are_those_of_the_documentation(tmp_path: Path, batch_norm: str) -> None:
+    in_processes(2, jobs.messages_of_a_step, str(tmp_path), batch_norm)
     sent, other = (json.loads((tmp_path / f"sent{rank}").read_text()) for rank in (0, 1))
     assert sent == other
     model = build_model(ModelConfig(), (32, 32), 3, (0.5,) * 3, (0.25,) * 3)
     norms = sum(isinstance(part, _BatchNorm) for part in model.encoder.modules())
     # Batch norm in each pass; columns and variances, and what comes back; gradients of the encoder and of the rest;
     # whether a process has been asked to stop.
-    assert sum(sent.values()) == 2 * norms + 2 + 2 + 1
+    of_norms = 2 * norms if batch_norm == "job" else 0
+    assert sum(sent.values()) == of_norms + 2 + 2 + 1
     documentation = " ".join((Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text("utf-8").split())
-    assert f"a step of the small encoder sends {sum(sent.values())} messages, {2 * norms} of them" in documentation
+    if of_norms:
+        assert f"a step of the small encoder sends {sum(sent.values())} messages, {of_norms} of them" in documentation
+    else:
+        assert f"`--run.batch-norm process` leaves {sum(sent.values())} messages" in documentation
+
+
+def test_batch_norm_of_each_process(tmp_path: Path) -> None:
+    in_processes(2, jobs.batch_norm_of_each_process, str(tmp_path))
+    one, other = (torch.load(tmp_path / f"whole{rank}.pt", weights_only=True) for rank in range(2))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)
+    config = jobs.config_of(batch_size=12)
+    joint = jobs.trained(replace(config, synthetic_outliers=0.0))
+    stem = next(name.removesuffix("running_mean") for name in one if name.endswith("running_mean"))
+    # The mean of equal shares' means is the mean of all, but for the first steps' different weights; variances differ.
+    torch.testing.assert_close(one[stem + "running_mean"], joint[stem + "running_mean"], rtol=0.05, atol=1e-3)
+    assert not torch.allclose(one[stem + "running_var"], joint[stem + "running_var"], rtol=1e-4)
 
 
 def test_a_process_that_dies_ends_the_job(tiny: TrainConfig) -> None:
@@ -105,6 +124,33 @@ def test_processes_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29400")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK and MASTER_ADDR are not set"), joined("cpu"):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+@pytest.mark.parametrize(("local", "index", "cores", "bound"), [
+    ("2", "1", {3, 5, 6, 8}, {6, 8}),
+    ("2", "0", {3, 5, 6, 8}, {3, 5}),
+    ("2", "0", {0, 1, 2, 3, 4}, None),  # a core is free
+    ("4", "0", {0, 1, 2, 3}, None),  # more threads than cores
+    (None, "0", {0, 1}, None),  # not of torchrun
+])  # fmt: skip
+def test_processes_that_use_all_cores_are_bound_to_their_own(
+    monkeypatch: pytest.MonkeyPatch, local: str | None, index: str, cores: set[int], bound: set[int] | None
+) -> None:
+    given: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, wanted: given.append(set(wanted)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv("LOCAL_RANK", index)
+    with own_cores():
+        within = list(given)
+    assert within == [bound] * len(within)
+    assert bool(within) == (bound is not None)
+    assert given == within + [cores] * (len(given) - len(within))
+    assert bool(given) == bool(within)
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has that policy")
