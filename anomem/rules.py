@@ -218,7 +218,7 @@ RULES: tuple[Rule, ...] = (
     Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
     Rule("augment", "cpu", "native", Where(), _ONE_PASS),
     *(Rule("batch_norm", "cpu", "native", where, _TWO_PASSES) for where in _MAPS),
-    Rule("downsample", "cpu", "native", Where(_MEASURED, rows=2**15, most_features=64), _A_QUARTER),
+    Rule("downsample", "cpu", "native", Where(_MEASURED, rows=2**16, most_features=64), _A_QUARTER),
     Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
