@@ -28,6 +28,7 @@ from anomem.ops import augment as augments
 from anomem.ops import batch_norm as batch_norms
 from anomem.ops import contrast, retrieve, sampling
 from anomem.ops import deviation_map as deviation_maps
+from anomem.ops import downsample as downsamples
 from anomem.ops import nearest as nearests
 from anomem.ops import read as reads
 from anomem.ops import usage as usages
@@ -73,7 +74,8 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
     calls: dict[str, Callable[[], object]] = {}
     seconds: dict[str, list[float]] = {}
     for name, one in functions.items():
-        call = _both_passes(one, inputs) if training else partial(_forward, one, inputs)
+        outputs = 2 if problem.operator == "downsample" else 1
+        call = _both_passes(one, inputs, outputs) if training else partial(_forward, one, inputs)
         try:
             for _ in range(2):  # the first compiles, allocates and starts threads
                 _timed(call, problem.device)
@@ -149,6 +151,8 @@ def bounded(problem: Problem) -> Problem:
     def size(problem: Problem) -> int:
         if problem.operator == "gather":
             return problem.rows * problem.columns * problem.features  # the map, whose gradient is written
+        if problem.operator == "downsample":  # as many as the map of 16 channels whose convolutions take as long
+            return problem.rows * problem.features**2 // 16
         return choice.work(problem)
 
     while size(problem) > most:
@@ -189,6 +193,10 @@ def inputs_of(problem: Problem) -> list[Tensor]:
     if operator == "batch_norm":
         maps = [draw(1, d, rows, 1).contiguous(memory_format=torch.channels_last) for _ in range(2)]
         return [*maps, draw(d), draw(d)]
+    if operator == "downsample":
+        side = min(16, math.isqrt(rows))
+        feature_map = draw(max(1, rows // side**2), d, side, side).contiguous(memory_format=torch.channels_last)
+        return [feature_map, draw(d, d, 3, 3), draw(d, d, 1, 1)]
     if operator == "deviation_map":
         return [draw(1, d, rows, 1), draw(columns, d)]
     if operator == "augment":
@@ -314,6 +322,7 @@ _BY_REFERENCE: dict[str, Function] = {
     "read": _read_reference,
     "augment": _augment_reference,
     "batch_norm": _batch_norm_reference,
+    "downsample": lambda x, weight, shortcut: reference.downsample(x, weight, shortcut),
 }
 _BY_KERNEL: dict[str, Function] = {
     "retrieve": lambda impl, query, prototypes: retrieve.retrieve(query, _memory(prototypes), impl),
@@ -332,6 +341,7 @@ _BY_KERNEL: dict[str, Function] = {
     "read": _read_kernel,
     "augment": lambda impl, *given: _augment_kernel(*given),
     "batch_norm": lambda impl, *given: _batch_norm_kernel(*given),
+    "downsample": lambda impl, x, weight, shortcut: downsamples.downsample(x, weight, shortcut),
 }
 
 
@@ -346,13 +356,13 @@ def _forward(one: Function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         return one(*inputs)
 
 
-def _both_passes(one: Function, inputs: list[Tensor]) -> Callable[[], object]:
+def _both_passes(one: Function, inputs: list[Tensor], outputs: int) -> Callable[[], object]:
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = [x for x in leaves if x.requires_grad]
 
     def call() -> object:
-        result = one(*leaves)[0]
-        return torch.autograd.grad(result, wanted, torch.ones_like(result))
+        results = one(*leaves)[:outputs]
+        return torch.autograd.grad(results, wanted, [torch.ones_like(result) for result in results])
 
     return call
 
@@ -416,7 +426,9 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
                 yield make("gather", rows=128 * more, columns=256, groups=64), training
                 yield make("variance", rows=128 * more, groups=64), training
                 yield make("batch_norm", rows=2**17 * more), training
-                if not training:
+                if training:
+                    yield make("downsample", rows=2**17 * more), training
+                else:
                     yield make("deviation_map", rows=8192 * more, columns=512), training
                     yield make("usage", rows=8192 * more, columns=512), training
                     yield make("nearest", rows=8192 * more, columns=1024), training

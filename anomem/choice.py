@@ -44,7 +44,7 @@ _LARGE_COPY = {"cpu": 2**20, "cuda": 2**24}
 """The same for the operators that only move memory, in elements."""
 INFERENCE = ("deviation_map", "usage", "nearest", "read", "augment")
 """Operators without a gradient, and the read of a filled memory, whose gradient is the reference's."""
-COPIES = ("gather", "variance", "augment", "batch_norm")
+COPIES = ("gather", "variance", "augment", "batch_norm", "downsample")
 T = TypeVar("T")
 
 

@@ -26,6 +26,7 @@ OPERATORS = (
     "read",
     "augment",
     "batch_norm",
+    "downsample",
 )
 
 
@@ -195,11 +196,16 @@ _SMALL = "its fixed cost is below that of the reference's many operators (benchm
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
 _TWO_PASSES = "two passes over the map each way, with the sum and the ReLU in them (AMD family 25)"
+_A_QUARTER = "the gradient of the 1×1 convolution is a quarter of the map (AMD family 25)"
 _ONE_PASS = "one pass over an image instead of a dozen over the batch (AMD family 25)"
 _WIDENED = "plain PyTorch widens the whole map and narrows its gradient, the kernel reads what was sampled"
 _CHUNKS = "scores in chunks of at most 256 MiB, selected from in one pass (not measured on a GPU yet)"
 RULES: tuple[Rule, ...] = (
-    *(Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL) for operator in OPERATORS if operator != "batch_norm"),
+    *(
+        Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL)
+        for operator in OPERATORS
+        if operator not in ("batch_norm", "downsample")
+    ),
     Rule(
         "nt_xent",
         "cpu",
@@ -212,6 +218,7 @@ RULES: tuple[Rule, ...] = (
     Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
     Rule("augment", "cpu", "native", Where(), _ONE_PASS),
     *(Rule("batch_norm", "cpu", "native", where, _TWO_PASSES) for where in _MAPS),
+    Rule("downsample", "cpu", "native", Where(_MEASURED, rows=2**16, most_features=64), _A_QUARTER),
     Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),

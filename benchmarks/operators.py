@@ -4,7 +4,8 @@ Flops of retrieval. S = q Kᵀ and P V are 2·N·M·d each: 4·N·M·d forward. 
 and the memory's gradient dSᵀ q and Pᵀ dO: 8·N·M·d if P was kept, 10·N·M·d if it is recomputed. The floor counts
 12·N·M·d for both passes: a kernel that keeps nothing of size [N, M] does 14 and reaches at most 86 % of the floor.
 
-Gather, variance, batch norm and augmentation have no matrix product: bytes alone make their floor.
+Gather, variance, batch norm and augmentation have no matrix product: bytes alone make their floor. The strided
+convolutions have both.
 """
 
 from __future__ import annotations
@@ -143,6 +144,34 @@ def batch_norm_work(dims: Dims, itemsize: int, training: bool) -> Work:
     return Work(0, whole_map(dims) * itemsize * (8 if training else 3))
 
 
+def map_and_weights(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """A channels-last map [B, C, H, H], weights [K, C, 3, 3] and [K, C, 1, 1]."""
+    B, C, H, K = (dims[name] for name in ("B", "C", "H", "K"))
+    shapes = (B, C, H, H), (K, C, 3, 3), (K, C, 1, 1)
+    feature_map, weight, shortcut = (draw(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes))
+    layout = torch.channels_last
+    return feature_map.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), shortcut
+
+
+def downsample(impl: str) -> Function:
+    """The sum of both convolutions: one gradient reaches both."""
+
+    def total(x: Tensor, weight: Tensor, shortcut: Tensor) -> Tensor:
+        branch, straight = AF.downsample(x, weight, shortcut, impl=impl)
+        return branch + straight
+
+    return total
+
+
+def downsample_work(dims: Dims, itemsize: int, training: bool) -> Work:
+    """Ten products for each pixel of the result; backward twice as many. The map is read, the result written; backward
+    reads both again and writes the map's gradient."""
+    side, channels = (dims["H"] + 1) // 2, dims["K"]
+    results = dims["B"] * channels * side**2
+    moved = whole_map(dims) * (3 if training else 1) + results * (2 if training else 1)
+    return Work(20 * results * dims["C"] * (3 if training else 1), moved * itemsize)
+
+
 def sample(impl: str) -> Function:
     """Gather with L2 normalisation, then the variance hinge of the sampled vectors."""
     return lambda feature_map, positions: AF.variance_hinge(gather(impl)(feature_map, positions), impl=impl)
@@ -225,6 +254,16 @@ _ALL = (
         maps_and_numbers,
         batch_norm,
         batch_norm_work,
+        whole_map,
+        lambda dims: capped(dims, B=8),
+        width="C",
+    ),
+    Operator(
+        "downsample",
+        "conv 3×3 + conv 1×1, both of stride 2",
+        map_and_weights,
+        downsample,
+        downsample_work,
         whole_map,
         lambda dims: capped(dims, B=8),
         width="C",

@@ -60,6 +60,7 @@ def smoke(device: str) -> Suite:
         case("gather", B=64, C=64, H=16, n=8),
         case("variance", G=8, B=128, d=128),
         case("batch_norm", B=16, C=16, H=16),
+        case("downsample", B=16, C=16, H=16, K=16),
         case("sample", B=64, C=64, H=16, n=8),
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
@@ -128,6 +129,13 @@ def kernels(device: str) -> Suite:
             for channels, side in ((16, 64), (64, 8), (64, 32), (128, 16), (512, 4))
             for one in ("float32", "bfloat16")
         ]
+        cases += [
+            case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions")
+            for channels, side, outputs in (
+                (16, 64, 16), (16, 32, 32), (32, 16, 64), (64, 32, 128), (128, 16, 256), (256, 8, 512),
+            )
+            for one in ("float32", "bfloat16")
+        ]  # fmt: skip
     if device == "cuda":
         cases += [
             case("retrieve", N=2**20, M=512, d=256, B=batch, dtype=dtype, group="large"),
@@ -138,7 +146,7 @@ def kernels(device: str) -> Suite:
             case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
         ]
     # On a CPU compiling every case would take most of the time.
-    groups = None if device == "cuda" else ("resnet18 scale 1", "large", "batch norm")
+    groups = None if device == "cuda" else ("resnet18 scale 1", "large", "batch norm", "strided convolutions")
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
 

@@ -136,10 +136,13 @@ def test_layers_and_commands_load_no_kernel_and_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-WORDS = ("retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment", "batch_norm")
+WORDS = (
+    "retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment", "batch_norm",
+    "downsample",
+)  # fmt: skip
 """One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
 the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory;
-augment; batch_norm."""
+augment; batch_norm; downsample."""
 
 
 class Floor(NamedTuple):

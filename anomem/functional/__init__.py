@@ -15,6 +15,7 @@ from anomem.functional.batch_norm import batch_norm
 from anomem.functional.contrast import info_nce, nt_xent
 from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.distributed import gather_rows, rows_per_process
+from anomem.functional.downsample import downsample
 from anomem.functional.joint import info_nce_distributed, nt_xent_distributed, variance_hinge_distributed
 from anomem.functional.memory_loss import (
     ScaleVectors,
@@ -42,6 +43,7 @@ __all__ = [
     "contrasted_memory_losses",
     "deviation",
     "deviation_map",
+    "downsample",
     "gather_positions",
     "gather_rows",
     "hopfield_retrieve",

@@ -141,6 +141,16 @@ def _autocast_is_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a map [B, C, H, W] is B·H·W adjacent rows of C channels."""
+    # `is_contiguous` cannot be asked this under torch.func.vmap. The stride of a single image says nothing.
+    if x.dim() != 4:
+        return False
+    batch, channels, height, width = x.shape
+    image = x.stride()[1:] == (1, width * channels, channels)
+    return image and (batch <= 1 or x.stride(0) == height * width * channels)
+
+
 def scalar(value: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
     """Split a number-or-tensor into what kernels take: (tensor in the accumulation dtype or None, number).
 

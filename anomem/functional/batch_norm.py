@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomem import backends, reference, rules
+from anomem.functional._inputs import is_channels_last
 from anomem.functional.distributed import gather_together, group_of, of_everyone, processes, sum_over
 from anomem.ops.library import accumulator, may_be_differentiated
 from anomem.rules import Impl
@@ -101,7 +102,7 @@ def batch_norm(
 
 
 def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool, impl: Impl, part: bool) -> str:
-    if not joint and (impl == "auto" or part) and not _is_channels_last(x):
+    if not joint and (impl == "auto" or part) and not is_channels_last(x):
         return "reference"
     rows = x.numel() // x.shape[1]
     problem = rules.Problem("batch_norm", x.device.type, x.dtype, x.shape[1], rows=rows)
@@ -113,15 +114,6 @@ def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool
     if (rows == 0 and not joint) or (not training and differentiated):
         return "reference"
     return chosen
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    # `is_contiguous` cannot be asked this under torch.func.vmap. The stride of a single image says nothing.
-    if x.dim() != 4:
-        return False
-    batch, channels, height, width = x.shape
-    image = x.stride()[1:] == (1, width * channels, channels)
-    return image and (batch <= 1 or x.stride(0) == height * width * channels)
 
 
 def _as_map(x: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from anomem.errors import ArgumentError
+from anomem.functional.downsample import downsample
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
 from anomem.nn import BatchNorm2d
+from anomem.rules import Impl
 from anomem.validation import require, require_count, require_names, require_size
 
 Norm = Callable[..., BatchNorm2d]
@@ -211,7 +214,7 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
     small_stem = config.stem == "small" or (config.stem == "auto" and max(image_size) <= SMALL_IMAGE)
     norm = partial(BatchNorm2d, impl=config.impl)
     if config.backbone == "small":
-        modules = _small_stages(channels, "stem" in scales, norm)
+        modules = _small_stages(channels, "stem" in scales, norm, config.impl)
     elif config.backbone == "efficientnet_b0":
         modules = _efficientnet_stages(channels, small_stem, norm)
     else:
@@ -255,16 +258,23 @@ class ResidualBlock(nn.Module):
         channels_out: C'.
         activated: whether the input has passed a ReLU already.
         norm: makes the batch norms.
+        impl: of `anomem.functional.downsample`, a preference.
 
     Shape:
         [B, C, H, W] -> [B, C', ⌈H/2⌉, ⌈W/2⌉].
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, *, activated: bool = False, norm: Norm = BatchNorm2d
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        activated: bool = False,
+        norm: Norm = BatchNorm2d,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.activated = activated
+        self.activated, self.impl = activated, impl
         self.branch = nn.Sequential(
             nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
             norm(channels_out, relu=True),
@@ -277,18 +287,28 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """branch(relu(x)) + shortcut(relu(x))."""
         activated = x if self.activated else x.relu()
-        *branch, last = self.branch
-        straight = self.shortcut(activated)
+        (first, *branch, last), (projection, norm) = self.branch, self.shortcut
+        if self.training and _is_bare(first) and _is_bare(projection):
+            inner, straight = downsample(activated, first.weight, projection.weight, impl=self.impl, part=True)
+        else:
+            inner, straight = first(activated), projection(activated)
+        straight = norm(straight)
         for layer in branch:
-            activated = layer(activated)
-        total: Tensor = last(activated, straight)
+            inner = layer(inner)
+        total: Tensor = last(inner, straight)
         return total
 
 
-def _small_stages(channels: int, stem_is_a_scale: bool, norm: Norm) -> list[nn.Module]:
+def _is_bare(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is its weight and nothing else: no hook, parametrization or other convolution in its place."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) is nn.Conv2d and not any(hooks)
+
+
+def _small_stages(channels: int, stem_is_a_scale: bool, norm: Norm, impl: Impl) -> list[nn.Module]:
     """Stem of 16 channels at full resolution, then blocks of 16, 32 and 64: 77 392 parameters for one channel."""
     convolution = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
     activated = not stem_is_a_scale
     stem = nn.Sequential(convolution, norm(16, relu=activated))
-    first = ResidualBlock(16, 16, activated=activated, norm=norm)
-    return [stem, first, ResidualBlock(16, 32, norm=norm), ResidualBlock(32, 64, norm=norm)]
+    block = partial(ResidualBlock, norm=norm, impl=impl)
+    return [stem, block(16, 16, activated=activated), block(16, 32), block(32, 64)]

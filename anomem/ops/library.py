@@ -65,7 +65,7 @@ def define(name: str, schema: str, fake: Fake, scheduled: Sequence[str] = ()) ->
 
     Args:
         name: "<backend>_<operator>_<fwd|bwd>".
-        schema: arguments and results. It declares no mutation and no aliasing.
+        schema: arguments and results. A tensor that it changes is marked `(a!)`; no result is an alias.
         fake: gives results of the right shape and dtype without values, from arguments as in the schema.
         scheduled: float arguments that an overload `anomem::name.scheduled` takes as 0-dim CPU tensors, so that one
             compiled graph serves all numbers.
@@ -248,6 +248,11 @@ def wants_graph() -> bool:
     A compiled backward never is, so there the kernels always run.
     """
     return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is on: an operator that writes in place has no rule for it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def differentiable_gradients(

@@ -21,6 +21,7 @@ from anomem.reference.contrast import (
     scale_weights,
 )
 from anomem.reference.deviation_map import Distance, deviation, deviation_map, distance
+from anomem.reference.downsample import downsample
 from anomem.reference.nearest import Nearest, k_center, nearest
 from anomem.reference.read import MemoryRead, read_memory
 from anomem.reference.retrieve import (
@@ -57,6 +58,7 @@ __all__ = [
     "deviation",
     "deviation_map",
     "distance",
+    "downsample",
     "gather_positions",
     "hopfield_retrieve",
     "info_nce_rows",

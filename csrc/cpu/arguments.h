@@ -16,6 +16,7 @@
 #include "cpu/batch_norm.h"
 #include "cpu/contrast.h"
 #include "cpu/deviation_map.h"
+#include "cpu/downsample.h"
 #include "cpu/isa.h"
 #include "cpu/library_product.h"
 #include "cpu/nearest.h"

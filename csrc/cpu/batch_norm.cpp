@@ -7,20 +7,9 @@
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
-#include "cpu/pages.h"
 
 namespace anomem::cpu {
 namespace {
-
-// A channels-last map [B, C, H, W] is B·H·W rows of C channels.
-void check_channels_last(const Tensor& map, const char* argument) {
-  check_shape(map, argument, {"B", Axis("C", 1), "H", "W"});
-  const int64_t channels = map.size(1), height = map.size(2), width = map.size(3);
-  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
-  for (int axis = 0; axis < 4; ++axis)
-    if (map.numel() > 0 && map.size(axis) > 1 && map.stride(axis) != strides[axis])
-      refuse(argument, "a channels-last map", strides_of(map));
-}
 
 void check_map_like(const Tensor& map, const char* argument, const Tensor& x) {
   check_device(map, argument, x);
@@ -35,14 +24,7 @@ void check_map_like(const OptionalTensor& map, const char* argument, const Tenso
 
 int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
-Tensor map_like(const Tensor& x) {
-  const int64_t shape[] = {x.size(0), x.size(1), x.size(2), x.size(3)};
-  Tensor map = torch::stable::empty({shape, 4}, x.scalar_type(), std::nullopt,
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
-                                    torch::headeronly::MemoryFormat::ChannelsLast);
-  ask_for_huge_pages_if_fresh(map);
-  return map;
-}
+Tensor map_like(const Tensor& x) { return empty_map(x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type()); }
 
 Affine affine_of(const Tensor& x, const Tensor& mean, const Tensor& variance, const OptionalTensor& weight,
                  const OptionalTensor& bias, double eps, bool relu) {

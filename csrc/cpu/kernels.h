@@ -18,11 +18,13 @@
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
 // (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only. nearest_kernel.h and
 // read_kernel.h find the largest scores by a rough product and compute those again (candidates.h). augment_kernel.h
-// passes over one image at a time. batch_norm_kernel.h needs rows.h only.
+// passes over one image at a time. batch_norm_kernel.h and downsample_kernel.h need rows.h
+// only.
 #include "cpu/augment_kernel.h"
 #include "cpu/batch_norm_kernel.h"
 #include "cpu/contrast_kernel.h"
 #include "cpu/deviation_map_kernel.h"
+#include "cpu/downsample_kernel.h"
 #include "cpu/nearest_kernel.h"
 #include "cpu/read_kernel.h"
 #include "cpu/retrieve_kernel.h"
@@ -72,5 +74,7 @@ template void run(const BatchNormStatistics& arguments);
 template void run(const BatchNormApply& arguments);
 template void run(const BatchNormSums& arguments);
 template void run(const BatchNormGradient& arguments);
+template void run(const DownsampleTake& arguments);
+template void run(const DownsampleAdd& arguments);
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -10,6 +10,7 @@
 #include "cpu/library_product.h"
 #include "cpu/memory.h"
 #include "cpu/nearest.h"
+#include "cpu/pages.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -30,6 +31,25 @@ inline ScalarType accumulator(Type type) { return type == Type::kFloat64 ? Scala
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, type, std::nullopt,
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// A channels-last map [B, C, H, W], uninitialised; it is B·H·W rows of C channels.
+inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type) {
+  const int64_t shape[] = {batch, channels, height, width};
+  Tensor map =
+      torch::stable::empty({shape, 4}, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                           std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  ask_for_huge_pages_if_fresh(map);
+  return map;
+}
+
+inline void check_channels_last(const Tensor& map, const char* argument) {
+  check_shape(map, argument, {"B", Axis("C", 1), "H", "W"});
+  const int64_t channels = map.size(1), height = map.size(2), width = map.size(3);
+  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
+  for (int axis = 0; axis < 4; ++axis)
+    if (map.numel() > 0 && map.size(axis) > 1 && map.stride(axis) != strides[axis])
+      refuse(argument, "a channels-last map", strides_of(map));
 }
 
 // A 0-dim tensor.

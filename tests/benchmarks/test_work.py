@@ -31,6 +31,8 @@ def counted(one) -> int:
         (case("retrieve", N=96, M=32, d=16, B=8, training=False), 1),
         (case("info_nce", R=48, C=80, d=16), 1),
         (case("deviation_map", B=3, d=16, H=4, M=32, training=False), 1),
+        (case("downsample", B=2, C=3, H=6, K=5), 1),
+        (case("downsample", B=2, C=3, H=6, K=5, training=False), 1),
         # The reference does not use that the similarities are symmetric.
         (case("nt_xent", G=3, B=16, d=32), 2),
         (case("nt_xent", G=3, B=16, d=32, training=False), 2),
@@ -59,7 +61,7 @@ def test_sampling_has_bytes_and_no_products(name) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_training_is_more_work_than_inference(name) -> None:
-    sizes = {"N": 64, "M": 8, "d": 16, "B": 4, "G": 2, "R": 8, "C": 8, "H": 4, "n": 4}
+    sizes = {"N": 64, "M": 8, "d": 16, "B": 4, "G": 2, "R": 8, "C": 8, "H": 4, "K": 8, "n": 4}
     forward, both = (OPERATORS[name].least_work(case(name, training=training, **sizes)) for training in (False, True))
     assert both.flops >= forward.flops
     assert both.bytes >= forward.bytes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +22,10 @@ from anomem.models import (
     describe,
     parameter_count,
 )
+from anomem.models.encoders import ResidualBlock
 from anomem.models.pretrained import pretrained_encoder
 from anomem.nn import HopfieldMemory
+from anomem.testing import assert_within_budget
 
 
 @pytest.mark.parametrize(
@@ -190,3 +194,48 @@ def test_the_stem_has_a_relu_unless_it_is_a_scale() -> None:
     assert (stem < 0).any()
     for mine, theirs in zip(without(images), others, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def layer_by_layer(block: ResidualBlock, x: Tensor) -> Tensor:
+    """What a block computes, by calls of its layers."""
+    activated = x.relu()
+    first, norm, _, second, last = block.branch
+    projection, straight_norm = block.shortcut
+    return last(second(norm(first(activated))), straight_norm(projection(activated)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_block_is_its_layers(dtype: torch.dtype, training: bool) -> None:
+    """The strided convolutions of a block in training are one operator, and every number is that of the layers."""
+    torch.manual_seed(0)
+    block = ResidualBlock(16, 24, impl="native").to(memory_format=torch.channels_last).train(training)
+    x = torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+
+    exact_block = copy.deepcopy(block).double()
+
+    def run(function: Callable[[Tensor], Tensor], of: ResidualBlock = block) -> list[Tensor]:
+        leaf = x.to(of.branch[0].weight).requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32 and of is block):
+            out = function(leaf)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *of.parameters()])]
+
+    with torch.profiler.profile() as profile:
+        got = run(block)
+    names = {event.key for event in profile.key_averages()}
+    assert ("anomem::native_downsample_add" in names) == training
+    plain = run(lambda leaf: layer_by_layer(block, leaf))
+    exact = run(lambda leaf: layer_by_layer(exact_block, leaf), exact_block)
+    for mine, theirs, truth in zip(got, plain, exact, strict=True):
+        assert_within_budget(mine, theirs, truth)
+    if not training:
+        assert torch.equal(got[0], plain[0])
+
+
+def test_a_hook_on_a_strided_convolution_is_called_in_training() -> None:
+    block = ResidualBlock(3, 4, impl="native").train()
+    shapes = []
+    for layer in (block.branch[0], block.shortcut[0]):
+        layer.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    block(torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last))
+    assert shapes == [(2, 4, 4, 3), (2, 4, 4, 3)]

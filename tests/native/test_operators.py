@@ -13,6 +13,7 @@ from anomem.functional import (
     augment,
     batch_norm,
     deviation_map,
+    downsample,
     gather_positions,
     hopfield_retrieve,
     memory_diagnostics,
@@ -32,6 +33,7 @@ def registered(library: None) -> None:
     nt_xent(query, query, impl="native")
     gather_positions(feature_map, torch.tensor([0]), impl="native")
     batch_norm(feature_map, training=True, impl="native")
+    downsample(feature_map, draw(2, 4, 3, 3), draw(2, 4, 1, 1), impl="native")
     augment(feature_map[:, :3].sigmoid(), ViewParameters(), impl="native")
     deviation_map(feature_map, prototypes, impl="native")
     memory_diagnostics(query, prototypes, impl="native")
@@ -142,6 +144,23 @@ def refused_batch_norms() -> Iterator[Call]:
     yield gradient, (x, x, None, *affine, four, three, 40, *rest, False), "`constant`"
 
 
+def refused_downsamples() -> Iterator[Call]:
+    x = draw(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
+    take, add = OPERATORS.native_downsample_take, OPERATORS.native_downsample_add
+    sampled = take(x)
+    yield take, (x.contiguous(),), "`x`: expected a channels-last map"
+    yield take, (x[0],), "`x`"
+    yield take, (x[:, :0],), "C >= 1"
+    yield take, (x.half(),), "float32, bfloat16 or float64"
+    yield add, (x.contiguous(), sampled), "`map`: expected a channels-last map"
+    yield add, (x[:1].expand_as(x), sampled), "`map`: expected a channels-last map"
+    yield add, (x, sampled.contiguous()), "`sampled`: expected a channels-last map"
+    yield add, (x, sampled[:1]), "`sampled`"
+    yield add, (x, sampled[:, :, :2]), "`sampled`"
+    yield add, (x, x), "`sampled`"
+    yield add, (x, sampled.double()), "`sampled`"
+
+
 @pytest.mark.parametrize(
     "calls",
     [
@@ -151,6 +170,7 @@ def refused_batch_norms() -> Iterator[Call]:
         refused_maps_and_usages,
         refused_augmentations,
         refused_batch_norms,
+        refused_downsamples,
     ],
     ids=lambda f: f.__name__,
 )

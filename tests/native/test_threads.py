@@ -13,6 +13,7 @@ from anomem.functional import (
     augment,
     batch_norm,
     deviation_map,
+    downsample,
     gather_positions,
     hopfield_retrieve,
     info_nce,
@@ -105,3 +106,16 @@ def test_batch_norm(channels: int) -> None:
         return batch_norm(x, None, None, weight, bias, True, add=add, relu=True, impl="native")
 
     assert_same_bits(lambda: gradients(run, inputs))
+
+
+@pytest.mark.parametrize("channels", [16, 70])
+def test_the_sample_of_a_map(channels: int) -> None:
+    downsample(draw(1, 1, 1, 1), draw(1, 1, 3, 3), draw(1, 1, 1, 1), impl="native")  # registers the operators
+    x = draw(9, channels, 31, 30).contiguous(memory_format=torch.channels_last)
+
+    def run() -> list[Tensor]:
+        after, sampled = x.clone(), torch.ops.anomem.native_downsample_take(x)
+        torch.ops.anomem.native_downsample_add(after, sampled)
+        return [sampled, after]
+
+    assert_same_bits(run)

@@ -171,3 +171,11 @@ def test_contrasted_memory_loss_of_anomalies_contrasts_the_views() -> None:
     none_normal = torch.zeros(3, dtype=torch.bool)
     contrast, _ = R.contrasted_memory_loss(z, z_pair, torch.randn(5, 4, dtype=DOUBLE), is_normal=none_normal)
     torch.testing.assert_close(contrast, R.nt_xent_rows(z, z_pair, 0.2).mean())
+
+
+def test_strided_convolutions_of_a_counted_map() -> None:
+    # Of a map 0 1 2 | 3 4 5 | 6 7 8: sums of 3×3 windows around its corners, and twice the corners themselves.
+    x = torch.arange(9, dtype=DOUBLE).view(1, 1, 3, 3)
+    branch, straight = R.downsample(x, torch.ones(1, 1, 3, 3, dtype=DOUBLE), 2 * torch.ones(1, 1, 1, 1, dtype=DOUBLE))
+    torch.testing.assert_close(branch[0, 0], torch.tensor([[8.0, 12.0], [20.0, 24.0]], dtype=DOUBLE))
+    torch.testing.assert_close(straight[0, 0], torch.tensor([[0.0, 4.0], [12.0, 16.0]], dtype=DOUBLE))

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[Tensor,
         lambda m: R.gather_positions(m, torch.tensor([1, 3, 1]), normalize=True),
         (leaf(2, 3, 2, 2),),
     ),
+    "downsample": (R.downsample, (leaf(2, 3, 5, 4), leaf(2, 3, 3, 3, seed=1), leaf(4, 3, 1, 1, seed=2))),
     "deviation": (R.deviation, (leaf(3, 4), leaf(5, 4, seed=1))),
     "distance cosine": (lambda a, b: R.distance(a, b, "cosine"), (leaf(3, 4), leaf(3, 4, seed=1))),
     "scale loss": (
