@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,3 +233,24 @@ def test_an_averaged_run_resumes_with_the_same_bits(tiny: TrainConfig, tmp_path:
     assert load_checkpoint(broken.checkpoints, "stage1") is not None
     for (name, expected), actual in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(expected, actual), name
+
+
+FAULTS = """
+import resource, torch
+from anomem.train.execution import keep_freed_memory
+keep_freed_memory()
+def fill():
+    torch.empty(5 << 23, dtype=torch.uint8).fill_(1)
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Page faults of three tensors of 40 MiB, each in the memory that the one before it has freed."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep their own rules")
+def test_freed_memory_is_used_again_whatever_its_size() -> None:
+    found = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 1000  # of 10,240 pages each
