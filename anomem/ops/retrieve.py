@@ -25,9 +25,9 @@ from anomem.ops.library import (
     with_known_signature,
 )
 
-KEPT_BYTES = 256 << 20
-"""Most memory of the weights that one call on a CPU keeps for its backward pass; others are recomputed. An eighth of it
-below 128 features: there new pages cost as much as the products that they save."""
+KEPT_BYTES = 31 << 20
+"""Most memory of the weights that one call on a CPU keeps for its backward pass; others are recomputed. More gains nothing:
+what does not stay in a cache takes as long to read as to recompute, and glibc maps blocks of 32 MiB anew in every call."""
 _LEAST_KEPT = 126
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
@@ -190,8 +190,7 @@ def _kept(query: Tensor, memory: Memory) -> int:
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
         return 0
     row = _kept_stride(memory.keys.shape[0]) * query.element_size()
-    most = KEPT_BYTES if query.shape[1] >= 128 else KEPT_BYTES // 8
-    return min(query.shape[0], most // row)
+    return min(query.shape[0], KEPT_BYTES // row)
 
 
 def _kept_stride(prototypes: int) -> int:

@@ -301,7 +301,7 @@ def test_a_learned_beta_of_two_steps_within_budget(impl: Impl) -> None:
 def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass recomputes the weights of no, some or all chunks of queries; what is kept is bounded."""
     for most in (0, 200 * 96 * dtype.itemsize, 2**30):
-        monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", 8 * most)  # an eighth of it for so few features
+        monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", most)
         saved: list[Tensor] = []
         query, prototypes = draw(260, 40, dtype=dtype, seed=1), draw(70, 40, dtype=dtype, seed=2)
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x) or x, lambda x: x):
@@ -315,7 +315,7 @@ def test_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch:
 @each_dtype(NATIVE, among=(F32, BF16))
 def test_the_last_kept_weights_within_budget(impl: Impl, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of the backward pass end elsewhere than those of the forward pass, which once kept whole ones only."""
-    monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", 8 * 170 * 928 * dtype.itemsize)
+    monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", 170 * 928 * dtype.itemsize)
     check(impl, memory(2020, 920, 24, dtype=dtype))
 
 
