@@ -140,6 +140,8 @@ _FASTEST_ZEN4 = "the fastest in every row it covers of benchmarks/results/cpu-ze
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
+_STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
+
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
     """A kernel is taken on every GPU where plain PyTorch exceeds the memory of most.
@@ -185,6 +187,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST_ZEN4, _ROWS_ZEN4),
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
     *(Rule("batch_norm", "cpu", "native", where, _FASTEST_ZEN4, _ROWS_ZEN4) for where in _MAPS),
+    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_ZEN4, _ROWS_ZEN4),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),
@@ -218,7 +221,7 @@ RULES: tuple[Rule, ...] = (
     Rule("read", "cpu", "native", Where(_MEASURED), _ONE_PRODUCT),
     Rule("augment", "cpu", "native", Where(), _ONE_PASS),
     *(Rule("batch_norm", "cpu", "native", where, _TWO_PASSES) for where in _MAPS),
-    Rule("downsample", "cpu", "native", Where(_MEASURED, rows=2**16, most_features=64), _A_QUARTER),
+    Rule("downsample", "cpu", "native", _STRIDED, _A_QUARTER),
     Rule("nearest", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("read", "cuda", "triton", Where(scores=2**22), _CHUNKS),
     Rule("nt_xent", "cuda", "triton", Where(_HALF, most_features=128), _TRAFFIC),
