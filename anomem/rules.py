@@ -133,10 +133,12 @@ class Rule(NamedTuple):
 
 _MEASURED = (torch.float32, torch.bfloat16)
 _HALF = (torch.bfloat16, torch.float16)
-_FASTEST = "the fastest in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
+_FASTEST = "the fastest eager call in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
 _ROWS = "AuthenticAMD family 26 AVX512-BF16"
 """The processor of those rows."""
-_FASTEST_ZEN4 = "the fastest in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
+_FASTEST_ZEN4 = (
+    "the fastest eager call in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
+)
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 

@@ -124,7 +124,8 @@ def problem_of(row: dict[str, object]) -> Problem:
 def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
     """Where a rule holds its implementation is the fastest of each case, and there is such a case in each dtype.
 
-    The rows are those of the processor that the rule is bound to.
+    The rows are those of the processor that the rule is bound to. A call that is compiled as a whole is no choice of an
+    eager one: the page lists the cases in which torch.compile is faster.
     """
     cases = committed_cases()
     for rule in (rule for rule in rules.AUTO if rule.device == "cpu"):
@@ -136,7 +137,8 @@ def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
         ]
         assert {problem.dtype for problem, _ in measured} == set(rule.where.dtypes), rule
         for problem, times in measured:
-            assert min(times, key=times.__getitem__) == rule.implementation, (problem, times)
+            eager = {name: time for name, time in times.items() if name != "torch.compile"}
+            assert min(eager, key=eager.__getitem__) == rule.implementation, (problem, times)
 
 
 def test_a_small_call_takes_what_committed_rows_show_faster_than_plain_pytorch() -> None:
