@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import accumulator, define, empty, with_known_signature
+from anomem.ops.library import accumulator, channels_last, define, empty, with_known_signature
 
 
 def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,13 +132,9 @@ def apply(
 ) -> Tensor:
     """Batch norm by given statistics [C], without a gradient; the other arguments are those of `batch_norm`."""
     result: Tensor = torch.ops.anomem.native_batch_norm_apply(
-        _channels_last(x), mean, variance, weight, bias, _channels_last(add), eps, relu
+        channels_last(x), mean, variance, weight, bias, channels_last(add), eps, relu
     )
     return result
-
-
-def _channels_last(x: Any) -> Any:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 @with_known_signature
@@ -153,7 +149,7 @@ class _BatchNorm(torch.autograd.Function):
         relu: bool,
         joint: Joint | None,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        x, add = _channels_last(x), _channels_last(add)
+        x, add = channels_last(x), channels_last(add)
         count = x.numel() // x.shape[1]
         if joint is not None and count == 0:
             mean = variance = x.new_zeros(x.shape[1], dtype=accumulator(x))
@@ -181,7 +177,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, bias, add, out, mean, variance = ctx.saved_tensors
         if library.wants_graph():
             return (*_with_graph(ctx, x, weight, bias, add, dout), None, None, None)
-        x, out, dout = (_channels_last(one) for one in (x, out, dout))
+        x, out, dout = (channels_last(one) for one in (x, out, dout))
         affine = (mean, variance, weight, bias)
         operators = torch.ops.anomem
         constant, along = operators.native_batch_norm_sums(dout, x, out, *affine, ctx.eps, ctx.relu)

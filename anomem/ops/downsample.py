@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import define, with_known_signature
+from anomem.ops.library import channels_last, define, with_known_signature
 
 
 def _take_fake(x: Tensor) -> Tensor:
@@ -46,15 +46,11 @@ def downsample(x: Tensor, weight: Tensor, shortcut: Tensor) -> tuple[Tensor, Ten
     return branch, straight
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 @with_known_signature
 class _Downsample(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = _channels_last(x)
+        x = channels_last(x)
         sampled = torch.ops.anomem.native_downsample_take(x)
         return torch.conv2d(x, weight, None, 2, 1), torch.conv2d(sampled, shortcut), sampled
 
@@ -78,12 +74,12 @@ class _Downsample(torch.autograd.Function):
         of_x, of_weight, of_shortcut = ctx.needs_input_grad
         dx = dweight = dsampled = dshortcut = None
         if dbranch is not None:
-            dx, dweight = _gradients(dbranch, _channels_last(x), weight, 2, 1, of_x, of_weight)
+            dx, dweight = _gradients(dbranch, channels_last(x), weight, 2, 1, of_x, of_weight)
         if dstraight is not None:
-            dsampled, dshortcut = _gradients(dstraight, _channels_last(sampled), shortcut, 1, 0, of_x, of_shortcut)
+            dsampled, dshortcut = _gradients(dstraight, channels_last(sampled), shortcut, 1, 0, of_x, of_shortcut)
         if dsampled is not None:
-            dx = torch.zeros_like(x, memory_format=torch.channels_last) if dx is None else _channels_last(dx)
-            torch.ops.anomem.native_downsample_add(dx, _channels_last(dsampled))
+            dx = torch.zeros_like(x, memory_format=torch.channels_last) if dx is None else channels_last(dx)
+            torch.ops.anomem.native_downsample_add(dx, channels_last(dsampled))
         return dx, dweight, dshortcut
 
     @staticmethod

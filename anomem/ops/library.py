@@ -194,6 +194,11 @@ def unit_inner_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def channels_last(x: Any) -> Any:
+    """A map [B, C, H, W] as B·H·W adjacent rows of C channels, copied where it is not; None stays None."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
 def contiguous(tensors: Sequence[Any]) -> list[Any]:
     """Saved tensors as the kernels read them: a saved-tensors hook may give back other strides than it was given."""
     return [None if x is None else x.contiguous() for x in tensors]

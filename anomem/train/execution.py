@@ -106,8 +106,8 @@ def arrange(model: AnoMem, config: RunConfig) -> None:
 def keep_freed_memory() -> None:
     """Have glibc reuse the maps of a step in the next one; given back, their pages are faulted in and zeroed again.
 
-    Blocks come from the heap, whatever their size, and the heap does not shrink. With glibc's own limits a step of the
-    small encoder on 256 views of 64 pixels faulted in 8,000 pages. Other libraries keep their own rules.
+    Blocks come from the heap, whatever their size, and the heap does not shrink. By itself glibc maps blocks of 32 MiB
+    and more anew each time. Other libraries keep their own rules.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
