@@ -1,4 +1,5 @@
-"""What the processes of a data-parallel job send each other: gathered tensors, sums, and blocks in a ring.
+"""What the processes of a data-parallel job send each other: gathered tensors, shares of groups, sums, and blocks in a
+ring.
 
 CPU tensors go from process to process (`isend`, `irecv`): gloo's collectives hand each message to a worker thread and
 send it in several pieces. GPU tensors, and whatever torch.compile traces, take torch's functional collectives.
@@ -113,6 +114,31 @@ def gather_together(tensors: Sequence[Tensor], group: ProcessGroup | None = None
     return found
 
 
+def share_groups(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -> list[Tensor]:
+    """This process's share of the groups, from all processes, in one message for each dtype; differentiable (also
+    twice).
+
+    Args:
+        tensors: [G, ...], of the same shapes in every process.
+        group: W processes, at least two.
+
+    Returns:
+        [W, G of this process, ...] each; the first G mod W processes have one group more than the others.
+    """
+    world, rank = processes(group), dist.get_rank(group)
+    found: list[Tensor] = list(tensors)
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        which = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        shares = [tensors[i].tensor_split(world) for i in which]
+        flat = torch.cat([share[peer].flatten() for peer in range(world) for share in shares])
+        sizes = [sum(share[peer].numel() for share in shares) for peer in range(world)]
+        everyone: Tensor = _Swap.apply(flat, sizes, [sizes[rank]] * world, group)  # type: ignore[no-untyped-call]
+        parts = everyone.view(world, sizes[rank]).split([share[rank].numel() for share in shares], dim=1)
+        for i, part, share in zip(which, parts, shares, strict=True):
+            found[i] = part.view(world, *share[rank].shape)
+    return found
+
+
 def checked_counts(
     rows: Tensor, name: str, group: ProcessGroup | None, counts: Sequence[int] | None
 ) -> tuple[int, ...]:
@@ -211,6 +237,23 @@ def _gathered(mine: Tensor, group: ProcessGroup | None) -> Tensor:
     return result
 
 
+def _swapped(values: Tensor, to: Sequence[int], of: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Numbers [Σ to] of this process for each one -> [Σ of] of each one for this process, in order of rank."""
+    values = values.contiguous()
+    if _directly(values):
+        received = values.new_empty(sum(of))
+        mine, theirs = values.split(to), received.split(of)
+        theirs[dist.get_rank(group)].copy_(mine[dist.get_rank(group)])
+        others = _others(group)
+        _exchange([(peer, mine[peer]) for peer in others], [(peer, theirs[peer]) for peer in others], group)
+        return received
+    from torch.distributed import _functional_collectives as functional
+
+    swapped = functional.all_to_all_single(values, list(of), list(to), _present(group))
+    result: Tensor = functional.wait_tensor(swapped)
+    return result
+
+
 def _summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """[...] in every process -> [...]: their sum in each of them."""
     if torch.compiler.is_compiling():
@@ -267,6 +310,20 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(gradients[0], ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _Swap(torch.autograd.Function):
+    """`_swapped`; its transpose sends everything back."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, to: Sequence[int], of: Sequence[int], group: ProcessGroup | None) -> Tensor:
+        ctx.to, ctx.of, ctx.group = to, of, group
+        return _swapped(values, to, of, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        back: Tensor = _Swap.apply(gradients[0], ctx.of, ctx.to, ctx.group)  # type: ignore[no-untyped-call]
+        return back, None, None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -1,10 +1,14 @@
-"""Contrast and variance across the processes of a data-parallel job: gathered columns, or columns in a ring.
+"""Contrast and variance across the processes of a data-parallel job: shared groups, gathered columns, or columns in a
+ring.
 
 Every function returns a loss whose mean over the processes is the loss of the joint batch. `DistributedDataParallel`
 and `fully_shard` average gradients over the processes, so that these are the joint batch's too.
 
-Communication of one process for columns of S bytes each, W processes: gathering receives (W − 1)·S forward and as much
-backward. The ring receives (W − 1)·S forward, and backward the columns again and W·S of gradients; it holds two blocks
+Groups are contrasted each on its own. Where there are at least as many as processes, NT-Xent divides them among the
+processes: each computes whole symmetric groups, which is half the work of its rows' part of every group.
+
+Communication of one process for columns of S bytes each, W processes: sharing groups receives (W − 1)/W · S forward and
+as much backward, gathering (W − 1)·S in each pass. The ring receives (W − 1)·S forward, and backward the columns again and W·S of gradients; it holds two blocks
 at a time instead of W.
 """
 
@@ -27,6 +31,7 @@ from anomem.functional.distributed import (
     padded,
     pass_on,
     processes,
+    share_groups,
 )
 from anomem.functional.sampling import variance_hinge
 from anomem.ops.library import accumulator
@@ -55,8 +60,9 @@ def nt_xent_distributed(
     """NT-Xent of this process's pairs, whose negatives are the rows of all processes.
 
     The mean over the processes is `nt_xent` of the whole batch, and so is, under `DistributedDataParallel` or
-    `fully_shard`, which average gradients over the processes, every gradient. Each process computes [2B, 2ΣB] logits,
-    its own rows' part, and keeps none of them in a fused implementation.
+    `fully_shard`, which average gradients over the processes, every gradient. Each process computes whole groups where
+    `reduction` is "mean" and there are at least as many groups as processes; otherwise its own rows' part, [2B, 2ΣB]
+    logits of every group. A fused implementation keeps none of them.
 
     Args:
         z: [B, d] or [G, B, d], this process's.
@@ -67,8 +73,8 @@ def nt_xent_distributed(
         process_group: a group, a mesh of one dimension or (mesh, dimension); torch.distributed's default group when
             None. Without one this is `nt_xent`.
         counts: B of each process, where they differ (`rows_per_process`).
-        ring: let the columns travel from process to process instead of gathering them; see the module. Once
-            differentiable.
+        ring: let the columns travel from process to process instead of sharing groups or gathering columns; see the
+            module. Once differentiable.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
         part: where the named implementation has no such kernel, choose by "auto".
 
@@ -84,6 +90,10 @@ def nt_xent_distributed(
     # Before anything is sent: a process that raises leaves the others waiting.
     require_views(z, "z", z_pair, "z_pair")
     counts = checked_counts(z, "z", group, counts)
+    if reduction == "mean" and not ring and _can_share(z, group):
+        _require_rows(counts)
+        ((ours, theirs, weight),) = _shared([autocast_inputs(z, z_pair)], [counts], group)
+        return weight * nt_xent(ours, theirs, temperature=temperature, impl=impl, part=part)
     contrast = _Contrast.of_pairs(z, z_pair, counts, group)
     return _reduce(contrast.losses(temperature, ring, impl, part), reduction, contrast)
 
@@ -176,10 +186,12 @@ def joint_terms(
     ring: bool,
     impl: Impl,
 ) -> list[tuple[Tensor | None, Tensor]]:
-    """Contrast and variance of several scales over all processes, in one message each way.
+    """Contrast and variance of several scales over all processes: two tensors whose means over the processes are the
+    joint batch's.
 
-    As `nt_xent_distributed` of a pair and `variance_hinge_distributed` of its second, scale by scale. In the ring the
-    columns of each scale travel on their own.
+    As `nt_xent_distributed` of a pair and `variance_hinge_distributed` of its second, scale by scale. The scales whose
+    groups are shared have one message each way, and so have the others; in the ring the columns of each travel on their
+    own.
 
     Args:
         pairs: S times two tensors [G_s, B, d_s] of one dtype.
@@ -192,23 +204,65 @@ def joint_terms(
         impl: a preference; see `anomem.backends`.
     """
     every = [checked_counts(second, "z", group, counts) for _, second in pairs]
-    wanted = zip(pairs, every, strict=True) if contrasted else ()
-    contrasts = [_Contrast.of_pairs(*pair, rows, group) for pair, rows in wanted]
-    statistics = [_statistics(second) for _, second in pairs]
-    columns = [] if ring else [padded(contrast.columns, contrast.counts) for contrast in contrasts]
+    for rows in every:
+        _require_rows(rows)
+    scales = list(zip(pairs, every, gammas, strict=True))
+    if not contrasted:
+        return [(None, variance) for variance in _gathered_terms(scales, (), group)[1]]
+    shared = [i for i, (first, _) in enumerate(pairs) if not ring and _can_share(first, group)]
+    others = [i for i in range(len(pairs)) if i not in shared]
+    found: dict[int, tuple[Tensor | None, Tensor]] = {}
+    if shared:
+        whole = _shared([pairs[i] for i in shared], [every[i] for i in shared], group)
+        for i, (ours, theirs, weight) in zip(shared, whole, strict=True):
+            contrast = nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
+            variance = variance_hinge(theirs, gamma=gammas[i], impl=impl, part=True)
+            found[i] = weight * contrast, weight * variance
+    if others:
+        contrasts = [_Contrast.of_pairs(*pairs[i], every[i], group) for i in others]
+        gathered, variances = _gathered_terms([scales[i] for i in others], () if ring else contrasts, group)
+        columns: Sequence[Tensor | None] = gathered or [None] * len(contrasts)
+        for i, one, everyone, variance in zip(others, contrasts, columns, variances, strict=True):
+            losses = one.losses(temperature, ring, impl, True, everyone)
+            found[i] = _reduce(losses, "mean", one), variance
+    return [found[i] for i in range(len(pairs))]
+
+
+def _can_share(z: Tensor, group: ProcessGroup | None) -> bool:
+    """Whether there is a group for each process."""
+    return z.dim() == 3 and len(z) >= processes(group)
+
+
+def _shared(
+    pairs: Sequence[tuple[Tensor, Tensor]], every: Sequence[Sequence[int]], group: ProcessGroup | None
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Of pairs [G, B, d] this process's groups with the rows of all processes, [g, ΣB, d], in one message.
+
+    The third is the weight of a mean over the g groups: the mean over the processes is then that over all groups.
+    """
+    padded_rows = [padded(x, counts) for pair, counts in zip(pairs, every, strict=True) for x in pair]
+    whole = share_groups(padded_rows, group)
+    found = []
+    for i, ((first, _), counts) in enumerate(zip(pairs, every, strict=True)):
+        ours, theirs = (in_order(everyone, counts) for everyone in whole[2 * i : 2 * i + 2])
+        found.append((ours, theirs, len(ours) * processes(group) / len(first)))
+    return found
+
+
+def _gathered_terms(
+    scales: Sequence[tuple[tuple[Tensor, Tensor], Sequence[int], float | Tensor]],
+    contrasts: Sequence[_Contrast],
+    group: ProcessGroup | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The columns of the contrasts, and the variance of each scale, in one message."""
+    statistics = [_statistics(second) for (_, second), _, _ in scales]
+    columns = [padded(contrast.columns, contrast.counts) for contrast in contrasts]
     received = gather_together([*columns, *statistics], group)
     variances = [
         _hinge(everyone, rows, gamma, 1e-4)
-        for everyone, rows, gamma in zip(received[len(columns) :], every, gammas, strict=True)
+        for everyone, (_, rows, gamma) in zip(received[len(columns) :], scales, strict=True)
     ]
-    if not contrasted:
-        return [(None, variance) for variance in variances]
-    gathered: Sequence[Tensor | None] = received[: len(columns)] or [None] * len(contrasts)
-    losses = [
-        _reduce(contrast.losses(temperature, ring, impl, True, everyone), "mean", contrast)
-        for contrast, everyone in zip(contrasts, gathered, strict=True)
-    ]
-    return list(zip(losses, variances, strict=True))
+    return received[: len(columns)], variances
 
 
 class _Contrast(NamedTuple):
@@ -266,10 +320,14 @@ def _reduce(losses: Tensor, reduction: Reduction, contrast: _Contrast) -> Tensor
     require_choice(reduction, "reduction", REDUCTIONS)
     if reduction != "mean":
         return losses.sum() if reduction == "sum" else losses
-    expected = "at least one row in some process: the mean of no losses is NaN"
-    require(sum(contrast.counts) > 0, "counts", expected, tuple(contrast.counts))
+    _require_rows(contrast.counts)
     # The mean over the processes is then the mean over all rows; a process may be without rows.
     return losses.sum() / (losses.shape[:-1].numel() * sum(contrast.counts) / len(contrast.counts))
+
+
+def _require_rows(counts: Sequence[int]) -> None:
+    expected = "at least one row in some process: the mean of no losses is NaN"
+    require(sum(counts) > 0, "counts", expected, tuple(counts))
 
 
 def _statistics(x: Tensor) -> Tensor:
