@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,8 @@ def batch_norm(
     chosen = _implementation(x, training, joint, differentiated, impl, part)
     if chosen == "reference":
         if joint:
-            return _joint(x, running_mean, running_var, weight, bias, momentum, eps, add, relu, group)
+            given = Normed(x, running_mean, running_var, weight, bias, momentum, eps)
+            return _joint(given, add, relu, group)
         return reference.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, add=add, relu=relu
         )
@@ -94,11 +95,71 @@ def batch_norm(
     others = JointBatch(group) if joint else None
     out, mean, variance, count = operators.batch_norm(feature_map, weight, bias, summand, eps, relu, others)
     _require_several(count, x)
+    _update_running(running_mean, running_var, mean, variance, count, momentum)
+    # No view of the kernel's result: a ReLU in place on one makes autograd copy the gradient, in another layout.
+    return out if x.dim() == 4 else out.view_as(x)
+
+
+class Normed(NamedTuple):
+    """A map in training, and what its batch norm needs."""
+
+    x: Tensor
+    """[B, C, …]."""
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    momentum: float
+    eps: float
+
+
+def joint_sum(first: Normed, second: Normed, process_group: Group | None, impl: Impl = "auto") -> Tensor:
+    """The sum of two batch norms by the joint batch of several processes, in one exchange each way.
+
+    Args:
+        first: a map and its batch norm.
+        second: likewise; a map of the same shape and dtype.
+        process_group: of at least two processes.
+        impl: a preference; see `anomem.backends`.
+
+    Returns:
+        [B, C, …] in the dtype of the maps.
+
+    Raises:
+        ArgumentError: as `batch_norm`.
+    """
+    group, x = group_of(process_group), first.x
+    _check(x, *first[1:5], True, True, second.x)
+    _check(second.x, *second[1:5], True, True, None)
+    if _implementation(x, True, True, may_be_differentiated([x, second.x]), impl, True) == "reference":
+        summand = _joint(second, None, False, group)
+        return _joint(first, summand, False, group)
+    from anomem.ops import batch_norm as operators
+
+    wide = accumulator(x)
+    weights, biases = (
+        [None if given is None else given.to(wide).contiguous() for given in pair]
+        for pair in ((first.weight, second.weight), (first.bias, second.bias))
+    )
+    maps = _as_map(x), _as_map(second.x)
+    out, mean, variance, count = operators.sum_of_two(maps, weights, biases, (first.eps, second.eps), JointBatch(group))
+    _require_several(count, x)
+    for one, its_mean, its_variance in zip((first, second), mean, variance, strict=True):
+        _update_running(one.running_mean, one.running_var, its_mean, its_variance, count, one.momentum)
+    return out if x.dim() == 4 else out.view_as(x)
+
+
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
     if count:
         reference.update_running(running_mean, mean, momentum)
         reference.update_running(running_var, variance * (count / (count - 1)), momentum)
-    # No view of the kernel's result: a ReLU in place on one makes autograd copy the gradient, in another layout.
-    return out if x.dim() == 4 else out.view_as(x)
 
 
 def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool, impl: Impl, part: bool) -> str:
@@ -138,19 +199,9 @@ class JointBatch:
         return sum_over(torch.stack(mine), self.group).unbind()
 
 
-def _joint(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    add: Tensor | None,
-    relu: bool,
-    group: ProcessGroup | None,
-) -> Tensor:
+def _joint(given: Normed, add: Tensor | None, relu: bool, group: ProcessGroup | None) -> Tensor:
     """The batch norm of the joint batch in plain PyTorch."""
+    x, running_mean, running_var, weight, bias, momentum, eps = given
     wide = x.to(accumulator(x))
     mean, variance, count = reference.joint_moments(wide, lambda mine: gather_together([mine], group)[0])
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device

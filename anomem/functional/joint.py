@@ -7,9 +7,9 @@ and `fully_shard` average gradients over the processes, so that these are the jo
 Groups are contrasted each on its own. Where there are at least as many as processes, NT-Xent divides them among the
 processes: each computes whole symmetric groups, which is half the work of its rows' part of every group.
 
-Communication of one process for columns of S bytes each, W processes: sharing groups receives (W − 1)/W · S forward and
-as much backward, gathering (W − 1)·S in each pass. The ring receives (W − 1)·S forward, and backward the columns again and W·S of gradients; it holds two blocks
-at a time instead of W.
+Communication of one process for columns of S bytes each, W processes: sharing groups receives (W − 1)/W · S in each
+pass, gathering (W − 1)·S. The ring receives (W − 1)·S forward, and backward the columns again and W·S of gradients; it
+holds two blocks at a time instead of W.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from anomem.errors import ArgumentError
 from anomem.functional.downsample import downsample
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
 from anomem.nn import BatchNorm2d
+from anomem.nn.batch_norm import has_hooks, sum_of_two
 from anomem.rules import Impl
 from anomem.validation import require, require_count, require_names, require_size
 
@@ -292,17 +293,14 @@ class ResidualBlock(nn.Module):
             inner, straight = downsample(activated, first.weight, projection.weight, impl=self.impl, part=True)
         else:
             inner, straight = first(activated), projection(activated)
-        straight = norm(straight)
         for layer in branch:
             inner = layer(inner)
-        total: Tensor = last(inner, straight)
-        return total
+        return sum_of_two(last, inner, norm, straight)
 
 
 def _is_bare(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is its weight and nothing else: no hook, parametrization or other convolution in its place."""
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) is nn.Conv2d and not any(hooks)
+    return type(layer) is nn.Conv2d and not has_hooks(layer)
 
 
 def _small_stages(channels: int, stem_is_a_scale: bool, norm: Norm, impl: Impl) -> list[nn.Module]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from anomem.functional.batch_norm import batch_norm
+from anomem.functional.batch_norm import Normed, batch_norm, joint_sum
+from anomem.functional.distributed import processes
 from anomem.rules import IMPLEMENTATIONS, Impl
 from anomem.validation import require_choice
 
@@ -68,6 +71,62 @@ class BatchNorm2d(nn.BatchNorm2d):
         return described + (", relu=True" if self.relu else "")
 
 
+class JointBatchNorm(_BatchNorm):
+    """A batch norm over the joint batch of all processes, on CPUs; parameters and buffers keep their names.
+
+        layer = JointBatchNorm(nn.BatchNorm2d(16))
+        layer(x)  # as the batch norm of the rows of all processes
+
+    Args:
+        norm: whose parameters, buffers and options are taken over.
+        joint: whether the batches of the processes are one; each has its own else.
+
+    Shape:
+        [B, C, …] -> [B, C, …]; what is added has the same.
+    """
+
+    def __init__(self, norm: _BatchNorm, joint: bool = True) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.joint = joint
+        self.relu, self.impl = (norm.relu, norm.impl) if isinstance(norm, BatchNorm2d) else (False, "auto")
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
+        self.train(norm.training)
+
+    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
+        """Normalised by the joint batch in training mode, by the running statistics else."""
+        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD if self.joint else None)
+
+
+def sum_of_two(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> Tensor:
+    """`first(x, second(y))` of two batch norms: their sum.
+
+    In the joint batch of several processes both exchange their statistics in one message.
+
+    Args:
+        first: takes a summand, as `BatchNorm2d`.
+        x: [B, C, H, W].
+        second: any batch norm.
+        y: the same shape.
+    """
+    if _exchanges(first) and _exchanges(second) and not second.relu and x.shape == y.shape and x.dtype == y.dtype:
+        total = joint_sum(_counted(first, x), _counted(second, y), dist.group.WORLD, first.impl)
+        return F.relu(total, inplace=True) if first.relu else total
+    summed: Tensor = first(x, second(y))
+    return summed
+
+
+def _exchanges(norm: nn.Module) -> TypeGuard[JointBatchNorm]:
+    """Whether a batch norm takes the statistics of a joint batch, without hooks that would see its map."""
+    joint = isinstance(norm, JointBatchNorm) and norm.joint and norm.training
+    return joint and processes(None) > 1 and not has_hooks(norm)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something looks at a layer's calls."""
+    return any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks))
+
+
 def normalised(
     norm: _NormBase,
     x: Tensor,
@@ -86,6 +145,16 @@ def normalised(
         impl: a preference.
         process_group: of `anomem.functional.batch_norm`.
     """
+    training = norm.training or norm.running_mean is None
+    x, running_mean, running_var, weight, bias, momentum, eps = _counted(norm, x)
+    return batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps,
+        add=add, relu=relu, process_group=process_group, impl=impl, part=True,
+    )  # fmt: skip
+
+
+def _counted(norm: _NormBase, x: Tensor) -> Normed:
+    """A map and the parameters and running statistics of its batch norm; counts the batch in training mode."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -93,7 +162,4 @@ def normalised(
             momentum = 1 / float(norm.num_batches_tracked)
     training = norm.training or norm.running_mean is None
     running = (norm.running_mean, norm.running_var) if not training or norm.track_running_stats else (None, None)
-    return batch_norm(
-        x, *running, norm.weight, norm.bias, training, momentum, norm.eps,
-        add=add, relu=relu, process_group=process_group, impl=impl, part=True,
-    )  # fmt: skip
+    return Normed(x, *running, norm.weight, norm.bias, momentum, norm.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from anomem import reference
 from anomem.ops import library
 from anomem.ops.library import accumulator, channels_last, define, empty, with_known_signature
+
+ONCE = "a batch norm over several processes is differentiated once; take impl='reference'"
 
 
 def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +140,37 @@ def apply(
     return result
 
 
+def sum_of_two(
+    maps: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    eps: Sequence[float],
+    joint: Joint,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The sum of the batch norms of two maps in a joint batch, in one exchange each way; once differentiable.
+
+    Args:
+        maps: [B, C, H, W] twice.
+        weights: of each as in `batch_norm`.
+        biases: likewise.
+        eps: likewise.
+        joint: other processes.
+
+    Returns:
+        [B, C, H, W], means and biased variances [2, C], and the number of values that they are of.
+    """
+    out, mean, variance, count = library.apply(_SumOfTwo, *maps, *weights, *biases, eps, joint)
+    return out, mean, variance, count
+
+
+def _moments(x: Tensor, may_be_empty: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of a channels-last map; zeros where it is without values."""
+    if may_be_empty and x.numel() == 0:
+        return (x.new_zeros(x.shape[1], dtype=accumulator(x)),) * 2
+    mean, variance = torch.ops.anomem.native_batch_norm_statistics(x)
+    return mean, variance
+
+
 @with_known_signature
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
@@ -151,10 +185,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         x, add = channels_last(x), channels_last(add)
         count = x.numel() // x.shape[1]
-        if joint is not None and count == 0:
-            mean = variance = x.new_zeros(x.shape[1], dtype=accumulator(x))
-        else:
-            mean, variance = torch.ops.anomem.native_batch_norm_statistics(x)
+        mean, variance = _moments(x, joint is not None)
         if joint is not None:
             mean, variance, count = joint.moments(mean, variance, count)
         return apply(x, mean, variance, weight, bias, add, eps, relu), mean, variance, count
@@ -208,12 +239,64 @@ class _BatchNorm(torch.autograd.Function):
         return (*found, counts[0]), (*dims, None)
 
 
+@with_known_signature
+class _SumOfTwo(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        y: Tensor,
+        x_weight: Tensor | None,
+        y_weight: Tensor | None,
+        x_bias: Tensor | None,
+        y_bias: Tensor | None,
+        eps: Sequence[float],
+        joint: Joint,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        x, y = channels_last(x), channels_last(y)
+        means, variances = zip(_moments(x, True), _moments(y, True), strict=True)
+        mean, variance, count = joint.moments(torch.cat(means), torch.cat(variances), x.numel() // x.shape[1])
+        mean, variance = mean.view(2, -1), variance.view(2, -1)
+        summand = apply(y, mean[1], variance[1], y_weight, y_bias, None, eps[1], False)
+        return apply(x, mean[0], variance[0], x_weight, x_bias, summand, eps[0], False), mean, variance, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, int]) -> None:
+        x, y, x_weight, y_weight, x_bias, y_bias, ctx.eps, ctx.joint = inputs
+        _, mean, variance, ctx.count = output
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, x_weight, y_weight, x_bias, y_bias, mean, variance)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return (None,) * 8
+        if library.wants_graph():
+            raise RuntimeError(ONCE)
+        x, y, *affine, mean, variance = ctx.saved_tensors
+        dout = channels_last(dout)
+        x, y = channels_last(x), channels_last(y)
+        two = [(one, None, mean[i], variance[i], affine[i], affine[2 + i]) for i, one in enumerate((x, y))]
+        operators = torch.ops.anomem
+        sums = [operators.native_batch_norm_sums(dout, *one, ctx.eps[i], False) for i, one in enumerate(two)]
+        of_all = ctx.joint.sums(*sums[0], *sums[1])
+        gradients: list[Tensor | None] = [None] * 8
+        for i, (one, (constant, along)) in enumerate(zip(two, sums, strict=True)):
+            if ctx.needs_input_grad[i]:
+                gradients[i], _ = operators.native_batch_norm_gradient(
+                    dout, *one, *of_all[2 * i : 2 * i + 2], ctx.count, ctx.eps[i], False, False
+                )
+            gradients[2 + i] = None if affine[i] is None else along
+            gradients[4 + i] = None if affine[2 + i] is None else constant
+        return tuple(gradients)
+
+
 def _with_graph(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None, dout: Tensor
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and add that can be differentiated again."""
     if ctx.joint is not None:
-        raise RuntimeError("a batch norm over several processes is differentiated once; take impl='reference'")
+        raise RuntimeError(ONCE)
 
     def composite(x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None) -> Tensor:
         return reference.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps, add=add, relu=ctx.relu)

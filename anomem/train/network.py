@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from anomem.functional.batch_norm import batch_norm
 from anomem.models import AnoMem
 from anomem.nn import BatchNorm2d
-from anomem.nn.batch_norm import normalised
+from anomem.nn.batch_norm import JointBatchNorm, has_hooks
 from anomem.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def separate(norm: _BatchNorm) -> nn.Module:
 def _is_plain(norm: _BatchNorm) -> bool:
     """Whether a batch norm does what its parameters, buffers and options say, and nothing else."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm2d)
-    return type(norm) in kinds and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    return type(norm) in kinds and not has_hooks(norm)
 
 
 def _with_joint_statistics(norm: _BatchNorm) -> _BatchNorm:
@@ -229,33 +229,6 @@ class _JointStatistics(TorchFunctionMode):
         if func is F.batch_norm:
             return batch_norm(*args, **(kwargs or {}), process_group=dist.group.WORLD)
         return func(*args, **(kwargs or {}))
-
-
-class JointBatchNorm(_BatchNorm):
-    """A batch norm over the joint batch of all processes, on CPUs; parameters and buffers keep their names.
-
-        layer = JointBatchNorm(nn.BatchNorm2d(16))
-        layer(x)  # as the batch norm of the rows of all processes
-
-    Args:
-        norm: whose parameters, buffers and options are taken over.
-        joint: whether the batches of the processes are one; each has its own else.
-
-    Shape:
-        [B, C, …] -> [B, C, …]; what is added has the same.
-    """
-
-    def __init__(self, norm: _BatchNorm, joint: bool = True) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.joint = joint
-        self.relu, self.impl = (norm.relu, norm.impl) if isinstance(norm, BatchNorm2d) else (False, "auto")
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            setattr(self, name, getattr(norm, name))
-        self.train(norm.training)
-
-    def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
-        """Normalised by the joint batch in training mode, by the running statistics else."""
-        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD if self.joint else None)
 
 
 class _SynchronisedWithReLU(nn.SyncBatchNorm):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anomem import functional as AF
 from anomem import nn as ann
 from anomem.errors import ArgumentError
+from anomem.nn.batch_norm import JointBatchNorm, sum_of_two
 from anomem.testing import assert_within_budget, draw
 
 UNEVEN = {2: (3, 2), 3: (3, 1, 2), 4: (2, 0, 3, 1)}
@@ -220,6 +221,44 @@ def joint_batch_norm(counts: tuple[int, ...], layout: torch.memory_format, *impl
             assert_within_budget(joint, *([v[mine] for v in (low, high)] if per_row else (low, high)), name)
 
 
+def two_batch_norms_share_their_messages() -> None:
+    """The sum of two, as at the end of a residual block, in float64; compare with one process."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    counts = UNEVEN[world]
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    x, y, upstream = (draw(sum(counts), 4, 3, 5, seed=seed).double() + 3 for seed in (1, 2, 3))
+
+    def results(rows: slice, impl: Any, joint: bool, relu: bool, layout: Any) -> tuple[list[Tensor], ...]:
+        torch.manual_seed(0)
+        layers: list[Any] = [ann.BatchNorm2d(4, relu=relu, impl=impl), ann.BatchNorm2d(4, eps=0.1, momentum=None)]
+        for layer in layers:
+            nn.init.normal_(layer.weight)
+        first, second = (JointBatchNorm(layer.double()) if joint else layer.double() for layer in layers)
+        maps = [v[rows].contiguous(memory_format=layout).requires_grad_() for v in (x, y)]
+        out = sum_of_two(first, maps[0], second, maps[1])
+        parameters = [*first.parameters(), *second.parameters()]
+        found = torch.autograd.grad(out, [*maps, *parameters], upstream[rows])
+        return [out.detach(), *found[:2]], list(found[2:]), [*first.buffers(), *second.buffers()]
+
+    for impl, relu, layout, messages in (
+        ("reference", False, torch.channels_last, 4),
+        ("auto", False, mixed_layouts(), 2),
+        ("auto", True, torch.channels_last, 2),
+    ):
+        maps, gradients, buffers = results(slice(None), "reference", False, relu, torch.contiguous_format)
+        with Messages() as sent:
+            found = results(mine, impl, True, relu, layout)
+        assert sent.count == messages * (world - 1), impl
+        actual = [*found[0], *map(sum_of, found[1]), *found[2]]
+        for one, expected in zip(actual, [*(v[mine] for v in maps), *gradients, *buffers], strict=True):
+            torch.testing.assert_close(one, expected, msg=f"{impl} {relu=}")
+    seen: list[Any] = []
+    layers = [JointBatchNorm(ann.BatchNorm2d(4)) for _ in range(2)]
+    layers[1].register_forward_hook(lambda *call: seen.append(call))
+    sum_of_two(layers[0], x[mine].float(), layers[1], y[mine].float())
+    assert len(seen) == 1
+
+
 def gathering_is_twice_differentiable() -> None:
     """Σ of cubes over all processes: the second derivative of one's rows is 6 W x."""
     world = dist.get_world_size()
@@ -250,20 +289,23 @@ def groups_meshes_and_mistakes() -> None:
 
 
 def the_compiler_traces_a_loss() -> None:
-    """One graph, the collective within."""
-    z, z_pair = (draw(3, 4, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
+    """One graph, the collective within; columns are gathered and groups are shared."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         return AF.nt_xent_distributed(a, b, impl="reference")
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(loss(z, z_pair), (z, z_pair))
-    for actual, gradient in zip(torch.autograd.grad(compiled(z, z_pair), (z, z_pair)), expected, strict=True):
-        torch.testing.assert_close(actual, gradient)
+    for shape in ((3, 4), (5, 3, 4)):
+        z, z_pair = (draw(*shape, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
+        expected = torch.autograd.grad(loss(z, z_pair), (z, z_pair))
+        for actual, gradient in zip(torch.autograd.grad(compiled(z, z_pair), (z, z_pair)), expected, strict=True):
+            torch.testing.assert_close(actual, gradient)
 
 
 def messages_have_the_size_that_the_documentation_says() -> None:
-    """(W − 1)·S in each pass of a gather; the ring sends backward the columns again and W·S of gradients."""
+    """(W − 1)/W · S in each pass where groups are shared, (W − 1)·S where columns are gathered; the ring sends backward
+    the columns again and W·S of gradients.
+    """
     world = dist.get_world_size()
     z, z_pair = (draw(3, 4, seed=seed + dist.get_rank()).requires_grad_() for seed in (0, 10))
     size = 2 * 3 * 4 * 4  # both views, in float32
@@ -273,6 +315,12 @@ def messages_have_the_size_that_the_documentation_says() -> None:
             assert sent.bytes == (world - 1) * size
             loss.backward()
         assert sent.bytes == (world - 1 + backward) * size
+    groups = [x.detach().expand(world, 3, 4).clone().requires_grad_() for x in (z, z_pair)]
+    with Messages() as sent:
+        loss = AF.nt_xent_distributed(*groups)
+        assert sent.bytes == (world - 1) * size
+        loss.backward()
+    assert sent.bytes == 2 * (world - 1) * size  # of W groups, each of `size` bytes
 
 
 def rows_agree_with_lightly() -> None:
@@ -296,6 +344,7 @@ CHECKS = {
         rows_are_those_of_one_process,
         half_precision_and_far_means_keep_the_budget,
         batch_norm_is_that_of_the_joint_batch,
+        two_batch_norms_share_their_messages,
         gathering_is_twice_differentiable,
         groups_meshes_and_mistakes,
         the_compiler_traces_a_loss,

@@ -21,6 +21,7 @@ ONCE = [
     "groups_meshes_and_mistakes",
     "messages_have_the_size_that_the_documentation_says",
     "batch_norm_is_that_of_the_joint_batch",
+    "two_batch_norms_share_their_messages",
 ]
 IN_TWO = ["the_compiler_traces_a_loss"]  # its import takes seconds in every process
 IN_TWO += ["rows_agree_with_lightly"] if importlib.util.find_spec("lightly") else []

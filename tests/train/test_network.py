@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from anomem.nn import BatchNorm2d
-from anomem.train.network import JointBatchNorm, replace_batch_norms, synchronised
+from anomem.nn.batch_norm import JointBatchNorm
+from anomem.train.network import replace_batch_norms, synchronised
 
 
 def small_network() -> nn.Sequential:

@@ -19,6 +19,7 @@ from anomem.cli import main
 from anomem.data import ResidentImages, load_task
 from anomem.errors import UserError
 from anomem.models import ModelConfig, build_model
+from anomem.models.encoders import ResidualBlock
 from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, resume, train
 from anomem.train.batches import training_batches
 from anomem.train.checkpoint import load_checkpoint
@@ -89,9 +90,10 @@ def test_the_messages_of_a_step_are_those_of_the_documentation(tmp_path: Path, b
     sent, other = (json.loads((tmp_path / f"sent{rank}").read_text()) for rank in (0, 1))
     assert sent == other
     model = build_model(ModelConfig(), (32, 32), 3, (0.5,) * 3, (0.25,) * 3)
-    norms = sum(isinstance(part, _BatchNorm) for part in model.encoder.modules())
-    # Batch norm in each pass; columns and variances, and what comes back; gradients of the encoder and of the rest;
-    # whether a process has been asked to stop.
+    parts = list(model.encoder.modules())
+    norms = sum(isinstance(part, _BatchNorm) for part in parts) - sum(isinstance(part, ResidualBlock) for part in parts)
+    # Batch norm in each pass, two of a block in one; shared groups, and what comes back; gradients of the encoder and
+    # of the rest; whether a process has been asked to stop.
     of_norms = 2 * norms if batch_norm == "job" else 0
     assert sum(sent.values()) == of_norms + 2 + 2 + 1
     documentation = " ".join((Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text("utf-8").split())
