@@ -74,11 +74,13 @@ class Network:
             from torch.distributed.fsdp import fully_shard
 
             self.encoder.to(memory_format=torch.contiguous_format)  # of weights; it shards no others
+            numbers = {p for p in self.encoder.parameters() if p.dim() == 0}  # it shards none; each process keeps them
             for part in self.encoder.modules():
                 if isinstance(part, nn.ModuleDict):  # the stages of a chain, each gathered when it is its turn
                     for stage in part.values():
-                        fully_shard(stage)
-            fully_shard(self.encoder)  # type: ignore[arg-type]
+                        fully_shard(stage, ignored_params=numbers)
+            fully_shard(self.encoder, ignored_params=numbers)  # type: ignore[arg-type]
+            self.replicated += numbers
         elif trained:
             blank = torch.zeros(1, len(model.mean), *model.encoder.image_size, device=model.device)
             replicas = nn.parallel.DistributedDataParallel

@@ -69,7 +69,10 @@ class Draws:
 
     @contextmanager
     def seeded(self, *place: int) -> Iterator[None]:
-        """Dropout draws from torch's own generators, within this block the same for the same place."""
+        """Dropout draws from torch's own generators, within this block the same for the same place.
+
+        Each process draws its own: of all random numbers these alone depend on the number of processes.
+        """
         gpus = [self.device] if self.device.type == "cuda" else []
         seed = self._seed(DROPOUT, *place)
         with torch.random.fork_rng(gpus):
