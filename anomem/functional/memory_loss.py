@@ -138,8 +138,8 @@ def contrasted_memory_losses(
 ) -> list[tuple[Tensor, Tensor]]:
     """`contrasted_memory_loss` of several scales of the same images.
 
-    Across processes all scales share one message forward and one backward; in the ring each scale's columns travel on
-    their own, and the variances share a message.
+    Across processes all scales share one message forward and one backward, those with fewer groups than processes one
+    more; in the ring each scale's columns travel on their own, and the variances share a message.
 
     Args:
         scales: S scales, of the same B.
