@@ -163,7 +163,10 @@ FLOORS = [
     Floor(
         "kernels",
         {"retrieve", "contrast", "nearest", "read"},
-        {"__init__", "launching", "passes", "primitives", "rows", "tile_table", "tile_search", "ahead_of_time"},
+        {
+            "__init__", "ahead_of_time", "kernel_resources", "launching", "passes", "primitives", "rows",
+            "shipped_kernels", "tile_search", "tile_table",
+        },
     ),
     Floor(
         "csrc/cpu",
