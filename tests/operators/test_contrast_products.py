@@ -30,18 +30,20 @@ def test_kept_products_are_those_that_would_be_made_again(
     index = (torch.arange(batch) * 3 % columns.shape[1], torch.arange(batch))
     rest = (torch.tensor(tau, dtype=F64 if dtype == F64 else F32), 1.0)
 
-    def slopes(kept: int | None) -> list[Tensor]:
-        infix, number = ("", ()) if kept is None else ("kept_", (kept,))
+    def slopes(kept: tuple[int, int] | None) -> list[Tensor]:
+        infix, of_pairs, of_columns = ("", (), ()) if kept is None else ("kept_", kept[:1], kept[1:])
         of = {f"{o}_{p}": getattr(OPERATORS, f"{impl}_{o}_{infix}{p}") for o in ("nt_xent", "info_nce") for p in PASSES}
-        results = of["nt_xent_fwd"](z, z_pair, *rest, *number)
+        results = of["nt_xent_fwd"](z, z_pair, *rest, *of_pairs)
         drows = draw(groups, 2 * batch, dtype=results[0].dtype, seed=7)
         found = [*results[:3], *of["nt_xent_bwd"](drows, z, z_pair, *results, *rest)]
-        results = of["info_nce_fwd"](z, columns, *index, *rest, *number)
+        results = of["info_nce_fwd"](z, columns, *index, *rest, *of_columns)
         dloss = drows[:, :batch].contiguous()
         return [*found, *results[:4], *of["info_nce_bwd"](dloss, z, columns, *results, *index, *rest)]
 
     again = slopes(None)
-    for kept in {0, groups // 2, groups}:
+    pairs = groups * ops_contrast._nt_xent_tiles(2 * batch, groups)[0]
+    crossings = groups * ops_contrast._info_nce_tiles(batch, columns.shape[1], groups)[0]
+    for kept in ((0, 0), (1, 1), (pairs // 2, crossings // 2), (pairs - 1, crossings - 1), (pairs, crossings)):
         for one, other in zip(slopes(kept), again, strict=True):
             assert torch.equal(one, other)
 
@@ -62,10 +64,10 @@ def test_operators_that_keep_products_keep_their_schemas(impl: Impl) -> None:
 def test_kept_products_are_bounded_and_wanted_by_gradients_alone(
     impl: Impl, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = 6 * 64 * 80 * 4  # bytes of three tiles of 64 rows each way, in float32
+    tile = 64 * 80 * 4  # bytes of 64 rows each way, in float32; a group has three rows of tiles, six pairs
     inputs = views(3, 90, 128, dtype)
-    for most, kept in ((0, 0), (2 * group + 1, 2), (2**30, 3)):
-        share = 4 if dtype == BF16 else 1  # of so few features
+    for most, kept in ((0, 0), (15 * tile + 1, 15), (2**30, 18)):
+        share = 2 if dtype == BF16 else 1  # of so few features
         monkeypatch.setattr(ops_contrast, "KEPT_BYTES", share * most)
         saved: list[Tensor] = []
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -73,7 +75,7 @@ def test_kept_products_are_bounded_and_wanted_by_gradients_alone(
             rows_of(impl)(*inputs)
             assert not saved
             rows_of(impl)(*leaves)
-        assert sum(x.nbytes for x in saved if x.shape[-1] == group // 4) == kept * group
+        assert sum(x.nbytes for x in saved if x.shape[-1] == tile // 4) == kept * tile
         check(impl, 0.2, inputs)
     monkeypatch.setattr(ops_contrast, "KEPT_BYTES", 2**30)
     positive = torch.arange(130) % 70
