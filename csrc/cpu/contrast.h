@@ -23,7 +23,7 @@ struct KeptProducts {
 };
 
 // In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by
-// the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave` is the number of groups that are
+// the forward pass for the backward pass, see finish_row in contrast_sums.h; `wave` is the number of groups that are
 // worked on together.
 
 struct NtXentForward {

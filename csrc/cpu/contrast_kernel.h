@@ -14,7 +14,10 @@
 #pragma once
 
 #include "cpu/contrast.h"
+#include "cpu/contrast_gradients.h"
 #include "cpu/contrast_rows.h"
+#include "cpu/contrast_schedule.h"
+#include "cpu/contrast_sums.h"
 #include "cpu/contrast_tile.h"
 #include "cpu/parallel.h"
 
