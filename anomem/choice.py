@@ -345,7 +345,8 @@ def _section(device: str) -> Section:
                 if place.exists() or mode() != "measure":
                     _sections[device] = read(place, device)
             except (OSError, ValueError) as error:
-                _warn(f"no choices of this machine are used: {error}")
+                named = "" if mode() == "measure" else "ANOMEM_CHOICE (expected measure, table or a path): "
+                _warn(f"{named}no choices of this machine are used: {error}")
     return _sections[device]
 
 

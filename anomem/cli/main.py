@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import io
+import os
 import signal
 import sys
 import warnings
@@ -75,7 +76,7 @@ def _run(arguments: list[str]) -> int:
         # They take seconds to import.
         from anomem.cli import commands, elsewhere, reproduce, score
 
-        command = _parse(arguments)
+        command = _parsed(arguments)
         if isinstance(command, commands.Train):
             commands.train(command)
         elif isinstance(command, commands.Fit):
@@ -104,6 +105,17 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as stop:  # tyro: help, or a wrong option
         return int(stop.code or 0)
     return 0
+
+
+def _parsed(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce:
+    """As `_parse`; of several processes with one command line, the first alone says what is wrong with it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
+        return _parse(arguments)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return _parse(arguments)
+        except UserError as error:
+            raise SystemExit(2) from error
 
 
 def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Export | Report | Drift | Reproduce:

@@ -81,7 +81,7 @@ class NTXentLoss(_Contrast):
         learn_temperature: make log tau a parameter.
         process_group: whose processes; `torch.distributed`'s default group when None.
         ring: where there are fewer groups than processes, let the rows travel from one to the next instead of gathering
-            them.
+            them; once differentiable.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
@@ -139,7 +139,7 @@ class InfoNCELoss(_Contrast):
         learn_temperature: make log tau a parameter.
         gather_distributed: contrast with the columns of all processes, as in `NTXentLoss`; row i's column is i.
         process_group: as in `NTXentLoss`.
-        ring: let the columns travel from process to process instead of gathering them.
+        ring: let the columns travel from process to process instead of gathering them; once differentiable.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:

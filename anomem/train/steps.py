@@ -145,6 +145,7 @@ class Stage1Step:
                 flags.append(normal)
         with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
             joined = [joined_views(vectors).requires_grad_() for vectors in zip(*found, strict=True)]
+            found.clear()  # copied: beside the maps of a micro-batch, memory is that of such vectors
             normal = None if flags[0] is None else torch.cat([flag for flag in flags if flag is not None])
             loss, terms = self._loss(joined, normal, part)
         with record_function("anomem.backward"):

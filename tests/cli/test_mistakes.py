@@ -228,3 +228,16 @@ def test_maps_that_would_be_one_file(anomem: Command, finished: Path, tmp_path: 
         Image.new("L", (16, 16)).save(tmp_path / f"black.{suffix}")
     done = anomem("score", tmp_path, "--run", finished, "--maps", tmp_path / "maps")
     complains(done, "`--maps`", "different names", "black.tiff")
+
+
+@pytest.mark.parametrize("option", ["--optimizer.batch-size=1", "--unknown"])
+def test_of_several_processes_the_first_says_what_is_wrong(
+    anomem: Command, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        done = anomem("train", option)
+        assert done.code == 2
+        assert bool(done.err) == said
+        assert done.out == ""
