@@ -296,16 +296,23 @@ def groups_meshes_and_mistakes() -> None:
     for group in (dist.group.WORLD, (mesh, "all"), (mesh, 1), mesh["all"]):
         assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=group), expected)
     assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=(mesh, "one")), AF.nt_xent(z, z_pair))
-    for wrong in ({"process_group": mesh}, {"counts": (3,)}, {"counts": (4,) * world}):
+    # What the last two say of this process is right in all but one.
+    for wrong in (
+        {"process_group": mesh}, {"counts": (3,)}, {"counts": (4,) * world}, {"counts": 3},
+        {"counts": (3, -1, 3)[:world]}, {"counts": (3, 3.5, 3)[:world]},
+    ):  # fmt: skip
         with pytest.raises(ArgumentError, match=r"`(process_group|counts|z)`: expected"):
             AF.nt_xent_distributed(z, z_pair, **wrong)
+    for wrong in ({"gamma": "1"}, {"gamma": torch.ones((), requires_grad=True)}, {"eps": -1.0}):
+        with pytest.raises(ArgumentError, match=r"`(gamma|eps)`: expected"):
+            AF.variance_hinge_distributed(z, **wrong)
 
 
 def the_compiler_traces_a_loss() -> None:
-    """One graph, the collective within; columns are gathered and groups are shared."""
+    """One graph, the collectives within; columns are gathered and groups are shared."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return AF.nt_xent_distributed(a, b, impl="reference")
+        return AF.nt_xent_distributed(a, b, impl="reference") + AF.variance_hinge_distributed(b, gamma=2.0)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for shape in ((3, 4), (5, 3, 4)):
