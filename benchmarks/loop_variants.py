@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from anomem import kernels
-from anomem.kernels import ahead_of_time
+from anomem.kernels.kernel_resources import Loops, compiled_of, disassemble, read
+from anomem.kernels.shipped_kernels import shipped
 from benchmarks.harness.console import say
 
 KERNELS = Path(kernels.__file__).parent
@@ -113,10 +114,10 @@ def changed(change: Change, folder: Path) -> ModuleType:
 
 def figures(spec: Any) -> dict[str, int]:
     """Registers, spilled bytes and the instructions of the loops."""
-    compiled, log = ahead_of_time.compiled_of(spec)
-    row = ahead_of_time.read(compiled, log, spec)
-    sass, _ = ahead_of_time.disassemble(compiled.asm["cubin"])
-    code = ahead_of_time.Loops(sass, matrix_only=True).instructions
+    compiled, log = compiled_of(spec)
+    row = read(compiled, log, spec)
+    sass, _ = disassemble(compiled.asm["cubin"])
+    code = Loops(sass, matrix_only=True).instructions
     counts = {name: sum(re.search(pattern, one) is not None for one in code) for name, pattern in COUNTED.items()}
     return {"registers": row.registers, "spilled bytes": row.spills, "blocks": row.blocks, **counts}
 
@@ -131,7 +132,7 @@ def table(names: list[str]) -> Iterator[str]:
             if names and change.name not in names:
                 continue
             kernel = getattr(changed(change, Path(folder)), change.kernel)
-            for key, spec in ahead_of_time.shipped().items():
+            for key, spec in shipped().items():
                 if not any(re.search(pattern, key) for pattern in change.keys):
                     continue
                 before, after = figures(spec), figures(spec._replace(kernel=kernel))

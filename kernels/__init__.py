@@ -10,7 +10,8 @@ The files
     `nearest`       the nearest prototypes and greedy k-center, by the products of `retrieve_chunked`
     `read`          the read of a filled memory, by the same and by `nearest`
     `primitives`    loads, products, softmax and sizes that these share; `launching` launches, `passes` repeats launches
-    `tile_table`    the sizes of tiles; `tile_search` measures others; `ahead_of_time` compiles them all without a GPU
+    `tile_table`    the sizes of tiles; `tile_search` measures others
+    `ahead_of_time` compiles all kernels without a GPU: `shipped_kernels` lists them, `kernel_resources` reads one
 
 How a kernel file is built
     The formula and its source stand at the top; every tile carries its shape. Blocks are named for what they tile:

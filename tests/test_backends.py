@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are not checked here; tests/test_choice.py is about that."""
+    """The kernels are not checked here; tests/choice is about that."""
     monkeypatch.setattr(choice, "distrust", lambda *_: None)
 
 

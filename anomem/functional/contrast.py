@@ -40,7 +40,7 @@ def nt_xent(
 
     Per group U = [z; z_pair], rows L2-normalised, N = 2B, and
     l_i = logsumexp_{j≠i}(u_i·u_j / tau) − u_i·u_{i±B} / tau. The fused implementations keep no [N, N] matrix, except
-    that on a CPU a call keeps at most 72 MiB of the similarities for its backward pass.
+    that on a CPU a call keeps at most 31 MiB of the similarities for its backward pass.
 
     Args:
         z: [B, d] or [G, B, d]; need not be normalised.

@@ -76,8 +76,8 @@ def nt_xent_distributed(
         process_group: a group, a mesh of one dimension or (mesh, dimension); torch.distributed's default group when
             None. Without one this is `nt_xent`.
         counts: B of each process, where they differ (`rows_per_process`).
-        ring: let the columns travel from process to process instead of sharing groups or gathering columns; see the
-            module. Once differentiable.
+        ring: where groups are not shared, let the columns travel from process to process instead of gathering them; see
+            the module. Once differentiable.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
         part: where the named implementation has no such kernel, choose by "auto".
 
@@ -93,7 +93,7 @@ def nt_xent_distributed(
     # Before anything is sent: a process that raises leaves the others waiting.
     require_views(z, "z", z_pair, "z_pair")
     counts = checked_counts(z, "z", group, counts)
-    if reduction == "mean" and not ring and _can_share(z, group):
+    if reduction == "mean" and _can_share(z, group):
         _require_rows(counts)
         ((ours, theirs, weight),) = _shared([autocast_inputs(z, z_pair)], [counts], group)
         return weight * nt_xent(ours, theirs, temperature=temperature, impl=impl, part=part)
@@ -195,8 +195,8 @@ def joint_terms(
     joint batch's.
 
     As `nt_xent_distributed` of a pair and `variance_hinge_distributed` of its second, scale by scale. The scales whose
-    groups are shared have one message each way, and so have the others; in the ring the columns of each travel on their
-    own.
+    groups are shared have one message each way, and so have the others; in the ring the columns of each of these travel
+    on their own.
 
     Args:
         pairs: S times two tensors [G_s, B, d_s] of one dtype.
@@ -215,7 +215,7 @@ def joint_terms(
     scales = list(zip(pairs, every, gammas, strict=True))
     if not contrasted:
         return [(None, variance) for variance in _gathered_terms(scales, (), group)[1]]
-    shared = [i for i, (first, _) in enumerate(pairs) if not ring and _can_share(first, group)]
+    shared = [i for i, (first, _) in enumerate(pairs) if _can_share(first, group)]
     others = [i for i in range(len(pairs)) if i not in shared]
     found: dict[int, tuple[Tensor | None, Tensor]] = {}
     if shared:

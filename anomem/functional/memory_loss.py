@@ -98,7 +98,7 @@ def contrasted_memory_loss(
             the processes is its loss. See `nt_xent_distributed` for this and the next three.
         process_group: whose processes; torch.distributed's default group when None.
         counts: B of each process, where they differ.
-        ring: let the columns travel instead of gathering them.
+        ring: where groups are not shared, let the columns travel instead of gathering them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`. Parts for which the named one
             has no kernel choose by "auto".
 
@@ -138,8 +138,8 @@ def contrasted_memory_losses(
 ) -> list[tuple[Tensor, Tensor]]:
     """`contrasted_memory_loss` of several scales of the same images.
 
-    Across processes all scales share one message forward and one backward, those with fewer groups than processes one
-    more; in the ring each scale's columns travel on their own, and the variances share a message.
+    Across processes all scales share one message forward and one backward. Those with fewer groups than processes share
+    another; in the ring the columns of each of these travel on their own, and their variances share a message.
 
     Args:
         scales: S scales, of the same B.
@@ -150,7 +150,7 @@ def contrasted_memory_losses(
         distributed: the batch is that of all processes.
         process_group: whose processes.
         counts: B of each process, where they differ.
-        ring: let the columns travel instead of gathering them.
+        ring: where groups are not shared, let the columns travel instead of gathering them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Returns:

@@ -80,7 +80,8 @@ class NTXentLoss(_Contrast):
             `anomem.functional.nt_xent_distributed`.
         learn_temperature: make log tau a parameter.
         process_group: whose processes; `torch.distributed`'s default group when None.
-        ring: let the rows travel from process to process instead of gathering them.
+        ring: where there are fewer groups than processes, let the rows travel from one to the next instead of gathering
+            them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:
@@ -138,7 +139,7 @@ class InfoNCELoss(_Contrast):
         learn_temperature: make log tau a parameter.
         gather_distributed: contrast with the columns of all processes, as in `NTXentLoss`; row i's column is i.
         process_group: as in `NTXentLoss`.
-        ring: as in `NTXentLoss`.
+        ring: let the columns travel from process to process instead of gathering them.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
 
     Shape:

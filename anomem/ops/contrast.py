@@ -29,12 +29,12 @@ from anomem.ops.library import (
     with_known_signature,
 )
 
-KEPT_BYTES = 72 << 20
-"""Most memory of the products that one call on a CPU keeps for its backward pass: 4096 × 4096 of InfoNCE in float32.
+KEPT_BYTES = 31 << 20
+"""Most memory of the products that one call on a CPU keeps for its backward pass; it makes the others again.
 
-It makes the others again.
+A block of 32 MiB and more is mapped anew by glibc in every call: its new pages cost more than the products.
 
-A quarter of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back
+Half of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back
 more slowly than they are made (measured on AMD family 25).
 """
 _LONG_ROWS = {torch.float32: 128, torch.float64: 128, torch.bfloat16: 256}
@@ -68,7 +68,7 @@ def _kept_nt_xent_fake(
     z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, batch, _ = z.shape
-    products = empty(z, kept, _nt_xent_kept(2 * batch, groups), dtype=accumulator(z))
+    products = empty(z, kept, _nt_xent_tiles(2 * batch, groups)[1], dtype=accumulator(z))
     return *_native_nt_xent_fake(z, z_pair, temperature, tau), products
 
 
@@ -90,18 +90,17 @@ def _tile_rows(rows: int, groups: int) -> int:
     return _TILE if rows >= 1024 or rows <= _TILE or groups >= 4 else _TILE // 2  # as in csrc/cpu/contrast.h
 
 
-def _nt_xent_kept(rows: int, groups: int) -> int:
-    """Elements of a group's kept products; as in csrc/cpu/contrast.h."""
+def _nt_xent_tiles(rows: int, groups: int) -> tuple[int, int]:
+    """Tiles of a group, and elements of a kept one; as in csrc/cpu/contrast.h."""
     tile = _tile_rows(rows, groups)
     tiles = (rows + tile - 1) // tile
-    return tiles * (tiles + 1) // 2 * tile * (tile + 16)
+    return tiles * (tiles + 1) // 2, tile * (tile + 16)
 
 
-def _info_nce_kept(rows: int, columns: int, groups: int) -> int:
-    """Elements of a group's kept products; as in csrc/cpu/contrast.h."""
+def _info_nce_tiles(rows: int, columns: int, groups: int) -> tuple[int, int]:
+    """Tiles of a group, and elements of a kept one; as in csrc/cpu/contrast.h."""
     tile = _tile_rows(rows, groups)
-    tiles = ((rows + tile - 1) // tile) * ((columns + _TILE - 1) // _TILE)
-    return tiles * tile * (_TILE + 16)
+    return ((rows + tile - 1) // tile) * ((columns + _TILE - 1) // _TILE), tile * (_TILE + 16)
 
 
 def _whole_vectors(features: int, rows: Tensor) -> int:
@@ -165,7 +164,7 @@ def _kept_info_nce_fake(
     tau: float,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    elements = _info_nce_kept(rows.shape[1], columns.shape[1], rows.shape[0])
+    _, elements = _info_nce_tiles(rows.shape[1], columns.shape[1], rows.shape[0])
     products = empty(rows, kept, elements, dtype=accumulator(rows))
     return *_native_info_nce_fake(rows, columns, positive, exclude, temperature, tau), products
 
@@ -304,7 +303,7 @@ def nt_xent(z: Tensor, z_pair: Tensor, temperature: Tensor | None, tau: float, b
     Returns:
         [G, 2B] in the accumulation dtype.
     """
-    kept = _kept((z, z_pair, temperature), 2 * z.shape[1], _nt_xent_kept, backend)
+    kept = _kept((z, z_pair, temperature), 2 * z.shape[1], _nt_xent_tiles, backend)
     rows: Tensor = library.apply(_NTXent, z, z_pair, temperature, tau, backend, kept)[0]
     return rows
 
@@ -333,14 +332,16 @@ def info_nce(
         [G, R] in the accumulation dtype.
     """
     kept = _kept(
-        (rows, columns, temperature), rows.shape[1], partial(_info_nce_kept, columns=columns.shape[1]), backend
+        (rows, columns, temperature), rows.shape[1], partial(_info_nce_tiles, columns=columns.shape[1]), backend
     )
     loss: Tensor = library.apply(_InfoNCE, rows, columns, positive, exclude, temperature, tau, backend, kept)[0]
     return loss
 
 
-def _kept(inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, elements: Callable[..., int], backend: str) -> int:
-    """Groups whose products are kept for the backward pass.
+def _kept(
+    inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, tiles_of: Callable[..., tuple[int, int]], backend: str
+) -> int:
+    """Tiles whose products are kept for the backward pass.
 
     None without gradients, in small calls, where a product costs no more than its memory, and under a compiler, whose
     graphs serve other sizes.
@@ -354,9 +355,9 @@ def _kept(inputs: tuple[Tensor, Tensor, Tensor | None], rows: int, elements: Cal
     if not library.may_be_differentiated(inputs):
         return 0
     groups, _, features = inputs[0].shape
-    group = elements(rows=rows, groups=groups) * accumulator(inputs[0]).itemsize
-    most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 4
-    return min(groups, most // group)
+    tiles, elements = tiles_of(rows=rows, groups=groups)
+    most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 2
+    return min(groups * tiles, most // (elements * accumulator(inputs[0]).itemsize))
 
 
 @with_known_signature

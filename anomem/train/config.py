@@ -69,7 +69,7 @@ class LossConfig:
     positions_per_image: bool = False
     """Draw positions for each image instead of once for the batch."""
     ring: bool = False
-    """With several processes: let the contrast's columns travel from one to the next instead of gathering them."""
+    """With several processes, at a scale with fewer positions: let the columns travel instead of gathering them."""
 
     def __post_init__(self) -> None:
         require_setting(self.temperature, "loss.temperature")

@@ -52,8 +52,13 @@ int64_t wave_of(int64_t groups, int64_t items_per_group) {
   return groups_in_a_wave(groups, items_per_group > 0 ? items_per_group : 1, thread_count());
 }
 
-void check_kept(int64_t kept, int64_t groups) {
-  if (kept < 0 || kept > groups) refuse("kept", "0 to G groups", std::to_string(kept));
+// The products of so many tiles, to be kept.
+Tensor products_of(int64_t kept, int64_t tiles, int64_t elements, ScalarType sums) {
+  if (kept < 0 || kept > tiles)
+    refuse("kept", "0 to " + std::to_string(tiles) + ", the tiles of all groups", std::to_string(kept));
+  Tensor products = empty({kept, elements}, sums);
+  ask_for_huge_pages(products);
+  return products;
 }
 
 // The two sets of rows of a contrast, [G, R, d] and [G, C, d], checked.
@@ -81,10 +86,13 @@ struct Sides {
     check_operand(tensor, argument, like, sums, {groups, rows});
   }
   // A forward pass kept them; none if it did not.
-  KeptProducts<const void> kept_products(const OptionalTensor& products, const Tensor& like, int64_t elements) const {
+  KeptProducts<const void> kept_products(const OptionalTensor& products, const Tensor& like, int64_t tiles,
+                                         int64_t elements) const {
     if (!products) return {0, nullptr};
     check_operand(*products, "products", like, sums, {"kept", elements});
-    if (products->size(0) > groups) refuse("products", "at most G groups", std::to_string(products->size(0)));
+    if (products->size(0) > tiles)
+      refuse("products", "at most " + std::to_string(tiles) + ", the tiles of all groups",
+             std::to_string(products->size(0)));
     return {products->size(0), products->const_data_ptr()};
   }
   Tensor per_row(int64_t rows) const { return empty({groups, rows}, sums); }
@@ -111,7 +119,7 @@ struct NtXentResult {
   Tensor loss, total, inv_norm, products;
 };
 
-// Of the first `kept` groups the products are kept.
+// Of the first `kept` tiles of all groups the products are kept.
 NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor& temperature, double tau,
                      int64_t kept) {
   const Sides views = views_of(z, z_pair, temperature);
@@ -120,9 +128,8 @@ NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor
   Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
   Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features, library)}, views.sums);
-  check_kept(kept, groups);
-  Tensor products = empty({kept, nt_xent_kept(rows, groups)}, views.sums);
-  ask_for_huge_pages(products);
+  const int64_t tile = tile_rows(rows, groups);
+  Tensor products = products_of(kept, groups * nt_xent_tiles(rows, groups), kept_elements(tile, tile), views.sums);
   run(NtXentForward{views.type,
                     library,
                     groups,
@@ -154,8 +161,10 @@ Gradients nt_xent_gradients(const Tensor& drows, const Tensor& z, const Tensor& 
   const double value = value_of(temperature, tau);
   Tensor dz = views.gradient(0), dz_pair = views.gradient(1), tau_terms = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  const auto kept = views.kept_products(products, z, nt_xent_kept(rows, groups));
-  Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features, kept.groups == groups)}, views.sums);
+  const int64_t tile = tile_rows(rows, groups), tiles = nt_xent_tiles(rows, groups);
+  const auto kept = views.kept_products(products, z, groups * tiles, kept_elements(tile, tile));
+  const bool all_kept = kept.whole(groups - 1, tiles);
+  Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features, all_kept)}, views.sums);
   run(NtXentBackward{views.type,
                      library,
                      groups,
@@ -204,7 +213,7 @@ struct InfoNceResult {
   Tensor loss, total, inv_rows, inv_columns, products;
 };
 
-// Of the first `kept` groups the products are kept.
+// Of the first `kept` tiles of all groups the products are kept.
 InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& positive, const OptionalTensor& exclude,
                        const OptionalTensor& temperature, double tau, int64_t kept) {
   const Sides sides = sides_of(rows, columns, positive, exclude, temperature);
@@ -212,9 +221,8 @@ InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& 
   const bool library = takes_library_products(sides.type, r, c, sides.features);
   Tensor loss = sides.per_row(r), total = sides.per_row(r), inv_rows = sides.per_row(r), inv_columns = sides.per_row(c);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  check_kept(kept, groups);
-  Tensor products = empty({kept, info_nce_kept(r, c, groups)}, sides.sums);
-  ask_for_huge_pages(products);
+  Tensor products = products_of(kept, groups * info_nce_tiles(r, c, groups),
+                                kept_elements(tile_rows(r, groups), kLargestTile), sides.sums);
   Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features, library)}, sides.sums);
   run(InfoNceForward{sides.type,
                      library,
@@ -249,9 +257,11 @@ Gradients info_nce_gradients(const Tensor& dloss, const Tensor& rows, const Tens
   const double value = value_of(temperature, tau);
   Tensor drows = sides.gradient(0), dcolumns = sides.gradient(1), tau_terms = sides.per_row(r);
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
-  const auto kept = sides.kept_products(products, rows, info_nce_kept(r, c, groups));
-  Tensor workspace =
-      empty({wave, info_nce_backward_workspace(r, c, sides.features, kept.groups == groups)}, sides.sums);
+  const int64_t tiles = info_nce_tiles(r, c, groups);
+  const auto kept =
+      sides.kept_products(products, rows, groups * tiles, kept_elements(tile_rows(r, groups), kLargestTile));
+  const bool all_kept = kept.whole(groups - 1, tiles);
+  Tensor workspace = empty({wave, info_nce_backward_workspace(r, c, sides.features, all_kept)}, sides.sums);
   run(InfoNceBackward{sides.type,
                       library,
                       groups,

@@ -13,16 +13,17 @@ struct Rows {
   int64_t group_stride, row_stride;
 };
 
-// Products of the tiles of the first `groups` groups, from the forward pass: the backward pass does not make them
-// again.
+// Products of the first `count` tiles of all groups, from the forward pass: the backward pass does not make them again.
 template <class Data>
 struct KeptProducts {
-  int64_t groups;
-  Data* tiles;  // T [groups, nt_xent_kept or info_nce_kept]
+  int64_t count;
+  Data* tiles;  // T [count, kept_elements]
+  // Whether those of `tiles_of_group` tiles of a group are all among them.
+  bool whole(int64_t group, int64_t tiles_of_group) const { return (group + 1) * tiles_of_group <= count; }
 };
 
 // In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by
-// the forward pass for the backward pass, see finish_row in contrast_tile.h; `wave` is the number of groups that are
+// the forward pass for the backward pass, see finish_row in contrast_sums.h; `wave` is the number of groups that are
 // worked on together.
 
 struct NtXentForward {
@@ -112,14 +113,17 @@ inline int64_t backward_row(int64_t features, bool all_kept) {
 // Tiles of products are kept with this row stride: a power of two would put a column of one into a few sets of a cache.
 inline int64_t kept_stride_of_tile(int64_t columns) { return columns + 16; }
 
-// Elements of a group's kept products: the tiles of pairs first ≤ second, or of rows and columns, one after another.
-inline int64_t nt_xent_kept(int64_t rows, int64_t groups) {
+// Elements of a kept tile.
+inline int64_t kept_elements(int64_t rows, int64_t columns) { return rows * kept_stride_of_tile(columns); }
+
+// Tiles of a group: pairs first ≤ second, or of rows and columns.
+inline int64_t nt_xent_tiles(int64_t rows, int64_t groups) {
   const int64_t tile = tile_rows(rows, groups), tiles = (rows + tile - 1) / tile;
-  return tiles * (tiles + 1) / 2 * tile * kept_stride_of_tile(tile);
+  return tiles * (tiles + 1) / 2;
 }
-inline int64_t info_nce_kept(int64_t rows, int64_t columns, int64_t groups) {
-  const int64_t tile = tile_rows(rows, groups), tiles = (rows + tile - 1) / tile;
-  return tiles * ((columns + kLargestTile - 1) / kLargestTile) * tile * kept_stride_of_tile(kLargestTile);
+inline int64_t info_nce_tiles(int64_t rows, int64_t columns, int64_t groups) {
+  const int64_t tile = tile_rows(rows, groups);
+  return (rows + tile - 1) / tile * ((columns + kLargestTile - 1) / kLargestTile);
 }
 
 inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features, bool library) {

@@ -14,18 +14,19 @@
 #pragma once
 
 #include "cpu/contrast.h"
+#include "cpu/contrast_gradients.h"
 #include "cpu/contrast_rows.h"
+#include "cpu/contrast_schedule.h"
+#include "cpu/contrast_sums.h"
 #include "cpu/contrast_tile.h"
 #include "cpu/parallel.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// The tile `index` of a group's kept products, [rows, kept_stride_of_tile(columns)]; null where none are kept.
+// The kept products of the tile `index` of all groups, [rows, kept_stride_of_tile(columns)]; null where there are none.
 template <class T, class Data>
-ANOMEM_INLINE T* kept_tile(const KeptProducts<Data>& kept, int64_t group, int64_t elements_of_group, int64_t index,
-                           int64_t rows, int64_t columns) {
-  if (group >= kept.groups) return nullptr;
-  return static_cast<T*>(kept.tiles) + group * elements_of_group + index * rows * kept_stride_of_tile(columns);
+ANOMEM_INLINE T* kept_tile(const KeptProducts<Data>& kept, int64_t index, int64_t rows, int64_t columns) {
+  return index < kept.count ? static_cast<T*>(kept.tiles) + index * kept_elements(rows, columns) : nullptr;
 }
 
 // The index of a pair of tiles first ≤ second among all of them.
@@ -36,7 +37,7 @@ struct NtXentForwardRun {
   using T = accumulator_t<S>;
   const NtXentForward& arguments;
   const Scale<T> scale;
-  const int64_t batch, rows, padded, features, tile;
+  const int64_t batch, rows, padded, features, tile, tiles;  // tiles of a group
 
   explicit NtXentForwardRun(const NtXentForward& a)
       : arguments(a),
@@ -45,7 +46,8 @@ struct NtXentForwardRun {
         rows(2 * a.batch),
         padded(round_up(rows, kRowPadding)),
         features(a.features),
-        tile(tile_rows(rows, a.groups)) {}
+        tile(tile_rows(rows, a.groups)),
+        tiles(nt_xent_tiles(rows, a.groups)) {}
 
   // The workspace of one place: the rows (`forward_rows`), and twice [padded].
   T* start(int64_t place) const {
@@ -81,8 +83,7 @@ struct NtXentForwardRun {
     Tile<S> t{unit(place), unit(place), features, row_span, column_span};
     const LibraryProducts library(arguments.library, kInPairs<S>);
     alignas(64) T products[kLargestTile * kTileStride];
-    T* const kept = kept_tile<T>(arguments.kept, group, nt_xent_kept(rows, arguments.groups), pair_index(first, second),
-                                 tile, tile);
+    T* const kept = kept_tile<T>(arguments.kept, group * tiles + pair_index(first, second), tile, tile);
     if (kept != nullptr) keep_products(t, first == second, kept, kept_stride_of_tile(tile));
     else compute_by_library(t, first == second, products);
     TileSums<T> sums;
@@ -122,7 +123,7 @@ struct NtXentBackwardRun {
   using T = accumulator_t<S>;
   const NtXentBackward& arguments;
   const Scale<T> scale;
-  const int64_t batch, rows, padded, features, padded_features, tile;
+  const int64_t batch, rows, padded, features, padded_features, tile, tiles;  // tiles of a group
 
   explicit NtXentBackwardRun(const NtXentBackward& a)
       : arguments(a),
@@ -132,11 +133,12 @@ struct NtXentBackwardRun {
         padded(round_up(rows, kRowPadding)),
         features(a.features),
         padded_features(round_up(features, kFeaturePadding)),
-        tile(tile_rows(rows, a.groups)) {}
+        tile(tile_rows(rows, a.groups)),
+        tiles(nt_xent_tiles(rows, a.groups)) {}
 
   // The workspace of one place: twice [padded], and the rows (`backward_side`).
   T* start(int64_t place) const {
-    const bool all_kept = arguments.kept.groups == arguments.groups;
+    const bool all_kept = arguments.kept.whole(arguments.groups - 1, tiles);
     return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features, all_kept);
   }
   T* weight(int64_t place) const { return start(place); }
@@ -160,7 +162,7 @@ struct NtXentBackwardRun {
     UnitBlock<S> block_rows(features);
     for (int64_t i = 0; i < span.count; ++i)
       block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
-    both.prepare(block_rows, span, features, group < arguments.kept.groups);
+    both.prepare(block_rows, span, features, arguments.kept.whole(group, tiles));
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T{0};
@@ -177,8 +179,7 @@ struct NtXentBackwardRun {
     alignas(64) T w[kLargestTile * kTileStride];
     const Visible keep{rows, rows, nullptr, false};
     const bool diagonal = first == second;
-    const T* const kept = kept_tile<const T>(arguments.kept, group, nt_xent_kept(rows, arguments.groups),
-                                             pair_index(first, second), tile, tile);
+    const T* const kept = kept_tile<const T>(arguments.kept, group * tiles + pair_index(first, second), tile, tile);
     if (kept != nullptr) t.use(kept, kept_stride_of_tile(tile));
     else compute_by_library(t, diagonal, w);  // each block of products becomes weights in place
     if (scale.fixed_shift) tile_weights<true, true>(t, scale, keep, weights, weights, diagonal, w, kTileStride);
@@ -236,7 +237,7 @@ struct InfoNceForwardRun {
   using T = accumulator_t<S>;
   const InfoNceForward& arguments;
   const Scale<T> scale;
-  const int64_t rows, columns, features, tile;
+  const int64_t rows, columns, features, tile, row_tiles, column_tiles;
   const int64_t padded[2];
 
   explicit InfoNceForwardRun(const InfoNceForward& a)
@@ -246,6 +247,8 @@ struct InfoNceForwardRun {
         columns(a.count[1]),
         features(a.features),
         tile(tile_rows(rows, a.groups)),
+        row_tiles((rows + tile - 1) / tile),
+        column_tiles((columns + kLargestTile - 1) / kLargestTile),
         padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
 
   // The workspace of one place: rows and columns, packed.
@@ -280,12 +283,10 @@ struct InfoNceForwardRun {
     for (auto& p : peak) p = kNoPeak<T>;
     const LibraryProducts library(arguments.library, kInPairs<S>);
     alignas(64) T products[kLargestTile * kTileStride];
-    const int64_t column_tiles = (columns + kLargestTile - 1) / kLargestTile;
     for (int64_t j = 0; j < column_tiles; ++j) {
       const Span column_span(j, kLargestTile, columns);
       Tile<S> t{unit(place, 0), unit(place, 1), features, row_span, column_span};
-      T* const kept = kept_tile<T>(arguments.kept, group, info_nce_kept(rows, columns, arguments.groups),
-                                   index * column_tiles + j, tile, kLargestTile);
+      T* const kept = kept_tile<T>(arguments.kept, (group * row_tiles + index) * column_tiles + j, tile, kLargestTile);
       if (kept != nullptr) keep_products(t, false, kept, kept_stride_of_tile(kLargestTile));
       else compute_by_library(t, false, products);
       TileSums<T> sums;
@@ -306,11 +307,11 @@ struct InfoNceForwardRun {
   }
 
   void run() const {
-    const int64_t blocks = (padded[0] + padded[1]) / kRowPadding, tiles = (rows + tile - 1) / tile;
+    const int64_t blocks = (padded[0] + padded[1]) / kRowPadding;
     for (int64_t start = 0; start < arguments.groups; start += arguments.wave) {
       const int64_t count = Span(start / arguments.wave, arguments.wave, arguments.groups).count;
       parallel(count * blocks, [&](int64_t i) { prepare(start + i / blocks, i / blocks, i % blocks); });
-      parallel(count * tiles, [&](int64_t i) { reduce(start + i / tiles, i / tiles, i % tiles); });
+      parallel(count * row_tiles, [&](int64_t i) { reduce(start + i / row_tiles, i / row_tiles, i % row_tiles); });
     }
   }
 };
@@ -320,7 +321,7 @@ struct InfoNceBackwardRun {
   using T = accumulator_t<S>;
   const InfoNceBackward& arguments;
   const Scale<T> scale;
-  const int64_t rows, columns, features, padded_features, tile;
+  const int64_t rows, columns, features, padded_features, tile, row_tiles, column_tiles;
   const int64_t padded[2];
 
   explicit InfoNceBackwardRun(const InfoNceBackward& a)
@@ -331,9 +332,11 @@ struct InfoNceBackwardRun {
         features(a.features),
         padded_features(round_up(features, kFeaturePadding)),
         tile(tile_rows(rows, a.groups)),
+        row_tiles((rows + tile - 1) / tile),
+        column_tiles((columns + kLargestTile - 1) / kLargestTile),
         padded{round_up(rows, kRowPadding), round_up(columns, kRowPadding)} {}
 
-  bool all_kept() const { return arguments.kept.groups == arguments.groups; }
+  bool all_kept() const { return arguments.kept.whole(arguments.groups - 1, row_tiles * column_tiles); }
 
   // The workspace of one place: for the rows twice [padded]; the rows, and the columns (`backward_side`).
   T* start(int64_t place) const {
@@ -364,7 +367,7 @@ struct InfoNceBackwardRun {
     UnitBlock<S> block_rows(features);
     for (int64_t i = 0; i < span.count; ++i)
       block_rows.set(i, x(group, index, span.first + i), inv_norm(group, index, span.first + i));
-    side(place, index).prepare(block_rows, span, features, group < arguments.kept.groups);
+    side(place, index).prepare(block_rows, span, features, arguments.kept.whole(group, row_tiles * column_tiles));
     if (index == 1) return;
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
@@ -383,8 +386,7 @@ struct InfoNceBackwardRun {
     const Visible keep{rows, columns, arguments.exclude.data, !arguments.exclude.given};
     alignas(64) T w[kLargestTile * kTileStride];
     const T* const kept =
-        kept_tile<const T>(arguments.kept, group, info_nce_kept(rows, columns, arguments.groups),
-                           first * ((columns + kLargestTile - 1) / kLargestTile) + second, tile, kLargestTile);
+        kept_tile<const T>(arguments.kept, (group * row_tiles + first) * column_tiles + second, tile, kLargestTile);
     if (kept != nullptr) t.use(kept, kept_stride_of_tile(kLargestTile));
     else compute_by_library(t, false, w);
     if (scale.fixed_shift) tile_weights<true, false>(t, scale, keep, weights, none, false, w, kTileStride);
@@ -411,8 +413,7 @@ struct InfoNceBackwardRun {
 
   void run() const {
     run_in_waves(
-        arguments.groups, arguments.wave, (padded[0] + padded[1]) / kRowPadding,
-        Crossing{(rows + tile - 1) / tile, (columns + kLargestTile - 1) / kLargestTile},
+        arguments.groups, arguments.wave, (padded[0] + padded[1]) / kRowPadding, Crossing{row_tiles, column_tiles},
         [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
         [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
         [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });

@@ -16,10 +16,10 @@
 //
 // The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
-// (contrast_rows.h) tile by tile (contrast_tile.h). sampling_kernel.h needs rows.h only. nearest_kernel.h and
-// read_kernel.h find the largest scores by a rough product and compute those again (candidates.h). augment_kernel.h
-// passes over one image at a time. batch_norm_kernel.h and downsample_kernel.h need rows.h
-// only.
+// (contrast_rows.h) tile by tile (contrast_tile.h), in the order of contrast_schedule.h, and sums exponentials
+// (contrast_sums.h) or weighs rows (contrast_gradients.h). nearest_kernel.h and read_kernel.h find the largest scores
+// by a rough product and compute those again (candidates.h). augment_kernel.h passes over one image at a time.
+// sampling_kernel.h, batch_norm_kernel.h and downsample_kernel.h need rows.h only.
 #include "cpu/augment_kernel.h"
 #include "cpu/batch_norm_kernel.h"
 #include "cpu/contrast_kernel.h"

@@ -44,7 +44,7 @@ def kernel(a):
 
 def test_another_source_is_another_digest(tmp_path: Path) -> None:
     """Of the kernel, of a function that it calls, or of a constant; a comment and the place in the file are not."""
-    from anomem.kernels.ahead_of_time import source_of
+    from anomem.kernels.kernel_resources import source_of
 
     def digest(number: int, source: str) -> str:
         file = tmp_path / f"kernel_{number}.py"
@@ -97,7 +97,8 @@ def test_what_differs_from_its_row_is_compiled(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
-    from anomem.kernels.ahead_of_time import committed_rows, shipped
+    from anomem.kernels.ahead_of_time import committed_rows
+    from anomem.kernels.shipped_kernels import shipped
 
     rows = committed_rows()
     keys = set(shipped())
@@ -108,7 +109,7 @@ def test_the_floor_and_the_present_triton_have_the_same_rows() -> None:
 
 
 def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
-    from anomem.kernels.ahead_of_time import ANY_WIDTH, shipped
+    from anomem.kernels.shipped_kernels import ANY_WIDTH, shipped
     from anomem.kernels.tile_table import TABLE, tiles_of
 
     roles = {
@@ -139,7 +140,9 @@ def test_every_tile_of_the_table_is_compiled_in_every_role() -> None:
 
 
 def test_faults_are_found() -> None:
-    from anomem.kernels.ahead_of_time import MATRIX_INSTRUCTION, Row, faults, shipped
+    from anomem.kernels.ahead_of_time import faults
+    from anomem.kernels.kernel_resources import MATRIX_INSTRUCTION, Row
+    from anomem.kernels.shipped_kernels import shipped
 
     sound, bad = {}, {}
     broken = (
@@ -194,7 +197,7 @@ SASS = """
 
 def test_loops_with_a_matrix_instruction_are_found() -> None:
     """The spill before the loop and the one after it are outside; the inner loop's product counts once."""
-    from anomem.kernels.ahead_of_time import Loops
+    from anomem.kernels.kernel_resources import Loops
 
     loops = Loops(SASS, matrix_only=True)
     assert loops.spills == 1
@@ -203,7 +206,7 @@ def test_loops_with_a_matrix_instruction_are_found() -> None:
 
 
 def test_products_of_one_accumulator_are_found() -> None:
-    from anomem.kernels.ahead_of_time import chains_products
+    from anomem.kernels.kernel_resources import chains_products
 
     one = "%a = tt.dot %x, %y, %zero, inputPrecision = tf32\n%b = tt.dot %p, %q, %arg5 : tensor<64x64xf32>"
     assert not chains_products(one)
@@ -211,7 +214,7 @@ def test_products_of_one_accumulator_are_found() -> None:
 
 
 def test_the_tied_sums_have_two_accumulators_on_sm_100() -> None:
-    from anomem.kernels.ahead_of_time import shipped
+    from anomem.kernels.shipped_kernels import shipped
 
     for key, spec in shipped().items():
         if key.startswith("retrieve_flash_prototype_sums tied"):

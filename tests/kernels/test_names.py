@@ -72,7 +72,7 @@ def test_every_kernel_belongs_to_an_operator() -> None:
 def test_operators_launch_the_kernels_that_the_table_names() -> None:
     """Over shapes and dtypes that reach every scheme; nothing is run."""
     from anomem import kernels
-    from anomem.kernels.ahead_of_time import empty, recording
+    from anomem.kernels.shipped_kernels import empty, recording
 
     launches: dict[str, list[str]] = {operator: [] for operator in kernels.OPERATORS}
 

@@ -61,9 +61,10 @@ def refused_contrasts() -> Iterator[Call]:
     yield backward, (rows, z, z_pair[:, :2], rows, total, inv_norm, None, 0.2), "z_pair"
     kept_backward = OPERATORS.native_nt_xent_kept_bwd
     *results, products = OPERATORS.native_nt_xent_kept_fwd(z, z_pair, None, 0.2, 1)
-    yield OPERATORS.native_nt_xent_kept_fwd, (z, z_pair, None, 0.2, 3), "expected 0 to G groups, received 3"
+    most = "2, the tiles of all groups"
+    yield OPERATORS.native_nt_xent_kept_fwd, (z, z_pair, None, 0.2, 3), f"expected 0 to {most}, received 3"
     yield kept_backward, (rows, z, z_pair, *results, products[:, 1:].contiguous(), None, 0.2), "products"
-    yield kept_backward, (rows, z, z_pair, *results, products.repeat(3, 1), None, 0.2), "expected at most G groups"
+    yield kept_backward, (rows, z, z_pair, *results, products.repeat(3, 1), None, 0.2), f"expected at most {most}"
     positive = torch.tensor([0, 4])
     yield (
         OPERATORS.native_info_nce_fwd,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import triton
 
-from anomem.kernels.ahead_of_time import Spec, shipped, version
+from anomem.kernels.shipped_kernels import Spec, shipped, version
 from tests.ptx.calls import Call, errors
 from tests.ptx.compiled import Compiled, compile_spec
 from tests.ptx.memory import Fault

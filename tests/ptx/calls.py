@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anomem.kernels.ahead_of_time import Spec
+from anomem.kernels.shipped_kernels import Spec
 from tests.ptx.compiled import Compiled
 from tests.ptx.formats import Array, from_bf16, to_bf16
 from tests.ptx.machine import launch

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anomem.kernels.ahead_of_time import Spec
+from anomem.kernels.shipped_kernels import Spec
 from tests.ptx.program import Program, parse
 
 

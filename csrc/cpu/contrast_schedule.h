@@ -1,0 +1,80 @@
+// The order in which the tiles of a contrast are added.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/parallel.h"
+
+namespace anomem::cpu::ANOMEM_ISA {
+
+// Rounds of tile pairs. No row of tiles occurs twice in a round: its pairs run at once, and each adds to its two rows.
+// Every row receives its sums in the order of the rounds, whatever the number of threads.
+
+// Every unordered pair of tiles, and every tile with itself, by the circle method. With an odd number of tiles one is
+// left over in each round and meets itself; with an even number all do so in a last round.
+struct Tournament {
+  int64_t tiles;
+  bool is_odd() const { return tiles % 2 == 1; }
+  int64_t rounds() const { return tiles; }
+  int64_t pairs(int64_t round) const { return is_odd() ? (tiles + 1) / 2 : round == tiles - 1 ? tiles : tiles / 2; }
+
+  // first ≤ second
+  void pair(int64_t round, int64_t index, int64_t* first, int64_t* second) const {
+    const int64_t circle = is_odd() ? tiles : tiles - 1;
+    int64_t a, b;
+    if (!is_odd() && round == tiles - 1) {
+      a = b = index;
+    } else if (index == 0) {
+      a = round;
+      b = is_odd() ? round : tiles - 1;
+    } else {
+      a = (round + index) % circle;
+      b = (round - index + circle) % circle;
+    }
+    *first = a < b ? a : b;
+    *second = a < b ? b : a;
+  }
+};
+
+// Every pair of a row tile and a column tile.
+struct Crossing {
+  int64_t rows, columns;
+  int64_t rounds() const { return rows < columns ? columns : rows; }
+  int64_t pairs(int64_t) const { return rows < columns ? rows : columns; }
+  void pair(int64_t round, int64_t index, int64_t* row, int64_t* column) const {
+    *row = rows < columns ? index : (index + round) % rows;
+    *column = rows < columns ? (index + round) % columns : index;
+  }
+};
+
+// Runs a contrast, `wave` groups at a time, each in its place of the workspace:
+// 1. prepare(group, place, block) for every block of rows,
+// 2. add(group, place, row tile, column tile) round by round,
+// 3. finish(group, place, block) for every block of rows.
+template <class Rounds, class Prepare, class Add, class Finish>
+void run_in_waves(int64_t groups, int64_t wave, int64_t blocks, const Rounds& schedule, const Prepare& prepare,
+                  const Add& add, const Finish& finish) {
+  for (int64_t start = 0; start < groups; start += wave) {
+    const int64_t count = groups - start < wave ? groups - start : wave;
+    if (schedule.rounds() == 1) {  // one tile: a group is one item
+      parallel(count, [&](int64_t place) {
+        for (int64_t block = 0; block < blocks; ++block) prepare(start + place, place, block);
+        add(start + place, place, 0, 0);
+        for (int64_t block = 0; block < blocks; ++block) finish(start + place, place, block);
+      });
+      continue;
+    }
+    parallel(count * blocks, [&](int64_t i) { prepare(start + i / blocks, i / blocks, i % blocks); });
+    for (int64_t round = 0; round < schedule.rounds(); ++round) {
+      const int64_t pairs = schedule.pairs(round);
+      parallel(count * pairs, [&](int64_t i) {
+        int64_t first, second;
+        schedule.pair(round, i % pairs, &first, &second);
+        add(start + i / pairs, i / pairs, first, second);
+      });
+    }
+    parallel(count * blocks, [&](int64_t i) { finish(start + i / blocks, i / blocks, i % blocks); });
+  }
+}
+
+}  // namespace anomem::cpu::ANOMEM_ISA

@@ -1,0 +1,232 @@
+"""When a call is measured, what is measured, and which implementation wins."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomem import backends, calibrate, choice, rules
+from anomem import functional as AF
+from anomem.choice import Measured
+from anomem.ops import contrast
+from anomem.rules import Problem
+from tests.choice.large_call import LARGE, SMALL, content, kept
+
+
+def test_a_small_call_follows_the_rule(timed: list[Problem]) -> None:
+    assert backends.decide(SMALL)[:2] == ("reference", "default")
+    assert timed == []
+
+
+def test_no_size_lies_between_the_rule_for_small_calls_and_a_measurement() -> None:
+    """A training step of 64 images has 2²³ multiplications a scale: it was contrasted in plain PyTorch."""
+    assert choice._LARGE["cpu"] <= (rules._SMALL_CALL.most_work or 0)
+    step = Problem("nt_xent", "cpu", torch.bfloat16, features=32, rows=128, columns=128, groups=16)
+    assert rules._SMALL_CALL.holds(step) or choice.is_large(step)
+
+
+def test_training_and_inference_are_chosen_apart(timed: list[Problem]) -> None:
+    backends.decide(LARGE)
+    with torch.no_grad():
+        backends.decide(LARGE)
+    assert timed == [LARGE, LARGE]
+    inference = choice.bucket_of(LARGE._replace(operator="usage"), training=True)
+    assert not inference.training
+
+
+def test_deterministic_algorithms_mean_the_table(timed: list[Problem]) -> None:
+    kept(choice.default_path())
+    torch.use_deterministic_algorithms(True)
+    assert backends.decide(LARGE)[:2] == ("reference", "default")
+    torch.use_deterministic_algorithms(False)
+    assert backends.decide(LARGE)[:2] == ("native", "file")
+    assert timed == []
+
+
+def test_nothing_is_measured_while_a_mode_records_operators(timed: list[Problem]) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        z = torch.empty(2, 256, 32)
+        AF.nt_xent(z, z)
+    assert backends.decide(LARGE)[:2] == ("reference", "default")  # as it was chosen there
+    assert timed == []
+
+
+def test_nothing_is_measured_in_a_backward_pass(timed: list[Problem]) -> None:
+    found = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: found.append(backends.decide(LARGE)))
+    y.sum().backward()
+    assert found[0][:2] == ("reference", "default")
+    assert timed == []
+
+
+def test_a_trace_takes_what_is_known_and_measures_nothing(timed: list[Problem]) -> None:
+    taken: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        taken.append("native" if "autograd_function_apply" in graph.code or "native" in graph.code else "reference")
+        return graph.forward
+
+    def call(z: Tensor) -> Tensor:
+        return AF.nt_xent(z, z + 1)
+
+    z = torch.randn(2, 256, 32)
+    torch.compile(call, fullgraph=True, backend=backend)(z)
+    assert timed == []
+    backends.decide(LARGE)
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=True)
+    for batch in (256, 250, 200):  # one bucket
+        compiled(torch.randn(2, batch, 32))
+    assert taken == ["reference", "native"]
+    torch.compiler.reset()
+
+
+def fast(z: Tensor, z_pair: Tensor, *_: Any) -> Tensor:
+    """In the place of an implementation: its result is not looked at."""
+    return z.sum(-1) + z_pair.sum(-1)
+
+
+def slow(z: Tensor, z_pair: Tensor, *_: Any) -> Tensor:
+    time.sleep(0.02)
+    return fast(z, z_pair)
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_slow_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "nt_xent", slow)
+    monkeypatch.setattr("anomem.reference.nt_xent_rows", fast)
+    found = backends.decide(LARGE)
+    assert found[:2] == ("reference", "measured")
+    assert "times as fast as native" in found.reason
+    assert backends.choose(LARGE, "native") == "native"  # named, it runs
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_slow_reference_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "nt_xent", fast)
+    monkeypatch.setattr("anomem.reference.nt_xent_rows", slow)
+    assert backends.decide(LARGE)[:2] == ("native", "measured")
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_kernel_that_fails_at_this_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("too many resources requested for launch")
+
+    monkeypatch.setattr(contrast, "nt_xent", fails)
+    assert backends.decide(LARGE)[:2] == ("reference", "measured")
+
+
+def test_a_measurement_uses_the_threads_of_its_caller() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert choice.in_clean_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("operator", rules.OPERATORS)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_operator_can_be_measured(operator: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    problem = Problem(
+        operator, "cpu", torch.float32, 16, rows=64, columns=32 if operator != "nt_xent" else 64, groups=2
+    )
+    bucket = choice.bucket_of(problem, training)
+    measured = calibrate.measure(problem, bucket.training, ["native"], rivals=True)
+    assert measured is not None
+    expected = {"reference", "native", *(["SDPA"] if operator == "retrieve" else [])}
+    assert set(measured.milliseconds) == expected
+    assert measured.implementation != "SDPA"
+
+
+@pytest.mark.parametrize("operator", rules.OPERATORS)
+def test_what_is_measured_is_bounded(operator: str) -> None:
+    problem = Problem(operator, "cpu", torch.float32, 256, rows=2**20, columns=2**20, groups=2**10)
+    small = calibrate.bounded(problem)
+    elements = sum(int(torch.tensor(shape).prod()) for shape in shapes_of(small))
+    assert elements <= 2**26
+    assert choice.work(small) <= 2**30
+    if operator == "nt_xent":
+        assert small.rows == small.columns
+        assert small.rows % 2 == 0
+    assert calibrate.bounded(small) == small
+    assert calibrate.bounded(SMALL._replace(operator=operator)) == SMALL._replace(operator=operator)
+
+
+def shapes_of(problem: Problem) -> list[tuple[int, ...]]:
+    with torch.device("meta"):
+        return [
+            (problem.groups, problem.rows, problem.features) if problem.operator != "gather" else
+            (problem.rows, problem.features, problem.columns)
+        ]  # fmt: skip
+
+
+def test_a_measurement_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
+    """Autocast, torch.func and hooks on saved tensors are the caller's own."""
+    seen = []
+
+    def measure(problem: Problem, training: bool, kernels: list[str], rivals: bool = False) -> Measured:
+        x = torch.ones(2, 2, requires_grad=True)
+        seen.append((x @ x).dtype)
+        torch.autograd.grad((x @ x).sum(), x)
+        return Measured("native", {"reference": 2.0, "native": 1.0})
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("packed"), lambda _: pytest.fail("unpacked"))
+    with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
+        assert backends.decide(LARGE)[:2] == ("native", "measured")
+    assert seen == [torch.float32]
+
+
+def test_threads_choose_once(timed: list[Problem]) -> None:
+    threads = [threading.Thread(target=backends.decide, args=(LARGE,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timed == [LARGE]
+
+
+def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
+    """The choice holds in this process; the next one measures again."""
+    assert not calibrate._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
+    assert not calibrate._separate({"reference": [3.0, 3.0], "native": [1.0, 1.0]})
+    assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
+    assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
+    monkeypatch.setattr(calibrate, "_separate", lambda seconds: False)
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    assert backends.decide(LARGE).source == "measured"
+    assert content(choice.default_path())["sections"][0]["choices"] == {}
+
+
+def test_a_measurement_ends() -> None:
+    def done(rounds: int, seconds: float, passed: float) -> bool:
+        times = {"reference": [2 * seconds] * rounds, "native": [seconds] * rounds}
+        return calibrate._done(times, passed)
+
+    assert not done(14, 1e-3, 0.0)  # short calls take more rounds
+    assert done(15, 1e-3, 0.0)
+    assert not done(2, 0.1, 0.4)
+    assert done(3, 0.1, 0.6)
+    assert done(1, 5.0, 10.0)  # a busy machine
+    assert not calibrate._done({"reference": [], "native": []}, 10.0)
+    overlapping = {"reference": [0.1, 0.2, 0.3], "native": [0.1, 0.2, 0.3]}
+    assert not calibrate._done(overlapping, 0.2)
+    assert calibrate._done(overlapping, 0.3)
+
+
+def test_how_far_ahead_is_told() -> None:
+    told = str(Measured("native", {"reference": 3.0, "native": 1.5, "SDPA": 2.25}))
+    assert told == "2.00 times as fast as reference, 1.50 times as fast as SDPA, 1.5 ms"
