@@ -144,8 +144,9 @@ def joint_sum(first: Normed, second: Normed, process_group: Group | None, impl: 
     maps = _as_map(x), _as_map(second.x)
     out, mean, variance, count = operators.sum_of_two(maps, weights, biases, (first.eps, second.eps), JointBatch(group))
     _require_several(count, x)
-    for one, its_mean, its_variance in zip((first, second), mean, variance, strict=True):
-        _update_running(one.running_mean, one.running_var, its_mean, its_variance, count, one.momentum)
+    # One batch norm may be both.
+    for i, one in ((1, second), (0, first)):
+        _update_running(one.running_mean, one.running_var, mean[i], variance[i], count, one.momentum)
     return out if x.dim() == 4 else out.view_as(x)
 
 
@@ -206,7 +207,7 @@ def _joint(given: Normed, add: Tensor | None, relu: bool, group: ProcessGroup | 
     mean, variance, count = reference.joint_moments(wide, lambda mine: gather_together([mine], group)[0])
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
         _require_several(int(count), x)
-    part = momentum * (count > 0)
+    part = momentum * (count > 0).to(count.dtype)  # of a bool it would be in float32
     reference.update_running(running_mean, mean.detach(), part)
     reference.update_running(running_var, variance.detach() * (count / (count - 1)), part)
     normalised = reference.normalised_by(wide, mean, variance, weight, bias, eps)

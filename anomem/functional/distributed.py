@@ -139,13 +139,20 @@ def share_groups(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -
     return found
 
 
+def require_counts(counts: Sequence[int], world: int) -> tuple[int, ...]:
+    """Rows of each process, after looking at all of them: what one process alone refused would make the others wait."""
+    right = isinstance(counts, (tuple, list)) and len(counts) == world
+    right = right and all(isinstance(count, int) and count >= 0 for count in counts)
+    require(right, "counts", lambda: f"{world} integers ≥ 0, one for each process", lambda: repr(counts))
+    return tuple(counts)
+
+
 def checked_counts(
     rows: Tensor, name: str, group: ProcessGroup | None, counts: Sequence[int] | None
 ) -> tuple[int, ...]:
     """Rows of each process, after checking that this one has what it should."""
     world = processes(group)
-    counts = (rows.shape[-2],) * world if counts is None else tuple(counts)
-    require(len(counts) == world, "counts", lambda: f"{world} numbers, one for each process", counts)
+    counts = (rows.shape[-2],) * world if counts is None else require_counts(counts, world)
     mine = counts[dist.get_rank(group)]
     require(rows.shape[-2] == mine, name, lambda: f"{mine} rows, as `counts` says", rows)
     carried = not (rows.is_cuda and dist.get_backend(group) == "gloo")

@@ -33,7 +33,7 @@ from anomem.functional.distributed import (
     processes,
     share_groups,
 )
-from anomem.functional.sampling import variance_hinge
+from anomem.functional.sampling import require_hinge, variance_hinge
 from anomem.ops.library import accumulator
 from anomem.reference.retrieve import l2_normalize
 from anomem.rules import Impl
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from anomem.functional.distributed import Group
+
+EPS = 1e-4
+"""Of the variance term of `joint_terms`, as in `variance_hinge`."""
 
 
 def nt_xent_distributed(
@@ -65,7 +68,7 @@ def nt_xent_distributed(
     logits of every group. A fused implementation keeps none of them.
 
     Args:
-        z: [B, d] or [G, B, d], this process's.
+        z: [B, d] or [G, B, d], this process's; G and d are the same in every process.
         z_pair: the same shape; row k of `z` and row k of `z_pair` are positives.
         temperature: tau > 0, a number or a learned 0-dim tensor.
         reduction: "mean" over the rows of all processes (weighted so that the mean over the processes is the mean over
@@ -171,6 +174,8 @@ def variance_hinge_distributed(
     require_tensor(x, "x", (2, 3), "[B, d] or [G, B, d]")
     counts = checked_counts(x, "x", group, counts)
     require(sum(counts) >= 2, "x", "at least two rows to have a variance", x)
+    require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", x)
+    require_hinge(gamma, eps)
     (statistics,) = gather_together([_statistics(x)], group)
     return _hinge(statistics, counts, gamma, eps)
 
@@ -204,8 +209,9 @@ def joint_terms(
         impl: a preference; see `anomem.backends`.
     """
     every = [checked_counts(second, "z", group, counts) for _, second in pairs]
-    for rows in every:
+    for rows, gamma in zip(every, gammas, strict=True):
         _require_rows(rows)
+        require_hinge(gamma, EPS)
     scales = list(zip(pairs, every, gammas, strict=True))
     if not contrasted:
         return [(None, variance) for variance in _gathered_terms(scales, (), group)[1]]
@@ -216,7 +222,7 @@ def joint_terms(
         whole = _shared([pairs[i] for i in shared], [every[i] for i in shared], group)
         for i, (ours, theirs, weight) in zip(shared, whole, strict=True):
             contrast = nt_xent(ours, theirs, temperature=temperature, impl=impl, part=True)
-            variance = variance_hinge(theirs, gamma=gammas[i], impl=impl, part=True)
+            variance = variance_hinge(theirs, gamma=gammas[i], eps=EPS, impl=impl, part=True)
             found[i] = weight * contrast, weight * variance
     if others:
         contrasts = [_Contrast.of_pairs(*pairs[i], every[i], group) for i in others]
@@ -259,7 +265,7 @@ def _gathered_terms(
     columns = [padded(contrast.columns, contrast.counts) for contrast in contrasts]
     received = gather_together([*columns, *statistics], group)
     variances = [
-        _hinge(everyone, rows, gamma, 1e-4)
+        _hinge(everyone, rows, gamma, EPS)
         for everyone, (_, rows, gamma) in zip(received[len(columns) :], scales, strict=True)
     ]
     return received[: len(columns)], variances
@@ -347,7 +353,7 @@ def _statistics(x: Tensor) -> Tensor:
 def _hinge(statistics: Tensor, counts: Sequence[int], gamma: float | Tensor, eps: float | Tensor) -> Tensor:
     """The variance term from the statistics of all processes [W, 3, (G,) d]; 0-dim."""
     shift, mean, squares = statistics.unbind(1)  # [W, (G,) d] each
-    filled = max(range(len(counts)), key=lambda rank: counts[rank])
+    filled = list(counts).index(max(counts))
     # Differences of shifts are exact, or nearly so: the mean's own digits are gone.
     means = (shift - shift[filled]) + mean
     total = sum(counts)

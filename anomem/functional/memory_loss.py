@@ -11,7 +11,7 @@ from torch import Tensor
 from anomem import reference
 from anomem.functional._inputs import autocast_inputs, require_width
 from anomem.functional.contrast import nt_xent
-from anomem.functional.distributed import group_of, processes
+from anomem.functional.distributed import group_of, processes, require_counts
 from anomem.functional.joint import joint_terms
 from anomem.functional.retrieve import hopfield_retrieve
 from anomem.functional.sampling import variance_hinge
@@ -183,7 +183,7 @@ def _checked(scale: ScaleVectors, is_normal: Tensor | None, world: int, counts: 
     if scale.values is not None:
         require_width(scale.values, z.shape[-1])
     require(z.shape[0] > 0, "z", "at least one sampled position", z)
-    images = sum(counts) if world > 1 and counts is not None else world * z.shape[1]
+    images = sum(require_counts(counts, world)) if world > 1 and counts is not None else world * z.shape[1]
     require(z.shape[1] >= 1 or world > 1, "z", "at least one image", z)
     require(images >= 2, "z", "at least two images in the batch", z, "the contrast needs a negative")
     if is_normal is not None:

@@ -111,6 +111,13 @@ def gather_positions(
     return sampling.gather_positions(feature_map, positions.contiguous(), normalize)
 
 
+def require_hinge(gamma: float | Tensor, eps: float | Tensor) -> None:
+    """The numbers of the variance term, as `variance_hinge` takes them."""
+    for value, name in ((gamma, "gamma"), (eps, "eps")):
+        require_schedule(value, name)
+        require(isinstance(value, Tensor) or value > 0, name, "a number > 0", value)
+
+
 def variance_hinge(
     x: Tensor,
     *,
@@ -139,9 +146,7 @@ def variance_hinge(
     require_tensor(x, "x", (2, 3), "[B, d] or [G, B, d]")
     require(x.shape[-2] >= 2, "x", "at least two rows to have a variance", x)
     require(x.shape[-1] > 0, "x", "rows of length d ≥ 1", x)
-    for value, name in ((gamma, "gamma"), (eps, "eps")):
-        require_schedule(value, name)
-        require(isinstance(value, Tensor) or value > 0, name, "a number > 0", value)
+    require_hinge(gamma, eps)
     require_choice(reduction, "reduction", ("mean", "none"))
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape

@@ -59,11 +59,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         require_choice(impl, "impl", IMPLEMENTATIONS)
         self.relu, self.impl = relu, impl
+        self.joint = False
+        """Whether a training of several processes normalises by their joint batch."""
 
     def forward(self, input: Tensor, add: Tensor | None = None) -> Tensor:
         """The normalised map, plus `add`, through the ReLU where there is one."""
         self._check_input_dim(input)
-        return normalised(self, input, add, self.relu, self.impl)
+        return normalised(self, input, add, self.relu, self.impl, dist.group.WORLD if self.joint else None)
 
     def extra_repr(self) -> str:
         """Arguments of the constructor."""
@@ -110,7 +112,8 @@ def sum_of_two(first: nn.Module, x: Tensor, second: nn.Module, y: Tensor) -> Ten
         y: the same shape.
     """
     if _exchanges(first) and _exchanges(second) and not second.relu and x.shape == y.shape and x.dtype == y.dtype:
-        total = joint_sum(_counted(first, x), _counted(second, y), dist.group.WORLD, first.impl)
+        summand = _counted(second, y)  # first, as in `first(x, second(y))`: one batch norm may be both
+        total = joint_sum(_counted(first, x), summand, dist.group.WORLD, first.impl)
         return F.relu(total, inplace=True) if first.relu else total
     summed: Tensor = first(x, second(y))
     return summed

@@ -74,12 +74,13 @@ class Network:
             from torch.distributed.fsdp import fully_shard
 
             self.encoder.to(memory_format=torch.contiguous_format)  # of weights; it shards no others
-            numbers = {p for p in self.encoder.parameters() if p.dim() == 0}  # it shards none; each process keeps them
+            # It shards no numbers: each process keeps them. In the order of the encoder, which is the same in all.
+            numbers = [p for p in self.encoder.parameters() if p.dim() == 0]
             for part in self.encoder.modules():
                 if isinstance(part, nn.ModuleDict):  # the stages of a chain, each gathered when it is its turn
                     for stage in part.values():
-                        fully_shard(stage, ignored_params=numbers)
-            fully_shard(self.encoder, ignored_params=numbers)  # type: ignore[arg-type]
+                        fully_shard(stage, ignored_params=set(numbers))
+            fully_shard(self.encoder, ignored_params=set(numbers))  # type: ignore[arg-type]
             self.replicated += numbers
         elif trained:
             blank = torch.zeros(1, len(model.mean), *model.encoder.image_size, device=model.device)
@@ -203,7 +204,9 @@ def joined(norm: _BatchNorm) -> nn.Module:
 
 def separate(norm: _BatchNorm) -> nn.Module:
     """The batch norm over the batch of each process."""
-    return JointBatchNorm(norm, joint=False) if isinstance(norm, nn.SyncBatchNorm) else norm
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return norm
+    return _with_hooks(norm, joint=False) if has_hooks(norm) else JointBatchNorm(norm, joint=False)
 
 
 def _is_plain(norm: _BatchNorm) -> bool:
@@ -214,13 +217,25 @@ def _is_plain(norm: _BatchNorm) -> bool:
 
 def _with_joint_statistics(norm: _BatchNorm) -> _BatchNorm:
     """A batch norm that computes more than that, as one with an activation: it calls that of the joint batch."""
+    if type(norm) is nn.SyncBatchNorm:
+        return _with_hooks(norm, joint=True)
     own = norm.forward
+    if isinstance(norm, BatchNorm2d):
+        norm.joint = True  # its kernel is not torch's function
 
     def forward(*given: Any, **options: Any) -> Any:
         with _JointStatistics():
             return own(*given, **options)
 
     norm.forward = forward  # type: ignore[method-assign]
+    return norm
+
+
+def _with_hooks(norm: nn.SyncBatchNorm, joint: bool) -> _BatchNorm:
+    """One that runs on CPUs, with the hooks that the given one has: it becomes it, in place."""
+    norm.__class__ = JointBatchNorm  # type: ignore[assignment]
+    for name, value in (("joint", joint), ("relu", False), ("impl", "auto")):
+        setattr(norm, name, value)
     return norm
 
 

@@ -181,6 +181,10 @@ def batch_norm_is_that_of_the_joint_batch() -> None:
         nothing = torch.zeros(0, 4, 3, 5)
         AF.batch_norm(nothing, *running, training=True, impl=impl, process_group=dist.group.WORLD)  # type: ignore[arg-type]
         assert [x.unique().tolist() for x in running] == [[0], [1]], impl
+        moved = torch.zeros(4).double()
+        ones = torch.ones(2, 4, 1, 1).double()
+        AF.batch_norm(ones, moved, training=True, impl=impl, process_group=dist.group.WORLD)  # type: ignore[arg-type]
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.1), rtol=1e-12, atol=0)
     alone = torch.zeros(int(dist.get_rank() == 0), 3, 1, 1).contiguous(memory_format=torch.channels_last)
     for impl in ("reference", "auto"):
         with pytest.raises(ArgumentError, match="`x`: expected more than one value per channel"):
@@ -228,12 +232,15 @@ def two_batch_norms_share_their_messages() -> None:
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     x, y, upstream = (draw(sum(counts), 4, 3, 5, seed=seed).double() + 3 for seed in (1, 2, 3))
 
-    def results(rows: slice, impl: Any, joint: bool, relu: bool, layout: Any) -> tuple[list[Tensor], ...]:
+    def results(
+        rows: slice, impl: Any, joint: bool, relu: bool, layout: Any, one: bool = False
+    ) -> tuple[list[Tensor], ...]:
         torch.manual_seed(0)
         layers: list[Any] = [ann.BatchNorm2d(4, relu=relu, impl=impl), ann.BatchNorm2d(4, eps=0.1, momentum=None)]
         for layer in layers:
             nn.init.normal_(layer.weight)
         first, second = (JointBatchNorm(layer.double()) if joint else layer.double() for layer in layers)
+        first = second if one else first
         maps = [v[rows].contiguous(memory_format=layout).requires_grad_() for v in (x, y)]
         out = sum_of_two(first, maps[0], second, maps[1])
         parameters = [*first.parameters(), *second.parameters()]
@@ -252,6 +259,12 @@ def two_batch_norms_share_their_messages() -> None:
         actual = [*found[0], *map(sum_of, found[1]), *found[2]]
         for one, expected in zip(actual, [*(v[mine] for v in maps), *gradients, *buffers], strict=True):
             torch.testing.assert_close(one, expected, msg=f"{impl} {relu=}")
+    # One batch norm of both maps moves its running statistics in the order of its calls.
+    buffers, expected_buffers = (
+        results(share, "auto", joint, False, torch.channels_last, one=True)[2]
+        for share, joint in ((mine, True), (slice(None), False))
+    )
+    torch.testing.assert_close(buffers, expected_buffers)
     seen: list[Any] = []
     layers = [JointBatchNorm(ann.BatchNorm2d(4)) for _ in range(2)]
     layers[1].register_forward_hook(lambda *call: seen.append(call))
@@ -283,16 +296,23 @@ def groups_meshes_and_mistakes() -> None:
     for group in (dist.group.WORLD, (mesh, "all"), (mesh, 1), mesh["all"]):
         assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=group), expected)
     assert torch.equal(AF.nt_xent_distributed(z, z_pair, process_group=(mesh, "one")), AF.nt_xent(z, z_pair))
-    for wrong in ({"process_group": mesh}, {"counts": (3,)}, {"counts": (4,) * world}):
+    # What the last two say of this process is right in all but one.
+    for wrong in (
+        {"process_group": mesh}, {"counts": (3,)}, {"counts": (4,) * world}, {"counts": 3},
+        {"counts": (3, -1, 3)[:world]}, {"counts": (3, 3.5, 3)[:world]},
+    ):  # fmt: skip
         with pytest.raises(ArgumentError, match=r"`(process_group|counts|z)`: expected"):
             AF.nt_xent_distributed(z, z_pair, **wrong)
+    for wrong in ({"gamma": "1"}, {"gamma": torch.ones((), requires_grad=True)}, {"eps": -1.0}):
+        with pytest.raises(ArgumentError, match=r"`(gamma|eps)`: expected"):
+            AF.variance_hinge_distributed(z, **wrong)
 
 
 def the_compiler_traces_a_loss() -> None:
-    """One graph, the collective within; columns are gathered and groups are shared."""
+    """One graph, the collectives within; columns are gathered and groups are shared."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return AF.nt_xent_distributed(a, b, impl="reference")
+        return AF.nt_xent_distributed(a, b, impl="reference") + AF.variance_hinge_distributed(b, gamma=2.0)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for shape in ((3, 4), (5, 3, 4)):

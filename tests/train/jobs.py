@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.errors import UserError
 from anomem.models import DeviationHead, ModelConfig, NetworkEncoder, build_model
+from anomem.nn import BatchNorm2d
 from anomem.train import (
     LossConfig,
     OptimizerConfig,
@@ -88,21 +90,26 @@ class WithTanh(nn.BatchNorm2d):
 
 
 class Peculiar(Plain):
-    """Torch's synchronised batch norm, under two names; one with an activation; an unused layer; a number; a buffer."""
+    """Torch's synchronised batch norm, under two names; batch norms with an activation or a hook; an unused layer;
+    numbers; a buffer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = self.again = nn.SyncBatchNorm(6)
         self.bounded, self.classifier = WithTanh(6), nn.Linear(8, 2, bias=False)
         nn.init.ones_(self.classifier.weight)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.bounded.register_forward_hook(lambda *given: 2 * given[-1])
+        self.scales = nn.ParameterList(torch.tensor(1.5 + 0.1 * i) for i in range(6))
+        self.hooked, self.ours = nn.SyncBatchNorm(6), BatchNorm2d(6, relu=True, impl="native")
+        for norm in (self.bounded, self.hooked, self.ours):
+            norm.register_forward_hook(lambda *given: 2 * given[-1])
         self.register_buffer("mask", torch.tensor([-torch.inf, torch.finfo(torch.float32).min, 0.1]))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps of 8 and 4 pixels."""
         first = self.bounded(self.again(torch.relu(self.norm(self.one(x)))))
-        return [first, torch.relu(self.two(self.scale * first))]
+        scaled = (8 * torch.stack([*self.scales])).sin()[:, None, None] * self.ours(self.hooked(first))
+        return [first, torch.relu(self.two(scaled))]
 
 
 def trained(
@@ -138,6 +145,11 @@ def same_weights(folder: str, cases: list[dict[str, Any]]) -> None:
 def an_encoder_of_ones_own(folder: str) -> None:
     """Its batch norms are joint, whatever they are, or each process's own; its buffers stay."""
     expected = torch.load(Path(folder) / "peculiar.pt", weights_only=True)
+    # The next parameters lie elsewhere in the memory of each process.
+    freed = [nn.Parameter(torch.zeros(())) for _ in range(64)]
+    random.Random(dist.get_rank()).shuffle(freed)
+    while freed:
+        freed.pop()
     for parallel in ("ddp", "fsdp"):
         assert_same_weights(trained(config_of(parallel), network=Peculiar), expected, f"own encoder, {parallel}")
     config = config_of()

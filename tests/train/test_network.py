@@ -10,7 +10,7 @@ from torch import nn
 
 from anomem.nn import BatchNorm2d
 from anomem.nn.batch_norm import JointBatchNorm
-from anomem.train.network import replace_batch_norms, synchronised
+from anomem.train.network import replace_batch_norms, separate, synchronised
 
 
 def small_network() -> nn.Sequential:
@@ -33,3 +33,9 @@ def test_converted_batch_norms_compute_the_same_in_one_process(by: Any, kind: ty
     assert list(other.state_dict()) == list(plain.state_dict())
     for mine, theirs in zip(calls(other, x, add), calls(plain, x, add), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_hook_of_a_separate_batch_norm_stays() -> None:
+    x, norm = torch.randn(4, 3, 5, 5), nn.SyncBatchNorm(3)
+    norm.register_forward_hook(lambda *given: 2 * given[-1])
+    torch.testing.assert_close(separate(norm)(x), 2 * nn.functional.batch_norm(x, None, None, training=True))
