@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Group: TypeAlias = ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str]
 
+_SIZES = 8
+"""Numbers that are compared of a shape: how many there are, and the first seven."""
 DIRECT = 1 << 20
 """Bytes that a process may receive for a sum of its own values; a larger one is left to the backend's `all_reduce`."""
 
@@ -150,15 +152,34 @@ def require_counts(counts: Sequence[int], world: int) -> tuple[int, ...]:
 def checked_counts(
     rows: Tensor, name: str, group: ProcessGroup | None, counts: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Rows of each process, after checking that this one has what it should."""
+    """Rows of each process, after checking that this one has what it should.
+
+    Without `counts` the processes that exchange CPU tensors compare shapes first, in one more message.
+    """
     world = processes(group)
+    given = counts
     counts = (rows.shape[-2],) * world if counts is None else require_counts(counts, world)
     mine = counts[dist.get_rank(group)]
     require(rows.shape[-2] == mine, name, lambda: f"{mine} rows, as `counts` says", rows)
     carried = not (rows.is_cuda and dist.get_backend(group) == "gloo")
     hint = "initialise torch.distributed with nccl"
     require(carried, name, "a tensor that the group's backend gloo carries", rows.device, hint)
+    if given is None and _directly(rows):
+        _require_same_shape(rows, name, group)
     return counts
+
+
+def _require_same_shape(rows: Tensor, name: str, group: ProcessGroup | None) -> None:
+    """Refuse another shape in another process, on CPUs: gloo would end the process, or receive a part in silence.
+
+    On a GPU it would wait for the device.
+    """
+    sizes = [rows.dim(), *rows.shape][:_SIZES]
+    everyone = _gathered(torch.tensor(sizes + [0] * (_SIZES - len(sizes))), group).tolist()
+    shapes = [tuple(found[1 : 1 + found[0]]) for found in everyone]
+    same = all(shape == shapes[0] for shape in shapes)
+    expected = "the same shape in every process, or `counts` (rows_per_process) where the rows alone differ"
+    require(same, name, expected, lambda: "; ".join(f"{list(shape)} in rank {i}" for i, shape in enumerate(shapes)))
 
 
 def padded(rows: Tensor, counts: Sequence[int]) -> Tensor:

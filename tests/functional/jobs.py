@@ -303,6 +303,12 @@ def groups_meshes_and_mistakes() -> None:
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=r"`(process_group|counts|z)`: expected"):
             AF.nt_xent_distributed(z, z_pair, **wrong)
+    for shape in ((3 + rank % 2, 4), (world + rank % 2, 3, 4)):  # other rows, other groups; gloo ended the processes
+        for call in (AF.nt_xent_distributed, AF.info_nce_distributed):
+            with pytest.raises(
+                ArgumentError, match="`(z|rows)`: expected the same shape in every process.* in rank 0; "
+            ):
+                call(torch.ones(shape), torch.ones(shape))
     for wrong in ({"gamma": "1"}, {"gamma": torch.ones((), requires_grad=True)}, {"eps": -1.0}):
         with pytest.raises(ArgumentError, match=r"`(gamma|eps)`: expected"):
             AF.variance_hinge_distributed(z, **wrong)
@@ -331,13 +337,13 @@ def messages_have_the_size_that_the_documentation_says() -> None:
     size = 2 * 3 * 4 * 4  # both views, in float32
     for ring, backward in ((False, world - 1), (True, 2 * world - 1)):
         with Messages() as sent:
-            loss = AF.nt_xent_distributed(z, z_pair, ring=ring)
+            loss = AF.nt_xent_distributed(z, z_pair, ring=ring, counts=(3,) * world)
             assert sent.bytes == (world - 1) * size
             loss.backward()
         assert sent.bytes == (world - 1 + backward) * size
     groups = [x.detach().expand(world, 3, 4).clone().requires_grad_() for x in (z, z_pair)]
     with Messages() as sent:
-        loss = AF.nt_xent_distributed(*groups)
+        loss = AF.nt_xent_distributed(*groups, counts=(3,) * world)
         assert sent.bytes == (world - 1) * size
         loss.backward()
     assert sent.bytes == 2 * (world - 1) * size  # of W groups, each of `size` bytes
