@@ -97,6 +97,9 @@ class Stage1Step:
         ranks: Ranks,
         views: type[Views] = Views,
     ) -> None:
+        trained = any(p.requires_grad for part in (model.encoder, model.projections) for p in part.parameters())
+        expected = "memory, as encoder and projections are frozen and the other view trains no memory"
+        require(trained or config.loss.positive != "view", "loss.positive", expected, config.loss.positive)
         self.model, self.network, self.config, self.ranks = model, network, config, ranks
         self.shares = Shares(len(images), config.optimizer, config.synthetic_outliers, ranks)
         self.is_normal = is_normal

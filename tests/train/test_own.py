@@ -154,3 +154,11 @@ def test_labelled_anomalies_stand_in_the_configuration_too(config: TrainConfig) 
         train(config, task=task, quiet=True)
     run = train(replace(config, data=exposed), task=task, quiet=True)
     assert "stage2" in load_scorer(run).names
+
+
+def test_a_frozen_encoder_without_a_memory_to_train_is_refused(config: TrainConfig, task: Task) -> None:
+    """The backward pass failed in torch's words."""
+    frozen = NetworkEncoder(Pyramid().requires_grad_(False), (20, 28))
+    config = replace(config, loss=replace(config.loss, positive="view"))
+    with pytest.raises(ArgumentError, match=r"`loss.positive`: expected memory, as encoder .* frozen"):
+        train(config, task=task, encoder=frozen, quiet=True)
