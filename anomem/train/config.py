@@ -110,8 +110,8 @@ class OptimizerConfig:
     accumulate: int = 1
     """Parts of a batch that are contrasted one after another; their gradients are averaged before the step."""
     micro_batch: int | None = None
-    """Images that a process encodes at once; None encodes the batch at once. The whole batch is still contrasted. Every
-    image is encoded twice; memory grows with the sampled vectors, not with the maps. Batch norm sees micro-batches."""
+    """Images that a process encodes at once; None encodes the batch at once. The whole batch is still contrasted.
+    Every image is encoded twice, memory grows with sampled vectors, not with maps. Batch norm sees micro-batches."""
 
     def __post_init__(self) -> None:
         fewest = 0 if self.section == "optimizer" else 1
