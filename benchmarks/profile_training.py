@@ -3,8 +3,8 @@
 Three pipelines run the training loop itself, `anomem.train.stage1.train_stage1`, on the same images with the same
 settings: "eager" with every operator in plain PyTorch (impl="reference", noise by `torch.randn`), float32 and
 contiguous, "anomem" as the library runs it, and the "usual pipeline", eager on views that `DataLoader` workers make
-image by image with torchvision. The phases are the loop's own ranges for `torch.profiler`. Writes a row and a Chrome
-trace for each and a picture of the bars.
+image by image with torchvision. Each has a process of its own, and they take turns. The phases are the loop's own
+ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a picture of the bars.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import importlib.util
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,7 +33,7 @@ from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images, ResidentImages
 from anomem.models import AnoMem, ModelConfig, build_model
 from anomem.reference import augment, blur_radius
-from anomem.train import OptimizerConfig, RunConfig, TrainConfig, stage1
+from anomem.train import OptimizerConfig, RunConfig, TrainConfig, execution, stage1
 from anomem.train.batches import Batch
 from anomem.train.execution import settled
 from anomem.train.profiling import Event, seconds_of_phases
@@ -88,60 +91,65 @@ def main(options: Options) -> int:
     batch = options.batch or (1024 if device == "cuda" else 128)
     settings = {"backbone": backbone, "batch": batch, "side": options.side, "workers": options.workers}
     title = f"Stage 1, {backbone}, B = {batch}, {options.side}×{options.side} pixels"
-    out = Path(options.out)
+    out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     # More than a run of the loop takes: at the end of an epoch workers would start with empty queues.
-    pixels = random_images((options.warmup + options.steps + 3) * batch, options.side)
-    resident = ResidentImages(pixels.to(device))
-    usual = UsualImages(pixels, device, options.workers)
+    images = (options.warmup + options.steps + 3) * batch
 
-    def pipeline(
-        name: str, impl: str, images: Images, precision: str, memory_format: str, compiled: bool = False
-    ) -> Pipeline:
+    def recipe(
+        name: str,
+        impl: str,
+        precision: str = "float32",
+        memory_format: str = "contiguous",
+        compiled: bool = False,
+        workers: int | None = None,
+    ) -> Recipe:
         config = config_of(backbone, impl, batch, device, precision, memory_format, compiled)
-        return Pipeline(name, config, images, options.warmup)
+        return Recipe(name, config, images, options.side, options.warmup, workers)
 
     alternating = [
-        pipeline("eager", "reference", resident, "float32", "contiguous"),
-        pipeline(f"anomem ({options.impl})", options.impl, resident, options.precision, options.memory_format),
+        recipe("eager", "reference"),
+        recipe(f"anomem ({options.impl})", options.impl, options.precision, options.memory_format),
     ]
     if options.compiled:
-        alternating.append(
-            pipeline("compiled", options.impl, resident, options.precision, options.memory_format, compiled=True)
-        )
-    last = pipeline(f"usual pipeline, {options.workers} workers", "reference", usual, "float32", "contiguous")
+        alternating.append(recipe("compiled", options.impl, options.precision, options.memory_format, compiled=True))
+    last = recipe(f"usual pipeline, {options.workers} workers", "reference", workers=options.workers)
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
     alone = [last] if options.workers else []
     alternating += [] if options.workers else [last]
-    flops, ceilings = encoder_flops(alternating[0], batch), Ceilings(device)
+    flops, ceilings = encoder_flops(alternating[0].made(), batch), Ceilings(device)
     found: list[Step] = []
     for group, rounds in ((alternating, options.rounds), (alone, 1)):
         if not group:
             continue
         say(", ".join(each.name for each in group))
-        with rows.Others() as others:
+        with ExitStack() as stack:
+            apart = [stack.enter_context(Apart(each)) for each in group]
             for _ in range(rounds):
-                for each in group:
-                    each.measure(max(1, options.steps // rounds), out / f"{device}-{each.name.split(' ')[0]}.json.gz")
-        for each in group:
-            seconds = median(each.seconds)
-            found.append(
-                Step(
-                    pipeline=each.name,
-                    title=title,
-                    config={**settings, **each.executed()},
-                    about=rows.about(device),
-                    seconds_per_step=seconds,
-                    # Of the workers nothing is known.
-                    cpu_seconds_per_step=None if each in alone else median(each.cpu_seconds),
-                    product_seconds=flops / ceilings.product(each.dtype),
-                    milliseconds=each.milliseconds(),
-                    peak_bytes=peak_bytes(lambda each=each: each.train(1), device),
-                    images_per_second=batch / seconds,
-                    # Workers of the pipeline itself would count as others.
-                    others=others.cores if group is alternating else None,
+                for each in apart:
+                    trace = out / f"{device}-{each.recipe.name.split(' ')[0]}.json.gz"
+                    each.measure(max(1, options.steps // rounds), trace)
+            for each in apart:
+                results = each.results()
+                executed = results.executed
+                dtype = torch.bfloat16 if executed["precision"] == "bf16" else torch.float32
+                found.append(
+                    Step(
+                        pipeline=each.recipe.name,
+                        title=title,
+                        config={**settings, **executed},
+                        about=rows.about(device),
+                        seconds_per_step=results.seconds,
+                        # Of the workers nothing is known.
+                        cpu_seconds_per_step=None if group is alone else results.cpu_seconds,
+                        product_seconds=flops / ceilings.product(dtype),
+                        milliseconds=results.milliseconds,
+                        peak_bytes=results.peak_bytes,
+                        images_per_second=batch / results.seconds,
+                        # Workers of the pipeline itself would count as others.
+                        others=None if group is alone else results.others,
+                    )
                 )
-            )
     path = Path(options.json) if options.json else rows.RESULTS / f"{device}-steps.jsonl"
     titles = {row.title for row in found}
     rows.write(path, [*(row for row in rows.read(path, Step) if row.title not in titles), *found])
@@ -211,11 +219,6 @@ class Pipeline:
         run = settled(self.config, torch.device(self.device)).run
         return {"precision": run.precision, "memory_format": run.memory_format, "compile": run.compile}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the encoder multiplies."""
-        return torch.bfloat16 if self.executed()["precision"] == "bf16" else torch.float32
-
     def train(self, steps: int) -> StampedImages:
         """Run the loop; the set has the times at which its first measured step begins and its last one ends."""
         stamped = StampedImages(self.images, self.device, self.warmup, self.warmup + steps)
@@ -224,7 +227,12 @@ class Pipeline:
         config = replace(self.config, optimizer=optimizer)
         plain = self.config.model.impl == "reference"
         views = UsualViews if isinstance(self.images, UsualImages) else EagerViews if plain else stage1.Views
-        with mock.patch.object(stage1, "Views", views):
+        keep = execution.keep_freed_memory
+        with (
+            mock.patch.object(stage1, "Views", views),
+            # A training in plain PyTorch leaves the allocator as it is.
+            mock.patch.object(execution, "keep_freed_memory", (lambda: None) if plain else keep),
+        ):
             stage1.train_stage1(self.model, stamped, None, config, quiet=True)
         return stamped
 
@@ -244,6 +252,91 @@ class Pipeline:
         """Phase -> time in a step, the median over the rounds."""
         names = dict.fromkeys(name for phases in self.phases for name in phases)
         return {name: 1e3 * median(phases.get(name, 0.0) for phases in self.phases) for name in names}
+
+
+class Recipe(NamedTuple):
+    """How a pipeline is made in the process that measures it."""
+
+    name: str
+    config: TrainConfig
+    images: int
+    """Their number."""
+    side: int
+    warmup: int
+    workers: int | None = None
+    """Of the usual pipeline; None for images that are resident."""
+
+    def made(self) -> Pipeline:
+        """The pipeline, on random images."""
+        pixels, device = random_images(self.images, self.side), self.config.run.device
+        images = (
+            ResidentImages(pixels.to(device)) if self.workers is None else UsualImages(pixels, device, self.workers)
+        )
+        return Pipeline(self.name, self.config, images, self.warmup)
+
+
+class Results(NamedTuple):
+    """Of all rounds of a pipeline: medians, and what it was."""
+
+    seconds: float
+    cpu_seconds: float
+    milliseconds: dict[str, float]
+    peak_bytes: int
+    executed: dict[str, Any]
+    others: float | None
+    """Cores that other processes used, in the busiest round."""
+
+
+class Apart:
+    """A pipeline in a process of its own: what the library tells the allocator holds for a process.
+
+    Args:
+        recipe: of the pipeline.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.process = ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(recipe,))
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.shutdown()
+
+    def measure(self, steps: int, trace: Path) -> None:
+        """See `Pipeline.measure`."""
+        self.process.submit(_measure, steps, trace).result()
+
+    def results(self) -> Results:
+        """Of the rounds so far."""
+        return self.process.submit(_results).result()
+
+
+_HERE: dict[str, Any] = {}
+"""In the process of a pipeline: itself, and the cores that others used in each round."""
+
+
+def _begin(recipe: Recipe) -> None:
+    _HERE.update(pipeline=recipe.made(), others=[])
+
+
+def _measure(steps: int, trace: Path) -> None:
+    with rows.Others() as others:
+        _HERE["pipeline"].measure(steps, trace)
+    _HERE["others"].append(others.cores)
+
+
+def _results() -> Results:
+    pipeline: Pipeline = _HERE["pipeline"]
+    return Results(
+        median(pipeline.seconds),
+        median(pipeline.cpu_seconds),
+        pipeline.milliseconds(),
+        peak_bytes(lambda: pipeline.train(1), pipeline.device),
+        pipeline.executed(),
+        max((cores for cores in _HERE["others"] if cores is not None), default=None),
+    )
 
 
 def encoder_flops(pipeline: Pipeline, batch: int) -> int:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from anomem.data import ResidentImages
+from anomem.train import execution
 from benchmarks.profile_training import (
+    Apart,
     Event,
     Pipeline,
+    Recipe,
     StampedImages,
     TwoViews,
     UsualImages,
@@ -38,6 +41,25 @@ def test_the_loop_trains_the_model_and_every_phase_is_measured(usual, tmp_path) 
     assert all(value > 0 for value in one.milliseconds().values())
     assert one.seconds[0] > 0
     assert one.cpu_seconds[0] > 0
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("impl", "kept"), [("reference", False), ("auto", True)])
+def test_plain_pytorch_leaves_the_allocator_alone(impl: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(execution, "keep_freed_memory", lambda: calls.append(1))
+    Recipe("a", config_of("small", impl, 6, "cpu"), 24, 16, 1).made().train(1)
+    assert bool(calls) == kept
+
+
+def test_a_pipeline_is_measured_in_a_process_of_its_own(tmp_path) -> None:
+    config = config_of("small", "reference", 6, "cpu", "float32", "contiguous")
+    with Apart(Recipe("a", config, 24, 16, 1, workers=0)) as one:
+        one.measure(1, tmp_path / "trace.json.gz")
+        found = one.results()
+    assert list(found.milliseconds) == PHASES
+    assert min(found.seconds, found.cpu_seconds, found.peak_bytes) > 0
+    assert found.executed == {"precision": "float32", "memory_format": "contiguous", "compile": False}
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
 
 
