@@ -132,9 +132,10 @@ def share_groups(tensors: Sequence[Tensor], group: ProcessGroup | None = None) -
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         which = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         shares = [tensors[i].tensor_split(world) for i in which]
-        flat = torch.cat([share[peer].flatten() for peer in range(world) for share in shares])
+        flat = torch.cat([share[peer].flatten() for peer in range(world) for share in shares])  # [Σ numel]
         sizes = [sum(share[peer].numel() for share in shares) for peer in range(world)]
         everyone: Tensor = _Swap.apply(flat, sizes, [sizes[rank]] * world, group)  # type: ignore[no-untyped-call]
+        # [W · numel of this process's share] -> [W, numel of each tensor's]
         parts = everyone.view(world, sizes[rank]).split([share[rank].numel() for share in shares], dim=1)
         for i, part, share in zip(which, parts, shares, strict=True):
             found[i] = part.view(world, *share[rank].shape)
@@ -157,14 +158,14 @@ def checked_counts(
     Without `counts` the processes that exchange CPU tensors compare shapes first, in one more message.
     """
     world = processes(group)
-    given = counts
+    even = counts is None
     counts = (rows.shape[-2],) * world if counts is None else require_counts(counts, world)
     mine = counts[dist.get_rank(group)]
     require(rows.shape[-2] == mine, name, lambda: f"{mine} rows, as `counts` says", rows)
     carried = not (rows.is_cuda and dist.get_backend(group) == "gloo")
     hint = "initialise torch.distributed with nccl"
     require(carried, name, "a tensor that the group's backend gloo carries", rows.device, hint)
-    if given is None and _directly(rows):
+    if even and _directly(rows):
         _require_same_shape(rows, name, group)
     return counts
 

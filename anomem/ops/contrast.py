@@ -32,7 +32,8 @@ from anomem.ops.library import (
 KEPT_BYTES = 31 << 20
 """Most memory of the products that one call on a CPU keeps for its backward pass; it makes the others again.
 
-A block of 32 MiB and more is mapped anew by glibc in every call: its new pages cost more than the products.
+A block of 32 MiB and more is mapped anew by glibc in every call: in trials its new pages could cost more than the
+products (AMD family 25, no rows).
 
 Half of it below `_LONG_ROWS` features: products of shorter rows that leave the third-level cache are read back
 more slowly than they are made (measured on AMD family 25).

@@ -86,8 +86,9 @@ def test_a_folder_that_cannot_be_looked_into_is_a_warning(
     """A name too long for the system fails as a folder that is closed to the user does, also for root."""
     monkeypatch.setenv(name, f"/tmp/{'x' * 300}")
     new_process()
-    with pytest.warns(RuntimeWarning, match="no choices of this machine are used"):
+    with pytest.warns(RuntimeWarning, match="no choices of this machine are used") as warned:
         backends.decide(LARGE)
+    assert ("ANOMEM_CHOICE (expected measure, table or a path)" in str(warned[0].message)) == (name == "ANOMEM_CHOICE")
 
 
 def test_a_user_without_a_home(timed: list[Problem], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
