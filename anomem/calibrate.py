@@ -27,6 +27,7 @@ from anomem.errors import UserError
 from anomem.ops import augment as augments
 from anomem.ops import batch_norm as batch_norms
 from anomem.ops import contrast, retrieve, sampling
+from anomem.ops import conv3x3 as convolutions
 from anomem.ops import deviation_map as deviation_maps
 from anomem.ops import downsample as downsamples
 from anomem.ops import nearest as nearests
@@ -153,7 +154,7 @@ def bounded(problem: Problem) -> Problem:
             return problem.rows * problem.columns * problem.features  # the map, whose gradient is written
         if problem.operator == "downsample":  # as many as the map of 16 channels whose convolutions take as long
             return problem.rows * problem.features**2 // 16
-        return choice.work(problem)
+        return choice.work(problem) * (9 if problem.operator == "conv3x3" else 1)
 
     while size(problem) > most:
         tied = problem.operator == "nt_xent"
@@ -197,6 +198,10 @@ def inputs_of(problem: Problem) -> list[Tensor]:
         side = min(16, math.isqrt(rows))
         feature_map = draw(max(1, rows // side**2), d, side, side).contiguous(memory_format=torch.channels_last)
         return [feature_map, draw(d, d, 3, 3), draw(d, d, 1, 1)]
+    if operator == "conv3x3":
+        side = min(16, math.isqrt(rows))
+        feature_map = draw(max(1, rows // side**2), d, side, side).contiguous(memory_format=torch.channels_last)
+        return [feature_map, draw(columns, d, 3, 3).contiguous(memory_format=torch.channels_last)]
     if operator == "deviation_map":
         return [draw(1, d, rows, 1), draw(columns, d)]
     if operator == "augment":
@@ -322,6 +327,7 @@ _BY_REFERENCE: dict[str, Function] = {
     "read": _read_reference,
     "augment": _augment_reference,
     "batch_norm": _batch_norm_reference,
+    "conv3x3": lambda x, weight: (reference.conv3x3(x, weight),),
     "downsample": lambda x, weight, shortcut: reference.downsample(x, weight, shortcut),
 }
 _BY_KERNEL: dict[str, Function] = {
@@ -341,6 +347,7 @@ _BY_KERNEL: dict[str, Function] = {
     "read": _read_kernel,
     "augment": lambda impl, *given: _augment_kernel(*given),
     "batch_norm": lambda impl, *given: _batch_norm_kernel(*given),
+    "conv3x3": lambda impl, x, weight: (convolutions.conv3x3(x, weight),),
     "downsample": lambda impl, x, weight, shortcut: downsamples.downsample(x, weight, shortcut),
 }
 
@@ -426,6 +433,7 @@ def problems(device: str) -> Iterator[tuple[Problem, bool]]:
                 yield make("gather", rows=128 * more, columns=256, groups=64), training
                 yield make("variance", rows=128 * more, groups=64), training
                 yield make("batch_norm", rows=2**17 * more), training
+                yield make("conv3x3", rows=2**14 * more, columns=d), training
                 if training:
                     yield make("downsample", rows=2**17 * more), training
                 else:

@@ -27,6 +27,7 @@ OPERATORS = (
     "augment",
     "batch_norm",
     "downsample",
+    "conv3x3",
 )
 
 
@@ -143,6 +144,7 @@ _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
 _STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
+_WINOGRAD = Where(_MEASURED, rows=1024, columns=32, features=32)
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
@@ -191,6 +193,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
     *(Rule("batch_norm", "cpu", "native", where, _FASTEST_ZEN4, _ROWS_ZEN4) for where in _MAPS),
     Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_ZEN4, _ROWS_ZEN4),
+    Rule("conv3x3", "cpu", "native", _WINOGRAD, _FASTEST_ZEN4, _ROWS_ZEN4),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),
@@ -210,7 +213,7 @@ RULES: tuple[Rule, ...] = (
     *(
         Rule(operator, "cpu", "native", _SMALL_CALL, _SMALL)
         for operator in OPERATORS
-        if operator not in ("batch_norm", "downsample")
+        if operator not in ("batch_norm", "downsample", "conv3x3")
     ),
     Rule(
         "nt_xent",

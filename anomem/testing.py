@@ -93,6 +93,7 @@ def compare(
     kernel: Callable[..., Tensor | tuple[Tensor, ...]],
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
+    ulps: float = 4.0,
 ) -> None:
     """Forward and backward of a kernel against the reference, by the budget.
 
@@ -101,6 +102,7 @@ def compare(
         reference: the specification; run in the inputs' dtype and in float64.
         inputs: tensors (None and integer tensors are passed through). Those in float64 are rounded to float32 numbers
             first, so that the float32 reference sees the same.
+        ulps: of `assert_within_budget`.
     """
 
     def converted(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -114,4 +116,4 @@ def compare(
     exact = gradients(reference, converted(torch.float64, inputs))
     assert len(actual) == len(exact), f"{len(actual)} results, expected {len(exact)}"
     for i, (result, baseline, truth) in enumerate(zip(actual, plain, exact, strict=True)):
-        assert_within_budget(result, baseline if in_float64 else baseline.to(result.dtype), truth, f"result {i}")
+        assert_within_budget(result, baseline if in_float64 else baseline.to(result.dtype), truth, f"result {i}", ulps)

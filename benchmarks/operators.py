@@ -172,6 +172,25 @@ def downsample_work(dims: Dims, itemsize: int, training: bool) -> Work:
     return Work(20 * results * dims["C"] * (3 if training else 1), moved * itemsize)
 
 
+def map_and_taps(dims: Dims, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """A channels-last map [B, C, H, H] and a weight [K, C, 3, 3]."""
+    feature_map, weight, _ = map_and_weights(dims, dtype, seed)
+    return feature_map, weight
+
+
+def conv3x3(impl: str) -> Function:
+    """The 3×3 convolution of stride 1."""
+    return lambda x, weight: AF.conv3x3(x, weight, impl=impl)
+
+
+def conv3x3_work(dims: Dims, itemsize: int, training: bool) -> Work:
+    """Nine products for each pixel of the result, as a direct convolution; backward twice as many. The map is read, the
+    result written; backward reads both again and writes the map's gradient."""
+    results = dims["B"] * dims["K"] * dims["H"] ** 2
+    moved = whole_map(dims) * (3 if training else 1) + results * (2 if training else 1)
+    return Work(18 * results * dims["C"] * (3 if training else 1), moved * itemsize)
+
+
 def sample(impl: str) -> Function:
     """Gather with L2 normalisation, then the variance hinge of the sampled vectors."""
     return lambda feature_map, positions: AF.variance_hinge(gather(impl)(feature_map, positions), impl=impl)
@@ -264,6 +283,16 @@ _ALL = (
         map_and_weights,
         downsample,
         downsample_work,
+        whole_map,
+        lambda dims: capped(dims, B=8),
+        width="C",
+    ),
+    Operator(
+        "conv3x3",
+        "conv 3×3 of stride 1",
+        map_and_taps,
+        conv3x3,
+        conv3x3_work,
         whole_map,
         lambda dims: capped(dims, B=8),
         width="C",

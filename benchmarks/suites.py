@@ -61,6 +61,7 @@ def smoke(device: str) -> Suite:
         case("variance", G=8, B=128, d=128),
         case("batch_norm", B=16, C=16, H=16),
         case("downsample", B=16, C=16, H=16, K=16),
+        case("conv3x3", B=16, C=32, H=16, K=32),
         case("sample", B=64, C=64, H=16, n=8),
         case("deviation_map", B=16, d=64, H=8, M=64, training=False),
         case("usage", N=1024, M=64, d=64, training=False),
@@ -133,6 +134,12 @@ def kernels(device: str) -> Suite:
             case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions")
             for channels, side, outputs in ((16, 64, 16), (16, 32, 32), (32, 16, 64))
             for one in ("float32", "bfloat16")
+        ]
+        cases += [
+            case("conv3x3", B=64, C=channels, H=side, K=channels, dtype=one, training=training, group="convolutions")
+            for channels, side in ((32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 4))
+            for one in ("float32", "bfloat16")
+            for training in (True, False)
         ]
     if device == "cuda":
         cases += [

@@ -138,11 +138,11 @@ def test_layers_and_commands_load_no_kernel_and_no_compiler() -> None:
 
 WORDS = (
     "retrieve", "contrast", "sampling", "deviation_map", "usage", "nearest", "read", "augment", "batch_norm",
-    "downsample",
+    "downsample", "conv3x3",
 )  # fmt: skip
 """One word names an operator on every floor: hopfield_retrieve with shrink; nt_xent and info_nce; gather, variance and
 the positions; deviation_map; memory_diagnostics; nearest and k_center; read_memory;
-augment; batch_norm; downsample."""
+augment; batch_norm; downsample; conv3x3."""
 
 
 class Floor(NamedTuple):

@@ -116,8 +116,9 @@ def problem_of(row: dict[str, object]) -> Problem:
         "deviation_map": (size["B"] * size["H"] ** 2, size["M"], 1),
         "batch_norm": (size["B"] * size["H"] ** 2, 0, 1),
         "downsample": (size["B"] * size["H"] ** 2, 0, 1),
+        "conv3x3": (size["B"] * size["H"] ** 2, size["K"], 1),
     }.get(operator, (size["N"], size["M"], 1))
-    features = size["C"] if operator in ("gather", "batch_norm", "downsample") else size["d"]
+    features = size["C"] if operator in ("gather", "batch_norm", "downsample", "conv3x3") else size["d"]
     return Problem(operator, "cpu", getattr(torch, str(row["dtype"])), features, rows, columns, groups)
 
 

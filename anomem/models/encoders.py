@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anomem.errors import ArgumentError
 from anomem.functional.downsample import downsample
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
-from anomem.nn import BatchNorm2d
+from anomem.nn import BatchNorm2d, Conv3x3
 from anomem.nn.batch_norm import has_hooks, sum_of_two
 from anomem.rules import Impl
 from anomem.validation import require, require_count, require_names, require_size
@@ -219,23 +219,11 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
     elif config.backbone == "efficientnet_b0":
         modules = _efficientnet_stages(channels, small_stem, norm)
     else:
-        modules = _resnet_stages(config.backbone, channels, small_stem, norm)
+        from anomem.models.resnet import resnet_stages  # brings torchvision
+
+        modules = resnet_stages(config.backbone, channels, small_stem, norm, config.impl)
     stages = dict(zip(STAGES[config.backbone], modules, strict=True))
     return MultiScaleEncoder(stages, scales, image_size, channels)
-
-
-def _resnet_stages(name: str, channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
-    from torchvision.models import get_model
-
-    net = get_model(name, weights=None, norm_layer=norm)
-    if small_stem:
-        convolution = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        stem = nn.Sequential(convolution, net.bn1, net.relu)
-    else:
-        convolution = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-        stem = nn.Sequential(convolution, net.bn1, net.relu, net.maxpool)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own stem
-    return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
 
 
 def _efficientnet_stages(channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
@@ -259,7 +247,7 @@ class ResidualBlock(nn.Module):
         channels_out: C'.
         activated: whether the input has passed a ReLU already.
         norm: makes the batch norms.
-        impl: of `anomem.functional.downsample`, a preference.
+        impl: of `anomem.functional.downsample` and `anomem.nn.Conv3x3`, a preference.
 
     Shape:
         [B, C, H, W] -> [B, C', ⌈H/2⌉, ⌈W/2⌉].
@@ -280,7 +268,7 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
             norm(channels_out, relu=True),
             nn.Identity(),  # once a ReLU of its own: keys of state dicts count it
-            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            Conv3x3(channels_out, channels_out, impl=impl),
             norm(channels_out),
         )
         self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), norm(channels_out))
@@ -289,13 +277,24 @@ class ResidualBlock(nn.Module):
         """branch(relu(x)) + shortcut(relu(x))."""
         activated = x if self.activated else x.relu()
         (first, *branch, last), (projection, norm) = self.branch, self.shortcut
-        if self.training and _is_bare(first) and _is_bare(projection):
-            inner, straight = downsample(activated, first.weight, projection.weight, impl=self.impl, part=True)
-        else:
-            inner, straight = first(activated), projection(activated)
+        inner, straight = strided_pair(activated, first, projection, self.impl)
         for layer in branch:
             inner = layer(inner)
         return sum_of_two(last, inner, norm, straight)
+
+
+def strided_pair(x: Tensor, first: nn.Module, projection: nn.Module, impl: Impl) -> tuple[Tensor, Tensor]:
+    """`first(x), projection(x)` of the two convolutions with which a block halves the resolution.
+
+    Args:
+        x: [B, C, H, W].
+        first: 3×3, of stride 2 and padding 1, without bias.
+        projection: 1×1, of stride 2, without bias.
+        impl: of `anomem.functional.downsample`, a preference.
+    """
+    if first.training and _is_bare(first) and _is_bare(projection):
+        return downsample(x, first.weight, projection.weight, impl=impl, part=True)
+    return first(x), projection(x)
 
 
 def _is_bare(layer: nn.Module) -> TypeGuard[nn.Conv2d]:

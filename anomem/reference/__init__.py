@@ -20,6 +20,7 @@ from anomem.reference.contrast import (
     nt_xent_rows,
     scale_weights,
 )
+from anomem.reference.conv3x3 import conv3x3
 from anomem.reference.deviation_map import Distance, deviation, deviation_map, distance
 from anomem.reference.downsample import downsample
 from anomem.reference.nearest import Nearest, k_center, nearest
@@ -55,6 +56,7 @@ __all__ = [
     "blur_radius",
     "contrast_rows",
     "contrasted_memory_loss",
+    "conv3x3",
     "deviation",
     "deviation_map",
     "distance",

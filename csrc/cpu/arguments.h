@@ -15,6 +15,7 @@
 #include "cpu/augment.h"
 #include "cpu/batch_norm.h"
 #include "cpu/contrast.h"
+#include "cpu/conv3x3.h"
 #include "cpu/deviation_map.h"
 #include "cpu/downsample.h"
 #include "cpu/isa.h"

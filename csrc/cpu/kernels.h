@@ -19,10 +19,12 @@
 // (contrast_rows.h) tile by tile (contrast_tile.h), in the order of contrast_schedule.h, and sums exponentials
 // (contrast_sums.h) or weighs rows (contrast_gradients.h). nearest_kernel.h and read_kernel.h find the largest scores
 // by a rough product and compute those again (candidates.h). augment_kernel.h passes over one image at a time.
+// conv3x3_kernel.h multiplies transformed tiles of a map (conv3x3_tile.h) by the blocks of product.h.
 // sampling_kernel.h, batch_norm_kernel.h and downsample_kernel.h need rows.h only.
 #include "cpu/augment_kernel.h"
 #include "cpu/batch_norm_kernel.h"
 #include "cpu/contrast_kernel.h"
+#include "cpu/conv3x3_kernel.h"
 #include "cpu/deviation_map_kernel.h"
 #include "cpu/downsample_kernel.h"
 #include "cpu/nearest_kernel.h"
@@ -76,5 +78,7 @@ template void run(const BatchNormSums& arguments);
 template void run(const BatchNormGradient& arguments);
 template void run(const DownsampleTake& arguments);
 template void run(const DownsampleAdd& arguments);
+template void run(const Conv3x3& arguments);
+template void run(const Conv3x3Weight& arguments);
 
 }  // namespace anomem::cpu::ANOMEM_ISA

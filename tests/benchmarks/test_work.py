@@ -33,6 +33,8 @@ def counted(one) -> int:
         (case("deviation_map", B=3, d=16, H=4, M=32, training=False), 1),
         (case("downsample", B=2, C=3, H=6, K=5), 1),
         (case("downsample", B=2, C=3, H=6, K=5, training=False), 1),
+        (case("conv3x3", B=2, C=3, H=6, K=5), 1),
+        (case("conv3x3", B=2, C=3, H=6, K=5, training=False), 1),
         # The reference does not use that the similarities are symmetric.
         (case("nt_xent", G=3, B=16, d=32), 2),
         (case("nt_xent", G=3, B=16, d=32, training=False), 2),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomem.errors import ArgumentError
 from anomem.models import (
@@ -60,6 +60,31 @@ def test_standard_stem_is_torchvisions_network() -> None:
     images = torch.rand(2, 3, 64, 64)
     pooled = encoder(images)[0].mean(dim=(2, 3))
     torch.testing.assert_close(network.fc(pooled), network(images))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_residual_blocks_compute_what_torchvisions_do(name: str, training: bool) -> None:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    config = ModelConfig(backbone=name, stem="standard", scales=("layer3",))  # type: ignore[arg-type]
+    encoder = build_encoder(config, (64, 64), 3).double().train(training)
+    network = get_model(name, weights=None).double().train(training)
+    keys = list(network.state_dict())
+    network.load_state_dict(dict(zip(keys, encoder.state_dict().values(), strict=False)), strict=False)
+    layers = [network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2, network.layer3]
+    theirs = nn.Sequential(*layers)
+    images = torch.rand(3, 3, 64, 64, dtype=torch.float64)
+    mine, other = encoder(images)[0], theirs(images)
+    torch.testing.assert_close(mine, other)
+    for out, one in ((mine, encoder), (other, theirs)):
+        out.square().sum().backward()
+        assert all(p.grad is not None for p in one.parameters())
+    for a, b in zip(encoder.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(encoder.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_scales_are_chosen_by_name_and_the_rest_is_left_out() -> None:

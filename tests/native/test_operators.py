@@ -12,6 +12,7 @@ from anomem.functional import (
     ViewParameters,
     augment,
     batch_norm,
+    conv3x3,
     deviation_map,
     downsample,
     gather_positions,
@@ -33,6 +34,7 @@ def registered(library: None) -> None:
     nt_xent(query, query, impl="native")
     gather_positions(feature_map, torch.tensor([0]), impl="native")
     batch_norm(feature_map, training=True, impl="native")
+    conv3x3(feature_map, draw(2, 4, 3, 3), impl="native")
     downsample(feature_map, draw(2, 4, 3, 3), draw(2, 4, 1, 1), impl="native")
     augment(feature_map[:, :3].sigmoid(), ViewParameters(), impl="native")
     deviation_map(feature_map, prototypes, impl="native")
@@ -162,6 +164,26 @@ def refused_downsamples() -> Iterator[Call]:
     yield add, (x, sampled.double()), "`sampled`"
 
 
+def refused_convolutions() -> Iterator[Call]:
+    layout = torch.channels_last
+    x, grad = draw(2, 3, 5, 4).contiguous(memory_format=layout), draw(2, 6, 5, 4).contiguous(memory_format=layout)
+    weight = draw(6, 3, 3, 3).contiguous(memory_format=layout)
+    convolve, of_weight = OPERATORS.native_conv3x3, OPERATORS.native_conv3x3_weight
+    yield convolve, (x.contiguous(), weight, False), "`x`: expected a channels-last map"
+    yield convolve, (x[0], weight, False), "`x`"
+    yield convolve, (x.half(), weight, False), "float32, bfloat16 or float64"
+    yield convolve, (x, weight.contiguous(), False), "`weight`: expected a channels-last map"
+    yield convolve, (x, weight.double(), False), "`weight`"
+    yield convolve, (x, weight, True), "`weight`"
+    yield convolve, (grad, weight, False), "`weight`"
+    yield convolve, (x, weight[:0], False), "K >= 1"
+    yield convolve, (x, weight[:, :, :2], False), "`weight`"
+    yield of_weight, (x, grad.contiguous()), "`grad`: expected a channels-last map"
+    yield of_weight, (x, grad[:1]), "`grad`"
+    yield of_weight, (x, grad[:, :0]), "K >= 1"
+    yield of_weight, (x, grad.double()), "`grad`"
+
+
 @pytest.mark.parametrize(
     "calls",
     [
@@ -172,6 +194,7 @@ def refused_downsamples() -> Iterator[Call]:
         refused_augmentations,
         refused_batch_norms,
         refused_downsamples,
+        refused_convolutions,
     ],
     ids=lambda f: f.__name__,
 )

@@ -12,6 +12,7 @@ from anomem.functional import (
     ViewParameters,
     augment,
     batch_norm,
+    conv3x3,
     deviation_map,
     downsample,
     gather_positions,
@@ -106,6 +107,12 @@ def test_batch_norm(channels: int) -> None:
         return batch_norm(x, None, None, weight, bias, True, add=add, relu=True, impl="native")
 
     assert_same_bits(lambda: gradients(run, inputs))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(16, 31), (70, 18), (200, 4)])
+def test_conv3x3(channels: int, side: int) -> None:
+    inputs = [draw(9, channels, side, side), draw(65, channels, 3, 3, seed=1)]
+    assert_same_bits(lambda: gradients(lambda x, weight: conv3x3(x, weight, impl="native"), inputs))
 
 
 @pytest.mark.parametrize("channels", [16, 70])

@@ -179,3 +179,10 @@ def test_strided_convolutions_of_a_counted_map() -> None:
     branch, straight = R.downsample(x, torch.ones(1, 1, 3, 3, dtype=DOUBLE), 2 * torch.ones(1, 1, 1, 1, dtype=DOUBLE))
     torch.testing.assert_close(branch[0, 0], torch.tensor([[8.0, 12.0], [20.0, 24.0]], dtype=DOUBLE))
     torch.testing.assert_close(straight[0, 0], torch.tensor([[0.0, 4.0], [12.0, 16.0]], dtype=DOUBLE))
+
+
+def test_convolution_of_a_counted_map() -> None:
+    # Sums of the 3×3 windows of a map 0 1 2 | 3 4 5 | 6 7 8.
+    x = torch.arange(9, dtype=DOUBLE).view(1, 1, 3, 3)
+    expected = torch.tensor([[8.0, 15.0, 12.0], [21.0, 36.0, 27.0], [20.0, 33.0, 24.0]], dtype=DOUBLE)
+    torch.testing.assert_close(R.conv3x3(x, torch.ones(1, 1, 3, 3, dtype=DOUBLE))[0, 0], expected)

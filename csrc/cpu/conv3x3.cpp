@@ -1,0 +1,48 @@
+// native_conv3x3, native_conv3x3_weight.
+#include "cpu/conv3x3.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "cpu/operands.h"
+
+namespace anomem::cpu {
+namespace {
+
+Tensor convolve(const Tensor& x, const Tensor& weight, bool transposed) {
+  const Type type = type_of(x, "x");
+  check_channels_last(x, "x");
+  const MapShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  check_device(weight, "weight", x);
+  check_type(weight, "weight", x.scalar_type());
+  if (transposed) check_shape(weight, "weight", {shape.channels, Axis("C", 1), 3, 3});
+  else check_shape(weight, "weight", {Axis("K", 1), shape.channels, 3, 3});
+  check_channels_last(weight, "weight");
+  const int64_t channels_out = weight.size(transposed ? 1 : 0);
+  Tensor y = empty_map(shape.batch, channels_out, shape.height, shape.width, x.scalar_type());
+  if (y.numel() > 0)
+    run(Conv3x3{type, x.const_data_ptr(), shape, weight.const_data_ptr(), channels_out, transposed,
+                y.mutable_data_ptr()});
+  return y;
+}
+
+Tensor gradient_of_weight(const Tensor& x, const Tensor& grad) {
+  const Type type = type_of(x, "x");
+  check_channels_last(x, "x");
+  const MapShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  check_device(grad, "grad", x);
+  check_type(grad, "grad", x.scalar_type());
+  check_shape(grad, "grad", {shape.batch, Axis("K", 1), shape.height, shape.width});
+  check_channels_last(grad, "grad");
+  Tensor dweight = empty_map(grad.size(1), shape.channels, 3, 3, x.scalar_type());
+  run(Conv3x3Weight{type, x.const_data_ptr(), shape, grad.const_data_ptr(), grad.size(1), dweight.mutable_data_ptr()});
+  return dweight;
+}
+
+}  // namespace
+}  // namespace anomem::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) {
+  m.impl("native_conv3x3", TORCH_BOX(&anomem::cpu::convolve));
+  m.impl("native_conv3x3_weight", TORCH_BOX(&anomem::cpu::gradient_of_weight));
+}
