@@ -131,15 +131,15 @@ def kernels(device: str) -> Suite:
             for one in ("float32", "bfloat16")
         ]
         cases += [
-            case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions")
+            case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions", "convolutions")
             for channels, side, outputs in ((16, 64, 16), (16, 32, 32), (32, 16, 64))
             for one in ("float32", "bfloat16")
         ]
         cases += [
-            case("conv3x3", B=64, C=channels, H=side, K=channels, dtype=one, training=training, group="convolutions")
+            case("conv3x3", B=64, C=channels, H=side, K=channels, dtype=one, training=both, group="convolutions")
             for channels, side in ((32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 4))
             for one in ("float32", "bfloat16")
-            for training in (True, False)
+            for both in (True, False)
         ]
     if device == "cuda":
         cases += [
@@ -151,7 +151,8 @@ def kernels(device: str) -> Suite:
             case("nt_xent", G=16, B=1024, d=128, dtype="float32", group="large"),
         ]
     # On a CPU compiling every case would take most of the time.
-    groups = None if device == "cuda" else ("resnet18 scale 1", "large", "batch norm", "strided convolutions")
+    layers = "batch norm", "strided convolutions", "convolutions"
+    groups = None if device == "cuda" else ("resnet18 scale 1", "large", *layers)
     return Suite("kernels", tuple(cases), seconds=0.25, compiled_groups=groups)
 
 

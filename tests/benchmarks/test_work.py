@@ -33,15 +33,16 @@ def counted(one) -> int:
         (case("deviation_map", B=3, d=16, H=4, M=32, training=False), 1),
         (case("downsample", B=2, C=3, H=6, K=5), 1),
         (case("downsample", B=2, C=3, H=6, K=5, training=False), 1),
-        (case("conv3x3", B=2, C=3, H=6, K=5), 1),
-        (case("conv3x3", B=2, C=3, H=6, K=5, training=False), 1),
+        # Nine products for each pixel instead of four.
+        (case("conv3x3", B=2, C=3, H=6, K=5), 9 / 4),
+        (case("conv3x3", B=2, C=3, H=6, K=5, training=False), 9 / 4),
         # The reference does not use that the similarities are symmetric.
         (case("nt_xent", G=3, B=16, d=32), 2),
         (case("nt_xent", G=3, B=16, d=32, training=False), 2),
     ],
     ids=lambda value: value.title if hasattr(value, "title") else str(value),
 )
-def test_least_flops_are_the_reference_s_or_half_of_them(one, reference_does) -> None:
+def test_least_flops_are_a_known_part_of_the_reference_s(one, reference_does) -> None:
     assert counted(one) == reference_does * OPERATORS[one.operator].least_work(one).flops
 
 
