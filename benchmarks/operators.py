@@ -184,8 +184,8 @@ def conv3x3(impl: str) -> Function:
 
 
 def conv3x3_work(dims: Dims, itemsize: int, training: bool) -> Work:
-    """Four products for each pixel of the result, by F(2×2, 3×3), where a direct convolution has nine; backward twice as
-    many. The map is read, the result written; backward reads both again and writes the map's gradient."""
+    """Four products for each pixel of the result, by F(2×2, 3×3), where a direct convolution has nine; backward twice
+    as many. The map is read, the result written; backward reads both again and writes the map's gradient."""
     results = dims["B"] * dims["K"] * dims["H"] ** 2
     moved = whole_map(dims) * (3 if training else 1) + results * (2 if training else 1)
     return Work(8 * results * dims["C"] * (3 if training else 1), moved * itemsize)

@@ -131,7 +131,7 @@ def kernels(device: str) -> Suite:
             for one in ("float32", "bfloat16")
         ]
         cases += [
-            case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions", "convolutions")
+            case("downsample", B=128, C=channels, H=side, K=outputs, dtype=one, group="strided convolutions")
             for channels, side, outputs in ((16, 64, 16), (16, 32, 32), (32, 16, 64))
             for one in ("float32", "bfloat16")
         ]
