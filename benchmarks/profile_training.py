@@ -9,10 +9,11 @@ ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a pict
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -117,7 +118,7 @@ def main(options: Options) -> int:
     # Workers that fill their queues would take cores from another pipeline's steps: measured alone, in one round.
     alone = [last] if options.workers else []
     alternating += [] if options.workers else [last]
-    flops, ceilings = encoder_flops(alternating[0].made(), batch), Ceilings(device)
+    ceilings = Ceilings(device)
     found: list[Step] = []
     for group, rounds in ((alternating, options.rounds), (alone, 1)):
         if not group:
@@ -142,7 +143,7 @@ def main(options: Options) -> int:
                         seconds_per_step=results.seconds,
                         # Of the workers nothing is known.
                         cpu_seconds_per_step=None if group is alone else results.cpu_seconds,
-                        product_seconds=flops / ceilings.product(dtype),
+                        product_seconds=results.flops / ceilings.product(dtype),
                         milliseconds=results.milliseconds,
                         peak_bytes=results.peak_bytes,
                         images_per_second=batch / results.seconds,
@@ -285,6 +286,8 @@ class Results(NamedTuple):
     executed: dict[str, Any]
     others: float | None
     """Cores that other processes used, in the busiest round."""
+    flops: int
+    """Of the encoder's products in a step."""
 
 
 class Apart:
@@ -336,16 +339,40 @@ def _results() -> Results:
         peak_bytes(lambda: pipeline.train(1), pipeline.device),
         pipeline.executed(),
         max((cores for cores in _HERE["others"] if cores is not None), default=None),
+        encoder_flops(pipeline),
     )
 
 
-def encoder_flops(pipeline: Pipeline, batch: int) -> int:
-    """Of the products and convolutions in both passes of the encoder over a batch's views, as torch counts them."""
-    two = torch.rand(2, pipeline.images.channels, *pipeline.images.size, device=pipeline.device)
-    with FlopCounterMode(display=False) as counter:
-        torch.stack([feature_map.sum() for feature_map in pipeline.model(two)]).sum().backward()
+def encoder_flops(pipeline: Pipeline) -> int:
+    """Of the products in both passes of the encoder over a batch's views, as the pipeline makes them after training."""
+    run = settled(pipeline.config, torch.device(pipeline.device)).run
+    shape = 2 * pipeline.config.optimizer.batch_size, pipeline.images.channels, *pipeline.images.size
+    views = torch.rand(shape, device=pipeline.device).contiguous(memory_format=execution.layout_of(run))
+    with (
+        FlopCounterMode(display=False, custom_mapping=convolution_flops()) as counter,
+        execution.autocast(run, torch.device(pipeline.device)),
+    ):
+        torch.stack([feature_map.sum() for feature_map in pipeline.model(views)]).sum().backward()
     pipeline.model.zero_grad()
-    return int(counter.get_total_flops()) * batch
+    return int(counter.get_total_flops())
+
+
+def convolution_flops() -> dict[Any, Callable[..., int]]:
+    """Of the library's convolutions, which torch does not know: 16 products for each tile of 2×2 pixels."""
+    importlib.import_module("anomem.ops.conv3x3")  # registers them
+
+    def products(x: Sequence[int], channels_out: int) -> int:
+        batch, channels, height, width = x
+        return 16 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * channels_out
+
+    def of_map(x: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
+        return 2 * products(x, out_shape[1])
+
+    def of_weight(x: Sequence[int], grad: Sequence[int], out_shape: Sequence[int]) -> int:
+        return 2 * products(x, grad[1])
+
+    operators = torch.ops.anomem
+    return {operators.native_conv3x3: of_map, operators.native_conv3x3_weight: of_weight}
 
 
 class StampedImages:
