@@ -10,7 +10,9 @@
 // G.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/conv3x3.h"
+#include "cpu/factors.h"
+#include "cpu/rows.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -100,6 +102,65 @@ ANOMEM_INLINE void spread_tile(const V (&dy)[4], V (&n)[kPlaces]) {
     n[4 * i + 1] = rows[i][0] + rows[i][1];
     n[4 * i + 2] = rows[i][0] - rows[i][1];
     n[4 * i + 3] = -rows[i][1];
+  }
+}
+
+// The tiles of a map, in rows.
+struct MapTiles {
+  const MapShape& shape;
+  int64_t rows = (shape.height + 1) / 2, columns = (shape.width + 1) / 2;
+
+  int64_t count() const { return shape.batch * rows * columns; }
+};
+
+// Elements of transformed tiles and taps.
+template <class S>
+using transformed_t = std::conditional_t<kInPairs<S>, Bfloat16, accumulator_t<S>>;
+
+// Distance of the 16 places, `length` elements each: not a power of two, so that they fall into different sets of the
+// cache.
+template <class E>
+inline int64_t place_stride(int64_t length) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+  return round_up(length, 2 * line) + line;
+}
+
+// Column x of the rows y … y + 3 of an image, transformed; pixels outside are zero.
+template <class S>
+ANOMEM_INLINE void load_column(const S* image, const MapShape& shape, int64_t y, int64_t x, int64_t channel,
+                               int64_t count, vec<accumulator_t<S>> (&to)[4]) {
+  vec<accumulator_t<S>> d[4] = {};
+  if (x >= 0 && x < shape.width)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      if (y + i >= 0 && y + i < shape.height)
+        d[i] = load_some(image + ((y + i) * shape.width + x) * shape.channels + channel, count);
+  transform_column(d, to);
+}
+
+// Calls f(place, tile of the row, vector) for the tiles [begin, end) of tile row `row` and one vector of channels.
+template <class S, class F>
+ANOMEM_INLINE void transform_tiles(const S* x, const MapTiles& tiles, int64_t row, int64_t begin, int64_t end,
+                                   int64_t channel, int64_t count, const F& f) {
+  using V = vec<accumulator_t<S>>;
+  const MapShape& shape = tiles.shape;
+  const S* image = x + row / tiles.rows * shape.height * shape.width * shape.channels;
+  const int64_t y = row % tiles.rows * 2 - 1;
+  V columns[4][4];
+  load_column(image, shape, y, 2 * begin - 1, channel, count, columns[0]);
+  load_column(image, shape, y, 2 * begin, channel, count, columns[1]);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    load_column(image, shape, y, 2 * tile + 1, channel, count, columns[2]);
+    load_column(image, shape, y, 2 * tile + 2, channel, count, columns[3]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      f(4 * i, tile, columns[0][i] - columns[2][i]);
+      f(4 * i + 1, tile, columns[1][i] + columns[2][i]);
+      f(4 * i + 2, tile, columns[2][i] - columns[1][i]);
+      f(4 * i + 3, tile, columns[1][i] - columns[3][i]);
+      columns[0][i] = columns[2][i];
+      columns[1][i] = columns[3][i];
+    }
   }
 }
 

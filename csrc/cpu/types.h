@@ -51,6 +51,9 @@ inline S narrow(accumulator_t<S> x) {
   else return x;
 }
 
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Row stride, in elements of the accumulation type T, of a tile with n columns. It is whole panels of the widest
