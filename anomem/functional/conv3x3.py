@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from anomem import backends, reference, rules
@@ -14,9 +15,9 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     """A 3×3 convolution of stride 1 and padding 1, without bias: `conv2d(x, weight, padding=1)`.
 
     The native kernel takes channels-last maps and multiplies 16 times where a direct convolution does 36 times
-    (Winograd's F(2×2, 3×3); Lavin and Gray 2016). It rounds the transformed map and weight once more: in bfloat16 the
-    root mean square of its error is up to four times a direct convolution's. A NaN or an infinity also reaches the
-    other pixels of the 2×2 tiles that read it.
+    (Winograd's F(2×2, 3×3); Lavin and Gray 2016), in both passes. In bfloat16 it makes the gradients alone: it rounds
+    transformed maps and weights once more, and the root mean square of its error is up to four times a direct
+    convolution's. A NaN or an infinity also reaches the other pixels of the 2×2 tiles that read it.
 
     Args:
         x: [B, C, H, W].
@@ -51,7 +52,9 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
 
 
 def _implementation(x: Tensor, weight: Tensor, impl: Impl, part: bool) -> str:
-    if (impl == "auto" or part) and not is_channels_last(x):
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    runs = is_channels_last(x) and (wanted or x.dtype != torch.bfloat16)
+    if (impl == "auto" or part) and not runs:
         return "reference"
     rows = x.shape[0] * x.shape[2] * x.shape[3]
     problem = rules.Problem("conv3x3", x.device.type, x.dtype, x.shape[1], rows=rows, columns=weight.shape[0])

@@ -10,7 +10,7 @@ from anomem.validation import require_choice
 
 
 class Conv3x3(nn.Conv2d):
-    """`torch.nn.Conv2d` of 3×3 taps, stride 1 and padding 1, without bias: 16 multiplications in place of 36.
+    """`torch.nn.Conv2d` of 3×3 taps, stride 1 and padding 1, without bias, by `anomem.functional.conv3x3`.
 
     The parameter, its name and its initial values are those of torch's; state dicts fit both. On CPUs the kernel takes
     channels-last maps.

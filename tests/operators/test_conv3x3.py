@@ -142,24 +142,40 @@ def test_autocast_casts_once(impl: Impl) -> None:
     assert_same_bits(first, second)
 
 
-def is_kernel(x: Tensor, weight: Tensor, **options: Any) -> bool:
+def kernels_of(x: Tensor, weight: Tensor, **options: Any) -> set[str]:
     with torch.profiler.profile() as profile:
-        conv3x3(x, weight, **options)
-    return any("native_conv3x3" in event.key for event in profile.key_averages())
+        out = conv3x3(x, weight, **options)
+        if out.requires_grad:
+            out.sum().backward()
+    return {event.key for event in profile.key_averages() if "native_conv3x3" in event.key}
+
+
+BOTH = {"anomem::native_conv3x3", "anomem::native_conv3x3_weight"}
 
 
 def test_auto_takes_the_kernel_for_channels_last_maps_of_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
     x, weight = channels_last(32, 32, 16, 16), taps(32, 32)
-    assert is_kernel(x, weight)
-    assert is_kernel(x.bfloat16(), weight.bfloat16())
-    assert not is_kernel(x.contiguous(), weight)
-    assert not is_kernel(x.contiguous(), weight, impl="native", part=True)
-    assert is_kernel(x.contiguous(), weight, impl="native")
-    assert not is_kernel(x[:1], weight)
+    assert kernels_of(x, weight) == {"anomem::native_conv3x3"}
+    assert kernels_of(x, weight.clone().requires_grad_()) == BOTH
+    assert kernels_of(x.contiguous(), weight) == set()
+    assert kernels_of(x.contiguous(), weight, impl="native", part=True) == set()
+    assert kernels_of(x.contiguous(), weight, impl="native") == {"anomem::native_conv3x3"}
+    assert kernels_of(x[:1], weight) == set()
     few = channels_last(64, 16, 16, 16)
-    assert not is_kernel(few, taps(16, 32))
+    assert kernels_of(few, taps(16, 32)) == set()
     assert torch.equal(conv3x3(few, taps(16, 32)), F.conv2d(few, taps(16, 32), padding=1))
+
+
+def test_in_bfloat16_the_kernel_makes_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
+    x, weight = channels_last(32, 32, 16, 16, dtype=BF16), taps(32, 32, BF16)
+    expected = F.conv2d(x, weight, padding=1)
+    assert kernels_of(x, weight) == set()
+    leaves = x.clone(memory_format=torch.channels_last).requires_grad_(), weight.clone().requires_grad_()
+    assert_same_bits([conv3x3(*leaves).detach(), conv3x3(x, weight, impl="native")], [expected, expected])
+    assert kernels_of(x, leaves[1]) == {"anomem::native_conv3x3_weight"}
+    assert kernels_of(*leaves) == BOTH
 
 
 @pytest.mark.parametrize(
