@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from anomem.errors import ArgumentError
 from anomem.functional.downsample import downsample
 from anomem.models.config import DEFAULT_SCALES, STAGES, ModelConfig
-from anomem.nn import BatchNorm2d, Conv3x3
-from anomem.nn.batch_norm import has_hooks, sum_of_two
+from anomem.nn import BatchNorm2d, Conv3x3, replace_convolutions
+from anomem.nn.batch_norm import sum_of_two
+from anomem.nn.conv3x3 import is_bare
 from anomem.rules import Impl
 from anomem.validation import require, require_count, require_names, require_size
 
@@ -37,6 +39,15 @@ class Encoder(nn.Module):
     names: tuple[str, ...]
     channels: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
+        """A copy whose parts are in the modes of the original's: a copied `GraphModule` is in training mode."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for one, other in zip(self.modules(), copied.modules(), strict=True):
+            other.training = one.training
+        return copied
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -219,11 +230,25 @@ def build_encoder(config: ModelConfig, image_size: tuple[int, int], channels: in
     elif config.backbone == "efficientnet_b0":
         modules = _efficientnet_stages(channels, small_stem, norm)
     else:
-        from anomem.models.resnet import resnet_stages  # brings torchvision
-
-        modules = resnet_stages(config.backbone, channels, small_stem, norm, config.impl)
+        modules = _resnet_stages(config.backbone, channels, small_stem, norm)
+        for stage in modules[1:]:  # the stem has too few channels
+            replace_convolutions(stage, config.impl)
     stages = dict(zip(STAGES[config.backbone], modules, strict=True))
     return MultiScaleEncoder(stages, scales, image_size, channels)
+
+
+def _resnet_stages(name: str, channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
+    from torchvision.models import get_model
+
+    net = get_model(name, weights=None, norm_layer=norm)
+    if small_stem:
+        convolution = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        stem = nn.Sequential(convolution, net.bn1, net.relu)
+    else:
+        convolution = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        stem = nn.Sequential(convolution, net.bn1, net.relu, net.maxpool)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own stem
+    return [stem, net.layer1, net.layer2, net.layer3, net.layer4]
 
 
 def _efficientnet_stages(channels: int, small_stem: bool, norm: Norm) -> list[nn.Module]:
@@ -277,29 +302,13 @@ class ResidualBlock(nn.Module):
         """branch(relu(x)) + shortcut(relu(x))."""
         activated = x if self.activated else x.relu()
         (first, *branch, last), (projection, norm) = self.branch, self.shortcut
-        inner, straight = strided_pair(activated, first, projection, self.impl)
+        if self.training and is_bare(first, 3, 2) and is_bare(projection, 1, 2):
+            inner, straight = downsample(activated, first.weight, projection.weight, impl=self.impl, part=True)
+        else:
+            inner, straight = first(activated), projection(activated)
         for layer in branch:
             inner = layer(inner)
         return sum_of_two(last, inner, norm, straight)
-
-
-def strided_pair(x: Tensor, first: nn.Module, projection: nn.Module, impl: Impl) -> tuple[Tensor, Tensor]:
-    """`first(x), projection(x)` of the two convolutions with which a block halves the resolution.
-
-    Args:
-        x: [B, C, H, W].
-        first: 3×3, of stride 2 and padding 1, without bias.
-        projection: 1×1, of stride 2, without bias.
-        impl: of `anomem.functional.downsample`, a preference.
-    """
-    if first.training and _is_bare(first) and _is_bare(projection):
-        return downsample(x, first.weight, projection.weight, impl=impl, part=True)
-    return first(x), projection(x)
-
-
-def _is_bare(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a layer is its weight and nothing else: no hook, parametrization or other convolution in its place."""
-    return type(layer) is nn.Conv2d and not has_hooks(layer)
 
 
 def _small_stages(channels: int, stem_is_a_scale: bool, norm: Norm, impl: Impl) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.module import _has_any_global_hook
 
 from anomem.functional.batch_norm import Normed, batch_norm, joint_sum
 from anomem.functional.distributed import processes
@@ -127,7 +128,9 @@ def _exchanges(norm: nn.Module) -> TypeGuard[JointBatchNorm]:
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether something looks at a layer's calls."""
-    return any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks))
+    return _has_any_global_hook() or any(
+        (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    )
 
 
 def normalised(

@@ -206,7 +206,7 @@ class _BatchNorm(torch.autograd.Function):
         if dout is None:
             return (None,) * 7
         x, weight, bias, add, out, mean, variance = ctx.saved_tensors
-        if library.wants_graph():
+        if library.wants_graph() or library.is_batched(dout):
             return (*_with_graph(ctx, x, weight, bias, add, dout), None, None, None)
         x, out, dout = (channels_last(one) for one in (x, out, dout))
         affine = (mean, variance, weight, bias)

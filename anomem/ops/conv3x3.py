@@ -64,7 +64,7 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        if library.wants_graph():
+        if library.wants_graph() or library.is_transformed() or library.is_batched(grad):
             needed, inputs = ctx.needs_input_grad, (x, weight)
             dx, dweight = library.differentiable_gradients(reference.conv3x3, inputs, needed, (grad,))
             return dx, dweight

@@ -134,7 +134,7 @@ def _nothing_looks_on(args: Sequence[Any]) -> bool:
         return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     plain = all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
-    return plain and (tensors[0].is_cuda or tensors[0].is_cpu)
+    return plain and (tensors[0].is_cuda or tensors[0].is_cpu) and not is_batched(*tensors)
 
 
 def with_known_signature(function: Function) -> Function:
@@ -253,6 +253,13 @@ def wants_graph() -> bool:
     A compiled backward never is, so there the kernels always run.
     """
     return (torch.is_grad_enabled() or in_forward_mode()) and not torch.compiler.is_compiling()
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether one of them stands for a batch, as an upstream gradient of `is_grads_batched=True`: it has no storage."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def is_transformed() -> bool:

@@ -139,7 +139,7 @@ class _Read(torch.autograd.Function):
         upstream = (*upstream[:4], None, *upstream[5:])
         if all(grad is None for grad in upstream):
             return (None,) * 10
-        if library.wants_graph():
+        if library.wants_graph() or library.is_batched(*upstream):
             composite = _composite(ctx.scale, *ctx.options)
             needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
             dquery, dkeys, dbeta, dbias = library.differentiable_gradients(

@@ -404,6 +404,26 @@ class Contract:
         assert_same_values(got, expected, impl)
 
     @of_the_operator
+    def test_a_batch_of_upstream_gradients(self, impl: Impl) -> None:
+        """`is_grads_batched=True`, as in `torch.autograd.functional.jacobian(vectorize=True)`."""
+        if not self.differentiable:
+            return
+        leaves = [x.requires_grad_() if x.is_floating_point() else x for x in self.inputs(4)]
+        wanted = [x for x in leaves if x.requires_grad]
+        first = tuple_of(self.call(impl, *leaves))[0]
+        upstream = torch.stack([draw(*first.shape, seed=seed).to(first) for seed in (1, 2)])
+
+        def gradients_of(grad: Tensor, **options: Any) -> tuple[Tensor, ...]:
+            outputs = tuple_of(self.call(impl, *leaves))[0]
+            return torch.autograd.grad(outputs, wanted, grad, allow_unused=True, **options)
+
+        expected = zip(*(gradients_of(one) for one in upstream), strict=True)
+        for several, each_alone in zip(gradients_of(upstream, is_grads_batched=True), expected, strict=True):
+            assert (several is None) == (each_alone[0] is None)
+            if several is not None:
+                torch.testing.assert_close(several, torch.stack(each_alone), rtol=1e-4, atol=1e-5)
+
+    @of_the_operator
     def test_tracing_reads_no_values(self, impl: Impl) -> None:
         inputs = self.inputs(4)
         with torch.no_grad():
