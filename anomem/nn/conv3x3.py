@@ -82,7 +82,8 @@ def replace_convolutions(module: nn.Module, impl: Impl = "auto") -> nn.Module:
     require(isinstance(module, nn.Module), "module", "a torch.nn.Module", lambda: type(module).__name__)
     require_choice(impl, "impl", IMPLEMENTATIONS)
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and type(layer) in (nn.Conv2d, Conv3x3) and _is_plain(layer, 3, 1):
+        known = type(layer) in (nn.Conv2d, Conv3x3)
+        if known and isinstance(layer, nn.Conv2d) and _is_plain(layer, 3, 1) and not _differs(layer):
             layer.__class__ = Conv3x3
             layer.impl = impl  # type: ignore[assignment]
     return module
@@ -96,11 +97,16 @@ def is_bare(layer: nn.Module, side: int, stride: int) -> TypeGuard[nn.Conv2d]:
         side: of its taps; the padding is half of it.
         stride: of its steps.
     """
-    return type(layer) is nn.Conv2d and _is_plain(layer, side, stride) and not has_hooks(layer)
+    return type(layer) is nn.Conv2d and _is_plain(layer, side, stride) and not has_hooks(layer) and not _differs(layer)
 
 
 def _is_plain(layer: nn.Conv2d, side: int, stride: int) -> bool:
-    """Whether a convolution has these options, no bias, and no method of its own instance."""
+    """Whether a convolution has these options and no bias."""
     options = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     expected = ((side, side), (stride, stride), (side // 2, side // 2), (1, 1), 1, "zeros")
-    return options == expected and layer.bias is None and vars(layer).keys().isdisjoint(("forward", "_conv_forward"))
+    return options == expected and layer.bias is None
+
+
+def _differs(layer: nn.Conv2d) -> bool:
+    """Whether a layer has a method of its own instance, which torch.compile would call or refuse by itself."""
+    return not torch.compiler.is_compiling() and not vars(layer).keys().isdisjoint(("forward", "_conv_forward"))

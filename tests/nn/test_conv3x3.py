@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from anomem.errors import ArgumentError
+from anomem.models.encoders import ResidualBlock
 from anomem.nn import Conv3x3, replace_convolutions
 from anomem.ops import native
 from anomem.testing import draw
@@ -68,6 +69,19 @@ def test_what_torchs_layer_takes_is_taken() -> None:
     for dtype, shape in ((torch.float32, (3, 8, 8)), (torch.complex64, (2, 3, 8, 8))):
         layer, x = Conv3x3(3, 4, dtype=dtype), torch.ones(shape, dtype=dtype)
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_layers_compile_in_one_graph(impl: str) -> None:
+    if impl == "native" and (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    network = nn.Sequential(Conv3x3(3, 4, impl=impl), ResidualBlock(4, 5, impl=impl))
+    x = draw(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    expected = torch.autograd.grad(network(x).sum(), network[0].weight)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).sum(), network[0].weight), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_replaced_networks_are_traced_by_fx() -> None:
