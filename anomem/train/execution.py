@@ -42,7 +42,7 @@ def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
     if precision == "bf16" and device.type not in ("cpu", "cuda"):
         raise UserError(f"`run.precision`: bf16 runs on cpu and cuda, received the device {device.type}; take float32")
     if compiled == "auto":
-        compiled = False  # a step of the small encoder gains 6 % at most (cpu-execution.jsonl)
+        compiled = False  # a step of the small encoder gains 4 % (cpu-execution.jsonl)
     if compiled:
         reason = _not_compiled(config) or compiler_obstacle(device.type)
         if reason is not None:
