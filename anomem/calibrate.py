@@ -154,7 +154,8 @@ def bounded(problem: Problem) -> Problem:
             return problem.rows * problem.columns * problem.features  # the map, whose gradient is written
         if problem.operator == "downsample":  # as many as the map of 16 channels whose convolutions take as long
             return problem.rows * problem.features**2 // 16
-        return choice.work(problem) * (9 if problem.operator == "conv3x3" else 1)
+        taps = 9 if problem.operator == "conv3x3" else 1
+        return choice.work(problem) * taps
 
     while size(problem) > most:
         tied = problem.operator == "nt_xent"

@@ -9,11 +9,10 @@ ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a pict
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from anomem.augment import Augmentation, AugmentConfig
 from anomem.data import Images, ResidentImages
@@ -41,7 +39,7 @@ from anomem.train.profiling import Event, seconds_of_phases
 from anomem.train.rows import Draws, Rows
 from benchmarks.harness import rows
 from benchmarks.harness.console import say, table
-from benchmarks.harness.measure import Ceilings, peak_bytes
+from benchmarks.harness.measure import Ceilings, peak_bytes, product_flops
 from benchmarks.harness.rows import Step
 from benchmarks.report.tables import number
 
@@ -348,31 +346,14 @@ def encoder_flops(pipeline: Pipeline) -> int:
     run = settled(pipeline.config, torch.device(pipeline.device)).run
     shape = 2 * pipeline.config.optimizer.batch_size, pipeline.images.channels, *pipeline.images.size
     views = torch.rand(shape, device=pipeline.device).contiguous(memory_format=execution.layout_of(run))
-    with (
-        FlopCounterMode(display=False, custom_mapping=convolution_flops()) as counter,
-        execution.autocast(run, torch.device(pipeline.device)),
-    ):
-        torch.stack([feature_map.sum() for feature_map in pipeline.model(views)]).sum().backward()
+
+    def both_passes() -> None:
+        with execution.autocast(run, torch.device(pipeline.device)):
+            torch.stack([feature_map.sum() for feature_map in pipeline.model(views)]).sum().backward()
+
+    counted = product_flops(both_passes)
     pipeline.model.zero_grad()
-    return int(counter.get_total_flops())
-
-
-def convolution_flops() -> dict[Any, Callable[..., int]]:
-    """Of the library's convolutions, which torch does not know: 16 products for each tile of 2×2 pixels."""
-    importlib.import_module("anomem.ops.conv3x3")  # registers them
-
-    def products(x: Sequence[int], channels_out: int) -> int:
-        batch, channels, height, width = x
-        return 16 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * channels_out
-
-    def of_map(x: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
-        return 2 * products(x, out_shape[1])
-
-    def of_weight(x: Sequence[int], grad: Sequence[int], out_shape: Sequence[int]) -> int:
-        return 2 * products(x, grad[1])
-
-    operators = torch.ops.anomem
-    return {operators.native_conv3x3: of_map, operators.native_conv3x3_weight: of_weight}
+    return counted
 
 
 class StampedImages:

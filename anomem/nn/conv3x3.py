@@ -108,5 +108,5 @@ def _is_plain(layer: nn.Conv2d, side: int, stride: int) -> bool:
 
 
 def _differs(layer: nn.Conv2d) -> bool:
-    """Whether a layer has a method of its own instance, which torch.compile would call or refuse by itself."""
+    """Whether an instance has its own `forward` or `_conv_forward`; torch.compile cannot ask."""
     return not torch.compiler.is_compiling() and not vars(layer).keys().isdisjoint(("forward", "_conv_forward"))

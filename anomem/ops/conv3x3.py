@@ -69,7 +69,7 @@ class _Conv3x3(torch.autograd.Function):
             dx, dweight = library.differentiable_gradients(reference.conv3x3, inputs, needed, (grad,))
             return dx, dweight
         of_x, of_weight = ctx.needs_input_grad
-        grad = channels_last(grad)
+        grad = channels_last(grad)  # [B, C', H, W]
         operators = torch.ops.anomem
         dx = operators.native_conv3x3(grad, channels_last(weight), True) if of_x else None
         dweight = operators.native_conv3x3_weight(channels_last(x), grad) if of_weight else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.case import Case
 from benchmarks.operators import OPERATORS
@@ -123,6 +125,27 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         running += event.nbytes()
         peak = max(peak, running)
     return peak
+
+
+def product_flops(call: Callable[[], Any]) -> int:
+    """Of the products and convolutions of a call: as torch counts them, and those of the library's convolutions."""
+    importlib.import_module("anomem.ops.conv3x3")  # registers them
+
+    def products(x: Sequence[int], channels_out: int) -> int:  # 16 for each tile of 2×2 pixels
+        batch, channels, height, width = x
+        return 16 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * channels_out
+
+    def of_map(x: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
+        return 2 * products(x, out_shape[1])
+
+    def of_weight(x: Sequence[int], grad: Sequence[int], out_shape: Sequence[int]) -> int:
+        return 2 * products(x, grad[1])
+
+    operators = torch.ops.anomem
+    known = {operators.native_conv3x3: of_map, operators.native_conv3x3_weight: of_weight}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,8 +11,7 @@ namespace {
 
 Tensor convolve(const Tensor& x, const Tensor& weight, bool transposed) {
   const Type type = type_of(x, "x");
-  check_channels_last(x, "x");
-  const MapShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  const MapShape shape = shape_of_map(x, "x");
   check_device(weight, "weight", x);
   check_type(weight, "weight", x.scalar_type());
   if (transposed) check_shape(weight, "weight", {shape.channels, Axis("C", 1), 3, 3});
@@ -28,8 +27,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool transposed) {
 
 Tensor gradient_of_weight(const Tensor& x, const Tensor& grad) {
   const Type type = type_of(x, "x");
-  check_channels_last(x, "x");
-  const MapShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  const MapShape shape = shape_of_map(x, "x");
   check_device(grad, "grad", x);
   check_type(grad, "grad", x.scalar_type());
   check_shape(grad, "grad", {shape.batch, Axis("K", 1), shape.height, shape.width});

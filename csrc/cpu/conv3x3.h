@@ -1,7 +1,6 @@
 // Arguments of the 3×3 convolution (anomem/reference/conv3x3.py) of channels-last maps: S = element type.
 #pragma once
 
-#include "cpu/downsample.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {

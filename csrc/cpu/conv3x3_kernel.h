@@ -100,8 +100,8 @@ class TileBlock {
   const MapTiles tiles_;
   const TapPanels<S>& taps_;
   int64_t stride_, map_place_, sums_place_;
-  Buffer<E> map_;
-  Buffer<T> sums_;
+  Buffer<E> map_;   // 16 × [tiles, C]
+  Buffer<T> sums_;  // 16 × [tiles of a slice, channels of a panel]
 };
 
 template <class S>

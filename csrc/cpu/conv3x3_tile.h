@@ -6,8 +6,7 @@
 //   y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A
 //
 // 16 multiplications where a direct convolution has 36. Summed over channels, the product ⊙ is 16 matrix products, one
-// for each of the 16 places of a transformed tile. Gradients are the transposes: of the taps Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)]
-// G.
+// for each of the 16 places of a transformed tile. The gradient of the taps is Gᵀ [(Bᵀ d B) ⊙ (A dy Aᵀ)] G.
 #pragma once
 
 #include "cpu/conv3x3.h"

@@ -125,7 +125,7 @@ void compute(const Conv3x3Weight& a) {
   const int64_t place = place_stride<T>(outputs * stride), length = block_rows<S>(tiles, outputs);
   const int64_t slices = (outputs + slice - 1) / slice;
   TilePairs<S> pairs(tiles, length, outputs);
-  Buffer<T> sums(kPlaces * place);
+  Buffer<T> sums(kPlaces * place);  // 16 × [K, C]
   if (rows == 0) std::memset(sums.data(), 0, kPlaces * place * sizeof(T));
   for (int64_t first = 0; first < rows; first += length) {
     const int64_t count = at_most(length, rows - first);

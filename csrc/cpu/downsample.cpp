@@ -9,11 +9,6 @@
 namespace anomem::cpu {
 namespace {
 
-MapShape shape_of_map(const Tensor& map, const char* argument) {
-  check_channels_last(map, argument);
-  return {map.size(0), map.size(1), map.size(2), map.size(3)};
-}
-
 Tensor take(const Tensor& x) {
   const Type type = type_of(x, "x");
   const MapShape shape = shape_of_map(x, "x");

@@ -6,13 +6,6 @@
 
 namespace anomem::cpu {
 
-struct MapShape {
-  int64_t batch, channels, height, width;
-
-  int64_t sampled_height() const { return (height + 1) / 2; }
-  int64_t sampled_width() const { return (width + 1) / 2; }
-};
-
 struct DownsampleTake {
   Type type;
   const void* x;  // S [B, H, W, C]

@@ -52,6 +52,12 @@ inline void check_channels_last(const Tensor& map, const char* argument) {
       refuse(argument, "a channels-last map", strides_of(map));
 }
 
+// The shape of a map that must be channels-last.
+inline MapShape shape_of_map(const Tensor& map, const char* argument) {
+  check_channels_last(map, argument);
+  return {map.size(0), map.size(1), map.size(2), map.size(3)};
+}
+
 // A 0-dim tensor.
 inline Tensor scalar(double value, ScalarType type) {
   Tensor tensor = empty({}, type);

@@ -76,6 +76,14 @@ struct Optional {
   T* data;
 };
 
+// The shape of a channels-last map. Its strided sample has the pixels of even row and column.
+struct MapShape {
+  int64_t batch, channels, height, width;
+
+  int64_t sampled_height() const { return (height + 1) / 2; }
+  int64_t sampled_width() const { return (width + 1) / 2; }
+};
+
 // A feature map [B, C, H, W] with any strides, counted in elements.
 struct FeatureMap {
   const void* data;

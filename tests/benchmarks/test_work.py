@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomem.ops import native
 from anomem.testing import gradients
 from benchmarks.harness.case import case
+from benchmarks.harness.measure import product_flops
 from benchmarks.operators import OPERATORS
 
 
@@ -68,3 +70,20 @@ def test_training_is_more_work_than_inference(name) -> None:
     forward, both = (OPERATORS[name].least_work(case(name, training=training, **sizes)) for training in (False, True))
     assert both.flops >= forward.flops
     assert both.bytes >= forward.bytes
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_products_of_the_library_s_convolutions_are_counted(training) -> None:
+    if (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    one = case("conv3x3", B=2, C=3, H=6, K=5, training=training)
+    x, weight = (
+        tensor.requires_grad_(training) for tensor in OPERATORS["conv3x3"].inputs(one.dims, one.torch_dtype, 0)
+    )
+
+    def call() -> None:
+        out = OPERATORS["conv3x3"].ours("native")(x, weight)
+        if training:
+            out.sum().backward()
+
+    assert product_flops(call) == OPERATORS["conv3x3"].least_work(one).flops
