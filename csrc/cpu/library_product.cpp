@@ -88,6 +88,15 @@ bool takes_library_products(Type type, int64_t queries, int64_t prototypes, int6
   return right_pairs && still_runs_pairs();
 }
 
+bool multiplies_in_tiles() {
+#if __GNUC__ >= 11
+  static const bool has_tiles = __builtin_cpu_supports("amx-bf16");  // and the system keeps them
+  return has_tiles && takes_library_products(Type::kBfloat16, 1024, 1024, 1024);
+#else
+  return false;
+#endif
+}
+
 void library_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
   anomem_brgemm_float(m, n, k, a_stride, b_stride, c_stride, accumulate, a, b, c, false);
@@ -103,6 +112,7 @@ LibraryProducts::~LibraryProducts() {
 }
 #else
 bool takes_library_products(Type, int64_t, int64_t, int64_t) { return false; }
+bool multiplies_in_tiles() { return false; }
 void library_product(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool) {}
 void library_product(int64_t, int64_t, int64_t, const Bfloat16*, int64_t, const Bfloat16*, int64_t, float*, int64_t,
                      bool) {}
