@@ -220,6 +220,11 @@ class FactorRows {
     if (stride_ > length_) row[length_] = Element{};
   }
 
+  // Rows of zeros from `first` to `end`.
+  void clear(int64_t first, int64_t end) {
+    std::memset(data_.data() + first * stride_, 0, (end - first) * stride_ * sizeof(Element));
+  }
+
   // As the left factor, with `stride()` between rows.
   const F* data() const { return reinterpret_cast<const F*>(data_.data()); }
   int64_t stride() const { return stride_ / Factor<S>::kTerms; }

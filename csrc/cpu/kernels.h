@@ -9,7 +9,8 @@
 //     panels.h           keys and values, normalised (rows.h) and packed once for all chunks
 //     raw_scores.h       scores of bfloat16 rows as they are, by the library
 //     factors.h          what products multiply: T, or pairs of bfloat16; packing as left and right factor
-//     product.h          scores = Q Kᵀ, by its own blocks or by those of torch's library (library_product.h)
+//     product.h          scores = Q Kᵀ, by its own blocks, by those of torch's library (library_product.h) or in tiles
+//                        (tile_product.h)
 //     softmax.h          scores become exponentials, their sum and lse; shrinkage and entropy
 //     product.h          out = P V, divided by the sum
 //   simd.h               the vectors and 2^x under all of these

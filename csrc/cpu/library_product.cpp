@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/tile_product.h"
 
 #if ANOMEM_X86_VARIANTS && defined(__linux__)
 #define ANOMEM_LIBRARY_PRODUCTS 1
@@ -107,8 +108,14 @@ void library_product(int64_t m, int64_t n, int64_t k, const Bfloat16* a, int64_t
   anomem_brgemm_bfloat16(m, n, k, a_stride, b_stride, c_stride, accumulate, a, b, c, true);
 }
 
+LibraryProducts::LibraryProducts(bool used, bool pairs)
+    : used_(used), pairs_(pairs), tiles_(used && !pairs && splits_products()) {
+  if (tiles_) take_tiles();
+}
+
 LibraryProducts::~LibraryProducts() {
   if (used_) anomem_brgemm_release(pairs_);
+  if (tiles_) release_tiles();
 }
 #else
 bool takes_library_products(Type, int64_t, int64_t, int64_t) { return false; }
@@ -116,6 +123,7 @@ bool multiplies_in_tiles() { return false; }
 void library_product(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool) {}
 void library_product(int64_t, int64_t, int64_t, const Bfloat16*, int64_t, const Bfloat16*, int64_t, float*, int64_t,
                      bool) {}
+LibraryProducts::LibraryProducts(bool used, bool pairs) : used_(used), pairs_(pairs), tiles_(false) {}
 LibraryProducts::~LibraryProducts() = default;
 #endif
 

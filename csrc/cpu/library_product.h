@@ -26,16 +26,17 @@ void library_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_
 void library_product(int64_t m, int64_t n, int64_t k, const Bfloat16* a, int64_t a_stride, const Bfloat16* b,
                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate);
 
-// Made before the products of a thread; gives the processor's tiles back at the end of its scope.
+// Made before the products of a thread, which are of pairs or of float32 (tile_product.h); gives the processor's tiles
+// back at the end of its scope.
 class LibraryProducts {
  public:
-  LibraryProducts(bool used, bool pairs) : used_(used), pairs_(pairs) {}
+  LibraryProducts(bool used, bool pairs);
   ~LibraryProducts();
   LibraryProducts(const LibraryProducts&) = delete;
   LibraryProducts& operator=(const LibraryProducts&) = delete;
 
  private:
-  bool used_, pairs_;
+  bool used_, pairs_, tiles_;
 };
 
 }  // namespace anomem::cpu

@@ -3,6 +3,7 @@
 
 #include "cpu/factors.h"
 #include "cpu/memory.h"
+#include "cpu/product.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
@@ -22,6 +23,33 @@ inline int64_t widest_panel(bool library) {
   return library ? kLibraryPanel : Block<T>::kWidth;
 }
 
+// The parts of a packed right factor [k, n], made once for all products that take them in tiles (tile_product.h).
+template <class F>
+class PanelParts {
+ public:
+  PanelParts(int64_t k, int64_t n, bool library)
+      : k_(k),
+        n_(round_up(n, Block<sum_t<F>>::kWidth)),
+        used_(kSplits && std::is_same_v<F, float> && library && splits_products()),
+        data_(used_ ? parts_size(n_, k) : 0) {}
+
+  void make(const F* packed) {
+    if constexpr (std::is_same_v<F, float>)
+      for (int64_t column = 0; used_ && column < n_; column += kLibraryPanel) {
+        const int64_t width = panel_width<float>(column, n_, kLibraryPanel);
+        used_ = split_right(packed + column * k_, width, k_, width, data_.data() + parts_size(column, k_));
+      }
+  }
+
+  // Null where there are none.
+  const Bfloat16* data() const { return used_ ? data_.data() : nullptr; }
+
+ private:
+  int64_t k_, n_;
+  bool used_;
+  Buffer<Bfloat16> data_;
+};
+
 // The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R.
 // Keys are not rounded: a softmax amplifies the rounding of its scores.
 template <class S, class R = accumulator_t<S>>
@@ -31,7 +59,9 @@ class ReadPanels {
 
   ReadPanels(const Memory& memory, bool library)
       : keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
-        values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)) {
+        values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)),
+        key_parts_(memory.features, memory.prototypes, library),
+        value_parts_(memory.prototypes, memory.value_features, library) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
     normalized_keys<S>(memory, keys.data());
@@ -43,14 +73,20 @@ class ReadPanels {
       if (memory.tied()) rows.set(j, keys.data() + j * d, T{1});
       else rows.set(j, values + j * dv, T{1});
     rows.pack_rows(m, values_.data(), 0, 0, widest);
+    key_parts_.make(keys_transposed_.data());
+    value_parts_.make(values_.data());
   }
 
-  const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
-  const factor_t<R>* values() const { return values_.data(); }          // M × dv: out = P V
+  // d × M: scores = Q Kᵀ.
+  RightFactor<T> keys_transposed() const { return {keys_transposed_.data(), key_parts_.data()}; }
+  // M × dv: out = P V.
+  RightFactor<factor_t<R>> values() const { return {values_.data(), value_parts_.data()}; }
 
  private:
   Buffer<T> keys_transposed_;
   Buffer<factor_t<R>> values_;
+  PanelParts<T> key_parts_;
+  PanelParts<factor_t<R>> value_parts_;
 };
 
 // The right factors of a retrieval's gradient. The mean of rows is subtracted before they are rounded to bfloat16. The
@@ -67,6 +103,9 @@ class GradientPanels {
         keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
         values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
+        transposed_key_parts_(memory.features, memory.prototypes, memory.library),
+        key_parts_(memory.prototypes, memory.features, memory.library),
+        value_parts_(memory.value_features, memory.prototypes, memory.library && !shared_),
         mean_(memory.features) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
@@ -76,6 +115,8 @@ class GradientPanels {
     FactorRows<S> rows(m, d);
     set_centred(keys.data(), m, d, mean_.data(), rows);
     rows.pack_rows(m, keys_.data(), 0, 0, widest);
+    transposed_key_parts_.make(keys_transposed_.data());
+    key_parts_.make(keys_.data());
     if (shared_) return;
     if (memory.tied()) {
       rows.pack_columns(m, values_transposed_.data(), 0, widest);
@@ -86,15 +127,20 @@ class GradientPanels {
     FactorRows<S> value_rows(m, dv);
     set_centred(values.data(), m, dv, mean.data(), value_rows);
     value_rows.pack_columns(m, values_transposed_.data(), 0, widest);
+    value_parts_.make(values_transposed_.data());
   }
 
-  const T* keys_transposed() const { return keys_transposed_.data(); }  // d × M: scores = Q Kᵀ
-  const F* keys() const { return keys_.data(); }                        // M × d: dQ = dS K
-  const T* keys_mean() const { return mean_.data(); }                   // [d], subtracted from the keys in pairs
-  const F* values_transposed() const {                                  // dv × M: dP = dO Vᵀ
+  // d × M: scores = Q Kᵀ.
+  RightFactor<T> keys_transposed() const { return {keys_transposed_.data(), transposed_key_parts_.data()}; }
+  // M × d: dQ = dS K.
+  RightFactor<F> keys() const { return {keys_.data(), key_parts_.data()}; }
+  // [d], subtracted from the keys in pairs.
+  const T* keys_mean() const { return mean_.data(); }
+  // dv × M: dP = dO Vᵀ.
+  RightFactor<F> values_transposed() const {
     if constexpr (!kInPairs<S>)
       if (shared_) return keys_transposed();
-    return values_transposed_.data();
+    return {values_transposed_.data(), value_parts_.data()};
   }
 
  private:
@@ -110,6 +156,8 @@ class GradientPanels {
   bool shared_;
   Buffer<T> keys_transposed_;
   Buffer<F> keys_, values_transposed_;
+  PanelParts<T> transposed_key_parts_;
+  PanelParts<F> key_parts_, value_parts_;
   Buffer<T> mean_;
 };
 

@@ -9,6 +9,7 @@
 #include "cpu/factors.h"
 #include "cpu/library_product.h"
 #include "cpu/simd.h"
+#include "cpu/tile_product.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -97,24 +98,91 @@ ANOMEM_INLINE const library_element_t<F>* library_elements(const F* factors) {
   return reinterpret_cast<const library_element_t<F>*>(factors);
 }
 
+// A packed right factor, and its parts where they were made before (panels.h).
+template <class F>
+struct RightFactor {
+  const F* packed;
+  const Bfloat16* parts = nullptr;
+
+  RightFactor(const F* packed, const Bfloat16* parts = nullptr) : packed(packed), parts(parts) {}
+};
+
+// Names its argument without taking part in deduction.
+template <class F>
+struct Named {
+  using type = F;
+};
+
+// One panel of B, k terms, by the library. With bfloat16 `k` and strides count elements.
+template <class E>
+inline void library_panel(int64_t m, int64_t width, int64_t k, const E* a, int64_t a_stride, const E* panel,
+                          int64_t panel_stride, float* c, int64_t c_stride, bool accumulate) {
+  constexpr int64_t terms = sizeof(E) == 2 ? 2 : 1;
+  for (int64_t start = 0; start < k; start += terms * kChain)
+    library_product(m, width, at_most(terms * kChain, k - start), a + start, a_stride, panel + start * panel_stride,
+                    panel_stride, c, c_stride, accumulate || start > 0);
+}
+
+// Whether float32 products of the library may be made in tiles. Kernels of bfloat16 leave the tiles to its products.
+#if ANOMEM_BFLOAT16_PAIRS
+constexpr bool kSplits = false;
+#else
+constexpr bool kSplits = ANOMEM_VECTOR_BYTES == 64;
+#endif
+
+// C = A B or C += A B in tiles, a panel of B at a time; what their range does not hold, by the library. `parts`: of all
+// of B. After the last terms of a panel `done(column, width)` is called.
+template <class Done>
+inline void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
+                             int64_t panel_step, int64_t panel_stride, const Bfloat16* parts, float* c,
+                             int64_t c_stride, bool accumulate, const Done& done) {
+  for (int64_t start = 0; start < k; start += kSplitTerms) {
+    const int64_t terms = at_most(kSplitTerms, k - start);
+    Bfloat16* const left = left_parts(parts_size(m, terms));
+    const bool fits = split_left(a + start, a_stride, m, terms, left);
+    for (int64_t column = 0; column < n; column += kLibraryPanel) {
+      const int64_t width = panel_width<float>(column, n, kLibraryPanel);
+      const int64_t stride = panel_stride > 0 ? panel_stride : width;
+      const float* panel = b + column * panel_step + start * stride;
+      const bool adds = accumulate || start > 0;
+      const Bfloat16* right = nullptr;
+      if (fits && parts != nullptr) {
+        right = parts + parts_size(column, k) + parts_size(32, start);
+      } else if (fits) {
+        Bfloat16* const made = right_parts(parts_size(width, terms));
+        // Not what lies beyond the last column: whether parts fit must not depend on it.
+        if (split_right(panel, stride, terms, at_most(width, n - column), made)) right = made;
+      }
+      if (right != nullptr)
+        multiply_parts(m, width, terms, left, right, parts != nullptr ? k : terms, c + column, c_stride, adds);
+      else library_panel(m, width, terms, a + start, a_stride, panel, stride, c + column, c_stride, adds);
+      if (start + terms == k) done(column, width);
+    }
+  }
+}
+
 // C = A B by the library, a panel of B at a time.
 template <class F, class Finish>
-inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, const F* packed,
-                                 float* c, int64_t c_stride, const Finish& finish) {
+inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride,
+                                 const RightFactor<F>& b, float* c, int64_t c_stride, const Finish& finish) {
   constexpr int64_t terms = static_cast<int64_t>(sizeof(F) / sizeof(library_element_t<F>));
   constexpr bool accumulate = std::is_same_v<Finish, Accumulate>;
-  for (int64_t column = 0; column < n; column += kLibraryPanel, packed += k * kLibraryPanel, c += kLibraryPanel) {
-    const int64_t width = panel_width<float>(column, n, kLibraryPanel);
-    for (int64_t start = 0; start < k; start += kChain)
-      library_product(m, width, terms * (k - start < kChain ? k - start : kChain), library_elements(a + start),
-                      terms * row_stride, library_elements(packed + start * width), width, c, c_stride,
-                      accumulate || start > 0);
+  const auto done = [&](int64_t column, int64_t width) ANOMEM_ALWAYS {
     if constexpr (!accumulate && !std::is_same_v<Finish, Overwrite>)
       for (int64_t i = 0; i < m; ++i)
         for (int64_t half = 0; half < width; half += kLanes<float>) {
-          float* to = c + i * c_stride + half;
+          float* to = c + i * c_stride + column + half;
           finish.template operator()<float>(i, to, load(to));
         }
+  };
+  if constexpr (kSplits && std::is_same_v<F, float>)
+    if (splits_products())
+      return product_in_tiles(m, n, k, a, row_stride, b.packed, k, 0, b.parts, c, c_stride, accumulate, done);
+  for (int64_t column = 0; column < n; column += kLibraryPanel) {
+    const int64_t width = panel_width<float>(column, n, kLibraryPanel);
+    library_panel(m, width, terms * k, library_elements(a), terms * row_stride, library_elements(b.packed + column * k),
+                  width, c + column, c_stride, accumulate);
+    done(column, width);
   }
 }
 
@@ -122,6 +190,10 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
 template <class S>
 inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, const factor_t<S>* tile,
                                     int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate) {
+  if constexpr (kSplits && std::is_same_v<S, float>)
+    if (splits_products())
+      return product_in_tiles(m, n, k, a, k, tile, 1, tile_stride, nullptr, c, c_stride, accumulate,
+                              [](int64_t, int64_t) {});
   if constexpr (kInLibrary<factor_t<S>>) {
     for (int64_t column = 0; column < n; column += kLibraryPanel)
       library_product(m, panel_width<float>(column, n, kLibraryPanel), k, library_elements(a), k,
@@ -133,10 +205,12 @@ inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const facto
 // library's products; the terms of A are then adjacent.
 template <class F, class T, class Finish>
 inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
-                         const F* packed, T* c, int64_t c_stride, const Finish& finish, bool library = false) {
+                         const typename Named<RightFactor<F>>::type& right, T* c, int64_t c_stride,
+                         const Finish& finish, bool library = false) {
   constexpr int width = Block<T>::kWidth;
   if constexpr (kInLibrary<F>)
-    if (library) return library_product_with(m, n, k, a, row_stride, packed, c, c_stride, finish);
+    if (library) return library_product_with(m, n, k, a, row_stride, right, c, c_stride, finish);
+  const F* packed = right.packed;
   for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
     int64_t i = 0;
     for (; i + kTall <= m; i += kTall)
@@ -148,9 +222,10 @@ inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t ro
 // C = A B, or C += A B.
 template <class F, class T>
 inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
-                    const F* packed, T* c, int64_t c_stride, bool accumulate, bool library = false) {
-  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Accumulate(), library);
-  product_with(m, n, k, a, row_stride, term_stride, packed, c, c_stride, Overwrite(), library);
+                    const typename Named<RightFactor<F>>::type& right, T* c, int64_t c_stride, bool accumulate,
+                    bool library = false) {
+  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Accumulate(), library);
+  product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Overwrite(), library);
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -241,6 +241,7 @@ class BackwardChunk {
     const S* const source = static_cast<const S*>(a_.query.data) + first * a_.query.stride;
     query_.load(source, a_.query.stride, count);
     const bool in_place = as_they_are() && count == rows_;
+    if (!in_place) dout_.clear(count, rows_);
     for (int64_t r = 0; r < count; ++r) {
       set_dout(first, r, T{1}, !in_place);
       if (!as_they_are()) scaled_query_.set(r, query_[r], beta);
