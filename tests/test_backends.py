@@ -163,7 +163,8 @@ def committed_cases() -> dict[tuple[str, Problem, str], dict[str, float]]:
                 found = re.search(r"(\w+), (family \d+) ", row["about"]["device_name"])
                 assert found is not None
                 kind = json.dumps([path.name, row["training"], row["group"], row["shape"]])
-                times = cases[f"AuthenticAMD {found[2]} {found[1]}", problem_of(row), kind]
+                maker = "GenuineIntel" if found[2] == "family 6" else "AuthenticAMD"
+                times = cases[f"{maker} {found[2]} {found[1]}", problem_of(row), kind]
                 times[row["implementation"]] = row["milliseconds"]["p50"]
     return cases
 

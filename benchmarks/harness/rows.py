@@ -231,13 +231,18 @@ def git(*arguments: str) -> str:
 
 
 def processor() -> str:
-    """Instruction set that torch uses and the processor's family, e.g. "x86_64 AVX512, family 25 model 17"."""
+    """The instruction set and the processor's family, e.g. "x86_64 AVX512, family 25 model 17".
+
+    The set is the one that torch names, or AMX, which its products of bfloat16 then use.
+    """
     capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return capability
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "amx_bf16" in values.get("flags", "").split():
+        capability = f"{platform.machine()} AMX"
     if "cpu family" in values and "model" in values:
         return f"{capability}, family {values['cpu family']} model {values['model']}"
     return capability

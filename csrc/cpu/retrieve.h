@@ -3,6 +3,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/tile_product.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -80,10 +81,12 @@ struct BackwardPlan {
     const int64_t sums = key_sums + value_sums;
     const bool in_groups = memory.library && sums > int64_t{1} << 18;
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do
-    // not; twice as many rows then read the memory half as often.
+    // not; twice as many rows then read the memory half as often. Tiles take rows by the 32, and processors that have
+    // them have larger caches.
     const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
     if (in_groups && rows == 126) rows = 252;
-    else if (rows == 126 && bytes * rows > (int64_t{896} << 10)) rows = 84;
+    else if (rows == 126 && bytes * rows > (int64_t{896} << 10) && !(type == Type::kFloat32 && splits_products()))
+      rows = 84;
     chunks = (queries + rows - 1) / rows;
     const int64_t affordable = (int64_t{1} << 22) / sums;  // 16 MiB of floats
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products

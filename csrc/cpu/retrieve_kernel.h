@@ -430,14 +430,15 @@ void compute(const RetrieveBackward& a) {
             summands[i] = work.run((begin + i) * rows, count_of(begin + i), tiles, dbeta_of(begin + i));
           }
         });
-        parallel_ranges((m + kLibraryPanel - 1) / kLibraryPanel, [&](int64_t first, int64_t last) {
+        // In tiles wide panels, since each splits its left factors anew.
+        const bool wide = kSplits && std::is_same_v<S, float> && splits_products();
+        const int64_t panel = wide ? 4 * kLibraryPanel : kLibraryPanel;
+        parallel_ranges((m + panel - 1) / panel, [&](int64_t first, int64_t last) {
           const LibraryProducts library(true, kInPairs<S>);
-          for (int64_t column = first * kLibraryPanel; column < m && column < last * kLibraryPanel;
-               column += kLibraryPanel)
+          for (int64_t column = first * panel; column < m && column < last * panel; column += panel)
             for (int64_t i = 0; i < some; ++i)
-              BackwardChunk<S>::add_transposed(a.memory, summands[i], rows, column,
-                                               m - column < kLibraryPanel ? m - column : kLibraryPanel, begin + i == 0,
-                                               dkeys, dvalues);
+              BackwardChunk<S>::add_transposed(a.memory, summands[i], rows, column, at_most(panel, m - column),
+                                               begin + i == 0, dkeys, dvalues);
         });
       }
     } else {

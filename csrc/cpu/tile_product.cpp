@@ -89,7 +89,7 @@ ANOMEM_TILE_INLINE Halves split(__m512 x, __m512i& largest) {
 }
 
 bool in_range(__m512i largest) {
-  constexpr uint32_t most = (127u + 126) << 23, least = (127u - 80) << 23;
+  constexpr uint32_t most = (127u + 30) << 23, least = (127u - 45) << 23;
   alignas(64) uint32_t lanes[16];
   _mm512_store_si512(lanes, largest);
   uint32_t bits = 0;
