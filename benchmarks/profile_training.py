@@ -9,6 +9,7 @@ ranges for `torch.profiler`. Writes a row and a Chrome trace for each and a pict
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import time
@@ -407,6 +408,11 @@ class StampedImages:
             yield batch
 
 
+def _with_noise(x: Tensor, most: float) -> Tensor:
+    """Pixels with Gaussian noise of a random scale; a function that workers can import."""
+    return (x + most * torch.rand(()) * torch.randn_like(x)).clamp(0, 1)
+
+
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
     """An image as two views by torchvision's transforms, with the ranges of `AugmentConfig`.
 
@@ -428,7 +434,7 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
                 v2.RandomApply([v2.ColorJitter(config.brightness, config.contrast, config.saturation)], config.jitter),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.RandomApply([v2.GaussianBlur(2 * radius + 1, config.blur_sigma)], config.blur),
-                v2.Lambda(lambda x: (x + config.noise * torch.rand(()) * torch.randn_like(x)).clamp(0, 1)),
+                v2.Lambda(functools.partial(_with_noise, most=config.noise)),
             ]
         )
 

@@ -130,6 +130,7 @@ def multi_scale_loss(
     sampled: Sequence[Tensor],
     is_normal: Tensor | None,
     counts: Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_COM-MS of sampled vectors, Eq. (4).
 
@@ -139,6 +140,7 @@ def multi_scale_loss(
         sampled: S tensors [n_s, 2B, d_s]: first views, then second.
         is_normal: [B] bool, or None when all are normal.
         counts: B of each process, where they differ.
+        scales: of `sampled`, whose summands alone are then returned; all when not given.
 
     Returns:
         The loss (0-dim), and each scale's terms as "contrast/<scale>" and "variance/<scale>".
@@ -146,9 +148,11 @@ def multi_scale_loss(
     total = sampled[0].new_zeros((), dtype=torch.float32)
     terms = {}
     pairs = [(z, z_pair) for z, z_pair in (vectors.chunk(2, dim=1) for vectors in sampled)]
-    found = criterion.of_scales(pairs, list(model.memories), is_normal, counts)
-    for name, weight, (loss, contrast, variance) in zip(model.encoder.names, model.scale_weights, found, strict=True):
-        total = total + weight * loss
+    scales = range(len(sampled)) if scales is None else scales
+    found = criterion.of_scales(pairs, [model.memories[scale] for scale in scales], is_normal, counts)
+    for scale, (loss, contrast, variance) in zip(scales, found, strict=True):
+        name = model.encoder.names[scale]
+        total = total + model.scale_weights[scale] * loss
         terms[f"contrast/{name}"], terms[f"variance/{name}"] = contrast, variance
     return total, terms
 

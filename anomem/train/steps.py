@@ -146,23 +146,34 @@ class Stage1Step:
                 sampled, normal = self._sampled(batch, part, rows, number)
                 found.append(sampled)
                 flags.append(normal)
-        with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
-            joined = [joined_views(vectors).requires_grad_() for vectors in zip(*found, strict=True)]
-            found.clear()  # copied: beside the maps of a micro-batch, memory is that of such vectors
-            normal = None if flags[0] is None else torch.cat([flag for flag in flags if flag is not None])
-            loss, terms = self._loss(joined, normal, part)
-        with record_function("anomem.backward"):
-            (loss / len(self.shares.parts)).backward()
-        sizes = [len(rows) for rows in chunks]
-        pieces = zip(*[separate_views(x.grad, sizes) for x in joined if x.grad is not None], strict=True)
+        # What is held grows with the batch, so vectors are copied and scales contrasted one after another. Several
+        # processes contrast all scales at once: their messages are shared.
+        normal = None if flags[0] is None else torch.cat([flag for flag in flags if flag is not None])
+        by_scale = [list(vectors) for vectors in zip(*found, strict=True)]
+        found.clear()
+        joined = []
+        while by_scale:
+            joined.append(joined_views(by_scale.pop(0)).requires_grad_())
+        scales = list(range(len(joined)))
+        losses, terms = [], {}
+        for group in [scales] if self.ranks.count > 1 else [[scale] for scale in scales]:
+            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+                loss, of_group = self._loss([joined[scale] for scale in group], normal, part, group)
+            with record_function("anomem.backward"):
+                (loss / len(self.shares.parts)).backward()
+            losses.append(loss.detach())
+            terms.update({name: term.detach() for name, term in of_group.items()})
+        first = 0
         with statistics_kept(self.network.encoder):
-            for number, (rows, gradients) in enumerate(zip(chunks, pieces, strict=True)):
+            for number, rows in enumerate(chunks):
+                gradients = [rows_of_views(x.grad, first, len(rows)) for x in joined if x.grad is not None]
+                first += len(rows)
                 last = number == len(chunks) - 1 and not more
                 with self.network.more_to_come(not last):
                     sampled, _ = self._sampled(batch, part, rows, number)
                     with record_function("anomem.backward"):
                         torch.autograd.backward(sampled, gradients)
-        return Loss(loss, terms, joined)
+        return Loss(sum(losses[1:], losses[0]), terms, joined)
 
     def _sampled(self, batch: Batch, part: int, rows: Rows, chunk: int) -> tuple[list[Tensor], Tensor | None]:
         """The sampled vectors of a micro-batch, the same each time."""
@@ -178,12 +189,15 @@ class Stage1Step:
         vectors = self.model.sample(maps, self._positions(part, rows))
         return [x.float() if x.dtype == torch.bfloat16 else x for x in vectors] if self.exact else vectors
 
-    def _loss(self, sampled: Sequence[Tensor], normal: Tensor | None, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, sampled: Sequence[Tensor], normal: Tensor | None, part: int, scales: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the vectors of all scales or of those given."""
         if self.config.loss.positive == "view":  # none of them is answered by the memory
             normal = torch.zeros(sampled[0].shape[1] // 2, dtype=torch.bool, device=sampled[0].device)
         counts = self.shares.counts[part] if self.ranks.count > 1 else None
         with torch.autocast("cpu", enabled=False) if self.exact else nullcontext():
-            return multi_scale_loss(self.model, self.criterion, sampled, normal, counts)
+            return multi_scale_loss(self.model, self.criterion, sampled, normal, counts, scales)
 
     def _positions(self, part: int, rows: Rows) -> list[Tensor]:
         """The sampled positions of a part, of both views of these rows where each image has its own."""
@@ -231,7 +245,6 @@ def joined_views(vectors: Sequence[Tensor]) -> Tensor:
     return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)], dim=1)
 
 
-def separate_views(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The inverse of `joined_views` for micro-batches of R_i rows."""
-    first, second = (half.split(list(sizes), dim=1) for half in joined.chunk(2, dim=1))
-    return [torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)]
+def rows_of_views(joined: Tensor, first: int, count: int) -> Tensor:
+    """A micro-batch of `joined_views`, [n, 2 · count, d], whose first view begins at row `first`."""
+    return torch.cat([half[:, first : first + count] for half in joined.chunk(2, dim=1)], dim=1)

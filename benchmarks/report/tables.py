@@ -17,7 +17,9 @@ from benchmarks.harness.rows import Row, Step
 OURS = ("native", "triton")
 NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
 """Statuses of what was tried and has no time."""
-NOT_MEASURED = {"cpu": "Not measured yet.", "cpu-zen4": "Not measured yet.", "cuda": "Not measured on a GPU yet."}
+PROCESSORS = ("cpu", "cpu-zen4", "cpu-amx")
+"""What files of rows are called: AMD family 26, AMD family 25 and Intel family 6."""
+NOT_MEASURED = {**dict.fromkeys(PROCESSORS, "Not measured yet."), "cuda": "Not measured on a GPU yet."}
 
 
 def load(results: Path, device: str, suite: str) -> list[Row]:
@@ -438,7 +440,7 @@ def escape(text: str | None) -> str:
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
-    for device in ("cpu", "cpu-zen4", "cuda")
+    for device in (*PROCESSORS, "cuda")
     for name, section in (
         ("readme", headline(device)),
         ("summary", summary(device)),

@@ -2,7 +2,8 @@
 // exports for its attention. They are generated for the processor at hand and use AMX where it has it.
 //
 // Measured on one core (AMD family 25, AVX512-BF16; Gflop/s): float32 112 to 117, the blocks of
-// product.h 90 to 97; pairs of bfloat16 209 to 231, those of product.h 133 to 154.
+// product.h 90 to 97; pairs of bfloat16 209 to 231, those of product.h 133 to 154. Intel family 6, AMX: float32 185 to
+// 220, pairs of bfloat16 1,350 to 2,650.
 #pragma once
 
 #include "cpu/types.h"

@@ -107,18 +107,19 @@ bool split_left(const float* a, int64_t stride, int64_t m, int64_t k, Bfloat16* 
                                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i order = _mm512_load_si512(kUpper);
   __m512i largest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < round_up(m, 32); ++i) {
-    Bfloat16* row = to + i / 32 * steps * kStep + i % 32 / 16 * kTile + i % 16 * 32;
-    for (int64_t p = 0; p < 32 * steps; p += 32, row += kStep) {
-      const int64_t left = i < m ? k - p : 0;
-      const float* from = a + i * stride + p;
-      const Halves first = split(_mm512_maskz_loadu_ps(first_lanes(left), from), largest);
-      const Halves rest = split(_mm512_maskz_loadu_ps(first_lanes(left - 16), from + 16), largest);
+  for (int64_t first = 0; first < round_up(m, 32); first += 16)
+    for (int64_t p = 0; p < 32 * steps; p += 32) {
+      Bfloat16* row = to + (first / 32 * steps + p / 32) * kStep + first % 32 / 16 * kTile;
+      for (int64_t i = first; i < first + 16; ++i, row += 32) {
+        const int64_t left = i < m ? k - p : 0;
+        const float* from = a + i * stride + p;
+        const Halves one = split(_mm512_maskz_loadu_ps(first_lanes(left), from), largest);
+        const Halves rest = split(_mm512_maskz_loadu_ps(first_lanes(left - 16), from + 16), largest);
 #pragma GCC unroll 3
-      for (int part = 0; part < 3; ++part)
-        _mm512_store_si512(row + part * kPart, _mm512_permutex2var_epi16(first.part[part], order, rest.part[part]));
+        for (int part = 0; part < 3; ++part)
+          _mm512_store_si512(row + part * kPart, _mm512_permutex2var_epi16(one.part[part], order, rest.part[part]));
+      }
     }
-  }
   return in_range(largest);
 }
 

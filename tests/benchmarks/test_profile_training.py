@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 
 import pytest
@@ -112,3 +113,8 @@ def test_the_clock_stops_at_the_batches_it_is_told() -> None:
     begin, end = stamped.times
     assert marks[0] < begin < marks[1] < marks[2] < end < marks[3]
     assert (len(stamped), stamped.channels, stamped.size) == (8, 3, (4, 4))
+
+
+def test_the_views_of_the_usual_pipeline_travel_to_workers() -> None:
+    views = pickle.loads(pickle.dumps(TwoViews(random_images(2, 16))))
+    assert [view.shape for view in views[1]] == [(3, 16, 16)] * 2

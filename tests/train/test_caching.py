@@ -20,7 +20,7 @@ from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig
 from anomem.train.batches import training_batches
 from anomem.train.network import Network
 from anomem.train.ranks import ONE
-from anomem.train.steps import Stage1Step, joined_views, separate_views
+from anomem.train.steps import Stage1Step, joined_views, rows_of_views
 from benchmarks.harness.measure import peak_bytes
 from tests.stand_in.calls import HAVE_NATIVE
 
@@ -127,8 +127,8 @@ def test_views_are_put_together_and_taken_apart() -> None:
     parts = [torch.randn(3, 2 * rows, 4) for rows in (1, 3, 2)]
     joined = joined_views(parts)
     assert torch.equal(joined[:, 1:4], parts[1][:, :3])
-    for part, found in zip(parts, separate_views(joined, [1, 3, 2]), strict=True):
-        assert torch.equal(part, found)
+    for part, first, rows in zip(parts, (0, 1, 4), (1, 3, 2), strict=True):
+        assert torch.equal(part, rows_of_views(joined, first, rows))
 
 
 @pytest.mark.skipif(not HAVE_NATIVE, reason="plain PyTorch stores the pairs")
