@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/conv3x3.h"
+#include "cpu/conv3x3_positions.h"
 #include "cpu/factors.h"
 #include "cpu/library_product.h"
 #include "cpu/parallel.h"
@@ -52,7 +53,18 @@ class DirectTaps {
   }
 
   int64_t width(int64_t column) const { return panel_width<float>(column, outputs_, kLibraryPanel); }
-  const Pair* panel(int64_t column) const { return data_.data() + channels_ / 2 * 9 * column; }
+
+  // The products of `rows` rows of the left factor with the panel at `column`, over `terms` terms from `first` on;
+  // added to the sums [rows, width] except for the first of all terms.
+  void multiply(int64_t rows, const Bfloat16* left, int64_t stride, int64_t first, int64_t terms, int64_t column,
+                float* sums) const {
+    constexpr int64_t step = 576;  // that a row of tiles stays in the first-level cache
+    const Pair* const panel = data_.data() + channels_ / 2 * 9 * column + first / 2 * width(column);
+    for (int64_t term = 0; term < terms; term += step)
+      library_product(rows, width(column), at_most(step, terms - term), left + term, stride,
+                      reinterpret_cast<const Bfloat16*>(panel + term / 2 * width(column)), width(column), sums,
+                      width(column), first + term > 0);
+  }
 
  private:
   // One tap of the weight [K, 3, 3, C]: row k becomes column k.
@@ -128,34 +140,65 @@ inline int64_t block_windows(const MapShape& shape) {
   return round_up((count + blocks - 1) / blocks, 32);
 }
 
-// Terms of one product: its factors pass through the first-level cache.
-constexpr int64_t kProductTerms = 576;
+// `count` rows of sums become pixels of the result, in the columns of one panel.
+inline void round_pixels(const Conv3x3& a, const float* sums, int64_t width, int64_t pixel, int64_t count,
+                         int64_t column) {
+  Bfloat16* to = static_cast<Bfloat16*>(a.y) + pixel * a.channels_out + column;
+  for (int64_t i = 0; i < count; ++i, sums += width, to += a.channels_out)
+    scaled_copy(sums, at_most(kLibraryPanel, a.channels_out - column), 1.0f, to);
+}
+
+// For narrow maps of many channels, where the windows of no pixel would be many: the pixels of one tap at a time, and
+// the sums of all channels of a block in the second-level cache.
+inline void compute_by_taps(const Conv3x3& a, const DirectTaps& taps) {
+  constexpr int64_t bytes = int64_t{800} << 10;
+  const Positions positions(a.shape, 0);
+  const int64_t channels = tile_terms(a.shape.channels), outputs = round_up(a.channels_out, Block<float>::kWidth);
+  const int64_t fit = at_least(bytes / (4 * outputs + 2 * channels), 64), pixels = positions.count();
+  const int64_t blocks = (pixels + fit - 1) / fit, length = round_up((pixels + blocks - 1) / blocks, 32);
+  const int64_t stride = channels + kTileTerms;
+  parallel_ranges((pixels + length - 1) / length, [&](int64_t begin, int64_t end) {
+    const LibraryProducts library(true, true);
+    Buffer<Bfloat16> map(length * stride);
+    Buffer<float> sums(length * outputs);
+    for (int64_t first = begin * length; first < at_most(end * length, pixels); first += length) {
+      for (int64_t place = 0; place < 9; ++place) {
+        PixelCursor cursor(positions, first, place % 3 - 1, place / 3 - 1);
+        for (Bfloat16* to = map.data(); to != map.data() + length * stride; to += stride) {
+          const Bfloat16* const pixel = cursor.next(static_cast<const Bfloat16*>(a.x), a.shape.channels);
+          if (pixel != nullptr) copy_channels(pixel, a.shape.channels, to);
+          else std::memset(to, 0, channels * sizeof(Bfloat16));
+        }
+        for (int64_t column = 0; column < a.channels_out; column += kLibraryPanel)
+          taps.multiply(length, map.data(), stride, place * channels, channels, column, sums.data() + length * column);
+      }
+      for (int64_t column = 0; column < a.channels_out; column += kLibraryPanel)
+        round_pixels(a, sums.data() + length * column, taps.width(column), first, at_most(length, pixels - first),
+                     column);
+    }
+  });
+}
 
 inline void compute_directly(const Conv3x3& a) {
   const MapShape& shape = a.shape;
-  const int64_t length = block_windows(shape), windows = MapWindows::count(shape);
-  const int64_t window = 9 * tile_terms(shape.channels);
   const DirectTaps taps(a);
+  if (shape.width < 8 && shape.channels >= 256) return compute_by_taps(a, taps);
+  const int64_t length = block_windows(shape), windows = MapWindows::count(shape), pitch = shape.width + 1;
   parallel_ranges((windows + length - 1) / length, [&](int64_t begin, int64_t end) {
     const LibraryProducts library(true, true);
     MapWindows map(shape, length);
     Buffer<float> sums(length * kLibraryPanel);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * length, count = at_most(length, windows - first);
+    for (int64_t first = begin * length; first < at_most(end * length, windows); first += length) {
+      const int64_t last = at_most(first + length, windows);
       map.set(static_cast<const Bfloat16*>(a.x), first, length);
       for (int64_t column = 0; column < a.channels_out; column += kLibraryPanel) {
-        const int64_t width = taps.width(column), some = at_most(kLibraryPanel, a.channels_out - column);
-        for (int64_t term = 0; term < window; term += kProductTerms)
-          library_product(length, width, at_most(kProductTerms, window - term), map.data() + term, map.stride(),
-                          reinterpret_cast<const Bfloat16*>(taps.panel(column) + term / 2 * width), width, sums.data(),
-                          width, term > 0);
-        int64_t row = first / (shape.width + 1), x = first % (shape.width + 1);
-        for (int64_t i = 0; i < count; ++i) {
-          if (x < shape.width) {
-            Bfloat16* const to = static_cast<Bfloat16*>(a.y) + (row * shape.width + x) * a.channels_out + column;
-            scaled_copy(sums.data() + i * width, some, 1.0f, to);
-          }
-          if (++x > shape.width) x = 0, ++row;
+        const int64_t width = taps.width(column);
+        taps.multiply(length, map.data(), map.stride(), 0, 3 * map.stride(), column, sums.data());
+        for (int64_t at = first; at < last;) {  // row by row
+          const int64_t row = at / pitch, x = at % pitch, next = at_most((row + 1) * pitch, last);
+          round_pixels(a, sums.data() + (at - first) * width, width, row * shape.width + x,
+                       at_most(next - at, shape.width - x), column);
+          at = next;
         }
       }
     }

@@ -3,55 +3,16 @@
 #pragma once
 
 #include "cpu/conv3x3_direct.h"
+#include "cpu/conv3x3_positions.h"
 
 #if ANOMEM_BFLOAT16_PAIRS
 namespace anomem::cpu::ANOMEM_ISA {
 
-// The order in which pixels are summed. In large maps one position of zeros follows each row and one row of zeros each
-// image: a tap then is a shift of the map's positions. In small maps that would be half as many again.
-struct Positions {
-  explicit Positions(const MapShape& s)
-      : shape(s), zeros(10 * (s.height + 1) * (s.width + 1) <= 13 * s.height * s.width ? 1 : 0) {}
-
-  int64_t pitch() const { return shape.width + zeros; }
-  int64_t count() const { return shape.batch * (shape.height + zeros) * pitch(); }
-
-  const MapShape& shape;
-  int64_t zeros;
-};
-
-// The pixels at successive positions, of a map shifted by a tap.
-class PixelCursor {
- public:
-  PixelCursor(const Positions& positions, int64_t position, int64_t down = 0, int64_t right = 0)
-      : positions_(positions), down_(down), right_(right), before_(position < 0 ? -position : 0) {
-    if (position < 0) return;
-    const int64_t line = position / positions.pitch(), lines = positions.shape.height + positions.zeros;
-    column_ = position % positions.pitch();
-    y_ = line % lines;
-    row_ = line / lines * positions.shape.height + y_;
-  }
-
-  // The next position's pixel of `channels` channels, or null where it has none.
-  ANOMEM_INLINE const Bfloat16* next(const Bfloat16* map, int64_t channels) {
-    if (before_ > 0) return --before_, nullptr;
-    const MapShape& shape = positions_.shape;
-    const int64_t x = column_ + right_, y = y_ + down_;
-    const bool here = column_ < shape.width && y_ < shape.height && row_ < shape.batch * shape.height;
-    const bool inside = x >= 0 && x < shape.width && y >= 0 && y < shape.height;
-    const Bfloat16* const at = here && inside ? map + ((row_ + down_) * shape.width + x) * channels : nullptr;
-    if (++column_ >= positions_.pitch()) {
-      column_ = 0;
-      if (y_ < shape.height) ++row_;
-      if (++y_ >= shape.height + positions_.zeros) y_ = 0;
-    }
-    return at;
-  }
-
- private:
-  const Positions& positions_;
-  int64_t down_, right_, before_, column_ = 0, y_ = 0, row_ = 0;
-};
+// In large maps a tap is a shift of positions; in small ones the zeros would be half of the work, and each tap's pixels
+// are gathered.
+inline int64_t zeros_between(const MapShape& shape) {
+  return 10 * (shape.height + 1) * (shape.width + 1) <= 13 * shape.height * shape.width ? 1 : 0;
+}
 
 // Positions that are summed in one chain: as many as leave both factors in the second-level cache.
 struct PositionChain {
@@ -185,7 +146,7 @@ inline void add_chain(const Conv3x3Weight& a, const float* sums, int64_t k, int6
 
 inline void compute_directly(const Conv3x3Weight& a) {
   constexpr int64_t slice = 256;
-  const Positions positions(a.shape);
+  const Positions positions(a.shape, zeros_between(a.shape));
   const Bfloat16* const x = static_cast<const Bfloat16*>(a.x);
   const int64_t channels = tile_terms(a.shape.channels), outputs = round_up(a.channels_out, 32);
   const int64_t panels = (channels + kLibraryPanel - 1) / kLibraryPanel, all = positions.count();

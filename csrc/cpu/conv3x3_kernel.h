@@ -1,5 +1,6 @@
-// The 3×3 convolution by Winograd's transforms (conv3x3_tile.h), or directly (conv3x3_direct.h): per tile and pair of channels 16 multiplications in
+// The 3×3 convolution by Winograd's transforms (conv3x3_tile.h): per tile and pair of channels 16 multiplications in
 // place of 36. The gradient of the map is one too, of the upstream gradient; conv3x3_weight.h has that of the weight.
+// Bfloat16 on processors with AMX goes another way (conv3x3_direct.h).
 //
 // The map's tiles are cut into blocks. A block is transformed, multiplied by the taps (conv3x3_taps.h) at each of the
 // 16 places and transformed back while it lies in the second-level cache.
