@@ -184,14 +184,18 @@ inline void compute_directly(const Conv3x3& a) {
   const DirectTaps taps(a);
   if (shape.width < 8 && shape.channels >= 256) return compute_by_taps(a, taps);
   const int64_t length = block_windows(shape), windows = MapWindows::count(shape), pitch = shape.width + 1;
+  // One panel after the other where it stays in the second-level cache, though each makes the windows again.
+  const int64_t columns = shape.channels <= 256 ? kLibraryPanel : a.channels_out;
   parallel_ranges((windows + length - 1) / length, [&](int64_t begin, int64_t end) {
     const LibraryProducts library(true, true);
     MapWindows map(shape, length);
     Buffer<float> sums(length * kLibraryPanel);
-    for (int64_t first = begin * length; first < at_most(end * length, windows); first += length) {
-      const int64_t last = at_most(first + length, windows);
+    const int64_t blocks = end - begin, passes = (a.channels_out + columns - 1) / columns;
+    for (int64_t item = 0; item < passes * blocks; ++item) {
+      const int64_t first = (begin + item % blocks) * length, last = at_most(first + length, windows);
+      const int64_t pass = item / blocks * columns;
       map.set(static_cast<const Bfloat16*>(a.x), first, length);
-      for (int64_t column = 0; column < a.channels_out; column += kLibraryPanel) {
+      for (int64_t column = pass; column < at_most(pass + columns, a.channels_out); column += kLibraryPanel) {
         const int64_t width = taps.width(column);
         taps.multiply(length, map.data(), map.stride(), 0, 3 * map.stride(), column, sums.data());
         for (int64_t at = first; at < last;) {  // row by row
