@@ -182,7 +182,7 @@ inline void compute_by_taps(const Conv3x3& a, const DirectTaps& taps) {
 inline void compute_directly(const Conv3x3& a) {
   const MapShape& shape = a.shape;
   const DirectTaps taps(a);
-  if (shape.width < 8 && shape.channels >= 256) return compute_by_taps(a, taps);
+  if (shape.width < 8 && shape.channels > 256) return compute_by_taps(a, taps);
   const int64_t length = block_windows(shape), windows = MapWindows::count(shape), pitch = shape.width + 1;
   // One panel after the other where it stays in the second-level cache, though each makes the windows again.
   const int64_t columns = shape.channels <= 256 ? kLibraryPanel : a.channels_out;
