@@ -20,6 +20,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     direct convolution's. A NaN, an infinity or a value beyond a quarter of the largest number also reaches the other
     pixels of the 2×2 tiles that read it.
 
+    On processors that multiply bfloat16 in tiles (AMX) it is a direct convolution in that type, in both passes.
+
     Args:
         x: [B, C, H, W].
         weight: [C', C, 3, 3].
@@ -52,9 +54,18 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     return operators.conv3x3(x, weight)
 
 
+def _makes_forward(x: Tensor) -> bool:
+    """Whether the native kernel makes the forward pass of such maps; in bfloat16 the processor decides."""
+    if x.dtype != torch.bfloat16 or not x.is_cpu:
+        return x.dtype != torch.bfloat16
+    from anomem.ops import conv3x3 as operators
+
+    return operators.makes_forward(x.dtype)
+
+
 def _implementation(x: Tensor, weight: Tensor, impl: Impl, part: bool) -> str:
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    runs = is_channels_last(x) and (wanted or x.dtype != torch.bfloat16)
+    runs = is_channels_last(x) and (wanted or _makes_forward(x))
     if (impl == "auto" or part) and not runs:
         return "reference"
     rows = x.shape[0] * x.shape[2] * x.shape[3]

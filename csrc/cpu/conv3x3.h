@@ -14,7 +14,8 @@ struct Conv3x3 {
   const void* weight;  // S [K, 3, 3, C]; transposed: [C, 3, 3, K]
   int64_t channels_out;
   bool transposed;
-  void* y;  // S [B, H, W, K]
+  bool direct;  // by products in tiles (conv3x3_direct.h), of bfloat16 alone
+  void* y;      // S [B, H, W, K]
 };
 
 // The gradient of the weight.
@@ -24,6 +25,7 @@ struct Conv3x3Weight {
   MapShape shape;
   const void* grad;  // S [B, H, W, K]
   int64_t channels_out;
+  bool direct;
   void* dweight;  // S [K, 3, 3, C]
 };
 

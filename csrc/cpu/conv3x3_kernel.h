@@ -1,10 +1,12 @@
 // The 3×3 convolution by Winograd's transforms (conv3x3_tile.h): per tile and pair of channels 16 multiplications in
 // place of 36. The gradient of the map is one too, of the upstream gradient; conv3x3_weight.h has that of the weight.
+// Bfloat16 on processors with AMX goes another way (conv3x3_direct.h).
 //
 // The map's tiles are cut into blocks. A block is transformed, multiplied by the taps (conv3x3_taps.h) at each of the
 // 16 places and transformed back while it lies in the second-level cache.
 #pragma once
 
+#include "cpu/conv3x3_direct_weight.h"
 #include "cpu/conv3x3_taps.h"
 #include "cpu/conv3x3_weight.h"
 #include "cpu/product.h"
@@ -106,6 +108,9 @@ class TileBlock {
 
 template <class S>
 void compute(const Conv3x3& a) {
+#if ANOMEM_BFLOAT16_PAIRS
+  if (a.direct) return compute_directly(a);
+#endif
   const int64_t count = MapTiles{a.shape}.count();
   const int64_t length = block_tiles<transformed_t<S>>(count, round_up(a.shape.channels, 2 * kLanes<accumulator_t<S>>));
   const TapPanels<S> taps(a);

@@ -2,6 +2,7 @@
 // the upstream gradient's tiles and the map's, summed over the tiles.
 #pragma once
 
+#include "cpu/conv3x3_direct_weight.h"
 #include "cpu/conv3x3_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
@@ -117,6 +118,9 @@ inline int64_t block_rows(const MapTiles& tiles, int64_t channels_out) {
 
 template <class S>
 void compute(const Conv3x3Weight& a) {
+#if ANOMEM_BFLOAT16_PAIRS
+  if (a.direct) return compute_directly(a);
+#endif
   using T = accumulator_t<S>;
   constexpr int64_t slice = 4 * kTall;
   const MapTiles tiles{a.shape};

@@ -178,6 +178,7 @@ def refused_convolutions() -> Iterator[Call]:
     yield convolve, (grad, weight, False), "`weight`"
     yield convolve, (x, weight[:0], False), "K >= 1"
     yield convolve, (x, weight[:, :, :2], False), "`weight`"
+    yield OPERATORS.native_conv3x3_direct, (x.half(),), "float32, bfloat16 or float64"
     yield of_weight, (x, grad.contiguous()), "`grad`: expected a channels-last map"
     yield of_weight, (x, grad[:1]), "`grad`"
     yield of_weight, (x, grad[:, :0]), "K >= 1"

@@ -109,9 +109,10 @@ def test_batch_norm(channels: int) -> None:
     assert_same_bits(lambda: gradients(run, inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("channels", "side"), [(16, 31), (70, 18), (200, 4)])
-def test_conv3x3(channels: int, side: int) -> None:
-    inputs = [draw(9, channels, side, side), draw(65, channels, 3, 3, seed=1)]
+def test_conv3x3(channels: int, side: int, dtype: torch.dtype) -> None:
+    inputs = [draw(9, channels, side, side, dtype=dtype), draw(65, channels, 3, 3, dtype=dtype, seed=1)]
     assert_same_bits(lambda: gradients(lambda x, weight: conv3x3(x, weight, impl="native"), inputs))
 
 
