@@ -200,8 +200,8 @@ def inputs_of(problem: Problem) -> list[Tensor]:
         feature_map = draw(max(1, rows // side**2), d, side, side).contiguous(memory_format=torch.channels_last)
         return [feature_map, draw(d, d, 3, 3), draw(d, d, 1, 1)]
     if operator == "conv3x3":
-        side = min(16, math.isqrt(rows))
-        feature_map = draw(max(1, rows // side**2), d, side, side).contiguous(memory_format=torch.channels_last)
+        side = max(1, math.isqrt(rows))
+        feature_map = draw(groups, d, side, side).contiguous(memory_format=torch.channels_last)
         return [feature_map, draw(columns, d, 3, 3).contiguous(memory_format=torch.channels_last)]
     if operator == "deviation_map":
         return [draw(1, d, rows, 1), draw(columns, d)]

@@ -41,11 +41,11 @@ class Problem(NamedTuple):
     features: int
     """d, the length of a row."""
     rows: int = 0
-    """N queries, or rows of one group."""
+    """N queries, rows of one group, or pixels of one image."""
     columns: int = 0
     """M prototypes, or columns of one group."""
     groups: int = 1
-    """G."""
+    """G, or images of a convolution."""
     steps: int = 1
     """Reads of the memory."""
 
@@ -64,12 +64,15 @@ class Where:
     """At least."""
     most_features: int | None = None
     most_columns: int | None = None
+    most_rows: int | None = None
     most_work: int | None = None
     """groups × rows × columns × features at most, an axis that the operator lacks counting 1."""
     scores_of_a_group: int = 0
     """rows × columns at least."""
     scores: int = 0
     """groups × rows × columns at least."""
+    all_rows: int = 0
+    """groups × rows at least."""
 
     def holds(self, problem: Problem) -> bool:
         """Whether a problem is one of these."""
@@ -81,9 +84,11 @@ class Where:
             and (not self.features or problem.features >= self.features)
             and (self.most_features is None or problem.features <= self.most_features)
             and (self.most_columns is None or problem.columns <= self.most_columns)
+            and (self.most_rows is None or problem.rows <= self.most_rows)
             and (self.most_work is None or _work(problem) <= self.most_work)
             and (not self.scores_of_a_group or problem.rows * problem.columns >= self.scores_of_a_group)
             and (not self.scores or problem.groups * problem.rows * problem.columns >= self.scores)
+            and (not self.all_rows or problem.groups * problem.rows >= self.all_rows)
         )
 
     def __str__(self) -> str:
@@ -93,12 +98,14 @@ class Where:
             ("features", self.features),
             ("rows × columns", self.scores_of_a_group),
             ("groups × rows × columns", self.scores),
+            ("groups × rows", self.all_rows),
         ]
         words = [" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)] if self.dtypes else []
         words += [f"{name} ≥ {_number(least)}" for name, least in bounds if least]
         limits = [
             ("features", self.most_features),
             ("columns", self.most_columns),
+            ("rows", self.most_rows),
             ("groups × rows × columns × features", self.most_work),
         ]
         words += [f"{name} ≤ {_number(most)}" for name, most in limits if most is not None]
@@ -144,7 +151,7 @@ _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
 _STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
-_WINOGRAD = Where(_MEASURED, rows=1024, columns=32, features=32)
+_WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:

@@ -87,11 +87,11 @@ def test_every_rule_names_an_operator_an_implementation_and_its_reason() -> None
 def test_a_condition_says_what_it_tests() -> None:
     where = Where(
         (torch.float32,), rows=2, columns=3, features=4, most_features=9, most_columns=2**13, most_work=2**35,
-        scores_of_a_group=2**20, scores=2**33,
+        scores_of_a_group=2**20, scores=2**33, all_rows=2, most_rows=2**20,
     )  # fmt: skip
     assert str(where) == (
         "float32, rows ≥ 2, columns ≥ 3, features ≥ 4, rows × columns ≥ 2^20, groups × rows × columns ≥ 2^33, "
-        "features ≤ 9, columns ≤ 8192, groups × rows × columns × features ≤ 2^35"
+        "groups × rows ≥ 2, features ≤ 9, columns ≤ 8192, rows ≤ 2^20, groups × rows × columns × features ≤ 2^35"
     )
     assert str(Where()) == "always"
     right = Problem("retrieve", "cpu", torch.float32, 4, rows=2**20, columns=2**13)
@@ -116,7 +116,7 @@ def problem_of(row: dict[str, object]) -> Problem:
         "deviation_map": (size["B"] * size["H"] ** 2, size["M"], 1),
         "batch_norm": (size["B"] * size["H"] ** 2, 0, 1),
         "downsample": (size["B"] * size["H"] ** 2, 0, 1),
-        "conv3x3": (size["B"] * size["H"] ** 2, size["K"], 1),
+        "conv3x3": (size["H"] ** 2, size["K"], size["B"]),
     }.get(operator, (size["N"], size["M"], 1))
     features = size["C"] if operator in ("gather", "batch_norm", "downsample", "conv3x3") else size["d"]
     return Problem(operator, "cpu", getattr(torch, str(row["dtype"])), features, rows, columns, groups)

@@ -20,7 +20,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     direct convolution's. A NaN, an infinity or a value beyond a quarter of the largest number also reaches the other
     pixels of the 2×2 tiles that read it.
 
-    On processors that multiply bfloat16 in tiles (AMX) it is a direct convolution in that type, in both passes.
+    On processors that multiply bfloat16 in tiles (AMX) it is a direct convolution in that type, in both passes. "auto"
+    takes the kernel in bfloat16 where a gradient is wanted.
 
     Args:
         x: [B, C, H, W].
@@ -54,20 +55,14 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     return operators.conv3x3(x, weight)
 
 
-def _makes_forward(x: Tensor) -> bool:
-    """Whether the native kernel makes the forward pass of such maps; in bfloat16 the processor decides."""
-    if x.dtype != torch.bfloat16 or not x.is_cpu:
-        return x.dtype != torch.bfloat16
-    from anomem.ops import conv3x3 as operators
-
-    return operators.makes_forward(x.dtype)
-
-
 def _implementation(x: Tensor, weight: Tensor, impl: Impl, part: bool) -> str:
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    runs = is_channels_last(x) and (wanted or _makes_forward(x))
+    # In bfloat16 the kernel is chosen for its gradients.
+    runs = is_channels_last(x) and (wanted or x.dtype != torch.bfloat16)
     if (impl == "auto" or part) and not runs:
         return "reference"
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    problem = rules.Problem("conv3x3", x.device.type, x.dtype, x.shape[1], rows=rows, columns=weight.shape[0])
+    images, channels, height, width = x.shape
+    of_image = height * width
+    columns = weight.shape[0]
+    problem = rules.Problem("conv3x3", x.device.type, x.dtype, channels, of_image, columns, groups=images)
     return backends.choose(problem, impl, part=part)

@@ -252,10 +252,11 @@ def test_in_bfloat16_the_kernel_makes_the_gradients(monkeypatch: pytest.MonkeyPa
 def test_in_tiles_the_kernel_makes_both_passes(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
     x, weight = channels_last(32, 32, 16, 16, dtype=BF16), taps(32, 32, BF16)
-    assert kernels_of(x, weight) == {"anomem::native_conv3x3"}
+    assert kernels_of(x, weight) == set()  # without gradients torch's is as fast
     assert kernels_of(x, weight.clone().requires_grad_()) == BOTH
-    with torch.no_grad():
-        assert_same_bits([torch.compile(conv3x3, fullgraph=True, backend="eager")(x, weight)], [conv3x3(x, weight)])
+    leaf = weight.clone().requires_grad_()
+    compiled = torch.compile(conv3x3, fullgraph=True, backend="eager")
+    assert_same_bits([compiled(x, leaf).detach()], [conv3x3(x, leaf).detach()])
 
 
 @pytest.mark.parametrize(
