@@ -148,10 +148,19 @@ _FASTEST_ZEN4 = (
     "the fastest eager call in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
 )
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
+_FASTEST_AMX = (
+    "the fastest eager call in every row it covers of benchmarks/results/cpu-amx-*.jsonl (one processor, one thread)"
+)
+_ROWS_AMX = "GenuineIntel family 6 AMX"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
 _STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
 _WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
+# With tiles: small maps in bfloat16, whose weights the other library reads anew for each image; wide ones in float32.
+_SMALL_MAPS = (
+    Where((torch.bfloat16,), all_rows=1024, columns=64, features=64, most_rows=64),
+    Where((torch.float32,), all_rows=1024, columns=256, features=256),
+)
 
 
 def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
@@ -201,6 +210,34 @@ AUTO: tuple[Rule, ...] = (
     *(Rule("batch_norm", "cpu", "native", where, _FASTEST_ZEN4, _ROWS_ZEN4) for where in _MAPS),
     Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_ZEN4, _ROWS_ZEN4),
     Rule("conv3x3", "cpu", "native", _WINOGRAD, _FASTEST_ZEN4, _ROWS_ZEN4),
+    Rule(
+        "retrieve",
+        "cpu",
+        "native",
+        # As above; a result of more rows is mapped anew.
+        Where(
+            _MEASURED,
+            rows=1024,
+            columns=64,
+            features=64,
+            most_features=512,
+            most_columns=512,
+            most_rows=2**15,
+            most_work=2**30,
+        ),
+        _FASTEST_AMX,
+        _ROWS_AMX,
+    ),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST_AMX, _ROWS_AMX),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16), _FASTEST_AMX, _ROWS_AMX),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST_AMX, _ROWS_AMX),
+    Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST_AMX, _ROWS_AMX),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST_AMX, _ROWS_AMX),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),
+    *(Rule("batch_norm", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _MAPS),
+    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_AMX, _ROWS_AMX),
+    *(Rule("conv3x3", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _SMALL_MAPS),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),
