@@ -159,7 +159,7 @@ _WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
 # With tiles: small maps in bfloat16, whose weights the other library reads anew for each image; wide ones in float32.
 _SMALL_MAPS = (
     Where((torch.bfloat16,), all_rows=1024, columns=64, features=64, most_rows=64),
-    Where((torch.float32,), all_rows=1024, columns=256, features=256),
+    Where((torch.float32,), all_rows=1024, columns=512, features=512),
 )
 
 
@@ -229,7 +229,7 @@ AUTO: tuple[Rule, ...] = (
         _ROWS_AMX,
     ),
     Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST_AMX, _ROWS_AMX),
-    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16), _FASTEST_AMX, _ROWS_AMX),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16, most_work=2**30), _FASTEST_AMX, _ROWS_AMX),
     Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST_AMX, _ROWS_AMX),
     Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST_AMX, _ROWS_AMX),
     Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),

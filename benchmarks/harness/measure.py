@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,7 +60,7 @@ def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 @functools.cache
-def _cache_filler() -> torch.Tensor:
+def _cache_filler() -> Tensor:
     """Bytes that fill the L2 cache four times."""
     return torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
 
@@ -128,19 +129,23 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def product_flops(call: Callable[[], Any]) -> int:
-    """Of the products and convolutions of a call: as torch counts them, and those of the library's convolutions."""
-    importlib.import_module("anomem.ops.conv3x3")  # registers them
+    """Of the products and convolutions of a call: as torch counts them, and as the library makes its convolutions."""
+    convolutions = importlib.import_module("anomem.ops.conv3x3")  # registers them
 
-    def products(x: Sequence[int], channels_out: int) -> int:  # 16 for each tile of 2×2 pixels
-        batch, channels, height, width = x
-        return 16 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * channels_out
+    def products(x: Tensor, channels_out: int) -> int:
+        batch, channels, height, width = x.shape
+        if x.dtype == torch.bfloat16 and convolutions.makes_forward(x.dtype):  # directly
+            return 9 * batch * height * width * channels * channels_out
+        return 16 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * channels_out  # for 2×2 pixels
 
-    def of_map(x: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
-        return 2 * products(x, out_shape[1])
+    def of_map(x: Tensor, *_: Any, out_val: Tensor) -> int:
+        return 2 * products(x, out_val.shape[1])
 
-    def of_weight(x: Sequence[int], grad: Sequence[int], out_shape: Sequence[int]) -> int:
-        return 2 * products(x, grad[1])
+    def of_weight(x: Tensor, grad: Tensor, out_val: Tensor) -> int:
+        return 2 * products(x, grad.shape[1])
 
+    for one in (of_map, of_weight):
+        vars(one)["_get_raw"] = True  # takes tensors, not their shapes
     operators = torch.ops.anomem
     known = {operators.native_conv3x3: of_map, operators.native_conv3x3_weight: of_weight}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomem.ops import conv3x3 as convolutions
 from anomem.ops import native
 from anomem.testing import gradients
 from benchmarks.harness.case import case
@@ -87,3 +88,14 @@ def test_products_of_the_library_s_convolutions_are_counted(training) -> None:
             out.sum().backward()
 
     assert product_flops(call) == OPERATORS["conv3x3"].least_work(one).flops
+
+
+def test_direct_convolutions_are_counted_as_such(monkeypatch) -> None:
+    """In tiles bfloat16 is convolved with nine products for each pixel."""
+    if (reason := native.obstacle("cpu")) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(convolutions, "makes_forward", lambda dtype: True)
+    one = case("conv3x3", B=2, C=4, H=6, K=6, dtype="bfloat16")
+    leaves = [x.requires_grad_() for x in OPERATORS["conv3x3"].inputs(one.dims, one.torch_dtype, 0)]
+    flops = product_flops(lambda: OPERATORS["conv3x3"].ours("native")(*leaves).sum().backward())
+    assert 4 * flops == 9 * OPERATORS["conv3x3"].least_work(one).flops
