@@ -39,7 +39,7 @@ from anomem.rules import Problem
 Function = Callable[..., tuple[Tensor, ...]]
 SDPA = "SDPA"
 """A rival of retrieval that is measured by the command, and no implementation: `auto` cannot take it."""
-_MOST_WORK, _MOST_COPIED = 2**27, 2**24
+_MOST_WORK, _MOST_COPIED, _MOST_CONVOLVED = 2**27, 2**24, 2**29
 """Larger calls are measured on a part: multiplications, and numbers of operators that only copy."""
 _LEAST_ROWS = 256
 """No part has fewer rows or columns."""
@@ -148,6 +148,8 @@ _ONE_GROUP = ("retrieve", "shrink", *choice.INFERENCE)
 def bounded(problem: Problem) -> Problem:
     """The same problem with fewer groups, rows and then columns where it is too large to be timed in milliseconds."""
     most = _MOST_COPIED if problem.operator in choice.COPIES else _MOST_WORK
+    if problem.operator == "conv3x3":  # of few images most of the time is the weight's
+        most = _MOST_CONVOLVED
 
     def size(problem: Problem) -> int:
         if problem.operator == "gather":

@@ -159,7 +159,7 @@ _WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
 # With tiles: small maps in bfloat16, whose weights the other library reads anew for each image; wide ones in float32.
 _SMALL_MAPS = (
     Where((torch.bfloat16,), all_rows=1024, columns=64, features=64, most_rows=64),
-    Where((torch.float32,), all_rows=1024, columns=512, features=512),
+    Where((torch.float32,), rows=16, all_rows=1024, columns=512, features=512),
 )
 
 
@@ -217,7 +217,7 @@ AUTO: tuple[Rule, ...] = (
         # As above; a result of more rows is mapped anew.
         Where(
             _MEASURED,
-            rows=1024,
+            rows=4096,
             columns=64,
             features=64,
             most_features=512,

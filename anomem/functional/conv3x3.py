@@ -20,8 +20,9 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
     direct convolution's. A NaN, an infinity or a value beyond a quarter of the largest number also reaches the other
     pixels of the 2×2 tiles that read it.
 
-    On processors that multiply bfloat16 in tiles (AMX) it is a direct convolution in that type, in both passes. "auto"
-    takes the kernel in bfloat16 where a gradient is wanted.
+    On processors that multiply bfloat16 in tiles (AMX) it is a direct convolution in that type, in both passes; there a
+    NaN or an infinity at the border of a map may reach a gradient through the zeros around it. "auto" takes the kernel
+    in bfloat16 where a gradient is wanted.
 
     Args:
         x: [B, C, H, W].
@@ -57,11 +58,11 @@ def conv3x3(x: Tensor, weight: Tensor, *, impl: Impl = "auto", part: bool = Fals
 
 def _implementation(x: Tensor, weight: Tensor, impl: Impl, part: bool) -> str:
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    # In bfloat16 the kernel is chosen for its gradients.
-    runs = is_channels_last(x) and (wanted or x.dtype != torch.bfloat16)
+    images, channels, height, width = x.shape
+    # In bfloat16 the kernel is chosen for its gradients. In a map of one row or column half of its tiles is zeros.
+    runs = is_channels_last(x) and min(height, width) > 1 and (wanted or x.dtype != torch.bfloat16)
     if (impl == "auto" or part) and not runs:
         return "reference"
-    images, channels, height, width = x.shape
     of_image = height * width
     columns = weight.shape[0]
     problem = rules.Problem("conv3x3", x.device.type, x.dtype, channels, of_image, columns, groups=images)

@@ -166,13 +166,16 @@ class Stage1Step:
         first = 0
         with statistics_kept(self.network.encoder):
             for number, rows in enumerate(chunks):
-                gradients = [rows_of_views(x.grad, first, len(rows)) for x in joined if x.grad is not None]
+                gradients = [None if x.grad is None else rows_of_views(x.grad, first, len(rows)) for x in joined]
                 first += len(rows)
                 last = number == len(chunks) - 1 and not more
                 with self.network.more_to_come(not last):
                     sampled, _ = self._sampled(batch, part, rows, number)
-                    with record_function("anomem.backward"):
-                        torch.autograd.backward(sampled, gradients)
+                    # Without those of frozen scales.
+                    pairs = [pair for pair in zip(sampled, gradients, strict=True) if pair[0].requires_grad]
+                    if pairs:
+                        with record_function("anomem.backward"):
+                            torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
         return Loss(sum(losses[1:], losses[0]), terms, joined)
 
     def _sampled(self, batch: Batch, part: int, rows: Rows, chunk: int) -> tuple[list[Tensor], Tensor | None]:

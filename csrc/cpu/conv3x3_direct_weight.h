@@ -8,9 +8,10 @@
 #if ANOMEM_BFLOAT16_PAIRS
 namespace anomem::cpu::ANOMEM_ISA {
 
-// In large maps a tap is a shift of positions; in small ones the zeros would be half of the work, and each tap's pixels
-// are gathered.
+// In large maps a tap is a shift of positions. In small ones the zeros would be half of the work, and in wide ones the
+// rows around a chain would: there each tap's pixels are gathered.
 inline int64_t zeros_between(const MapShape& shape) {
+  if (shape.width > 192) return 0;
   return 10 * (shape.height + 1) * (shape.width + 1) <= 13 * shape.height * shape.width ? 1 : 0;
 }
 

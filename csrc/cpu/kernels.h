@@ -20,9 +20,9 @@
 // (contrast_rows.h) tile by tile (contrast_tile.h), in the order of contrast_schedule.h, and sums exponentials
 // (contrast_sums.h) or weighs rows (contrast_gradients.h). nearest_kernel.h and read_kernel.h find the largest scores
 // by a rough product and compute those again (candidates.h). augment_kernel.h passes over one image at a time.
-// conv3x3_kernel.h multiplies transformed tiles of a map (conv3x3_tile.h) by the blocks of product.h, and in bfloat16 on
-// processors with AMX the map itself by the library (conv3x3_direct.h).
-// sampling_kernel.h, batch_norm_kernel.h and downsample_kernel.h need rows.h only.
+// conv3x3_kernel.h multiplies transformed tiles of a map (conv3x3_tile.h) by the blocks of product.h, and in bfloat16
+// on processors with AMX the map itself by the library (conv3x3_direct.h). sampling_kernel.h, batch_norm_kernel.h and
+// downsample_kernel.h need rows.h only.
 #include "cpu/augment_kernel.h"
 #include "cpu/batch_norm_kernel.h"
 #include "cpu/contrast_kernel.h"

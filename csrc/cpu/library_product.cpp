@@ -2,6 +2,7 @@
 // signature is another name.
 #include "cpu/library_product.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <exception>
 #include <vector>
@@ -85,7 +86,9 @@ bool takes_library_products(Type type, int64_t queries, int64_t prototypes, int6
   if (!wanted || type == Type::kFloat64 || queries < 126 || prototypes < 32 || features < 16) return false;
   static const bool right = anomem_brgemm_release != nullptr && anomem_brgemm_float != nullptr && is_right<float>();
   if (type == Type::kFloat32 || isa() != Isa::kAvx512Bf16) return right;
-  static const bool right_pairs = right && anomem_brgemm_bfloat16 != nullptr && is_right<Bfloat16>();
+  // Tried again where it failed: torch.backends.mkldnn may have been off.
+  static std::atomic<bool> right_pairs{false};
+  if (!right_pairs) right_pairs = right && anomem_brgemm_bfloat16 != nullptr && is_right<Bfloat16>();
   return right_pairs && still_runs_pairs();
 }
 

@@ -1,7 +1,7 @@
 // The memory of a call, and how its queries are cut into chunks.
 #pragma once
 
-#include "cpu/library_product.h"
+#include "cpu/tile_product.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
@@ -33,7 +33,7 @@ struct Queries {
 // second-level cache. Short inputs get shorter chunks, so that all threads have work. Depends on sizes alone. With the
 // library's products a memory of many prototypes is read less often instead; tiles take rows by the 32.
 inline int64_t chunk_rows(int64_t queries, int64_t prototypes, bool library) {
-  if (queries < 16 * 126) return library && multiplies_in_tiles() ? 64 : 42;
+  if (queries < 16 * 126) return library && splits_products() ? 64 : 42;
   return prototypes > 1024 && !library ? 42 : 126;
 }
 

@@ -77,8 +77,10 @@ class ReadPanels {
     value_parts_.make(values_.data());
   }
 
-  // d × M: scores = Q Kᵀ.
-  RightFactor<T> keys_transposed() const { return {keys_transposed_.data(), key_parts_.data()}; }
+  // d × M: scores = Q Kᵀ. Which product a row gets in tiles depends on the rows beside it (tile_product.h).
+  RightFactor<T> keys_transposed(bool in_tiles = true) const {
+    return {keys_transposed_.data(), key_parts_.data(), in_tiles};
+  }
   // M × dv: out = P V.
   RightFactor<factor_t<R>> values() const { return {values_.data(), value_parts_.data()}; }
 
@@ -131,7 +133,9 @@ class GradientPanels {
   }
 
   // d × M: scores = Q Kᵀ.
-  RightFactor<T> keys_transposed() const { return {keys_transposed_.data(), transposed_key_parts_.data()}; }
+  RightFactor<T> keys_transposed(bool in_tiles = true) const {
+    return {keys_transposed_.data(), transposed_key_parts_.data(), in_tiles};
+  }
   // M × d: dQ = dS K.
   RightFactor<F> keys() const { return {keys_.data(), key_parts_.data()}; }
   // [d], subtracted from the keys in pairs.

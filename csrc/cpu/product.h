@@ -103,8 +103,10 @@ template <class F>
 struct RightFactor {
   const F* packed;
   const Bfloat16* parts = nullptr;
+  bool in_tiles = true;  // where the processor has them
 
-  RightFactor(const F* packed, const Bfloat16* parts = nullptr) : packed(packed), parts(parts) {}
+  RightFactor(const F* packed, const Bfloat16* parts = nullptr, bool in_tiles = true)
+      : packed(packed), parts(parts), in_tiles(in_tiles) {}
 };
 
 // Names its argument without taking part in deduction.
@@ -176,7 +178,7 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
         }
   };
   if constexpr (kSplits && std::is_same_v<F, float>)
-    if (splits_products())
+    if (b.in_tiles && splits_products())
       return product_in_tiles(m, n, k, a, row_stride, b.packed, k, 0, b.parts, c, c_stride, accumulate, done);
   for (int64_t column = 0; column < n; column += kLibraryPanel) {
     const int64_t width = panel_width<float>(column, n, kLibraryPanel);

@@ -25,9 +25,12 @@ inline void keep_weights(const From* weights, int64_t m, S* to) {
   else scaled_copy(weights, width, From{1}, to);
 }
 
-// Shrinkage decides by the last bit of a weight, in both passes alike.
+// Shrinkage decides by the last bit of a weight, in both passes alike. Their chunks differ, so its scores come from
+// products in which a row does not depend on the others.
+inline bool decides_by_bits(const Shrinkage& shrinkage) { return shrinkage.threshold != 0; }
+
 inline bool takes_raw_scores(const Memory& memory, const Shrinkage& shrinkage) {
-  return memory.library && shrinkage.threshold == 0;
+  return memory.library && !decides_by_bits(shrinkage);
 }
 
 template <class S>
@@ -60,8 +63,8 @@ void compute(const RetrieveForward& a) {
       const int64_t height = a.memory.library ? rows : count;
       if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, tile, tile_stride);
       else
-        product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(), tile, tile_stride, false,
-                a.memory.library);
+        product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(!decides_by_bits(a.shrinkage)),
+                tile, tile_stride, false, a.memory.library);
       for (int64_t r = 0; r < count; ++r) {
         T* p = tile + r * tile_stride;
         if (first + rows + r < n) fetch_row(source + (rows + r) * a.query.stride, d);
@@ -265,8 +268,8 @@ class BackwardChunk {
             }
         return;
       }
-      product_with(height, m_, d_, query_.data(), query_.stride(), 1, panels_.keys_transposed(), to, score_stride_,
-                   finish, library);
+      product_with(height, m_, d_, query_.data(), query_.stride(), 1,
+                   panels_.keys_transposed(!decides_by_bits(a_.shrinkage)), to, score_stride_, finish, library);
     };
     if (keeps_scores()) score(scores_.data(), Overwrite());
     else if (kept == nullptr) score(tiles.weights, exponential);

@@ -264,7 +264,8 @@ bool is_right() {
 }  // namespace
 
 bool splits_products() {
-  static const bool right = may_use_tiles() && multiplies_in_tiles() && is_right();
+  static const bool right = isa() == Isa::kAvx512Bf16 && takes_library_products(Type::kFloat32, 1024, 1024, 1024) &&
+                            may_use_tiles() && is_right();
   return right;
 }
 #else

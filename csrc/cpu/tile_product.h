@@ -12,8 +12,8 @@
 
 namespace anomem::cpu {
 
-// Whether this process makes float32 products so: the processor has tiles, the system lends them, the library's
-// products of pairs run (library_product.h), and a product of exact numbers was right.
+// Whether this process makes float32 products so: it takes the library's (library_product.h), the processor has tiles,
+// the system lends them, and a product of exact numbers was right.
 bool splits_products();
 
 // Terms that are split at a time. A left factor's parts then stay in the second-level cache.

@@ -165,6 +165,14 @@ def test_what_is_measured_is_bounded(operator: str) -> None:
     assert calibrate.bounded(SMALL._replace(operator=operator)) == SMALL._replace(operator=operator)
 
 
+def test_a_convolution_is_measured_on_several_images() -> None:
+    """Of one image most of the time is the weight's, whichever kernel is faster for a batch."""
+    problem = Problem("conv3x3", "cpu", torch.float32, 512, rows=16, columns=512, groups=64)
+    small = calibrate.bounded(problem)
+    assert small.groups >= 8
+    assert small._replace(groups=64) == problem
+
+
 def shapes_of(problem: Problem) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         return [

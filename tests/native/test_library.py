@@ -103,3 +103,24 @@ def test_a_library_without_sources_beside_it_is_taken_as_it_is(tmp_path: Path) -
     assert sources.digest("_C.so", tmp_path) is None
     (tmp_path / "_C.so").write_bytes(b"")
     assert sources.built_from(tmp_path / "_C.so") is None
+
+
+def test_a_first_call_without_onednn_leaves_later_ones_alone() -> None:
+    """Whether its products run was asked once, and the answer of such a call kept."""
+    code = """
+import sys, torch
+from anomem.functional import hopfield_retrieve
+from anomem.ops.conv3x3 import makes_forward
+torch.manual_seed(0)
+query, prototypes = torch.randn(300, 64), torch.randn(64, 64)
+read = lambda dtype: hopfield_retrieve(query.to(dtype), prototypes.to(dtype), impl="native").double().sum().item()
+if sys.argv[1] == "off":
+    with torch.backends.mkldnn.flags(enabled=False):
+        read(torch.float32), read(torch.bfloat16), makes_forward(torch.bfloat16)
+print(read(torch.float32).hex(), read(torch.bfloat16).hex(), makes_forward(torch.bfloat16))
+"""
+    found = []
+    for first in ("on", "off"):
+        done = subprocess.run([sys.executable, "-c", code, first], cwd=ROOT, capture_output=True, text=True, check=True)
+        found.append(done.stdout)
+    assert found[0] == found[1]

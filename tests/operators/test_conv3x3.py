@@ -86,7 +86,7 @@ def direct(request: pytest.FixtureRequest) -> Iterator[bool]:
 # block and more positions than a chain; unequal channels.
 DIRECT_SHAPES = [
     (1, 1, 1, 1, 1), (1, 3, 1, 7, 5), (3, 33, 7, 1, 31), (2, 32, 2, 2, 65), (1, 130, 5, 3, 257), (2, 300, 7, 7, 40),
-    (5, 64, 9, 13, 128), (130, 32, 8, 8, 36), (150, 40, 4, 4, 300), (70, 8, 13, 11, 8),
+    (5, 64, 9, 13, 128), (130, 32, 8, 8, 36), (150, 40, 4, 4, 300), (70, 8, 13, 11, 8), (1, 8, 4, 700, 8),
 ]  # fmt: skip
 
 
@@ -257,6 +257,14 @@ def test_in_tiles_the_kernel_makes_both_passes(monkeypatch: pytest.MonkeyPatch, 
     leaf = weight.clone().requires_grad_()
     compiled = torch.compile(conv3x3, fullgraph=True, backend="eager")
     assert_same_bits([compiled(x, leaf).detach()], [conv3x3(x, leaf).detach()])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 512, 1, 16), (64, 512, 16, 1)], ids=str)
+def test_maps_of_one_row_or_column_are_torch_s(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The kernel was up to five times as slow there."""
+    x = channels_last(*shape, dtype=dtype).requires_grad_()
+    assert kernels_of(x, taps(512, 512, dtype)) == set()
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,21 @@ def test_a_bad_query_spoils_its_own_shrunk_row_only(impl: Impl, bad: float) -> N
     assert torch.equal(out.isnan().all(dim=1), rows)
     assert torch.equal(lse.isnan(), rows)
     assert bool(entropy[~rows].isfinite().all())
+
+
+@each(NATIVE)
+def test_both_passes_cut_the_same_weights_beside_a_large_query(impl: Impl) -> None:
+    """Chunks of the passes differ in length; a large query in a chunk made other products of its neighbours."""
+    slots, d, chunk = 600, 64, 252
+    common = draw(1, d, seed=1)
+    query = 3 * common + 0.1 * draw(10 * chunk, d, seed=2)
+    query[130::chunk] = 1e11
+    prototypes = common + 3e-3 * draw(slots, d, seed=3)
+    values = torch.eye(slots).requires_grad_()
+    options = {"normalize": "none", "beta": 1.0, "shrink": 1 / slots, "return_entropy": True, "impl": impl}
+    out, _ = hopfield_retrieve(query, prototypes, values=values, **options)
+    rows = torch.cat([torch.arange(126) + chunk * k for k in range(10)])[:slots]
+    upstream = torch.zeros_like(out)
+    upstream[rows, torch.arange(slots)] = 1
+    (of_values,) = torch.autograd.grad(out, values, upstream)  # its columns are the weights of these rows
+    assert torch.equal(of_values.T == 0, out.detach()[rows] == 0)

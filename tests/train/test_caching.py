@@ -112,6 +112,30 @@ def test_without_dropout_and_batch_norm_they_are_those_of_the_whole_batch() -> N
             assert_same(gradients(config_of(accumulate=2), False), whole)
 
 
+@pytest.mark.parametrize("frozen", ["first", "all"])
+def test_frozen_scales_train_their_memories_alone(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale without anything to train behind its vectors has no second pass."""
+    made = model_of
+
+    def with_frozen(config: TrainConfig, norm: bool) -> AnoMem:
+        model = made(config, norm)
+        for name, parameter in model.encoder.named_parameters():
+            parameter.requires_grad_(frozen != "all" and ".first." not in f".{name}")
+        return model
+
+    monkeypatch.setitem(globals(), "model_of", with_frozen)
+
+    def of(**changes: object) -> tuple[float, dict[str, Tensor], AnoMem]:
+        config = config_of(**changes)
+        return gradients(replace(config, model=replace(config.model, projection=None)), False)
+
+    with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
+        whole, cached = of(), of(micro_batch=3)
+    assert cached[1].keys() == whole[1].keys()
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(cached[1][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+
+
 def test_a_second_pass_with_other_dropout_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with_graphs = gradients(config_of(micro_batch=2), False, chunked=True)
 
