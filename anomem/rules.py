@@ -156,7 +156,7 @@ _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, 
 
 _STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
 _WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
-# With tiles: small maps in bfloat16, whose weights the other library reads anew for each image; wide ones in float32.
+# With tiles: small maps in bfloat16, where weights serve many images at a time; wide ones in float32.
 _SMALL_MAPS = (
     Where((torch.bfloat16,), all_rows=1024, columns=64, features=64, most_rows=64),
     Where((torch.float32,), rows=16, all_rows=1024, columns=512, features=512),

@@ -1,7 +1,7 @@
 """How a run executes where its configuration says "auto": precision, memory format and compilation, by rule.
 
-The rules quote benchmarks/results/cpu-execution.jsonl (AMD family 25); `python -m benchmarks.profile_training` measures
-another machine. Not measured on a GPU yet.
+The rules quote benchmarks/results/cpu-execution.jsonl (AMD family 25) and cpu-amx-execution.jsonl (Intel family 6);
+`python -m benchmarks.profile_training` measures another machine. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
