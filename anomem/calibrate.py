@@ -40,7 +40,8 @@ Function = Callable[..., tuple[Tensor, ...]]
 SDPA = "SDPA"
 """A rival of retrieval that is measured by the command, and no implementation: `auto` cannot take it."""
 _MOST_WORK, _MOST_COPIED, _MOST_CONVOLVED = 2**27, 2**24, 2**29
-"""Larger calls are measured on a part: multiplications, and numbers of operators that only copy."""
+"""Larger calls are measured on a part: multiplications, numbers of operators that only copy, multiplications of a
+convolution."""
 _LEAST_ROWS = 256
 """No part has fewer rows or columns."""
 _TOP_K = 16
@@ -148,15 +149,15 @@ _ONE_GROUP = ("retrieve", "shrink", *choice.INFERENCE)
 def bounded(problem: Problem) -> Problem:
     """The same problem with fewer groups, rows and then columns where it is too large to be timed in milliseconds."""
     most = _MOST_COPIED if problem.operator in choice.COPIES else _MOST_WORK
+    taps = 1
     if problem.operator == "conv3x3":  # of few images most of the time is the weight's
-        most = _MOST_CONVOLVED
+        most, taps = _MOST_CONVOLVED, 9
 
     def size(problem: Problem) -> int:
         if problem.operator == "gather":
             return problem.rows * problem.columns * problem.features  # the map, whose gradient is written
         if problem.operator == "downsample":  # as many as the map of 16 channels whose convolutions take as long
             return problem.rows * problem.features**2 // 16
-        taps = 9 if problem.operator == "conv3x3" else 1
         return choice.work(problem) * taps
 
     while size(problem) > most:

@@ -156,8 +156,8 @@ _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, 
 
 _STRIDED = Where(_MEASURED, rows=2**16, most_features=64)
 _WINOGRAD = Where(_MEASURED, all_rows=1024, columns=32, features=32)
-# With tiles: small maps in bfloat16, where weights serve many images at a time; wide ones in float32.
-_SMALL_MAPS = (
+# With AMX: small maps in bfloat16, whose convolution is direct; many channels in float32.
+_CONVOLVED_AMX = (
     Where((torch.bfloat16,), all_rows=1024, columns=64, features=64, most_rows=64),
     Where((torch.float32,), rows=16, all_rows=1024, columns=512, features=512),
 )
@@ -214,7 +214,7 @@ AUTO: tuple[Rule, ...] = (
         "retrieve",
         "cpu",
         "native",
-        # As above; a result of more rows is mapped anew.
+        # As above; fewer queries lose to SDPA in float32, and results of more are mapped anew.
         Where(
             _MEASURED,
             rows=4096,
@@ -237,7 +237,7 @@ AUTO: tuple[Rule, ...] = (
     Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),
     *(Rule("batch_norm", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _MAPS),
     Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_AMX, _ROWS_AMX),
-    *(Rule("conv3x3", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _SMALL_MAPS),
+    *(Rule("conv3x3", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _CONVOLVED_AMX),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),

@@ -137,10 +137,10 @@ def multi_scale_loss(
     Args:
         model: its memories and lambda_s are used.
         criterion: the bracket of Eq. (4).
-        sampled: S tensors [n_s, 2B, d_s]: first views, then second.
+        sampled: a tensor [n_s, 2B, d_s] of each of these scales: first views, then second.
         is_normal: [B] bool, or None when all are normal.
         counts: B of each process, where they differ.
-        scales: of `sampled`, whose summands alone are then returned; all when not given.
+        scales: indices; all S scales when not given.
 
     Returns:
         The loss (0-dim), and each scale's terms as "contrast/<scale>" and "variance/<scale>".
