@@ -27,6 +27,10 @@ from anomem.train.ranks import Ranks
 from anomem.train.rows import FILL, POSITIONS, Draws, Rows, seed_of
 from anomem.validation import require
 
+PIECE = 1 << 20
+"""Numbers of the sampled vectors that gradient caching contrasts at once, where one position has no more: 4 MiB, and
+the contrast takes several times that."""
+
 
 class Loss(NamedTuple):
     """Of a step; its gradients are in place."""
@@ -133,41 +137,27 @@ class Stage1Step:
                 maps = self.network(views)
             with record_function("anomem.contrast"):
                 # Drawn here, not in the kernels: every implementation then contrasts the same pairs.
-                sampled = self._sample(maps, part, rows)
+                sampled = self._in_precision(self._sample(maps, part, rows))
                 loss, terms = self._loss(sampled, normal, part)
         with record_function("anomem.backward"), self.network.more_to_come(more):
             (loss / len(self.shares.parts)).backward()
         return Loss(loss, terms, sampled)
 
     def _cached(self, batch: Batch, part: int, chunks: list[Rows], more: bool) -> Loss:
-        found, flags = [], []
+        held, flags = SampledVectors(sum(len(rows) for rows in chunks)), []
+        first = 0
         with torch.no_grad():
             for number, rows in enumerate(chunks):
                 sampled, normal = self._sampled(batch, part, rows, number)
-                found.append(sampled)
+                held.write(sampled, first)
                 flags.append(normal)
-        # What is held grows with the batch, so vectors are copied and scales contrasted one after another. Several
-        # processes contrast all scales at once: their messages are shared.
+                first += len(rows)
         normal = None if flags[0] is None else torch.cat([flag for flag in flags if flag is not None])
-        by_scale = [list(vectors) for vectors in zip(*found, strict=True)]
-        found.clear()
-        joined = []
-        while by_scale:
-            joined.append(joined_views(by_scale.pop(0)).requires_grad_())
-        scales = list(range(len(joined)))
-        losses, terms = [], {}
-        for group in [scales] if self.ranks.count > 1 else [[scale] for scale in scales]:
-            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
-                loss, of_group = self._loss([joined[scale] for scale in group], normal, part, group)
-            with record_function("anomem.backward"):
-                (loss / len(self.shares.parts)).backward()
-            losses.append(loss.detach())
-            terms.update({name: term.detach() for name, term in of_group.items()})
+        loss, terms = self._contrasted(held.scales, normal, part)
         first = 0
         with statistics_kept(self.network.encoder):
             for number, rows in enumerate(chunks):
-                gradients = [None if x.grad is None else rows_of_views(x.grad, first, len(rows)) for x in joined]
-                first += len(rows)
+                gradients = held.read(first, len(rows))
                 last = number == len(chunks) - 1 and not more
                 with self.network.more_to_come(not last):
                     sampled, _ = self._sampled(batch, part, rows, number)
@@ -176,7 +166,44 @@ class Stage1Step:
                     if pairs:
                         with record_function("anomem.backward"):
                             torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
-        return Loss(sum(losses[1:], losses[0]), terms, joined)
+                held.write(sampled, first)
+                first += len(rows)
+        return Loss(loss, terms, held.scales)
+
+    def _contrasted(self, scales: list[Tensor], normal: Tensor | None, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and terms of the vectors of all scales [n_s, 2R, d_s]; their gradients take their place."""
+        losses: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
+        for pieces in self._pieces(scales):
+            leaves = [scales[scale][positions].detach() for scale, positions in pieces]
+            leaves = [leaf.requires_grad_() for leaf in self._in_precision(leaves)]
+            # Pieces of several scales are whole ones.
+            share = len(leaves[0]) / len(scales[pieces[0][0]])
+            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+                loss, found = self._loss(leaves, normal, part, [scale for scale, _ in pieces])
+            with record_function("anomem.backward"):
+                (loss * (share / len(self.shares.parts))).backward()
+            for (scale, positions), leaf in zip(pieces, leaves, strict=True):
+                scales[scale][positions] = leaf.grad
+            losses.append(share * loss.detach())
+            for name, term in found.items():
+                terms[name] = share * term.detach() + terms.get(name, 0.0)
+        return sum(losses[1:], losses[0]), terms
+
+    def _pieces(self, scales: list[Tensor]) -> list[list[tuple[int, slice]]]:
+        """What is contrasted at once: a scale and its positions.
+
+        A scale's loss is the mean over its positions, unless each is a negative of the others. Several processes take
+        everything at once: scales share their messages.
+        """
+        if self.ranks.count > 1:
+            return [[(scale, slice(None)) for scale in range(len(scales))]]
+        pieces = []
+        for scale, (positions, rows, d) in enumerate(x.shape for x in scales):
+            together = self.config.loss.negatives != "image"
+            count = positions if together else max(1, min(positions, PIECE // max(1, rows * d)))
+            pieces += [[(scale, slice(first, first + count))] for first in range(0, positions, count)]
+        return pieces
 
     def _sampled(self, batch: Batch, part: int, rows: Rows, chunk: int) -> tuple[list[Tensor], Tensor | None]:
         """The sampled vectors of a micro-batch, the same each time."""
@@ -188,8 +215,11 @@ class Stage1Step:
             return self._sample(maps, part, rows), normal
 
     def _sample(self, maps: Sequence[Tensor], part: int, rows: Rows) -> list[Tensor]:
-        """The vectors to be contrasted, S × [n, 2R, d]."""
-        vectors = self.model.sample(maps, self._positions(part, rows))
+        """The vectors to be contrasted, S × [n, 2R, d], in the encoder's precision."""
+        return self.model.sample(maps, self._positions(part, rows))
+
+    def _in_precision(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The vectors in the precision of the contrast."""
         return [x.float() if x.dtype == torch.bfloat16 else x for x in vectors] if self.exact else vectors
 
     def _loss(
@@ -242,12 +272,28 @@ class Stage1Step:
         return self.draws.dropout(part, chunk, self.ranks.index)
 
 
-def joined_views(vectors: Sequence[Tensor]) -> Tensor:
-    """Micro-batches [n, 2R_i, d], first views and then second in each, as one batch [n, 2ΣR_i, d] of that order."""
-    halves = [x.chunk(2, dim=1) for x in vectors]
-    return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)], dim=1)
+class SampledVectors:
+    """The sampled vectors of all micro-batches, in one tensor for each scale: all that is kept between the two passes.
 
+    Attributes:
+        scales: S tensors [n_s, 2R, d_s], first views and then second; none before the first `write`.
 
-def rows_of_views(joined: Tensor, first: int, count: int) -> Tensor:
-    """A micro-batch of `joined_views`, [n, 2 · count, d], whose first view begins at row `first`."""
-    return torch.cat([half[:, first : first + count] for half in joined.chunk(2, dim=1)], dim=1)
+    Args:
+        rows: R.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.scales: list[Tensor] = []
+
+    def write(self, vectors: Sequence[Tensor], first: int) -> None:
+        """Keep the vectors of a micro-batch, S × [n_s, 2r, d_s], whose first image is this one."""
+        if not self.scales:
+            self.scales = [x.new_empty(x.shape[0], 2 * self.rows, x.shape[2]) for x in vectors]
+        for scale, x in zip(self.scales, vectors, strict=True):
+            for view, here in zip(scale.chunk(2, dim=1), x.detach().chunk(2, dim=1), strict=True):
+                view[:, first : first + here.shape[1]] = here
+
+    def read(self, first: int, count: int) -> list[Tensor]:
+        """A micro-batch of `count` images, S × [n_s, 2 · count, d_s]."""
+        return [torch.cat([view[:, first : first + count] for view in x.chunk(2, dim=1)], dim=1) for x in self.scales]

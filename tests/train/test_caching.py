@@ -16,11 +16,11 @@ from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.models import AnoMem, ModelConfig, NetworkEncoder, build_model
 from anomem.ops import retrieve
-from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig
+from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig, steps
 from anomem.train.batches import training_batches
 from anomem.train.network import Network
 from anomem.train.ranks import ONE
-from anomem.train.steps import Stage1Step, joined_views, rows_of_views
+from anomem.train.steps import SampledVectors, Stage1Step
 from benchmarks.harness.measure import peak_bytes
 from tests.stand_in.calls import HAVE_NATIVE
 
@@ -79,7 +79,9 @@ def gradients(config: TrainConfig, norm: bool, chunked: bool = False) -> tuple[f
     else:
         (chunks,) = step.shares.parts
         found = [step._sampled(batch, 0, rows, number) for number, rows in enumerate(chunks)]
-        joined = [joined_views(vectors) for vectors in zip(*(sampled for sampled, _ in found), strict=True)]
+        by_scale = zip(*(sampled for sampled, _ in found), strict=True)
+        views = [[x.chunk(2, dim=1) for x in vectors] for vectors in by_scale]
+        joined = [torch.cat([*(one for one, _ in pairs), *(other for _, other in pairs)], dim=1) for pairs in views]
         loss, _ = step._loss(joined, torch.cat([normal for _, normal in found]), 0)
         loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, model
@@ -102,6 +104,43 @@ def test_cached_gradients_are_those_of_the_graph(norm: bool, micro: int) -> None
     assert_same(cached, with_graphs)
     for name, buffer in with_graphs[2].named_buffers():  # running averages are updated once
         torch.testing.assert_close(dict(cached[2].named_buffers())[name], buffer, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_positions_contrasted_apart(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches without end: so many of the three positions at once, where they are no negatives of each other."""
+    config = config_of(micro_batch=3)
+    config = replace(config, loss=replace(config.loss, negatives="image"), synthetic_outliers=0.0)
+    with_graphs = gradients(config, True, chunked=True)
+    calls = []
+    loss_of = Stage1Step._loss
+
+    def counted(self: Stage1Step, sampled: list[Tensor], *rest: Any) -> Any:
+        calls.append([len(x) for x in sampled])
+        return loss_of(self, sampled, *rest)
+
+    monkeypatch.setattr(Stage1Step, "_loss", counted)
+    monkeypatch.setattr(steps, "PIECE", count * 2 * config.optimizer.batch_size * 4)
+    assert_same(gradients(config, True), with_graphs)
+    assert calls == {1: [[1], [1], [1]] * 2, 2: [[2], [1]] * 2}[count]
+
+
+def test_sampled_vectors_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients take their place for a while; the log needs them."""
+    found = {}
+    run = Stage1Step.__call__
+
+    def kept(self: Stage1Step, batch: Any) -> Any:
+        loss = run(self, batch)
+        found[self.config.optimizer.micro_batch] = loss.sampled
+        return loss
+
+    monkeypatch.setattr(Stage1Step, "__call__", kept)
+    with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
+        for micro in (None, 3):
+            gradients(replace(config_of(micro_batch=micro), synthetic_outliers=0.0), False)
+    for whole, cached in zip(found[None], found[3], strict=True):
+        torch.testing.assert_close(whole, cached)
 
 
 def test_without_dropout_and_batch_norm_they_are_those_of_the_whole_batch() -> None:
@@ -147,12 +186,14 @@ def test_a_second_pass_with_other_dropout_is_seen(monkeypatch: pytest.MonkeyPatc
         assert_same(gradients(config_of(micro_batch=2), False), with_graphs)
 
 
-def test_views_are_put_together_and_taken_apart() -> None:
+def test_vectors_are_put_together_and_taken_apart() -> None:
     parts = [torch.randn(3, 2 * rows, 4) for rows in (1, 3, 2)]
-    joined = joined_views(parts)
-    assert torch.equal(joined[:, 1:4], parts[1][:, :3])
+    held = SampledVectors(6)
+    for part, first in zip(parts, (0, 1, 4), strict=True):
+        held.write([part], first)
+    assert torch.equal(held.scales[0][:, 1:4], parts[1][:, :3])
     for part, first, rows in zip(parts, (0, 1, 4), (1, 3, 2), strict=True):
-        assert torch.equal(part, rows_of_views(joined, first, rows))
+        assert torch.equal(part, held.read(first, rows)[0])
 
 
 @pytest.mark.skipif(not HAVE_NATIVE, reason="plain PyTorch stores the pairs")
