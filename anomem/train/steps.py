@@ -184,6 +184,7 @@ class Stage1Step:
             with record_function("anomem.backward"):
                 (loss * (share / len(self.shares.parts))).backward()
             for (scale, positions), leaf in zip(pieces, leaves, strict=True):
+                assert leaf.grad is not None  # the loss depends on every vector
                 scales[scale][positions] = leaf.grad
             losses.append(share * loss.detach())
             for name, term in found.items():
