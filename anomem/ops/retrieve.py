@@ -32,6 +32,7 @@ glibc maps blocks of 32 MiB and more anew in every call. In trials on AMD family
 nothing.
 """
 _LEAST_KEPT = 126
+_LEAST_IN_BLOCKS = 512
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
 
@@ -70,7 +71,7 @@ def _kept_fake(
     query: Tensor, keys: Tensor, values: Tensor | None, scale: float, normalize: int, kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = _retrieve_fake(query, keys, values, None, scale, normalize)
-    return out, lse, empty(query, kept, _kept_stride(keys.shape[0]))
+    return out, lse, empty(query, kept, _kept_width(query, keys, values))
 
 
 def _kept_backward_fake(
@@ -145,6 +146,7 @@ define(
     "Tensor weights) -> (Tensor dquery, Tensor dkeys, Tensor dvalues)",
     _kept_backward_fake,
 )
+define("native_retrieve_blocks", "(Tensor query, Tensor keys, Tensor? values) -> bool", lambda query, keys, values: False)
 define(
     "native_shrink_fwd",
     "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, float shrink) -> "
@@ -192,12 +194,16 @@ def _kept(query: Tensor, memory: Memory) -> int:
         return 0
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
         return 0
-    row = _kept_stride(memory.keys.shape[0]) * query.element_size()
+    row = _kept_width(query, memory.keys, memory.values) * query.element_size()
     return min(query.shape[0], KEPT_BYTES // row)
 
 
-def _kept_stride(prototypes: int) -> int:
-    padded = (prototypes + 31) // 32 * 32  # as in csrc/cpu/retrieve.h
+def _kept_width(query: Tensor, keys: Tensor, values: Tensor | None) -> int:
+    """Numbers that are kept of a query, as in csrc/cpu/retrieve.h."""
+    prototypes = keys.shape[0]
+    if prototypes >= _LEAST_IN_BLOCKS and operator("retrieve_blocks", "native")(query, keys, values):
+        return (keys if values is None else values).shape[1] + 2
+    padded = (prototypes + 31) // 32 * 32
     return padded + 32 if padded % 256 == 0 else padded
 
 

@@ -57,11 +57,12 @@ class ReadPanels {
  public:
   using T = accumulator_t<S>;
 
-  ReadPanels(const Memory& memory, bool library)
+  // `in_parts`: whether parts are made of them, where products are in tiles.
+  ReadPanels(const Memory& memory, bool library, bool in_parts = true)
       : keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)),
-        key_parts_(memory.features, memory.prototypes, library),
-        value_parts_(memory.prototypes, memory.value_features, library) {
+        key_parts_(memory.features, memory.prototypes, library && in_parts),
+        value_parts_(memory.prototypes, memory.value_features, library && in_parts) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
     normalized_keys<S>(memory, keys.data());
@@ -100,14 +101,15 @@ class GradientPanels {
   using T = accumulator_t<S>;
   using F = factor_t<S>;
 
-  explicit GradientPanels(const Memory& memory)
+  // `in_parts` as in ReadPanels.
+  GradientPanels(const Memory& memory, bool in_parts)
       : shared_(memory.tied() && !kInPairs<S>),
         keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
         values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
-        transposed_key_parts_(memory.features, memory.prototypes, memory.library),
-        key_parts_(memory.prototypes, memory.features, memory.library),
-        value_parts_(memory.value_features, memory.prototypes, memory.library && !shared_),
+        transposed_key_parts_(memory.features, memory.prototypes, memory.library && in_parts),
+        key_parts_(memory.prototypes, memory.features, memory.library && in_parts),
+        value_parts_(memory.value_features, memory.prototypes, memory.library && in_parts && !shared_),
         mean_(memory.features) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);

@@ -98,15 +98,33 @@ ANOMEM_INLINE const library_element_t<F>* library_elements(const F* factors) {
   return reinterpret_cast<const library_element_t<F>*>(factors);
 }
 
-// A packed right factor, and its parts where they were made before (panels.h).
+// A packed right factor, and its parts where they were made before (panels.h); or a block of one.
 template <class F>
 struct RightFactor {
   const F* packed;
   const Bfloat16* parts = nullptr;
   bool in_tiles = true;  // where the processor has them
+  int64_t first = 0;     // of its terms that a product takes
+  int64_t all = 0;       // its terms, if a product takes some of them
 
   RightFactor(const F* packed, const Bfloat16* parts = nullptr, bool in_tiles = true)
       : packed(packed), parts(parts), in_tiles(in_tiles) {}
+
+  // From a column on, a multiple of kLibraryPanel, of a factor of k terms.
+  RightFactor columns(int64_t column, int64_t k) const {
+    RightFactor block = *this;
+    block.packed += column * k;
+    if (parts != nullptr) block.parts += parts_size(column, k);
+    return block;
+  }
+
+  // From a term on, a multiple of 32, of a factor of k terms.
+  RightFactor terms(int64_t term, int64_t k) const {
+    RightFactor block = *this;
+    block.first = term;
+    block.all = k;
+    return block;
+  }
 };
 
 // Names its argument without taking part in deduction.
@@ -132,31 +150,39 @@ constexpr bool kSplits = false;
 constexpr bool kSplits = ANOMEM_VECTOR_BYTES == 64;
 #endif
 
-// C = A B or C += A B in tiles, a panel of B at a time; what their range does not hold, by the library. `parts`: of all
-// of B. After the last terms of a panel `done(column, width)` is called.
+// Where the panels of a right factor of float32 lie: `step` elements for each column before, `stride` between rows (0:
+// the panel's width). Its terms are `all`, those of a product begin at `first`.
+struct Panels {
+  const float* data;
+  int64_t step, stride;
+  const Bfloat16* parts;
+  int64_t first, all;
+};
+
+// C = A B or C += A B in tiles, a panel of B at a time; what their range does not hold, by the library. After the last
+// terms of a panel `done(column, width)` is called.
 template <class Done>
-inline void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
-                             int64_t panel_step, int64_t panel_stride, const Bfloat16* parts, float* c,
-                             int64_t c_stride, bool accumulate, const Done& done) {
+inline void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const Panels& b,
+                             float* c, int64_t c_stride, bool accumulate, const Done& done) {
   for (int64_t start = 0; start < k; start += kSplitTerms) {
     const int64_t terms = at_most(kSplitTerms, k - start);
     Bfloat16* const left = left_parts(parts_size(m, terms));
     const bool fits = split_left(a + start, a_stride, m, terms, left);
     for (int64_t column = 0; column < n; column += kLibraryPanel) {
       const int64_t width = panel_width<float>(column, n, kLibraryPanel);
-      const int64_t stride = panel_stride > 0 ? panel_stride : width;
-      const float* panel = b + column * panel_step + start * stride;
+      const int64_t stride = b.stride > 0 ? b.stride : width;
+      const float* panel = b.data + column * b.step + (b.first + start) * stride;
       const bool adds = accumulate || start > 0;
       const Bfloat16* right = nullptr;
-      if (fits && parts != nullptr) {
-        right = parts + parts_size(column, k) + parts_size(32, start);
+      if (fits && b.parts != nullptr) {
+        right = b.parts + parts_size(column, b.all) + parts_size(32, b.first + start);
       } else if (fits) {
         Bfloat16* const made = right_parts(parts_size(width, terms));
         // Not what lies beyond the last column: whether parts fit must not depend on it.
         if (split_right(panel, stride, terms, at_most(width, n - column), made)) right = made;
       }
       if (right != nullptr)
-        multiply_parts(m, width, terms, left, right, parts != nullptr ? k : terms, c + column, c_stride, adds);
+        multiply_parts(m, width, terms, left, right, b.parts != nullptr ? b.all : terms, c + column, c_stride, adds);
       else library_panel(m, width, terms, a + start, a_stride, panel, stride, c + column, c_stride, adds);
       if (start + terms == k) done(column, width);
     }
@@ -177,13 +203,15 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
           finish.template operator()<float>(i, to, load(to));
         }
   };
+  const int64_t all = b.all > 0 ? b.all : k;
   if constexpr (kSplits && std::is_same_v<F, float>)
     if (b.in_tiles && splits_products())
-      return product_in_tiles(m, n, k, a, row_stride, b.packed, k, 0, b.parts, c, c_stride, accumulate, done);
+      return product_in_tiles(m, n, k, a, row_stride, {b.packed, all, 0, b.parts, b.first, all}, c, c_stride,
+                              accumulate, done);
   for (int64_t column = 0; column < n; column += kLibraryPanel) {
     const int64_t width = panel_width<float>(column, n, kLibraryPanel);
-    library_panel(m, width, terms * k, library_elements(a), terms * row_stride, library_elements(b.packed + column * k),
-                  width, c + column, c_stride, accumulate);
+    library_panel(m, width, terms * k, library_elements(a), terms * row_stride,
+                  library_elements(b.packed + column * all + b.first * width), width, c + column, c_stride, accumulate);
     done(column, width);
   }
 }
@@ -194,7 +222,7 @@ inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const facto
                                     int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate) {
   if constexpr (kSplits && std::is_same_v<S, float>)
     if (splits_products())
-      return product_in_tiles(m, n, k, a, k, tile, 1, tile_stride, nullptr, c, c_stride, accumulate,
+      return product_in_tiles(m, n, k, a, k, {tile, 1, tile_stride, nullptr, 0, k}, c, c_stride, accumulate,
                               [](int64_t, int64_t) {});
   if constexpr (kInLibrary<factor_t<S>>) {
     for (int64_t column = 0; column < n; column += kLibraryPanel)

@@ -1,5 +1,5 @@
-// native_retrieve_fwd, native_retrieve_bwd, native_retrieve_kept_fwd, native_retrieve_kept_bwd, native_shrink_fwd,
-// native_shrink_bwd.
+// native_retrieve_fwd, native_retrieve_bwd, native_retrieve_kept_fwd, native_retrieve_kept_bwd, native_retrieve_blocks,
+// native_shrink_fwd, native_shrink_bwd.
 #include "cpu/retrieve.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +17,10 @@ struct Forward {
   Tensor out, lse, entropy, kept;
 };
 
+int64_t kept_width(Type type, const Memory& memory) {
+  return reads_in_blocks(type, memory) ? memory.value_features + 2 : kept_stride(memory.prototypes);
+}
+
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
                 double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
   check_query(query);
@@ -27,7 +31,7 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
-  Tensor weights = empty({kept, kept_stride(memory.prototypes)}, query.scalar_type());
+  Tensor weights = empty({kept, kept_width(type, memory)}, query.scalar_type());
   ask_for_huge_pages(weights);
   ask_for_huge_pages_if_fresh(out);
   run(RetrieveForward{type,
@@ -56,14 +60,15 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(lse, "lse", query, sums, {queries});
   check_operand(dlse, "dlse", query, sums, {queries});
   check_operand(dentropy, "dentropy", query, sums, {queries});
-  check_operand(weights, "weights", query, elements, {"kept", kept_stride(memory.prototypes)});
+  check_operand(weights, "weights", query, elements, {"kept", kept_width(type, memory)});
   const Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   Tensor dquery = empty({queries, memory.features}, elements);
   ask_for_huge_pages_if_fresh(dquery);
   Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
-  Tensor workspace = empty({BackwardPlan(type, memory, queries).workspace}, sums);
+  const bool in_blocks = kept.rows > 0 && reads_in_blocks(type, memory);
+  Tensor workspace = empty({BackwardPlan(type, memory, queries, in_blocks).workspace}, sums);
   double slope = 0;
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),
                        optional_data(dlse), optional_data(dentropy), dquery.mutable_data_ptr(),
@@ -115,6 +120,11 @@ Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const O
   return backward(dout, dlse, dentropy, query, keys, values, beta, scale, normalize, {true, shrink}, lse);
 }
 
+bool tells_blocks(const Tensor& query, const Tensor& keys, const OptionalTensor& values) {
+  check_query(query);
+  return reads_in_blocks(type_of(query, "query"), memory_of(query, query.size(1), keys, values, std::nullopt, 1, 0));
+}
+
 }  // namespace
 }  // namespace anomem::cpu
 
@@ -123,6 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) {
   m.impl("native_retrieve_bwd", TORCH_BOX(&anomem::cpu::retrieve_backward));
   m.impl("native_retrieve_kept_fwd", TORCH_BOX(&anomem::cpu::retrieve_kept_forward));
   m.impl("native_retrieve_kept_bwd", TORCH_BOX(&anomem::cpu::retrieve_kept_backward));
+  m.impl("native_retrieve_blocks", TORCH_BOX(&anomem::cpu::tells_blocks));
   m.impl("native_shrink_fwd", TORCH_BOX(&anomem::cpu::shrink_forward));
   m.impl("native_shrink_bwd", TORCH_BOX(&anomem::cpu::shrink_backward));
 }

@@ -14,18 +14,32 @@ struct Shrinkage {
   double threshold = 0;  // of MemAE's hard shrinkage; 0: none
 };
 
+// Whether queries pass over the memory block after block (retrieve_blocks.h): where products are so fast that the
+// passes over scores which leave the second-level cache take most of the time. Each block splits the queries' rows
+// again, which fewer prototypes for each feature do not repay. As in anomem/ops/retrieve.py.
+inline bool reads_in_blocks(Type type, const Memory& memory) {
+  const int64_t features = at_least(memory.features, memory.value_features);
+  return type == Type::kFloat32 && memory.library && splits_products() &&
+         memory.prototypes >= at_least(512, 4 * features);
+}
+
+// Rows of a chunk that reads the memory in blocks: many, since each chunk fetches all of it.
+constexpr int64_t kBlockRows = 192;
+
 // Row stride of kept weights: whole panels of every instruction set, and no multiple of 1 KiB (padded_stride).
 inline int64_t kept_stride(int64_t prototypes) {
   const int64_t padded = round_up(prototypes, 32);
   return padded % 256 == 0 ? padded + 32 : padded;
 }
 
-// exp(logit − largest logit) of the first `rows` queries, S [rows, kept_stride(M)]: the backward pass does not make
-// them again. They are the softmax's weights up to their sum.
+// What the forward pass keeps of the first `rows` queries for the backward pass.
+// - exp(logit − largest logit), S [rows, kept_stride(M)]: the softmax's weights up to their sum.
+// - Of a memory read in blocks the row of the output, the largest score and 1 / Σ exp(logit − largest logit),
+//   S [rows, dv + 2]. Rows of a chunk that was not read in blocks have NaN for their largest score.
 template <class Data>
 struct Kept {
   int64_t rows = 0;
-  Data* weights = nullptr;
+  Data* data = nullptr;
 };
 
 struct RetrieveForward {
@@ -70,7 +84,8 @@ struct BackwardPlan {
   int64_t group;                     // chunks of a group, or 0 with slots
   int64_t workspace;                 // elements of all slots and of a group's tiles
 
-  BackwardPlan(Type type, const Memory& memory, int64_t queries) {
+  // `in_blocks`: for a memory read in blocks, whose rows are kept.
+  BackwardPlan(Type type, const Memory& memory, int64_t queries, bool in_blocks) {
     const bool is_float64 = type == Type::kFloat64;
     const auto padded = [&](int64_t n) { return is_float64 ? padded_stride<double>(n) : padded_stride<float>(n); };
     key_stride = padded(memory.library ? memory.prototypes : memory.features);
@@ -78,8 +93,9 @@ struct BackwardPlan {
     key_sums = key_stride * (memory.library ? memory.features : memory.prototypes);
     value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
     rows = chunk_rows(queries, memory.prototypes, memory.library);
+    if (in_blocks && rows == 126) rows = kBlockRows;
     const int64_t sums = key_sums + value_sums;
-    const bool in_groups = memory.library && sums > int64_t{1} << 18;
+    const bool in_groups = memory.library && sums > int64_t{1} << 18 && !in_blocks;
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do
     // not; twice as many rows then read the memory half as often. Tiles take rows by the 32, and processors that have
     // them have larger caches.
@@ -92,6 +108,10 @@ struct BackwardPlan {
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
     slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
+    if (in_blocks) {  // few sums, as each of them is large
+      const int64_t most = at_least(4, (int64_t{1} << 24) / sums);
+      slots = at_least(1, at_most(at_most(most, 16), chunks / 4));
+    }
     if (chunks < slots) slots = chunks;
     tiles = 2 * rows * padded(memory.prototypes) + padded(rows * (memory.features + memory.value_features));
     group = 0;

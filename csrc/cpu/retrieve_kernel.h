@@ -9,6 +9,7 @@
 #include "cpu/product.h"
 #include "cpu/raw_scores.h"
 #include "cpu/retrieve.h"
+#include "cpu/retrieve_blocks.h"
 #include "cpu/softmax.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -37,13 +38,18 @@ template <class S>
 void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
-  const ReadPanels<S, S> panels(a.memory, a.memory.library);
+  const bool in_blocks = !a.shrinkage.entropy && reads_in_blocks(a.type, a.memory);
+  const ReadPanels<S, S> panels(a.memory, a.memory.library, !in_blocks);
   const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
-  const int64_t rows = chunk_rows(n, m, a.memory.library), score_stride = padded_stride<T>(m),
+  int64_t rows = chunk_rows(n, m, a.memory.library);
+  if (in_blocks && rows == 126) rows = kBlockRows;
+  const int64_t score_stride = padded_stride<T>(m),
                 out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
+  const int64_t kept_in_full = in_blocks ? 0 : a.kept.rows;
   parallel_ranges((n + rows - 1) / rows, [&](int64_t begin, int64_t end) {
     const LibraryProducts library(a.memory.library, kInPairs<S>);
+    ForwardBlocks<S> blocks(a, panels, in_blocks ? rows : 0);
     QueryRows<S> query(rows, d, a.memory.normalize);
     RawQueries<S> raw(rows, d, raw_keys, a.memory.normalize == Normalize::kLayer);
     Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
@@ -51,8 +57,8 @@ void compute(const RetrieveForward& a) {
       const int64_t count = n - first < rows ? n - first : rows;
       // Weights are made where they are kept, unless they are converted, some rows of the chunk are not kept or
       // products write rows past the last. The backward pass has other chunks: every row counts.
-      const int64_t left = a.kept.rows - first, kept_rows = left < count ? left : count;
-      S* const kept = left > 0 ? static_cast<S*>(a.kept.weights) + first * kept_stride(m) : nullptr;
+      const int64_t left = kept_in_full - first, kept_rows = left < count ? left : count;
+      S* const kept = left > 0 ? static_cast<S*>(a.kept.data) + first * kept_stride(m) : nullptr;
       const bool in_place = kept_rows == count && (!a.memory.library || count == rows);
       T* tile = scores.data();
       int64_t tile_stride = score_stride;
@@ -60,6 +66,7 @@ void compute(const RetrieveForward& a) {
         if (in_place) tile = kept, tile_stride = kept_stride(m);
       const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
       query.load(source, a.query.stride, count);
+      if (in_blocks && blocks.run(first, count, query)) continue;
       const int64_t height = a.memory.library ? rows : count;
       if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, tile, tile_stride);
       else
@@ -251,7 +258,7 @@ class BackwardChunk {
     }
     const bool library = a_.memory.library;
     const S* const kept =
-        first + count <= a_.kept.rows ? static_cast<const S*>(a_.kept.weights) + first * kept_stride(m_) : nullptr;
+        first + count <= a_.kept.rows ? static_cast<const S*>(a_.kept.data) + first * kept_stride(m_) : nullptr;
     const bool reads_kept = kReadsKept && kept != nullptr && (!std::is_same_v<S, T> || !library || count == rows_);
     const int64_t height = library ? rows_ : count;
     const Exponentials<T> exponential{beta, lse, count};
@@ -282,7 +289,7 @@ class BackwardChunk {
       if (const int64_t next = first + rows_ + r; next < a_.query.count) {
         fetch_row(source + (rows_ + r) * a_.query.stride, d_);
         fetch_row(dout_row(next), dv_);
-        if (next < a_.kept.rows) fetch_row(static_cast<const S*>(a_.kept.weights) + next * kept_stride(m_), m_);
+        if (next < a_.kept.rows) fetch_row(static_cast<const S*>(a_.kept.data) + next * kept_stride(m_), m_);
       }
       if (a_.shrinkage.entropy) {
         // As in the forward pass, to the last bit: a weight near the threshold must not change its side.
@@ -409,7 +416,8 @@ void compute(const RetrieveBackward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const bool tied = a.memory.tied();
-  const BackwardPlan plan(a.type, a.memory, n);
+  const bool in_blocks = a.kept.rows > 0 && reads_in_blocks(a.type, a.memory);
+  const BackwardPlan plan(a.type, a.memory, n, in_blocks);
   const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
   T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = tied ? dkeys : dkeys + slots * plan.key_sums;
   const int64_t parts = plan.group > 0 ? chunks : slots;
@@ -417,8 +425,10 @@ void compute(const RetrieveBackward& a) {
   for (int64_t part = 0; part < parts; ++part) dbeta[part] = 0;
   const auto count_of = [&](int64_t chunk) { return n - chunk * rows < rows ? n - chunk * rows : rows; };
   const auto dbeta_of = [&](int64_t part) { return a.dbeta != nullptr ? &dbeta[part] : nullptr; };
+  RetrieveBackward whole = a;  // of chunks that are not read in blocks
+  if (in_blocks) whole.kept = {};
   {
-    const GradientPanels<S> panels(a.memory);
+    const GradientPanels<S> panels(a.memory, !in_blocks);
     const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && a.kept.rows < n);
     if (plan.group > 0) {
       T* const memory = dvalues + (tied ? plan.key_sums : plan.value_sums);
@@ -447,13 +457,15 @@ void compute(const RetrieveBackward& a) {
     } else {
       parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
         const LibraryProducts library(a.memory.library, kInPairs<S>);
-        BackwardChunk<S> work(a, panels, raw_keys, rows);  // large: one for all slots of a thread
+        BackwardChunk<S> work(whole, panels, raw_keys, rows);  // large: one for all slots of a thread
+        BackwardBlocks<S> blocks(a, panels, in_blocks ? rows : 0);
         Buffer<T> memory(plan.tiles);
         const Tiles<S> tiles(memory.data(), plan, a.memory);
         for (int64_t slot = first_slot; slot < last_slot; ++slot) {
           T *const keys = dkeys + slot * plan.key_sums, *const values = tied ? keys : dvalues + slot * plan.value_sums;
           const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
           for (int64_t chunk = begin; chunk < end; ++chunk) {
+            if (in_blocks && blocks.run(chunk * rows, count_of(chunk), chunk == begin, keys, values)) continue;
             const Summands<S> summands = work.run(chunk * rows, count_of(chunk), tiles, dbeta_of(slot));
             work.add(summands, count_of(chunk), chunk == begin, keys, values);
           }
