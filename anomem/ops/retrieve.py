@@ -146,7 +146,9 @@ define(
     "Tensor weights) -> (Tensor dquery, Tensor dkeys, Tensor dvalues)",
     _kept_backward_fake,
 )
-define("native_retrieve_blocks", "(Tensor query, Tensor keys, Tensor? values) -> bool", lambda query, keys, values: False)
+define(
+    "native_retrieve_blocks", "(Tensor query, Tensor keys, Tensor? values) -> bool", lambda query, keys, values: False
+)
 define(
     "native_shrink_fwd",
     "(Tensor query, Tensor keys, Tensor? values, Tensor? beta, float scale, int normalize, float shrink) -> "

@@ -1,0 +1,149 @@
+"""Retrieval from many prototypes, which the native kernel reads block after block where the processor has tiles.
+
+Everywhere else the same calls take the kernel's other paths.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomem.functional import hopfield_retrieve
+from anomem.ops import retrieve as ops_retrieve
+from anomem.rules import Impl
+from anomem.testing import draw
+from tests.operators.contract import F32, NATIVE, cases
+from tests.operators.retrieve_calls import NORMALIZE, check, memory
+
+SIZES = [(1, 512, 8, 0), (130, 520, 64, 24), (400, 1100, 33, 0), (2100, 513, 24, 7), (300, 2300, 520, 0)]
+
+
+@cases("sizes, normalize", {NATIVE: product(SIZES, NORMALIZE)})
+def test_many_prototypes_within_budget(impl: Impl, sizes: tuple[int, int, int, int], normalize: str) -> None:
+    n, m, d, dv = sizes
+    beta = 0.3 if normalize == "none" else 2.0
+    check(impl, memory(n, m, d, dv), normalize=normalize, beta=beta * d**-0.5 if normalize == "none" else beta)
+
+
+@cases("beta", {NATIVE: [(-100.0,), (-2.0,), (0.0,), (3.0,), (100.0,)]})
+def test_any_beta_within_budget(impl: Impl, beta: float) -> None:
+    """Of whole numbers, whose products are exact: no rounding decides between near ties."""
+    inputs = [draw(140, 8, scale=3.0).round(), draw(530, 8, seed=2, scale=3.0).round(), draw(530, 5, seed=3)]
+    check(impl, inputs, normalize="none", beta=beta)
+
+
+@cases("scale", {NATIVE: [(1e-36,), (1e-22,), (1e30,)]})
+def test_small_beside_large_numbers_within_budget(impl: Impl, scale: float) -> None:
+    query, prototypes, values = memory(140, 600, 40, 24)
+    assert query is not None and prototypes is not None
+    check(impl, [query * scale, prototypes / scale, values], normalize="none", beta=0.2)
+
+
+@cases("size", {NATIVE: [(1e-30,), (1e-20,), (1e12,)]})
+def test_small_and_large_gradients_within_budget(impl: Impl, size: float) -> None:
+    """Values and upstream gradients of this size: some of their products are out of the range of tiles."""
+    query, prototypes, values = memory(140, 600, 24, 9)
+    assert values is not None
+    check(impl, [query, prototypes, values * size], normalize="none", beta=0.2)
+
+
+@cases("value", {NATIVE: [(float("nan"),), (float("inf"),), (float("-inf"),)]})
+def test_a_query_that_is_not_finite_spoils_no_other(impl: Impl, value: float) -> None:
+    query, prototypes, _ = memory(400, 600, 24)
+    assert query is not None and prototypes is not None
+    broken = query.clone()
+    broken[130, 5] = value
+    others = torch.arange(400) != 130
+
+    def both_passes(rows: Tensor) -> tuple[Tensor, ...]:
+        leaf, keys = rows.clone().requires_grad_(), prototypes.clone().requires_grad_()
+        out = hopfield_retrieve(leaf, keys, normalize="none", beta=0.2, impl=impl)
+        return out.detach(), *torch.autograd.grad(out[others].sum(), (leaf, keys))
+
+    (out, rows, _), (clean_out, clean_rows, _) = both_passes(broken), both_passes(query)
+    assert out[130].isnan().all()
+    for spoilt, clean in ((out, clean_out), (rows, clean_rows)):
+        torch.testing.assert_close(spoilt[others], clean[others], rtol=1e-5, atol=1e-5)
+
+
+@cases("kept", {NATIVE: [(0,), (126,), (200,), (399,)]})
+def test_what_is_kept_changes_no_result(impl: Impl, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, prototypes, values = memory(400, 600, 24, 9)
+    assert query is not None and prototypes is not None and values is not None
+    upstream = draw(400, 9, seed=4)
+
+    def both_passes() -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (query, prototypes, values)]
+        out = hopfield_retrieve(leaves[0], leaves[1], values=leaves[2], beta=0.2, normalize="none", impl=impl)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    everything = both_passes()
+    row = ops_retrieve._kept_width(query, prototypes, values) * query.element_size()
+    monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", kept * row)
+    some = both_passes()
+    assert torch.equal(some[0], everything[0])
+    for one, other in zip(some[1:], everything[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@cases("dtype", {NATIVE: [(F32,)]})
+def test_a_weight_of_one_has_no_gradient(impl: Impl, dtype: torch.dtype) -> None:
+    """As in the reference, where the weighted mean of dP is that of the one weight."""
+    query = draw(140, 8, scale=3.0).round().requires_grad_()
+    prototypes = draw(600, 8, seed=2, scale=3.0).round().requires_grad_()
+    first, second = (query @ prototypes.T).topk(2).values.unbind(-1)
+    sure = first > second
+    assert sure.sum() > 50
+    out = hopfield_retrieve(query, prototypes, normalize="none", beta=200.0, impl=impl)
+    upstream = draw(140, 8, seed=3) * sure[:, None]
+    (gradient,) = torch.autograd.grad(out, query, upstream)
+    assert not gradient.any()
+
+
+@cases("dtype", {NATIVE: [(F32,)]})
+def test_the_output_may_be_changed_in_place(impl: Impl, dtype: torch.dtype) -> None:
+    query, prototypes, _ = memory(140, 600, 24, dtype=dtype)
+    assert query is not None and prototypes is not None
+    gradients = []
+    for changed in (False, True):
+        leaf = query.clone().requires_grad_()
+        out = hopfield_retrieve(leaf, prototypes, beta=0.2, impl=impl)
+        result = out.mul_(2) if changed else out * 2
+        gradients += torch.autograd.grad(result.sum(), leaf)
+    assert torch.equal(*gradients)
+
+
+@cases("normalize", {NATIVE: [(name,) for name in NORMALIZE]})
+def test_the_number_of_threads_changes_no_bit(impl: Impl, normalize: str) -> None:
+    query, prototypes, values = memory(2500, 600, 24, 9)
+    assert query is not None and prototypes is not None and values is not None
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaves = [x.clone().requires_grad_() for x in (query, prototypes, values)]
+            out = hopfield_retrieve(leaves[0], leaves[1], values=leaves[2], beta=0.2, normalize=normalize, impl=impl)
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@cases("dtype", {NATIVE: [(F32,)]})
+def test_learned_beta_and_a_compiled_call_within_budget(impl: Impl, dtype: torch.dtype) -> None:
+    """Their backward passes keep nothing and read the weights from lse."""
+    check(impl, [*memory(140, 600, 24, 9, dtype), torch.tensor(0.4)])
+    inputs = [x.requires_grad_() for x in memory(140, 600, 24, 9, dtype) if x is not None]
+
+    def both_passes(function: object) -> tuple[Tensor, ...]:
+        out = function(inputs[0], inputs[1], values=inputs[2], beta=0.3, impl=impl)  # type: ignore[operator]
+        return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+
+    eager, compiled = both_passes(hopfield_retrieve), both_passes(torch.compile(hopfield_retrieve, backend="aot_eager"))
+    for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
