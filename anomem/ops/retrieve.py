@@ -71,7 +71,8 @@ def _kept_fake(
     query: Tensor, keys: Tensor, values: Tensor | None, scale: float, normalize: int, kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = _retrieve_fake(query, keys, values, None, scale, normalize)
-    return out, lse, empty(query, kept, _kept_width(query, keys, values))
+    width, dtype = _kept_row(query, keys, values)
+    return out, lse, empty(query, kept, width, dtype=dtype)
 
 
 def _kept_backward_fake(
@@ -196,17 +197,18 @@ def _kept(query: Tensor, memory: Memory) -> int:
         return 0
     if not library.may_be_differentiated((query, memory.keys, memory.values)):
         return 0
-    row = _kept_width(query, memory.keys, memory.values) * query.element_size()
-    return min(query.shape[0], KEPT_BYTES // row)
+    width, dtype = _kept_row(query, memory.keys, memory.values)
+    return min(query.shape[0], KEPT_BYTES // (width * dtype.itemsize))
 
 
-def _kept_width(query: Tensor, keys: Tensor, values: Tensor | None) -> int:
+def _kept_row(query: Tensor, keys: Tensor, values: Tensor | None) -> tuple[int, torch.dtype]:
     """Numbers that are kept of a query, as in csrc/cpu/retrieve.h."""
     prototypes = keys.shape[0]
     if prototypes >= _LEAST_IN_BLOCKS and operator("retrieve_blocks", "native")(query, keys, values):
-        return (keys if values is None else values).shape[1] + 2
+        features = 0 if query.dtype == torch.bfloat16 else (keys if values is None else values).shape[1]
+        return 2 + features, accumulator(query)
     padded = (prototypes + 31) // 32 * 32
-    return padded + 32 if padded % 256 == 0 else padded
+    return padded + 32 if padded % 256 == 0 else padded, query.dtype
 
 
 def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

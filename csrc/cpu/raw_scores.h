@@ -86,15 +86,19 @@ class RawQueries {
     return true;
   }
 
-  // The scores of the first `count` rows, to [rows, stride].
-  __attribute__((noinline)) void scores(int64_t count, int64_t m, const QueryRows<S>& normalized, T* to,
+  // The scores of the first `count` rows and of `m` keys from `first` on, a multiple of kLibraryPanel, to [rows,
+  // stride].
+  __attribute__((noinline)) void scores(int64_t count, int64_t first, int64_t m, const QueryRows<S>& normalized, T* to,
                                         int64_t stride) const {
-    product(rows_, m, factors<S>(d_), data_.data(), data_.stride(), 1, keys_.packed(), to, stride, false, true);
+    const RightFactor<factor_t<S>> keys(keys_.packed());
+    product(rows_, m, factors<S>(d_), data_.data(), data_.stride(), 1, keys.columns(first, factors<S>(d_)), to, stride,
+            false, true);
+    const T *const key_factor = keys_.factor() + first, *const key_mean = keys_.mean() + first;
     for (int64_t r = 0; r < count; ++r) {
       const vec<T> factor = broadcast(normalized.factor(r)), mean = broadcast(mean_[r]);
       T* row = to + r * stride;
       for_vectors<T>(m, [&](int64_t j, int64_t) {
-        store(row + j, factor * (load(row + j) * load(keys_.factor() + j) - mean * load(keys_.mean() + j)));
+        store(row + j, factor * (load(row + j) * load(key_factor + j) - mean * load(key_mean + j)));
       });
     }
   }

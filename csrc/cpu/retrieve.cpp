@@ -17,9 +17,18 @@ struct Forward {
   Tensor out, lse, entropy, kept;
 };
 
-int64_t kept_width(Type type, const Memory& memory) {
-  return reads_in_blocks(type, memory) ? memory.value_features + 2 : kept_stride(memory.prototypes);
-}
+// What is kept of each query.
+struct KeptRow {
+  int64_t width;
+  ScalarType type;
+
+  KeptRow(Type element, const Memory& memory, ScalarType elements)
+      : width(kept_stride(memory.prototypes)), type(elements) {
+    if (!reads_in_blocks(element, memory)) return;
+    width = kept_in_blocks(element, memory.value_features);
+    type = accumulator(element);
+  }
+};
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
                 double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
@@ -31,7 +40,8 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
-  Tensor weights = empty({kept, kept_width(type, memory)}, query.scalar_type());
+  const KeptRow row(type, memory, query.scalar_type());
+  Tensor weights = empty({kept, row.width}, row.type);
   ask_for_huge_pages(weights);
   ask_for_huge_pages_if_fresh(out);
   run(RetrieveForward{type,
@@ -60,7 +70,8 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(lse, "lse", query, sums, {queries});
   check_operand(dlse, "dlse", query, sums, {queries});
   check_operand(dentropy, "dentropy", query, sums, {queries});
-  check_operand(weights, "weights", query, elements, {"kept", kept_width(type, memory)});
+  const KeptRow row(type, memory, elements);
+  check_operand(weights, "weights", query, row.type, {"kept", row.width});
   const Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   Tensor dquery = empty({queries, memory.features}, elements);
@@ -69,6 +80,7 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
   const bool in_blocks = kept.rows > 0 && reads_in_blocks(type, memory);
   Tensor workspace = empty({BackwardPlan(type, memory, queries, in_blocks).workspace}, sums);
+  ask_for_huge_pages(workspace);
   double slope = 0;
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),
                        optional_data(dlse), optional_data(dentropy), dquery.mutable_data_ptr(),

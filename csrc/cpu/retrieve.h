@@ -1,6 +1,7 @@
 // Arguments of retrieval and shrunk retrieval (anomem/reference/retrieve.py). S = element type, T = type of sums.
 #pragma once
 
+#include "cpu/library_product.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/tile_product.h"
@@ -19,8 +20,14 @@ struct Shrinkage {
 // again, which fewer prototypes for each feature do not repay. As in anomem/ops/retrieve.py.
 inline bool reads_in_blocks(Type type, const Memory& memory) {
   const int64_t features = at_least(memory.features, memory.value_features);
-  return type == Type::kFloat32 && memory.library && splits_products() &&
-         memory.prototypes >= at_least(512, 4 * features);
+  if (!memory.library) return false;
+  if (type == Type::kBfloat16) return multiplies_in_tiles() && memory.prototypes >= 1536;
+  return type == Type::kFloat32 && splits_products() && memory.prototypes >= at_least(512, 4 * features);
+}
+
+// Numbers kept of a query that read the memory in blocks.
+inline int64_t kept_in_blocks(Type type, int64_t value_features) {
+  return type == Type::kBfloat16 ? 2 : 2 + value_features;
 }
 
 // Rows of a chunk that reads the memory in blocks: many, since each chunk fetches all of it.
@@ -34,8 +41,8 @@ inline int64_t kept_stride(int64_t prototypes) {
 
 // What the forward pass keeps of the first `rows` queries for the backward pass.
 // - exp(logit − largest logit), S [rows, kept_stride(M)]: the softmax's weights up to their sum.
-// - Of a memory read in blocks the row of the output, the largest score and 1 / Σ exp(logit − largest logit),
-//   S [rows, dv + 2]. Rows of a chunk that was not read in blocks have NaN for their largest score.
+// - Of a memory read in blocks what retrieve_blocks.h says, T [rows, kept_in_blocks]. Rows of a chunk that was not read
+//   in blocks begin with NaN.
 template <class Data>
 struct Kept {
   int64_t rows = 0;

@@ -1,13 +1,15 @@
 // Retrieval from a large memory, block after block of its prototypes. A chunk's scores of a block stay in the
 // second-level cache for all that is done with them; those of all prototypes would not. The softmax is the online one
 // (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). The backward pass makes the weights from each row's
-// largest score and sum, which are kept, and their mean gradient from its output (FlashAttention, Dao et al. 2022,
-// https://arxiv.org/abs/2205.14135).
+// largest score and sum, which are kept. Their mean gradient comes from the kept output in float32 (FlashAttention, Dao
+// et al. 2022, https://arxiv.org/abs/2205.14135). In bfloat16 the products that would cancel are rounded, so a first
+// pass over the blocks sums it.
 #pragma once
 
 #include "cpu/factors.h"
 #include "cpu/panels.h"
 #include "cpu/product.h"
+#include "cpu/raw_scores.h"
 #include "cpu/retrieve.h"
 #include "cpu/rows.h"
 
@@ -18,11 +20,18 @@ inline int64_t block_width(const Memory& memory) {
   return at_least(memory.features, memory.value_features) > 512 ? kLibraryPanel : 2 * kLibraryPanel;
 }
 
-// Scratch of a thread of the forward pass. Made for float32; for other types there is none.
-template <class T>
+// What is kept of a query, T [kept_in_blocks]: the largest score, 1 / Σ exp(logit − largest logit), and in float32 the
+// output.
+template <class S>
+constexpr bool kKeepsOutput = std::is_same_v<S, accumulator_t<S>>;
+
+// Scratch of a thread of the forward pass.
+template <class S>
 class ForwardBlocks {
  public:
-  ForwardBlocks(const RetrieveForward& a, const ReadPanels<T, T>& panels, int64_t rows)
+  using T = accumulator_t<S>;
+
+  ForwardBlocks(const RetrieveForward& a, const ReadPanels<S, S>& panels, int64_t rows)
       : a_(a),
         panels_(panels),
         rows_(rows),
@@ -35,34 +44,37 @@ class ForwardBlocks {
         sum_(rows) {}
 
   // Writes out and lse of a chunk, and what is kept of it. False, and nothing but NaN kept, if a largest score is not
-  // finite.
-  bool run(int64_t first, int64_t count, const QueryRows<T>& query) {
+  // finite. `raw` holds the same rows if `is_raw`.
+  bool run(int64_t first, int64_t count, const QueryRows<S>& query, const RawQueries<S>& raw, bool is_raw) {
     const int64_t m = a_.memory.prototypes, d = a_.memory.features, dv = a_.memory.value_features;
-    const T beta = static_cast<T>(a_.memory.beta);
-    T* const kept = first < a_.kept.rows ? static_cast<T*>(a_.kept.data) + first * (dv + 2) : nullptr;
-    const int64_t kept_rows = at_most(count, a_.kept.rows - first);
+    const int64_t kept_width = kept_in_blocks(a_.type, dv), kept_rows = at_most(count, a_.kept.rows - first);
+    T* const kept = static_cast<T*>(a_.kept.data) + first * kept_width;
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
-      product(rows_, width, d, query.data(), query.stride(), 1, panels_.keys_transposed().columns(begin, d),
-              scores_.data(), stride_, false, true);
+      if (is_raw) raw.scores(count, begin, width, query, scores_.data(), stride_);
+      else
+        product(rows_, width, d, query.data(), query.stride(), 1, panels_.keys_transposed().columns(begin, d),
+                scores_.data(), stride_, false, true);
       for (int64_t r = 0; r < count; ++r)
         if (!weigh(r, width, begin == 0)) {
-          for (int64_t i = 0; i < kept_rows; ++i) kept[i * (dv + 2) + dv] = T{NAN};
+          for (int64_t i = 0; i < kept_rows; ++i) kept[i * kept_width] = T{NAN};
           return false;
         }
-      product(rows_, dv, width, scores_.data(), stride_, 1, panels_.values().terms(begin, m), read_.data(),
-              read_stride_, begin > 0, true);
+      const LeftFactor<S> weights = in_rows<S>(scores_.data(), count, width, stride_);
+      product(rows_, dv, factors<S>(width), weights.data, weights.row_stride, weights.term_stride,
+              panels_.values().terms(factors<S>(begin), factors<S>(m)), read_.data(), read_stride_, begin > 0, true);
     }
-    T* const out = static_cast<T*>(a_.out) + first * dv;
+    const T beta = static_cast<T>(a_.memory.beta);
+    S* const out = static_cast<S*>(a_.out) + first * dv;
     for (int64_t r = 0; r < count; ++r) {
       const T scale = 1 / sum_[r];
       scaled_copy(read_.data() + r * read_stride_, dv, scale, out + r * dv);
       static_cast<T*>(a_.lse)[first + r] = best_[r] * beta + std::log(sum_[r]);
       if (r >= kept_rows) continue;
-      T* const row = kept + r * (dv + 2);
-      std::memcpy(row, out + r * dv, dv * sizeof(T));
-      row[dv] = best_[r];
-      row[dv + 1] = scale;
+      T* const row = kept + r * kept_width;
+      row[0] = best_[r];
+      row[1] = scale;
+      if constexpr (kKeepsOutput<S>) std::memcpy(row + 2, out + r * dv, dv * sizeof(T));
     }
     return true;
   }
@@ -102,16 +114,9 @@ class ForwardBlocks {
   }
 
   const RetrieveForward& a_;
-  const ReadPanels<T, T>& panels_;
+  const ReadPanels<S, S>& panels_;
   int64_t rows_, width_, stride_, read_stride_;
   Buffer<T> scores_, read_, best_, sum_;
-};
-
-template <>
-class ForwardBlocks<Bfloat16> {
- public:
-  ForwardBlocks(const RetrieveForward&, const ReadPanels<Bfloat16, Bfloat16>&, int64_t) {}
-  bool run(int64_t, int64_t, const QueryRows<Bfloat16>&) { return false; }
 };
 
 // Turns a product's scores into the softmax's weights while they are in the first-level cache.
@@ -128,10 +133,12 @@ struct Weights {
 };
 
 // Scratch of a thread of the backward pass.
-template <class T>
+template <class S>
 class BackwardBlocks {
  public:
-  BackwardBlocks(const RetrieveBackward& a, const GradientPanels<T>& panels, int64_t rows)
+  using T = accumulator_t<S>;
+
+  BackwardBlocks(const RetrieveBackward& a, const GradientPanels<S>& panels, const RawKeys<S>& raw_keys, int64_t rows)
       : a_(a),
         panels_(panels),
         rows_(rows),
@@ -139,11 +146,14 @@ class BackwardBlocks {
         stride_(padded_stride<T>(width_)),
         key_stride_(padded_stride<T>(a.memory.features)),
         query_(rows, a.memory.features, a.memory.normalize),
-        dout_(rows * a.memory.value_features),
-        query_columns_(rows * a.memory.features),
+        raw_(rows, a.memory.features, raw_keys, a.memory.normalize == Normalize::kLayer),
+        dout_(rows, a.memory.value_features),
+        scaled_query_(rows, a.memory.features),
         dout_columns_(rows * a.memory.value_features),
+        query_columns_(rows * a.memory.features),
         weights_(rows * stride_),
         gradient_(rows * stride_),
+        neighbours_(rows * stride_),
         dquery_(rows * key_stride_),
         best_(rows),
         scale_(rows),
@@ -153,76 +163,115 @@ class BackwardBlocks {
   // False, and nothing done, for a chunk that was not read in blocks or of which not everything is kept.
   bool run(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues) {
     const int64_t m = a_.memory.prototypes, d = a_.memory.features, dv = a_.memory.value_features;
+    const int64_t kept_width = kept_in_blocks(a_.type, dv);
     if (first + count > a_.kept.rows) return false;
-    const T* const kept = static_cast<const T*>(a_.kept.data) + first * (dv + 2);
-    const T* const dlse = static_cast<const T*>(a_.dlse.data);
-    const T* const upstream = static_cast<const T*>(a_.dout) + first * dv;
-    const T beta = static_cast<T>(a_.memory.beta);
+    const T* const kept = static_cast<const T*>(a_.kept.data) + first * kept_width;
     for (int64_t r = 0; r < count; ++r) {
-      const T* const row = kept + r * (dv + 2);
-      best_[r] = row[dv];
-      scale_[r] = row[dv + 1];
+      best_[r] = kept[r * kept_width];
+      scale_[r] = kept[r * kept_width + 1];
       if (!is_finite(best_[r])) return false;
-      mean_[r] = dot_product(row, upstream + r * dv, dv);
     }
-    query_.load(static_cast<const T*>(a_.query.data) + first * a_.query.stride, a_.query.stride, count);
-    const T* dout = upstream;
-    if (count < rows_) {
-      std::memcpy(dout_.data(), upstream, count * dv * sizeof(T));
-      std::memset(dout_.data() + count * dv, 0, (rows_ - count) * dv * sizeof(T));
-      dout = dout_.data();
+    load(first, count);
+    if constexpr (kKeepsOutput<S>) {
+      for (int64_t r = 0; r < count; ++r)
+        mean_[r] = dot_product(kept + r * kept_width + 2, static_cast<const S*>(a_.dout) + (first + r) * dv, dv);
+    } else {
+      for (int64_t r = 0; r < count; ++r) mean_[r] = 0;
+      for (int64_t begin = 0; begin < m; begin += width_) {
+        const int64_t width = at_most(width_, m - begin);
+        multiply(begin, width, count);
+        for (int64_t r = 0; r < count; ++r)
+          mean_[r] += dot_product(weights_.data() + r * stride_, gradient_.data() + r * stride_, width);
+      }
     }
-    transpose_scaled(upstream, dv, count, dv, rows_, dout_columns_.data(), rows_, Unscaled());
-    transpose_scaled(query_.data(), query_.stride(), count, d, rows_, query_columns_.data(), rows_,
-                     [&](int64_t, vec<T> x) ANOMEM_ALWAYS { return x * beta; });
-    const Weights<T> weigh{beta, best_.data(), scale_.data(), count};
+    const T* const dlse = static_cast<const T*>(a_.dlse.data);
     const int64_t sum_stride = padded_stride<T>(m);
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
-      product_with(rows_, width, d, query_.data(), query_.stride(), 1, panels_.keys_transposed().columns(begin, d),
-                   weights_.data(), stride_, weigh, true);
-      product(rows_, width, dv, dout, dv, 1, panels_.values_transposed().columns(begin, dv), gradient_.data(), stride_,
-              false, true);
+      multiply(begin, width, count);
       for (int64_t r = 0; r < count; ++r) differentiate(r, width, a_.dlse.given ? dlse[first + r] : T{0});
-      std::memset(gradient_.data() + count * stride_, 0, (rows_ - count) * stride_ * sizeof(T));
-      product(rows_, d, width, gradient_.data(), stride_, 1, panels_.keys().terms(begin, m), dquery_.data(),
-              key_stride_, begin > 0, true);
-      library_product_of_tile<T>(dv, width, rows_, dout_columns_.data(), weights_.data(), stride_, dvalues + begin,
-                                 sum_stride, !fresh);
-      library_product_of_tile<T>(d, width, rows_, query_columns_.data(), gradient_.data(), stride_, dkeys + begin,
-                                 sum_stride, !fresh || a_.memory.tied());
+      const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, width, stride_, neighbours_.data());
+      product(rows_, d, factors<S>(width), across.data, across.row_stride, across.term_stride,
+              panels_.keys().terms(factors<S>(begin), factors<S>(m)), dquery_.data(), key_stride_, begin > 0, true);
+      add(weights_.data(), count, width, dv, dout_columns_.data(), dvalues + begin, sum_stride, !fresh);
+      add(gradient_.data(), count, width, d, query_columns_.data(), dkeys + begin, sum_stride,
+          !fresh || a_.memory.tied());
     }
-    for (int64_t r = 0; r < count; ++r)
-      normalize_row_backward(dquery_.data() + r * key_stride_, query_[r], query_.factor(r), beta, d,
-                             a_.memory.normalize, static_cast<T*>(a_.dquery) + (first + r) * d);
+    for (int64_t r = 0; r < count; ++r) {
+      T* const row = dquery_.data() + r * key_stride_;
+      // As in BackwardChunk: the packed keys lack their mean.
+      if (kInPairs<S> && a_.dlse.given) add_scaled(panels_.keys_mean(), d, dlse[first + r], row);
+      normalize_row_backward(row, query_[r], query_.factor(r), static_cast<T>(a_.memory.beta), d, a_.memory.normalize,
+                             static_cast<S*>(a_.dquery) + (first + r) * d);
+    }
     return true;
   }
 
  private:
-  // A row of dP = dO Vᵀ becomes dS (without beta). A weight of exactly 1 has no other beside it: its gradient is zero,
-  // which the mean from the output would miss by a rounding.
+  void load(int64_t first, int64_t count) {
+    const int64_t dv = a_.memory.value_features;
+    const S* const source = static_cast<const S*>(a_.query.data) + first * a_.query.stride;
+    query_.load(source, a_.query.stride, count);
+    is_raw_ = raw_.take(source, a_.query.stride, count, query_);
+    for (int64_t r = 0; r < count; ++r) {
+      dout_.set(r, static_cast<const S*>(a_.dout) + (first + r) * dv, T{1});
+      scaled_query_.set(r, query_[r], static_cast<T>(a_.memory.beta));
+    }
+    dout_.clear(count, rows_);
+    dout_.transpose(count, rows_, dout_columns_.data());
+    scaled_query_.transpose(count, rows_, query_columns_.data());
+  }
+
+  // The weights of a block, and dP = dO Vᵀ.
+  void multiply(int64_t begin, int64_t width, int64_t count) {
+    const int64_t d = a_.memory.features, dv = a_.memory.value_features;
+    const Weights<T> weigh{static_cast<T>(a_.memory.beta), best_.data(), scale_.data(), count};
+    if (is_raw_) {
+      raw_.scores(count, begin, width, query_, weights_.data(), stride_);
+      for (int64_t r = 0; r < count; ++r)
+        for_vectors<T>(width, [&](int64_t j, int64_t) {
+          T* const at = weights_.data() + r * stride_ + j;
+          weigh.template operator()<T>(r, at, ANOMEM_ISA::load(at));
+        });
+    } else {
+      product_with(rows_, width, d, query_.data(), query_.stride(), 1, panels_.keys_transposed().columns(begin, d),
+                   weights_.data(), stride_, weigh, true);
+    }
+    product(rows_, width, factors<S>(dv), dout_.data(), dout_.stride(), 1,
+            panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_.data(), stride_, false, true);
+  }
+
+  // A row of dP becomes dS (without beta). A weight of exactly 1 has no other beside it: its gradient is zero, which a
+  // mean from the output would miss by a rounding.
   void differentiate(int64_t r, int64_t width, T dlse) {
     const T* const p = weights_.data() + r * stride_;
     T* const g = gradient_.data() + r * stride_;
     const vec<T> mean = broadcast(mean_[r]), one = broadcast(T{1});
     for_vectors<T>(width, [&](int64_t j, int64_t) {
-      const vec<T> weight = load(p + j), difference = load(g + j) - mean;
+      const vec<T> weight = ANOMEM_ISA::load(p + j), difference = ANOMEM_ISA::load(g + j) - mean;
       store(g + j, weight * ((weight == one ? vec<T>{} : difference) + dlse));
     });
   }
 
-  const RetrieveBackward& a_;
-  const GradientPanels<T>& panels_;
-  int64_t rows_, width_, stride_, key_stride_;
-  QueryRows<T> query_;
-  Buffer<T> dout_, query_columns_, dout_columns_, weights_, gradient_, dquery_, best_, scale_, mean_;
-};
+  // sums [n, width] += columns [n, rows] tile, or their beginning. The tile is overwritten.
+  void add(T* tile, int64_t count, int64_t width, int64_t n, const factor_t<S>* columns, T* sums, int64_t sum_stride,
+           bool accumulate) {
+    std::memset(tile + count * stride_, 0, (rows_ - count) * stride_ * sizeof(T));
+    const LeftFactor<S> right = in_columns<S>(tile, rows_, width, stride_);
+    library_product_of_tile<S>(n, width, rows_, columns, right.data, right.term_stride, sums, sum_stride, accumulate);
+  }
 
-template <>
-class BackwardBlocks<Bfloat16> {
- public:
-  BackwardBlocks(const RetrieveBackward&, const GradientPanels<Bfloat16>&, int64_t) {}
-  bool run(int64_t, int64_t, bool, float*, float*) { return false; }
+  const RetrieveBackward& a_;
+  const GradientPanels<S>& panels_;
+  int64_t rows_, width_, stride_, key_stride_;
+  QueryRows<S> query_;
+  RawQueries<S> raw_;
+  FactorRows<S> dout_, scaled_query_;
+  Buffer<factor_t<S>> dout_columns_, query_columns_;
+  Buffer<T> weights_, gradient_;
+  Buffer<factor_t<S>> neighbours_;
+  Buffer<T> dquery_, best_, scale_, mean_;
+  bool is_raw_ = false;
 };
 
 }  // namespace anomem::cpu::ANOMEM_ISA

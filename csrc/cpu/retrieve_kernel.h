@@ -65,9 +65,10 @@ void compute(const RetrieveForward& a) {
         if (in_place) tile = kept, tile_stride = kept_stride(m);
       const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
       query.load(source, a.query.stride, count);
-      if (in_blocks && blocks.run(first, count, query)) continue;
+      const bool is_raw = raw.take(source, a.query.stride, count, query);
+      if (in_blocks && blocks.run(first, count, query, raw, is_raw)) continue;
       const int64_t height = a.memory.library ? rows : count;
-      if (raw.take(source, a.query.stride, count, query)) raw.scores(count, m, query, tile, tile_stride);
+      if (is_raw) raw.scores(count, 0, m, query, tile, tile_stride);
       else
         product(height, m, d, query.data(), query.stride(), 1, panels.keys_transposed(!decides_by_bits(a.shrinkage)),
                 tile, tile_stride, false, a.memory.library);
@@ -265,7 +266,7 @@ class BackwardChunk {
     const bool raw = !kept_alone && raw_.take(source, a_.query.stride, count, query_);
     const auto score = [&](T* to, const auto& finish) {
       if (raw) {
-        raw_.scores(count, m_, query_, to, score_stride_);
+        raw_.scores(count, 0, m_, query_, to, score_stride_);
         if constexpr (!std::is_same_v<std::decay_t<decltype(finish)>, Overwrite>)
           for (int64_t r = 0; r < count; ++r)
             for (int64_t j = 0; j < m_; j += kLanes<T>) {
@@ -428,7 +429,7 @@ void compute(const RetrieveBackward& a) {
   if (in_blocks) whole.kept = {};
   {
     const GradientPanels<S> panels(a.memory, !in_blocks);
-    const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && a.kept.rows < n);
+    const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && (in_blocks || a.kept.rows < n));
     if (plan.group > 0) {
       T* const memory = dvalues + (tied ? plan.key_sums : plan.value_sums);
       Buffer<Summands<S>> summands(plan.group);
@@ -457,7 +458,7 @@ void compute(const RetrieveBackward& a) {
       parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
         const LibraryProducts library(a.memory.library, kInPairs<S>);
         BackwardChunk<S> work(whole, panels, raw_keys, rows);  // large: one for all slots of a thread
-        BackwardBlocks<S> blocks(a, panels, in_blocks ? rows : 0);
+        BackwardBlocks<S> blocks(a, panels, raw_keys, in_blocks ? rows : 0);
         Buffer<T> memory(plan.tiles);
         const Tiles<S> tiles(memory.data(), plan, a.memory);
         for (int64_t slot = first_slot; slot < last_slot; ++slot) {

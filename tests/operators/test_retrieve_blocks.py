@@ -16,15 +16,15 @@ from anomem.functional import hopfield_retrieve
 from anomem.ops import retrieve as ops_retrieve
 from anomem.rules import Impl
 from anomem.testing import draw
-from tests.operators.contract import NATIVE, cases
+from tests.operators.contract import BF16, F32, NATIVE, cases
 from tests.operators.retrieve_calls import NORMALIZE, check, memory
 
 SIZES = [(1, 512, 8, 0), (130, 520, 64, 24), (400, 1100, 33, 0), (2100, 513, 24, 7), (300, 2300, 520, 0)]
 
 
-def whole(n: int, m: int, d: int, dv: int) -> tuple[Tensor, Tensor, Tensor]:
+def whole(n: int, m: int, d: int, dv: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
     """query [n, d], prototypes [m, d], values [m, dv]."""
-    return draw(n, d, seed=1), draw(m, d, seed=2), draw(m, dv, seed=3)
+    return draw(n, d, seed=1, dtype=dtype), draw(m, d, seed=2, dtype=dtype), draw(m, dv, seed=3, dtype=dtype)
 
 
 @cases("sizes, normalize", {NATIVE: product(SIZES, NORMALIZE)})
@@ -34,11 +34,19 @@ def test_many_prototypes_within_budget(impl: Impl, sizes: tuple[int, int, int, i
     check(impl, memory(n, m, d, dv), normalize=normalize, beta=beta * d**-0.5 if normalize == "none" else beta)
 
 
-@cases("beta", {NATIVE: [(-100.0,), (-2.0,), (0.0,), (3.0,), (100.0,)]})
-def test_any_beta_within_budget(impl: Impl, beta: float) -> None:
+@cases("sizes, normalize", {NATIVE: product([(130, 4100, 64, 24), (400, 1600, 33, 0), (2100, 1537, 24, 7)], NORMALIZE)})
+def test_many_prototypes_in_bfloat16_within_budget(
+    impl: Impl, sizes: tuple[int, int, int, int], normalize: str
+) -> None:
+    beta = 0.3 * sizes[2] ** -0.5 if normalize == "none" else 2.0
+    check(impl, memory(*sizes, dtype=BF16), normalize=normalize, beta=beta)
+
+
+@cases("beta, dtype", {NATIVE: product([-100.0, -2.0, 0.0, 3.0, 100.0], [F32, BF16])})
+def test_any_beta_within_budget(impl: Impl, beta: float, dtype: torch.dtype) -> None:
     """Of whole numbers, whose products are exact: no rounding decides between near ties."""
-    inputs = [draw(140, 8, scale=3.0).round(), draw(530, 8, seed=2, scale=3.0).round(), draw(530, 5, seed=3)]
-    check(impl, inputs, normalize="none", beta=beta)
+    query, prototypes, values = whole(140, 1600, 8, 5, dtype)
+    check(impl, [(3 * query).round(), (3 * prototypes).round(), values], normalize="none", beta=beta)
 
 
 @cases("scale", {NATIVE: [(1e-36,), (1e-22,), (1e30,)]})
@@ -54,9 +62,9 @@ def test_small_and_large_gradients_within_budget(impl: Impl, size: float) -> Non
     check(impl, [query, prototypes, values * size], normalize="none", beta=0.2)
 
 
-@cases("value", {NATIVE: [(float("nan"),), (float("inf"),), (float("-inf"),)]})
-def test_a_query_that_is_not_finite_spoils_no_other(impl: Impl, value: float) -> None:
-    query, prototypes, _ = whole(400, 600, 24, 24)
+@cases("value, dtype", {NATIVE: product([float("nan"), float("inf"), float("-inf")], [F32, BF16])})
+def test_a_query_that_is_not_finite_spoils_no_other(impl: Impl, value: float, dtype: torch.dtype) -> None:
+    query, prototypes, _ = whole(400, 1600, 24, 24, dtype)
     broken = query.clone()
     broken[130, 5] = value
     others = torch.arange(400) != 130
@@ -69,13 +77,16 @@ def test_a_query_that_is_not_finite_spoils_no_other(impl: Impl, value: float) ->
     (out, rows, _), (clean_out, clean_rows, _) = both_passes(broken), both_passes(query)
     assert out[130].isnan().all()
     for spoilt, clean in ((out, clean_out), (rows, clean_rows)):
-        torch.testing.assert_close(spoilt[others], clean[others], rtol=1e-5, atol=1e-5)
+        error = 1e-5 if dtype == F32 else 2e-2
+        torch.testing.assert_close(spoilt[others], clean[others], rtol=error, atol=error)
 
 
-@cases("kept", {NATIVE: [(0,), (126,), (200,), (399,)]})
-def test_what_is_kept_changes_no_result(impl: Impl, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, prototypes, values = whole(400, 600, 24, 9)
-    upstream = draw(400, 9, seed=4)
+@cases("kept, dtype", {NATIVE: product([0, 126, 200, 399], [F32, BF16])})
+def test_what_is_kept_changes_no_result(
+    impl: Impl, kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, prototypes, values = whole(400, 1600, 24, 9, dtype)
+    upstream = draw(400, 9, seed=4, dtype=dtype)
 
     def both_passes() -> tuple[Tensor, ...]:
         leaves = [x.clone().requires_grad_() for x in (query, prototypes, values)]
@@ -83,12 +94,13 @@ def test_what_is_kept_changes_no_result(impl: Impl, kept: int, monkeypatch: pyte
         return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
     everything = both_passes()
-    row = ops_retrieve._kept_width(query, prototypes, values) * query.element_size()
-    monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", kept * row)
+    width, kind = ops_retrieve._kept_row(query, prototypes, values)
+    monkeypatch.setattr(ops_retrieve, "KEPT_BYTES", kept * width * kind.itemsize)
     some = both_passes()
     assert torch.equal(some[0], everything[0])
     for one, other in zip(some[1:], everything[1:], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        error = 1e-4 if dtype == F32 else 2e-2
+        torch.testing.assert_close(one, other, rtol=error, atol=error / 20)
 
 
 @cases("beta", {NATIVE: [(200.0,), (1e6,)]})
@@ -117,9 +129,9 @@ def test_the_output_may_be_changed_in_place(impl: Impl, normalize: str) -> None:
     assert torch.equal(*gradients)
 
 
-@cases("normalize", {NATIVE: [(name,) for name in NORMALIZE]})
-def test_the_number_of_threads_changes_no_bit(impl: Impl, normalize: str) -> None:
-    query, prototypes, values = whole(2500, 600, 24, 9)
+@cases("normalize, dtype", {NATIVE: product(NORMALIZE, [F32, BF16])})
+def test_the_number_of_threads_changes_no_bit(impl: Impl, normalize: str, dtype: torch.dtype) -> None:
+    query, prototypes, values = whole(2500, 1600, 24, 9, dtype)
     found = []
     threads = torch.get_num_threads()
     try:
