@@ -26,13 +26,14 @@ from anomem.ops.library import (
 )
 
 KEPT_BYTES = 31 << 20
-"""Most memory of the weights that one call on a CPU keeps for its backward pass; others are recomputed.
+"""Most memory that one call on a CPU keeps for its backward pass; the weights of other queries are recomputed.
 
 glibc maps blocks of 32 MiB and more anew in every call. In trials on AMD family 25 keeping more gained little or
 nothing.
 """
 _LEAST_KEPT = 126
 _LEAST_IN_BLOCKS = 512
+"""Prototypes, of any dtype; `reads_in_blocks` of csrc/cpu/retrieve.h decides."""
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
 
 
@@ -184,7 +185,8 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
 
 
 def _kept(query: Tensor, memory: Memory) -> int:
-    """Queries whose weights are kept for the backward pass: 12 NMd flops instead of 14, for N·M elements.
+    """Queries of which the backward pass needs what the forward pass keeps: their weights, 12 NMd flops instead of 14
+    for N·M elements; of a memory read in blocks two numbers and, in float32, the output.
 
     None in small calls and under a compiler, whose graphs serve other sizes; none where the gradient of beta needs the
     scores.
@@ -202,7 +204,7 @@ def _kept(query: Tensor, memory: Memory) -> int:
 
 
 def _kept_row(query: Tensor, keys: Tensor, values: Tensor | None) -> tuple[int, torch.dtype]:
-    """Numbers that are kept of a query, as in csrc/cpu/retrieve.h."""
+    """How many numbers are kept of a query, and their dtype, as in csrc/cpu/retrieve.h."""
     prototypes = keys.shape[0]
     if prototypes >= _LEAST_IN_BLOCKS and operator("retrieve_blocks", "native")(query, keys, values):
         features = 0 if query.dtype == torch.bfloat16 else (keys if values is None else values).shape[1]
