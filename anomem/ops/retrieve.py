@@ -188,12 +188,12 @@ def _kept(query: Tensor, memory: Memory) -> int:
     """Queries of which the backward pass needs what the forward pass keeps: their weights, 12 NMd flops instead of 14
     for N·M elements; of a memory read in blocks two numbers and, in float32, the output.
 
-    None in small calls and under a compiler, whose graphs serve other sizes; none where the gradient of beta needs the
-    scores.
+    None in small calls and under a compiler or tracer, whose graphs serve other sizes; none where the gradient of beta
+    needs the scores.
     """
     if query.device.type != "cpu" or memory.beta is not None or torch.compiler.is_compiling():
         return 0
-    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64:
+    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64 or torch._C._is_tracing():
         return 0
     if torch._C._are_functorch_transforms_active():  # vmap would give each element its part of the weights
         return 0

@@ -6,6 +6,7 @@
 //   isa.h, isa.cpp       the instruction set, chosen once
 //   run (below)          the element type S; sums are kept in T = accumulator_t<S> (types.h)
 //   retrieve_kernel.h    chunks of queries, shared out to threads (parallel.h); memory.h sets their length
+//     retrieve_blocks.h  the same from a large memory, block after block of it
 //     panels.h           keys and values, normalised (rows.h) and packed once for all chunks
 //     raw_scores.h       scores of bfloat16 rows as they are, by the library
 //     factors.h          what products multiply: T, or pairs of bfloat16; packing as left and right factor
@@ -15,7 +16,7 @@
 //     product.h          out = P V, divided by the sum
 //   simd.h               the vectors and 2^x under all of these
 //
-// The backward pass of retrieval makes the scores again and multiplies five times (BackwardSlot in retrieve_kernel.h).
+// The backward pass of retrieval makes the scores again and multiplies five times (BackwardChunk in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
 // (contrast_rows.h) tile by tile (contrast_tile.h), in the order of contrast_schedule.h, and sums exponentials
 // (contrast_sums.h) or weighs rows (contrast_gradients.h). nearest_kernel.h and read_kernel.h find the largest scores

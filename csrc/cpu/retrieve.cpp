@@ -51,7 +51,7 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
                       out.mutable_data_ptr(),
                       lse.mutable_data_ptr(),
                       entropy.mutable_data_ptr(),
-                      {kept, weights.mutable_data_ptr()}});
+                      {kept, weights.mutable_data_ptr(), reads_in_blocks(type, memory)}});
   return {out, lse, entropy, weights};
 }
 
@@ -70,15 +70,18 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(lse, "lse", query, sums, {queries});
   check_operand(dlse, "dlse", query, sums, {queries});
   check_operand(dentropy, "dentropy", query, sums, {queries});
-  const KeptRow row(type, memory, elements);
-  check_operand(weights, "weights", query, row.type, {"kept", row.width});
-  const Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data};
+  // The forward pass decided what is kept; torch.backends.mkldnn may have changed since.
+  const bool of_blocks = weights && weights->dim() == 2 && weights->size(1) != kept_stride(memory.prototypes);
+  const int64_t kept_width = of_blocks ? kept_in_blocks(type, memory.value_features) : kept_stride(memory.prototypes);
+  check_operand(weights, "weights", query, of_blocks ? sums : elements, {"kept", kept_width});
+  const bool in_blocks = of_blocks && reads_in_blocks(type, memory);
+  Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data, in_blocks};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
+  if (of_blocks && !in_blocks) kept = {};
   Tensor dquery = empty({queries, memory.features}, elements);
   ask_for_huge_pages_if_fresh(dquery);
   Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
-  const bool in_blocks = kept.rows > 0 && reads_in_blocks(type, memory);
   Tensor workspace = empty({BackwardPlan(type, memory, queries, in_blocks).workspace}, sums);
   ask_for_huge_pages(workspace);
   double slope = 0;

@@ -47,6 +47,7 @@ template <class Data>
 struct Kept {
   int64_t rows = 0;
   Data* data = nullptr;
+  bool of_blocks = false;
 };
 
 struct RetrieveForward {

@@ -2,8 +2,8 @@
 // second-level cache for all that is done with them; those of all prototypes would not. The softmax is the online one
 // (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). The backward pass makes the weights from each row's
 // largest score and sum, which are kept. Their mean gradient comes from the kept output in float32 (FlashAttention, Dao
-// et al. 2022, https://arxiv.org/abs/2205.14135). In bfloat16 the products that would cancel are rounded, so a first
-// pass over the blocks sums it.
+// et al. 2022, https://arxiv.org/abs/2205.14135). A first pass over the blocks sums it where that would lose digits: in
+// bfloat16, whose products are rounded, and where values have much in common.
 #pragma once
 
 #include "cpu/factors.h"
@@ -172,23 +172,18 @@ class BackwardBlocks {
       if (!is_finite(best_[r])) return false;
     }
     load(first, count);
+    bool multiplied = false;  // the first block
     if constexpr (kKeepsOutput<S>) {
-      for (int64_t r = 0; r < count; ++r)
-        mean_[r] = dot_product(kept + r * kept_width + 2, static_cast<const S*>(a_.dout) + (first + r) * dv, dv);
+      multiplied = take_means(kept + 2, kept_width, static_cast<const S*>(a_.dout) + first * dv, count);
+      if (!multiplied) sum_means(count);
     } else {
-      for (int64_t r = 0; r < count; ++r) mean_[r] = 0;
-      for (int64_t begin = 0; begin < m; begin += width_) {
-        const int64_t width = at_most(width_, m - begin);
-        multiply(begin, width, count);
-        for (int64_t r = 0; r < count; ++r)
-          mean_[r] += dot_product(weights_.data() + r * stride_, gradient_.data() + r * stride_, width);
-      }
+      sum_means(count);
     }
     const T* const dlse = static_cast<const T*>(a_.dlse.data);
     const int64_t sum_stride = padded_stride<T>(m);
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
-      multiply(begin, width, count);
+      if (begin > 0 || !multiplied) multiply(begin, width, count);
       for (int64_t r = 0; r < count; ++r) differentiate(r, width, a_.dlse.given ? dlse[first + r] : T{0});
       const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, width, stride_, neighbours_.data());
       product(rows_, d, factors<S>(width), across.data, across.row_stride, across.term_stride,
@@ -241,15 +236,50 @@ class BackwardBlocks {
             panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_.data(), stride_, false, true);
   }
 
+  // Mean gradients from the output, and the first block's products. False where they would lose digits: the terms of a
+  // mean are larger than what is left when it is subtracted.
+  bool take_means(const T* out, int64_t out_stride, const T* dout, int64_t count) {
+    const int64_t dv = a_.memory.value_features, width = at_most(width_, a_.memory.prototypes);
+    multiply(0, width, count);
+    for (int64_t r = 0; r < count; ++r) {
+      vec<T> size{}, left{};
+      mean_[r] = dot_product(out + r * out_stride, dout + r * dv, dv);
+      for_vectors<T>(dv, [&](int64_t i, int64_t some) {
+        const vec<T> term = load_some(out + r * out_stride + i, some) * load_some(dout + r * dv + i, some);
+        size += term < 0 ? -term : term;
+      });
+      const vec<T> mean = broadcast(mean_[r]);
+      for_vectors<T>(width, [&](int64_t j, int64_t some) {
+        const vec<T> difference = keep_first<T>(ANOMEM_ISA::load(gradient_.data() + r * stride_ + j) - mean, some);
+        left = larger(difference < 0 ? -difference : difference, left);
+      });
+      if (!(sum_lanes<T>(size) <= 4 * max_lanes<T>(left))) return false;
+    }
+    return true;
+  }
+
+  // Mean gradients by a pass over the blocks.
+  void sum_means(int64_t count) {
+    for (int64_t r = 0; r < count; ++r) mean_[r] = 0;
+    for (int64_t begin = 0; begin < a_.memory.prototypes; begin += width_) {
+      const int64_t width = at_most(width_, a_.memory.prototypes - begin);
+      multiply(begin, width, count);
+      for (int64_t r = 0; r < count; ++r)
+        mean_[r] += dot_product(weights_.data() + r * stride_, gradient_.data() + r * stride_, width);
+    }
+  }
+
   // A row of dP becomes dS (without beta). A weight of exactly 1 has no other beside it: its gradient is zero, which a
   // mean from the output would miss by a rounding.
   void differentiate(int64_t r, int64_t width, T dlse) {
     const T* const p = weights_.data() + r * stride_;
     T* const g = gradient_.data() + r * stride_;
     const vec<T> mean = broadcast(mean_[r]), one = broadcast(T{1});
-    for_vectors<T>(width, [&](int64_t j, int64_t) {
+    for_vectors<T>(width, [&](int64_t j, int64_t count) {
       const vec<T> weight = ANOMEM_ISA::load(p + j), difference = ANOMEM_ISA::load(g + j) - mean;
-      store(g + j, weight * ((weight == one ? vec<T>{} : difference) + dlse));
+      const vec<T> slope = weight * ((weight == one ? vec<T>{} : difference) + dlse);
+      // What follows the last column may be infinite, and would be the other half of its pair.
+      store(g + j, count < kLanes<T> ? keep_first<T>(slope, count) : slope);
     });
   }
 

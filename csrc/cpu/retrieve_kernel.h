@@ -38,7 +38,7 @@ template <class S>
 void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
-  const bool in_blocks = !a.shrinkage.entropy && reads_in_blocks(a.type, a.memory);
+  const bool in_blocks = !a.shrinkage.entropy && a.kept.of_blocks;
   const ReadPanels<S, S> panels(a.memory, a.memory.library, !in_blocks);
   const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
   int64_t rows = chunk_rows(n, m, a.memory.library);
@@ -416,7 +416,7 @@ void compute(const RetrieveBackward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const bool tied = a.memory.tied();
-  const bool in_blocks = a.kept.rows > 0 && reads_in_blocks(a.type, a.memory);
+  const bool in_blocks = a.kept.of_blocks && a.kept.rows > 0;
   const BackwardPlan plan(a.type, a.memory, n, in_blocks);
   const int64_t rows = plan.rows, chunks = plan.chunks, slots = plan.slots;
   T *const dkeys = static_cast<T*>(a.workspace), *const dvalues = tied ? dkeys : dkeys + slots * plan.key_sums;
