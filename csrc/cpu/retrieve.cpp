@@ -17,18 +17,10 @@ struct Forward {
   Tensor out, lse, entropy, kept;
 };
 
-// What is kept of each query.
-struct KeptRow {
-  int64_t width;
-  ScalarType type;
-
-  KeptRow(Type element, const Memory& memory, ScalarType elements)
-      : width(kept_stride(memory.prototypes)), type(elements) {
-    if (!reads_in_blocks(element, memory)) return;
-    width = kept_in_blocks(element, memory.value_features);
-    type = accumulator(element);
-  }
-};
+// Numbers kept of each query.
+int64_t kept_width(bool in_blocks, Type type, const Memory& memory) {
+  return in_blocks ? kept_in_blocks(type, memory.value_features) : kept_stride(memory.prototypes);
+}
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
                 double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
@@ -40,8 +32,8 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   Tensor out = empty({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
-  const KeptRow row(type, memory, query.scalar_type());
-  Tensor weights = empty({kept, row.width}, row.type);
+  const bool in_blocks = reads_in_blocks(type, memory);
+  Tensor weights = empty({kept, kept_width(in_blocks, type, memory)}, in_blocks ? sums : query.scalar_type());
   ask_for_huge_pages(weights);
   ask_for_huge_pages_if_fresh(out);
   run(RetrieveForward{type,
@@ -51,7 +43,7 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
                       out.mutable_data_ptr(),
                       lse.mutable_data_ptr(),
                       entropy.mutable_data_ptr(),
-                      {kept, weights.mutable_data_ptr(), reads_in_blocks(type, memory)}});
+                      {kept, weights.mutable_data_ptr(), in_blocks}});
   return {out, lse, entropy, weights};
 }
 
@@ -72,8 +64,7 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(dentropy, "dentropy", query, sums, {queries});
   // The forward pass decided what is kept; torch.backends.mkldnn may have changed since.
   const bool of_blocks = weights && weights->dim() == 2 && weights->size(1) != kept_stride(memory.prototypes);
-  const int64_t kept_width = of_blocks ? kept_in_blocks(type, memory.value_features) : kept_stride(memory.prototypes);
-  check_operand(weights, "weights", query, of_blocks ? sums : elements, {"kept", kept_width});
+  check_operand(weights, "weights", query, of_blocks ? sums : elements, {"kept", kept_width(of_blocks, type, memory)});
   const bool in_blocks = of_blocks && reads_in_blocks(type, memory);
   Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data, in_blocks};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
