@@ -174,7 +174,7 @@ FLOORS = [
         {
             "arguments", "candidates", "factors", "isa", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_baseline",
             "kernels", "library_product", "memory", "operands", "pages", "panels", "parallel", "product", "quads",
-            "raw_scores", "rows", "selection", "simd", "softmax", "tile_product", "types",
+            "raw_scores", "rows", "scratch", "selection", "simd", "softmax", "tile_product", "types",
         },
     ),
     Floor(

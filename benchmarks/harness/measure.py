@@ -6,8 +6,9 @@ which the host queues the whole call; so launches are not timed.
 
 Memory: the largest amount allocated during a call beyond what was allocated before it. On CUDA the caching allocator
 keeps that figure. On a CPU the profiler reports every allocation and release of torch's CPU allocator; the largest
-running sum is exact and repeatable, unlike the resident size of a process. Memory that a library takes from the system
-by itself (packed panels of the BLAS library, stack arrays) is not seen.
+running sum is exact and repeatable, unlike the resident size of a process. The most scratch memory that anomem's
+kernels had in use at once is added. Memory that another library takes from the system by itself (packed panels of the
+BLAS library, stack arrays) is not seen.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         peak = torch.cuda.max_memory_allocated() - before
         del result
         return peak
+    _scratch_peak()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
+    scratch = _scratch_peak()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -125,7 +128,15 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         running += event.nbytes()
         peak = max(peak, running)
-    return peak
+    return peak + scratch
+
+
+def _scratch_peak() -> int:
+    """Bytes of scratch memory of the native kernels since the last call; 0 without their library."""
+    native = importlib.import_module("anomem.ops.native")
+    if native.obstacle("cpu") is not None:
+        return 0
+    return int(torch.ops.anomem.native_scratch_peak(torch.empty(0)))
 
 
 def product_flops(call: Callable[[], Any]) -> int:

@@ -127,7 +127,7 @@ NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor
   const bool library = takes_library_products(views.type, rows, rows, views.features);
   Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
   const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Tensor workspace = empty({wave, nt_xent_forward_workspace(rows, views.features, library)}, views.sums);
+  Workspace workspace(wave * nt_xent_forward_workspace(rows, views.features, library), views.sums);
   const int64_t tile = tile_rows(rows, groups);
   Tensor products = products_of(kept, groups * nt_xent_tiles(rows, groups), kept_elements(tile, tile), views.sums);
   run(NtXentForward{views.type,
@@ -141,7 +141,7 @@ NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor
                     total.mutable_data_ptr(),
                     inv_norm.mutable_data_ptr(),
                     {kept, products.mutable_data_ptr()},
-                    workspace.mutable_data_ptr(),
+                    workspace.data(),
                     wave});
   return {loss, total, inv_norm, products};
 }
@@ -164,7 +164,7 @@ Gradients nt_xent_gradients(const Tensor& drows, const Tensor& z, const Tensor& 
   const int64_t tile = tile_rows(rows, groups), tiles = nt_xent_tiles(rows, groups);
   const auto kept = views.kept_products(products, z, groups * tiles, kept_elements(tile, tile));
   const bool all_kept = kept.whole(groups - 1, tiles);
-  Tensor workspace = empty({wave, nt_xent_backward_workspace(rows, views.features, all_kept)}, views.sums);
+  Workspace workspace(wave * nt_xent_backward_workspace(rows, views.features, all_kept), views.sums);
   run(NtXentBackward{views.type,
                      library,
                      groups,
@@ -179,7 +179,7 @@ Gradients nt_xent_gradients(const Tensor& drows, const Tensor& z, const Tensor& 
                      kept,
                      {dz.mutable_data_ptr(), dz_pair.mutable_data_ptr()},
                      tau_terms.mutable_data_ptr(),
-                     workspace.mutable_data_ptr(),
+                     workspace.data(),
                      wave});
   // Each similarity counts in both of its rows.
   return {dz, dz_pair, temperature_gradient(temperature, tau_terms, value, 0.5)};
@@ -223,7 +223,7 @@ InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& 
   const int64_t wave = wave_of(groups, tiles_of(r, groups));
   Tensor products = products_of(kept, groups * info_nce_tiles(r, c, groups),
                                 kept_elements(tile_rows(r, groups), kLargestTile), sides.sums);
-  Tensor workspace = empty({wave, info_nce_forward_workspace(r, c, sides.features, library)}, sides.sums);
+  Workspace workspace(wave * info_nce_forward_workspace(r, c, sides.features, library), sides.sums);
   run(InfoNceForward{sides.type,
                      library,
                      groups,
@@ -237,7 +237,7 @@ InfoNceResult info_nce(const Tensor& rows, const Tensor& columns, const Tensor& 
                      total.mutable_data_ptr(),
                      {inv_rows.mutable_data_ptr(), inv_columns.mutable_data_ptr()},
                      {kept, products.mutable_data_ptr()},
-                     workspace.mutable_data_ptr(),
+                     workspace.data(),
                      wave});
   return {loss, total, inv_rows, inv_columns, products};
 }
@@ -261,7 +261,7 @@ Gradients info_nce_gradients(const Tensor& dloss, const Tensor& rows, const Tens
   const auto kept =
       sides.kept_products(products, rows, groups * tiles, kept_elements(tile_rows(r, groups), kLargestTile));
   const bool all_kept = kept.whole(groups - 1, tiles);
-  Tensor workspace = empty({wave, info_nce_backward_workspace(r, c, sides.features, all_kept)}, sides.sums);
+  Workspace workspace(wave * info_nce_backward_workspace(r, c, sides.features, all_kept), sides.sums);
   run(InfoNceBackward{sides.type,
                       library,
                       groups,
@@ -278,7 +278,7 @@ Gradients info_nce_gradients(const Tensor& dloss, const Tensor& rows, const Tens
                       kept,
                       {drows.mutable_data_ptr(), dcolumns.mutable_data_ptr()},
                       tau_terms.mutable_data_ptr(),
-                      workspace.mutable_data_ptr(),
+                      workspace.data(),
                       wave});
   return {drows, dcolumns, temperature_gradient(temperature, tau_terms, value, 1.0)};
 }

@@ -29,12 +29,15 @@ struct Queries {
   int64_t stride;  // between rows
 };
 
-// Rows of a chunk of queries: multiples of every register block's height, as many as leave the chunk's scores in the
-// second-level cache. Short inputs get shorter chunks, so that all threads have work. Depends on sizes alone. With the
-// library's products a memory of many prototypes is read less often instead; tiles take rows by the 32.
+// Rows of a chunk of many queries: a multiple of every register block's height. Tiles take rows by the 32.
+inline int64_t long_chunk(bool library) { return library && splits_products() ? 128 : 126; }
+
+// Rows of a chunk of queries, as many as leave the chunk's scores in the second-level cache. Short inputs get shorter
+// chunks, so that all threads have work. Depends on sizes alone. With the library's products a memory of many
+// prototypes is read less often instead.
 inline int64_t chunk_rows(int64_t queries, int64_t prototypes, bool library) {
   if (queries < 16 * 126) return library && splits_products() ? 64 : 42;
-  return prototypes > 1024 && !library ? 42 : 126;
+  return prototypes > 1024 && !library ? 42 : long_chunk(library);
 }
 
 }  // namespace anomem::cpu

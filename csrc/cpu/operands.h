@@ -11,9 +11,17 @@
 #include "cpu/memory.h"
 #include "cpu/nearest.h"
 #include "cpu/pages.h"
+#include "cpu/scratch.h"
 #include "cpu/types.h"
 
 namespace anomem::cpu {
+
+// Scratch memory of `count` numbers in which sums are accumulated.
+class Workspace : public Scratch {
+ public:
+  Workspace(int64_t count, ScalarType sums)
+      : Scratch(count * static_cast<int64_t>(sums == ScalarType::Double ? sizeof(double) : sizeof(float))) {}
+};
 
 inline Type type_of(const Tensor& tensor, const char* argument) {
   switch (tensor.scalar_type()) {

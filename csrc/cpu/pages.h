@@ -1,4 +1,4 @@
-// Advice to the system about the pages of large tensors.
+// Advice to the system about the pages of large blocks.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,16 +11,20 @@
 
 namespace anomem::cpu {
 
-// For a large tensor that one call fills: in huge pages, where the system gives them on request, a tenth of the time of
+// For a large block that one call fills: in huge pages, where the system gives them on request, a tenth of the time of
 // a retrieval's forward pass is not spent on page faults.
-inline void ask_for_huge_pages(const torch::stable::Tensor& tensor) {
+inline void ask_for_huge_pages(const void* block, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t data = reinterpret_cast<uintptr_t>(block);
   const uintptr_t begin = (data + page - 1) / page * page;
-  const uintptr_t end = (data + static_cast<uintptr_t>(tensor.numel() * tensor.element_size())) / page * page;
+  const uintptr_t end = (data + static_cast<uintptr_t>(bytes)) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice may be refused
 #endif
+}
+
+inline void ask_for_huge_pages(const torch::stable::Tensor& tensor) {
+  ask_for_huge_pages(tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
 }
 
 // The same for a result, which goes back to the allocator: glibc takes only blocks from this size on from the system

@@ -50,6 +50,25 @@ class PanelParts {
   Buffer<Bfloat16> data_;
 };
 
+// The parts of a left factor [m, k] of float32 that several products take in tiles.
+template <class F>
+class LeftParts {
+ public:
+  LeftParts(int64_t m, int64_t k)
+      : used_(kSplits && std::is_same_v<F, float> && splits_products()), data_(used_ ? parts_size(m, k) : 0) {}
+
+  void make(const F* a, int64_t stride, int64_t m, int64_t k) {
+    if constexpr (std::is_same_v<F, float>) fits_ = used_ && split_left(a, stride, m, k, data_.data());
+  }
+
+  // Null where there are none.
+  const Bfloat16* data() const { return fits_ ? data_.data() : nullptr; }
+
+ private:
+  bool used_, fits_ = false;
+  Buffer<Bfloat16> data_;
+};
+
 // The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R.
 // Keys are not rounded: a softmax amplifies the rounding of its scores.
 template <class S, class R = accumulator_t<S>>

@@ -150,49 +150,11 @@ constexpr bool kSplits = false;
 constexpr bool kSplits = ANOMEM_VECTOR_BYTES == 64;
 #endif
 
-// Where the panels of a right factor of float32 lie: `step` elements for each column before, `stride` between rows (0:
-// the panel's width). Its terms are `all`, those of a product begin at `first`.
-struct Panels {
-  const float* data;
-  int64_t step, stride;
-  const Bfloat16* parts;
-  int64_t first, all;
-};
-
-// C = A B or C += A B in tiles, a panel of B at a time; what their range does not hold, by the library. After the last
-// terms of a panel `done(column, width)` is called.
-template <class Done>
-inline void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const Panels& b,
-                             float* c, int64_t c_stride, bool accumulate, const Done& done) {
-  for (int64_t start = 0; start < k; start += kSplitTerms) {
-    const int64_t terms = at_most(kSplitTerms, k - start);
-    Bfloat16* const left = left_parts(parts_size(m, terms));
-    const bool fits = split_left(a + start, a_stride, m, terms, left);
-    for (int64_t column = 0; column < n; column += kLibraryPanel) {
-      const int64_t width = panel_width<float>(column, n, kLibraryPanel);
-      const int64_t stride = b.stride > 0 ? b.stride : width;
-      const float* panel = b.data + column * b.step + (b.first + start) * stride;
-      const bool adds = accumulate || start > 0;
-      const Bfloat16* right = nullptr;
-      if (fits && b.parts != nullptr) {
-        right = b.parts + parts_size(column, b.all) + parts_size(32, b.first + start);
-      } else if (fits) {
-        Bfloat16* const made = right_parts(parts_size(width, terms));
-        // Not what lies beyond the last column: whether parts fit must not depend on it.
-        if (split_right(panel, stride, terms, at_most(width, n - column), made)) right = made;
-      }
-      if (right != nullptr)
-        multiply_parts(m, width, terms, left, right, b.parts != nullptr ? b.all : terms, c + column, c_stride, adds);
-      else library_panel(m, width, terms, a + start, a_stride, panel, stride, c + column, c_stride, adds);
-      if (start + terms == k) done(column, width);
-    }
-  }
-}
-
 // C = A B by the library, a panel of B at a time.
 template <class F, class Finish>
 inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride,
-                                 const RightFactor<F>& b, float* c, int64_t c_stride, const Finish& finish) {
+                                 const RightFactor<F>& b, float* c, int64_t c_stride, const Finish& finish,
+                                 const Bfloat16* a_parts) {
   constexpr int64_t terms = static_cast<int64_t>(sizeof(F) / sizeof(library_element_t<F>));
   constexpr bool accumulate = std::is_same_v<Finish, Accumulate>;
   const auto done = [&](int64_t column, int64_t width) ANOMEM_ALWAYS {
@@ -205,9 +167,11 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
   };
   const int64_t all = b.all > 0 ? b.all : k;
   if constexpr (kSplits && std::is_same_v<F, float>)
-    if (b.in_tiles && splits_products())
-      return product_in_tiles(m, n, k, a, row_stride, {b.packed, all, 0, b.parts, b.first, all}, c, c_stride,
-                              accumulate, done);
+    if (b.in_tiles && splits_products()) {
+      product_in_tiles(m, n, k, a, row_stride, a_parts, {b.packed, all, 0, b.parts, b.first, all, kLibraryPanel}, c,
+                       c_stride, accumulate);
+      return done(0, round_up(n, kLanes<float>));
+    }
   for (int64_t column = 0; column < n; column += kLibraryPanel) {
     const int64_t width = panel_width<float>(column, n, kLibraryPanel);
     library_panel(m, width, terms * k, library_elements(a), terms * row_stride,
@@ -219,11 +183,12 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
 // C = A B or C += A B by the library, for A [m, k] of elements and B as `in_columns` leaves a tile, k terms long.
 template <class S>
 inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, const factor_t<S>* tile,
-                                    int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate) {
+                                    int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate,
+                                    const Bfloat16* a_parts = nullptr) {
   if constexpr (kSplits && std::is_same_v<S, float>)
     if (splits_products())
-      return product_in_tiles(m, n, k, a, k, {tile, 1, tile_stride, nullptr, 0, k}, c, c_stride, accumulate,
-                              [](int64_t, int64_t) {});
+      return product_in_tiles(m, n, k, a, k, a_parts, {tile, 1, tile_stride, nullptr, 0, k, kLibraryPanel}, c, c_stride,
+                              accumulate);
   if constexpr (kInLibrary<factor_t<S>>) {
     for (int64_t column = 0; column < n; column += kLibraryPanel)
       library_product(m, panel_width<float>(column, n, kLibraryPanel), k, library_elements(a), k,
@@ -236,10 +201,10 @@ inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const facto
 template <class F, class T, class Finish>
 inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
                          const typename Named<RightFactor<F>>::type& right, T* c, int64_t c_stride,
-                         const Finish& finish, bool library = false) {
+                         const Finish& finish, bool library = false, const Bfloat16* a_parts = nullptr) {
   constexpr int width = Block<T>::kWidth;
   if constexpr (kInLibrary<F>)
-    if (library) return library_product_with(m, n, k, a, row_stride, right, c, c_stride, finish);
+    if (library) return library_product_with(m, n, k, a, row_stride, right, c, c_stride, finish, a_parts);
   const F* packed = right.packed;
   for (int64_t column = 0; column < n; column += width, packed += k * width, c += width) {
     int64_t i = 0;
@@ -253,9 +218,10 @@ inline void product_with(int64_t m, int64_t n, int64_t k, const F* a, int64_t ro
 template <class F, class T>
 inline void product(int64_t m, int64_t n, int64_t k, const F* a, int64_t row_stride, int64_t term_stride,
                     const typename Named<RightFactor<F>>::type& right, T* c, int64_t c_stride, bool accumulate,
-                    bool library = false) {
-  if (accumulate) return product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Accumulate(), library);
-  product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Overwrite(), library);
+                    bool library = false, const Bfloat16* a_parts = nullptr) {
+  if (accumulate)
+    return product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Accumulate(), library, a_parts);
+  product_with(m, n, k, a, row_stride, term_stride, right, c, c_stride, Overwrite(), library, a_parts);
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

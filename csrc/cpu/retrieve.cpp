@@ -73,13 +73,12 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   ask_for_huge_pages_if_fresh(dquery);
   Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
   Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
-  Tensor workspace = empty({BackwardPlan(type, memory, queries, in_blocks).workspace}, sums);
-  ask_for_huge_pages(workspace);
+  Workspace workspace(BackwardPlan(type, memory, queries, in_blocks).workspace, sums);
   double slope = 0;
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),
                        optional_data(dlse), optional_data(dentropy), dquery.mutable_data_ptr(),
-                       dkeys.mutable_data_ptr(), dvalues.mutable_data_ptr(), beta ? &slope : nullptr,
-                       workspace.mutable_data_ptr(), kept});
+                       dkeys.mutable_data_ptr(), dvalues.mutable_data_ptr(), beta ? &slope : nullptr, workspace.data(),
+                       kept});
   Tensor dbeta = beta ? scalar(scale * slope, sums) : empty({0}, sums);
   return {dquery, dkeys, dvalues, dbeta};
 }

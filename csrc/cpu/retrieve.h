@@ -101,15 +101,16 @@ struct BackwardPlan {
     key_sums = key_stride * (memory.library ? memory.features : memory.prototypes);
     value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
     rows = chunk_rows(queries, memory.prototypes, memory.library);
-    if (in_blocks && rows == 126) rows = kBlockRows;
+    const bool is_long = rows == long_chunk(memory.library) && !in_blocks;
+    if (in_blocks && rows == long_chunk(memory.library)) rows = kBlockRows;
     const int64_t sums = key_sums + value_sums;
     const bool in_groups = memory.library && sums > int64_t{1} << 18 && !in_blocks;
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do
     // not; twice as many rows then read the memory half as often. Tiles take rows by the 32, and processors that have
     // them have larger caches.
     const int64_t bytes = (is_float64 ? 16 : 8) * (memory.prototypes + memory.features + memory.value_features);
-    if (in_groups && rows == 126) rows = 252;
-    else if (rows == 126 && bytes * rows > (int64_t{896} << 10) && !(type == Type::kFloat32 && splits_products()))
+    if (in_groups && is_long) rows *= 2;
+    else if (is_long && bytes * rows > (int64_t{896} << 10) && !(type == Type::kFloat32 && splits_products()))
       rows = 84;
     chunks = (queries + rows - 1) / rows;
     const int64_t affordable = (int64_t{1} << 22) / sums;  // 16 MiB of floats
@@ -124,7 +125,7 @@ struct BackwardPlan {
     tiles = 2 * rows * padded(memory.prototypes) + padded(rows * (memory.features + memory.value_features));
     group = 0;
     if (in_groups) {
-      const int64_t threads = thread_count(), least = rows > 126 ? 2 : 4;
+      const int64_t threads = thread_count(), least = is_long ? 2 : 4;
       group = threads < least ? least : threads > 16 ? 16 : threads;
       if (group > chunks) group = chunks;
       slots = 1;

@@ -38,6 +38,7 @@ class ForwardBlocks {
         width_(block_width(a.memory)),
         stride_(padded_stride<T>(width_)),
         read_stride_(padded_stride<T>(a.memory.value_features)),
+        query_parts_(rows, a.memory.features),
         scores_(rows * stride_),
         read_(rows * read_stride_),
         best_(rows),
@@ -49,12 +50,13 @@ class ForwardBlocks {
     const int64_t m = a_.memory.prototypes, d = a_.memory.features, dv = a_.memory.value_features;
     const int64_t kept_width = kept_in_blocks(a_.type, dv), kept_rows = at_most(count, a_.kept.rows - first);
     T* const kept = static_cast<T*>(a_.kept.data) + first * kept_width;
+    if (!is_raw) query_parts_.make(query.data(), query.stride(), rows_, d);
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
       if (is_raw) raw.scores(count, begin, width, query, scores_.data(), stride_);
       else
         product(rows_, width, d, query.data(), query.stride(), 1, panels_.keys_transposed().columns(begin, d),
-                scores_.data(), stride_, false, true);
+                scores_.data(), stride_, false, true, query_parts_.data());
       for (int64_t r = 0; r < count; ++r)
         if (!weigh(r, width, begin == 0)) {
           for (int64_t i = 0; i < kept_rows; ++i) kept[i * kept_width] = T{NAN};
@@ -116,6 +118,7 @@ class ForwardBlocks {
   const RetrieveForward& a_;
   const ReadPanels<S, S>& panels_;
   int64_t rows_, width_, stride_, read_stride_;
+  LeftParts<T> query_parts_;
   Buffer<T> scores_, read_, best_, sum_;
 };
 
@@ -151,6 +154,10 @@ class BackwardBlocks {
         scaled_query_(rows, a.memory.features),
         dout_columns_(rows * a.memory.value_features),
         query_columns_(rows * a.memory.features),
+        query_parts_(rows, a.memory.features),
+        dout_parts_(rows, factors<S>(a.memory.value_features)),
+        dout_column_parts_(a.memory.value_features, rows),
+        query_column_parts_(a.memory.features, rows),
         weights_(rows * stride_),
         gradient_(rows * stride_),
         neighbours_(rows * stride_),
@@ -188,9 +195,10 @@ class BackwardBlocks {
       const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, width, stride_, neighbours_.data());
       product(rows_, d, factors<S>(width), across.data, across.row_stride, across.term_stride,
               panels_.keys().terms(factors<S>(begin), factors<S>(m)), dquery_.data(), key_stride_, begin > 0, true);
-      add(weights_.data(), count, width, dv, dout_columns_.data(), dvalues + begin, sum_stride, !fresh);
-      add(gradient_.data(), count, width, d, query_columns_.data(), dkeys + begin, sum_stride,
-          !fresh || a_.memory.tied());
+      add(weights_.data(), count, width, dv, dout_columns_.data(), dout_column_parts_.data(), dvalues + begin,
+          sum_stride, !fresh);
+      add(gradient_.data(), count, width, d, query_columns_.data(), query_column_parts_.data(), dkeys + begin,
+          sum_stride, !fresh || a_.memory.tied());
     }
     for (int64_t r = 0; r < count; ++r) {
       T* const row = dquery_.data() + r * key_stride_;
@@ -215,6 +223,11 @@ class BackwardBlocks {
     dout_.clear(count, rows_);
     dout_.transpose(count, rows_, dout_columns_.data());
     scaled_query_.transpose(count, rows_, query_columns_.data());
+    const int64_t d = a_.memory.features;
+    if (!is_raw_) query_parts_.make(query_.data(), query_.stride(), rows_, d);
+    dout_parts_.make(dout_.data(), dout_.stride(), rows_, factors<S>(dv));
+    dout_column_parts_.make(dout_columns_.data(), rows_, dv, rows_);
+    query_column_parts_.make(query_columns_.data(), rows_, d, rows_);
   }
 
   // The weights of a block, and dP = dO Vᵀ.
@@ -230,10 +243,11 @@ class BackwardBlocks {
         });
     } else {
       product_with(rows_, width, d, query_.data(), query_.stride(), 1, panels_.keys_transposed().columns(begin, d),
-                   weights_.data(), stride_, weigh, true);
+                   weights_.data(), stride_, weigh, true, query_parts_.data());
     }
     product(rows_, width, factors<S>(dv), dout_.data(), dout_.stride(), 1,
-            panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_.data(), stride_, false, true);
+            panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_.data(), stride_, false, true,
+            dout_parts_.data());
   }
 
   // Mean gradients from the output, and the first block's products. False where they would lose digits: the terms of a
@@ -284,11 +298,12 @@ class BackwardBlocks {
   }
 
   // sums [n, width] += columns [n, rows] tile, or their beginning. The tile is overwritten.
-  void add(T* tile, int64_t count, int64_t width, int64_t n, const factor_t<S>* columns, T* sums, int64_t sum_stride,
-           bool accumulate) {
+  void add(T* tile, int64_t count, int64_t width, int64_t n, const factor_t<S>* columns, const Bfloat16* parts, T* sums,
+           int64_t sum_stride, bool accumulate) {
     std::memset(tile + count * stride_, 0, (rows_ - count) * stride_ * sizeof(T));
     const LeftFactor<S> right = in_columns<S>(tile, rows_, width, stride_);
-    library_product_of_tile<S>(n, width, rows_, columns, right.data, right.term_stride, sums, sum_stride, accumulate);
+    library_product_of_tile<S>(n, width, rows_, columns, right.data, right.term_stride, sums, sum_stride, accumulate,
+                               parts);
   }
 
   const RetrieveBackward& a_;
@@ -298,6 +313,8 @@ class BackwardBlocks {
   RawQueries<S> raw_;
   FactorRows<S> dout_, scaled_query_;
   Buffer<factor_t<S>> dout_columns_, query_columns_;
+  LeftParts<T> query_parts_;
+  LeftParts<factor_t<S>> dout_parts_, dout_column_parts_, query_column_parts_;
   Buffer<T> weights_, gradient_;
   Buffer<factor_t<S>> neighbours_;
   Buffer<T> dquery_, best_, scale_, mean_;

@@ -8,6 +8,7 @@
 #include <new>
 #include <type_traits>
 
+#include "cpu/scratch.h"
 #include "cpu/types.h"
 
 #define ANOMEM_INLINE inline __attribute__((always_inline))
@@ -300,15 +301,13 @@ ANOMEM_INLINE V exp_or_zero(V x) {
   return exp2_or_zero(x * kLog2e<std::remove_reference_t<decltype(x[0])>>);
 }
 
-// Scratch memory: aligned to a cache line, uninitialised, freed at the end of its scope.
+// Scratch memory (scratch.h) of elements, given back at the end of its scope.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(T)) + 64, 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
+      : data_(static_cast<T*>(take_scratch(round_up(count * static_cast<int64_t>(sizeof(T)) + 64, 64)))) {}
+  ~Buffer() { give_scratch(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -41,20 +42,25 @@ class Parts {
   int64_t size_ = 0;
 };
 
+// Memory of the calling thread, which keeps it, for parts of a factor that were not given.
+Bfloat16* still_parts(int64_t size) {
+  static thread_local Parts parts;
+  return parts.take(size);
+}
+
+// The same for two blocks of lines whose parts are made while the tiles multiply.
+Bfloat16* moving_parts(int64_t size) {
+  static thread_local Parts parts;
+  return parts.take(size);
+}
+
 }  // namespace
-
-Bfloat16* left_parts(int64_t size) {
-  static thread_local Parts parts;
-  return parts.take(size);
-}
-
-Bfloat16* right_parts(int64_t size) {
-  static thread_local Parts parts;
-  return parts.take(size);
-}
 
 #if ANOMEM_TILES
 namespace {
+
+// Terms that are split at a time. A factor's parts then stay in the second-level cache.
+constexpr int64_t kSplitTerms = 512;
 
 // Blocks of 32 lines: for each 32 terms three parts, each as two tiles of 16 lines.
 constexpr int64_t kTile = 512, kPart = 2 * kTile, kStep = 3 * kPart;
@@ -65,6 +71,9 @@ bool may_use_tiles() {
   return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl")
 
@@ -88,58 +97,88 @@ ANOMEM_TILE_INLINE Halves split(__m512 x, __m512i& largest) {
   return to;
 }
 
-bool in_range(__m512i largest) {
+ANOMEM_TILE_INLINE bool in_range(__m512i largest) {
   constexpr uint32_t most = (127u + 30) << 23, least = (127u - 45) << 23;
-  alignas(64) uint32_t lanes[16];
-  _mm512_store_si512(lanes, largest);
-  uint32_t bits = 0;
-  for (const uint32_t lane : lanes) bits = lane > bits ? lane : bits;
+  const uint32_t bits = _mm512_reduce_max_epu32(largest);
   return bits == 0 || (bits >= least && bits <= most);
 }
 
-__mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+ANOMEM_TILE_INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0;
+}
+
+// 32 neighbouring terms of a row of A, of which `left` are read, to its line of a block's parts.
+ANOMEM_TILE_INLINE void split_terms(const float* from, int64_t left, Bfloat16* line, __m512i& largest) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i order = _mm512_load_si512(kUpper);
+  const Halves one = split(_mm512_maskz_loadu_ps(first_lanes(left), from), largest);
+  const Halves rest = split(_mm512_maskz_loadu_ps(first_lanes(left - 16), from + 16), largest);
+#pragma GCC unroll 3
+  for (int part = 0; part < 3; ++part)
+    _mm512_store_si512(line + part * kPart, _mm512_permutex2var_epi16(one.part[part], order, rest.part[part]));
+}
+
+// Two neighbouring rows of B in 32 columns, of which `columns` are read, and `next` whether the second row is.
+ANOMEM_TILE_INLINE void split_rows(const float* from, int64_t stride, int64_t columns, bool row, bool next,
+                                   Bfloat16* pairs, __m512i& largest) {
+#pragma GCC unroll 2
+  for (int64_t half = 0; half < 2; ++half) {
+    const __mmask16 lanes = first_lanes(columns - 16 * half);
+    const Halves first = split(_mm512_maskz_loadu_ps(row ? lanes : 0, from + 16 * half), largest);
+    const Halves second = split(_mm512_maskz_loadu_ps(next ? lanes : 0, from + stride + 16 * half), largest);
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; ++part)
+      _mm512_store_si512(pairs + half * kTile + part * kPart,
+                         _mm512_or_si512(_mm512_srli_epi32(first.part[part], 16), second.part[part]));
+  }
+}
+
+// 32 rows of A or columns of B and `terms` terms, whose parts are made unit by unit.
+struct LeftLines {
+  const float* from;
+  int64_t stride, lines, terms;
+
+  int64_t units() const { return round_up(terms, 32); }
+  ANOMEM_TILE_INLINE void split_unit(int64_t unit, Bfloat16* to, __m512i& largest) const {
+    const int64_t step = unit / 32, row = unit % 32;
+    split_terms(from + row * stride + step * 32, row < lines ? terms - step * 32 : 0,
+                to + step * kStep + row / 16 * kTile + row % 16 * 32, largest);
+  }
+};
+
+struct RightLines {
+  const float* from;
+  int64_t stride, lines, terms;
+
+  int64_t units() const { return round_up(terms, 32) / 2; }
+  ANOMEM_TILE_INLINE void split_unit(int64_t unit, Bfloat16* to, __m512i& largest) const {
+    const int64_t term = 2 * unit;
+    split_rows(from + term * stride, stride, lines, term < terms, term + 1 < terms,
+               to + unit / 16 * kStep + unit % 16 * 32, largest);
+  }
+};
+
+template <class Lines>
+ANOMEM_TILE_INLINE bool split_lines(const Lines& lines, Bfloat16* to) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t unit = 0; unit < lines.units(); ++unit) lines.split_unit(unit, to, largest);
+  return in_range(largest);
+}
 
 }  // namespace
 
 bool split_left(const float* a, int64_t stride, int64_t m, int64_t k, Bfloat16* to) {
-  const int64_t steps = round_up(k, 32) / 32;
-  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  const __m512i order = _mm512_load_si512(kUpper);
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t first = 0; first < round_up(m, 32); first += 16)
-    for (int64_t p = 0; p < 32 * steps; p += 32) {
-      Bfloat16* row = to + (first / 32 * steps + p / 32) * kStep + first % 32 / 16 * kTile;
-      for (int64_t i = first; i < first + 16; ++i, row += 32) {
-        const int64_t left = i < m ? k - p : 0;
-        const float* from = a + i * stride + p;
-        const Halves one = split(_mm512_maskz_loadu_ps(first_lanes(left), from), largest);
-        const Halves rest = split(_mm512_maskz_loadu_ps(first_lanes(left - 16), from + 16), largest);
-#pragma GCC unroll 3
-        for (int part = 0; part < 3; ++part)
-          _mm512_store_si512(row + part * kPart, _mm512_permutex2var_epi16(one.part[part], order, rest.part[part]));
-      }
-    }
-  return in_range(largest);
+  bool fits = true;
+  for (int64_t i = 0; i < m; i += 32)
+    fits &= split_lines(LeftLines{a + i * stride, stride, m - i, k}, to + parts_size(i, k));
+  return fits;
 }
 
 bool split_right(const float* b, int64_t stride, int64_t k, int64_t n, Bfloat16* to) {
-  const int64_t steps = round_up(k, 32) / 32;
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t j = 0; j < round_up(n, 32); j += 16) {
-    const __mmask16 columns = first_lanes(n - j);
-    for (int64_t p = 0; p < 32 * steps; p += 2) {
-      const float* from = b + p * stride + j;
-      const Halves first = split(_mm512_maskz_loadu_ps(p < k ? columns : 0, from), largest);
-      const Halves next = split(_mm512_maskz_loadu_ps(p + 1 < k ? columns : 0, from + stride), largest);
-      Bfloat16* row = to + (j / 32 * steps + p / 32) * kStep + j % 32 / 16 * kTile + p % 32 * 16;
-#pragma GCC unroll 3
-      for (int part = 0; part < 3; ++part)
-        _mm512_store_si512(row + part * kPart,
-                           _mm512_or_si512(_mm512_srli_epi32(first.part[part], 16), next.part[part]));
-    }
-  }
-  return in_range(largest);
+  bool fits = true;
+  for (int64_t j = 0; j < n; j += 32) fits &= split_lines(RightLines{b + j, stride, n - j, k}, to + parts_size(j, k));
+  return fits;
 }
 
 namespace {
@@ -162,8 +201,14 @@ ANOMEM_TILE_INLINE void multiply_tiles() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// The sums of 32 × 32 over `steps` times 32 terms, small products first.
-ANOMEM_TILE_INLINE void sum_block(int64_t steps, const Bfloat16* left, const Bfloat16* right) {
+struct Nothing {
+  ANOMEM_TILE_INLINE void operator()() const {}
+};
+
+// The sums of 32 × 32 over `steps` times 32 terms, small products first. `meanwhile` is called four times a step: the
+// tiles multiply beside the vector units.
+template <class Meanwhile>
+ANOMEM_TILE_INLINE void sum_block(int64_t steps, const Bfloat16* left, const Bfloat16* right, Meanwhile&& meanwhile) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -172,14 +217,18 @@ ANOMEM_TILE_INLINE void sum_block(int64_t steps, const Bfloat16* left, const Bfl
     load_left(left + 2 * kPart);
     load_right(right);
     multiply_tiles();
+    meanwhile();
     load_left(left + kPart);
     multiply_tiles();
+    meanwhile();
     load_right(right + kPart);
     multiply_tiles();
     load_left(left);
     multiply_tiles();
+    meanwhile();
     load_right(right + 2 * kPart);
     multiply_tiles();
+    meanwhile();
     load_right(right);
     multiply_tiles();
   }
@@ -210,19 +259,144 @@ ANOMEM_TILE_INLINE void store_block(int64_t rows, int64_t columns, float* c, int
     }
 }
 
-}  // namespace
+// Terms of a chain of sums, 256, in steps of 32.
+constexpr int64_t kChainSteps = 8;
 
-void multiply_parts(int64_t m, int64_t n, int64_t k, const Bfloat16* left, const Bfloat16* right, int64_t right_terms,
-                    float* c, int64_t c_stride, bool accumulate) {
-  constexpr int64_t chain = 4;  // steps, 128 terms: a block of the left factor stays in the first-level cache
-  const int64_t steps = round_up(k, 32) / 32, right_steps = round_up(right_terms, 32) / 32;
+// Parts of a factor: `terms` of them are laid out, those of a product begin at `first`.
+struct StillParts {
+  const Bfloat16* data;
+  int64_t terms, first;
+
+  const Bfloat16* at(int64_t line, int64_t step) const {
+    return data + parts_size(line, terms) + (first / 32 + step) * kStep;
+  }
+};
+
+struct Sums {
+  float* c;
+  int64_t stride;
+  bool accumulate;
+};
+
+// All parts are given. A block of the left factor stays in the first-level cache.
+void multiply_parts(int64_t m, int64_t n, int64_t k, const StillParts& left, const StillParts& right,
+                    const Sums& sums) {
+  constexpr int64_t chain = kChainSteps / 2;
+  const int64_t steps = round_up(k, 32) / 32;
   for (int64_t i = 0; i < m; i += 32)
     for (int64_t s = 0; s < steps; s += chain)
       for (int64_t j = 0; j < n; j += 32) {
-        sum_block(at_most(chain, steps - s), left + (i / 32 * steps + s) * kStep,
-                  right + (j / 32 * right_steps + s) * kStep);
-        store_block(m - i, n - j, c + i * c_stride + j, c_stride, accumulate || s > 0);
+        sum_block(at_most(chain, steps - s), left.at(i, s), right.at(j, s), Nothing());
+        store_block(m - i, n - j, sums.c + i * sums.stride + j, sums.stride, sums.accumulate || s > 0);
       }
+}
+
+// The parts of one factor are given. Those of the other are made 32 lines and a chain at a time, while the tiles
+// multiply the lines before: `lines_at(line, step)` are LeftLines or RightLines. `by_library(line, term, terms)` makes
+// the product of lines that do not fit.
+template <class LinesAt, class ByLibrary>
+ANOMEM_TILE_INLINE void multiply_moving(int64_t m, int64_t n, int64_t k, const StillParts& still,
+                                        const LinesAt& lines_at, const Sums& sums, const ByLibrary& by_library) {
+  using Lines = decltype(lines_at(0, 0));
+  constexpr bool is_left = std::is_same_v<Lines, LeftLines>;
+  const int64_t steps = round_up(k, 32) / 32, chains = (steps + kChainSteps - 1) / kChainSteps;
+  const int64_t lines = is_left ? m : n, others = is_left ? n : m;
+  const int64_t blocks = round_up(lines, 32) / 32 * chains;
+  constexpr int64_t size = 32 * 32 * kChainSteps * 3;
+  if (blocks == 0) return;
+  Bfloat16* const parts = moving_parts(2 * size);
+  const auto block_at = [&](int64_t b) { return lines_at(b / chains * 32, b % chains * kChainSteps); };
+  bool fits = split_lines(block_at(0), parts);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t line = b / chains * 32, step = b % chains * kChainSteps;
+    const int64_t some = at_most(kChainSteps, steps - step);
+    const Bfloat16* const now = parts + b % 2 * size;
+    Bfloat16* const next_parts = parts + (b + 1) % 2 * size;
+    const Lines next = block_at(b + 1 < blocks ? b + 1 : b);
+    const int64_t units = b + 1 < blocks ? next.units() : 0;
+    const int64_t calls = 4 * some * (round_up(others, 32) / 32), quota = (units + calls - 1) / calls;
+    int64_t unit = 0;
+    __m512i largest = _mm512_setzero_si512();
+    const auto split_some = [&](int64_t count) __attribute__((always_inline)) {
+      for (const int64_t end = at_most(units, unit + count); unit < end; ++unit)
+        next.split_unit(unit, next_parts, largest);
+    };
+    __asm__ volatile("" ::: "memory");  // the instructions of tiles do not say that they read memory
+    if (fits) {
+      for (int64_t other = 0; other < others; other += 32) {
+        const int64_t i = is_left ? line : other, j = is_left ? other : line;
+        const Bfloat16* const rest = still.at(other, step);
+        sum_block(some, is_left ? now : rest, is_left ? rest : now,
+                  [&]() __attribute__((always_inline)) { split_some(quota); });
+        store_block(m - i, n - j, sums.c + i * sums.stride + j, sums.stride, sums.accumulate || step > 0);
+      }
+    } else {
+      by_library(line, step * 32, at_most(32 * some, k - step * 32), sums.accumulate || step > 0);
+    }
+    split_some(units);
+    fits = in_range(largest);
+  }
+}
+
+}  // namespace
+
+void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const Bfloat16* a_parts,
+                      const Panels& b, float* c, int64_t c_stride, bool accumulate) {
+  const int64_t padded = round_up(n, 32);
+  for (int64_t start = 0; start < k; start += kSplitTerms) {
+    const int64_t terms = at_most(kSplitTerms, k - start);
+    const Sums sums{c, c_stride, accumulate || start > 0};
+    // From a column on, the first row of this product.
+    const auto stride_at = [&](int64_t j) { return b.stride > 0 ? b.stride : b.width(j / b.widest * b.widest, n); };
+    const auto right_at = [&](int64_t j, int64_t term) {
+      const int64_t column = j / b.widest * b.widest;
+      return b.data + column * b.step + (b.first + start + term) * stride_at(j) + j - column;
+    };
+    // Not what lies beyond the last column: whether parts fit must not depend on it.
+    const auto right_lines = [&](int64_t j, int64_t step) __attribute__((always_inline)) {
+      return RightLines{right_at(j, step * 32), stride_at(j), n - j, at_most(32 * kChainSteps, terms - step * 32)};
+    };
+    const auto left_lines = [&](int64_t i, int64_t step) __attribute__((always_inline)) {
+      return LeftLines{a + start + i * a_stride + step * 32, a_stride, m - i,
+                       at_most(32 * kChainSteps, terms - step * 32)};
+    };
+    const auto by_library = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, int64_t term, int64_t count,
+                                bool adds) {
+      constexpr int64_t chain = 32 * kChainSteps;
+      for (int64_t p = term; p < term + count; p += chain)
+        library_product(rows, columns, at_most(chain, term + count - p), a + start + p + i * a_stride, a_stride,
+                        right_at(j, p), stride_at(j), c + i * c_stride + j, c_stride, adds || p > term);
+    };
+    const auto rows_by_library = [&](int64_t i, int64_t term, int64_t count, bool adds) {
+      for (int64_t j = 0; j < padded; j += b.widest)
+        by_library(i, at_most(32, m - i), j, b.width(j, n), term, count, adds);
+    };
+    const auto columns_by_library = [&](int64_t j, int64_t term, int64_t count, bool adds) {
+      by_library(0, m, j, 32, term, count, adds);
+    };
+    const StillParts left{a_parts, k, start}, right{b.parts, b.all, b.first + start};
+    if (a_parts != nullptr && b.parts != nullptr) {
+      multiply_parts(m, padded, terms, left, right, sums);
+    } else if (b.parts != nullptr) {
+      multiply_moving(m, padded, terms, right, left_lines, sums, rows_by_library);
+    } else if (a_parts != nullptr) {
+      multiply_moving(m, padded, terms, left, right_lines, sums, columns_by_library);
+    } else if (n <= m) {
+      Bfloat16* const parts = still_parts(parts_size(n, terms));
+      bool fits = true;
+      for (int64_t j = 0; j < padded; j += 32)
+        fits &= split_right(right_at(j, 0), stride_at(j), terms, at_most(32, n - j), parts + parts_size(j, terms));
+      if (fits) multiply_moving(m, padded, terms, {parts, terms, 0}, left_lines, sums, rows_by_library);
+      else
+        for (int64_t i = 0; i < m; i += 32) rows_by_library(i, 0, terms, sums.accumulate);
+    } else {
+      Bfloat16* const parts = still_parts(parts_size(m, terms));
+      if (split_left(a + start, a_stride, m, terms, parts))
+        multiply_moving(m, padded, terms, {parts, terms, 0}, right_lines, sums, columns_by_library);
+      else
+        for (int64_t j = 0; j < padded; j += 32) columns_by_library(j, 0, terms, sums.accumulate);
+    }
+  }
 }
 
 struct alignas(64) TileLayout {
@@ -238,26 +412,33 @@ void take_tiles() { _tile_loadconfig(&kLayout); }
 void release_tiles() { _tile_release(); }
 
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 
 namespace {
 
-// A product of small whole numbers and quarters of units in the last place of bfloat16, whose sums are exact.
+// Products of small whole numbers and quarters of units in the last place of bfloat16, whose sums are exact, with each
+// choice of parts that are given.
 bool is_right() {
-  constexpr int64_t m = 33, n = 35, k = 45;
-  std::vector<float> a(m * k), b(k * n), c(m * n, 1.0f);
+  constexpr int64_t m = 67, n = 35, k = 45, stride = 64;
+  std::vector<float> a(m * k), b(k * n), sums(m * n, 1.0f);
   for (int64_t i = 0; i < m * k; ++i) a[i] = static_cast<float>(i * 5 % 7 - 3) * (1 + 0x1p-10f);
   for (int64_t i = 0; i < k * n; ++i) b[i] = static_cast<float>(i * 3 % 5 - 2);
-  Bfloat16 *const left = left_parts(parts_size(m, k)), *const right = right_parts(parts_size(n, k));
-  if (!split_left(a.data(), k, m, k, left) || !split_right(b.data(), n, k, n, right)) return false;
-  take_tiles();
-  multiply_parts(m, n, k, left, right, k, c.data(), n, true);
-  release_tiles();
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      float sum = 1.0f;
-      for (int64_t p = 0; p < k; ++p) sum += a[i * k + p] * b[p * n + j];
-      if (c[i * n + j] != sum) return false;
-    }
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t p = 0; p < k; ++p) sums[i * n + j] += a[i * k + p] * b[p * n + j];
+  Parts a_memory, b_memory;
+  Bfloat16 *const a_parts = a_memory.take(parts_size(m, k)), *const b_parts = b_memory.take(parts_size(n, k));
+  if (!split_left(a.data(), k, m, k, a_parts) || !split_right(b.data(), n, k, n, b_parts)) return false;
+  for (int given = 0; given < 4; ++given) {
+    std::vector<float> c(m * stride, 1.0f);
+    take_tiles();
+    product_in_tiles(m, n, k, a.data(), k, given & 1 ? a_parts : nullptr,
+                     {b.data(), 1, n, given & 2 ? b_parts : nullptr, 0, k, stride}, c.data(), stride, true);
+    release_tiles();
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        if (c[i * stride + j] != sums[i * n + j]) return false;
+  }
   return true;
 }
 
@@ -272,7 +453,8 @@ bool splits_products() {
 bool splits_products() { return false; }
 bool split_left(const float*, int64_t, int64_t, int64_t, Bfloat16*) { return false; }
 bool split_right(const float*, int64_t, int64_t, int64_t, Bfloat16*) { return false; }
-void multiply_parts(int64_t, int64_t, int64_t, const Bfloat16*, const Bfloat16*, int64_t, float*, int64_t, bool) {}
+void product_in_tiles(int64_t, int64_t, int64_t, const float*, int64_t, const Bfloat16*, const Panels&, float*, int64_t,
+                      bool) {}
 void take_tiles() {}
 void release_tiles() {}
 #endif

@@ -16,9 +16,6 @@ namespace anomem::cpu {
 // the system lends them, and a product of exact numbers was right.
 bool splits_products();
 
-// Terms that are split at a time. A left factor's parts then stay in the second-level cache.
-constexpr int64_t kSplitTerms = 512;
-
 // Elements of a factor's parts; `lines` are rows of a left or columns of a right factor.
 inline int64_t parts_size(int64_t lines, int64_t terms) { return 3 * round_up(lines, 32) * round_up(terms, 32); }
 
@@ -28,14 +25,23 @@ inline int64_t parts_size(int64_t lines, int64_t terms) { return 3 * round_up(li
 bool split_left(const float* a, int64_t stride, int64_t m, int64_t k, Bfloat16* to);
 bool split_right(const float* b, int64_t stride, int64_t k, int64_t n, Bfloat16* to);
 
-// C [m, n] = A B or C += A B on a thread that has a `Tiles`, from the parts of `k` terms of both. `right_terms`: terms
-// of the whole right factor, which begin at a multiple of 32 for these.
-void multiply_parts(int64_t m, int64_t n, int64_t k, const Bfloat16* left, const Bfloat16* right, int64_t right_terms,
-                    float* c, int64_t c_stride, bool accumulate);
+// The panels of a right factor: `step` elements for each column before one, `stride` between its rows (0: its width).
+// Its terms are `all`, those of a product begin at `first`, a multiple of 32. `parts` of the whole factor may be null.
+struct Panels {
+  const float* data;
+  int64_t step, stride;
+  const Bfloat16* parts;
+  int64_t first, all;
+  int64_t widest;  // columns of a panel
 
-// Memory of the calling thread for the parts of a left and of a right factor; a thread keeps it.
-Bfloat16* left_parts(int64_t size);
-Bfloat16* right_parts(int64_t size);
+  int64_t width(int64_t column, int64_t n) const { return at_most(widest, round_up(n, 32) - column); }
+};
+
+// C [m, n] = A B or C += A B over k terms, on a thread that has a `LibraryProducts`. `a_parts`: those of A, or null.
+// Columns up to the end of the last panel are written. Where parts are not given, those of the larger factor are made
+// while the tiles multiply. Lines that need the range of float32 get a product of the library.
+void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const Bfloat16* a_parts,
+                      const Panels& b, float* c, int64_t c_stride, bool accumulate);
 
 // Sets up the tiles of the calling thread and gives them back.
 void take_tiles();

@@ -1,0 +1,120 @@
+// native_scratch_peak
+#include "cpu/scratch.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "cpu/pages.h"
+#include "cpu/types.h"
+
+namespace anomem::cpu {
+namespace {
+
+// Before a block's data, in a cache line of its own.
+struct alignas(64) Header {
+  int64_t bytes;  // of the data
+};
+
+// Smaller blocks are the allocator's: it takes none of them from the system anew.
+constexpr int64_t kLeastKept = int64_t{64} << 10, kHugePage = int64_t{2} << 20;
+
+std::atomic<int64_t> in_use{0}, peak{0};
+
+void count(int64_t bytes) {
+  const int64_t now = in_use.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  int64_t most = peak.load(std::memory_order_relaxed);
+  while (now > most && !peak.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  }
+}
+
+Header* allocate(int64_t bytes) {
+  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  const int64_t size = round_up(bytes + static_cast<int64_t>(sizeof(Header)), alignment);
+  Header* const block = static_cast<Header*>(std::aligned_alloc(alignment, size));
+  if (block == nullptr) throw std::bad_alloc();
+  if (bytes >= kHugePage) ask_for_huge_pages(block, size);
+  block->bytes = size - static_cast<int64_t>(sizeof(Header));
+  return block;
+}
+
+// Unused blocks, the oldest first. The lock is only tried: a child of fork may find it taken for ever.
+class Kept {
+ public:
+  // A block that is not much too large, or null.
+  Header* take(int64_t bytes) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i)
+      if (blocks_[i]->bytes >= bytes && blocks_[i]->bytes <= 2 * bytes + kLeastKept &&
+          (best == blocks_.size() || blocks_[i]->bytes < blocks_[best]->bytes))
+        best = i;
+    if (best == blocks_.size()) return nullptr;
+    Header* const block = blocks_[best];
+    blocks_.erase(blocks_.begin() + static_cast<int64_t>(best));
+    bytes_ -= block->bytes;
+    return block;
+  }
+
+  void give(Header* block) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || block->bytes > kKeptScratch) return std::free(block);
+    blocks_.push_back(block);
+    bytes_ += block->bytes;
+    while (bytes_ > kKeptScratch) {
+      bytes_ -= blocks_.front()->bytes;
+      std::free(blocks_.front());
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Header*> blocks_;
+  int64_t bytes_ = 0;
+};
+
+// Never destroyed: threads may give back blocks while the process ends.
+Kept& kept() {
+  static Kept& blocks = *new Kept;
+  return blocks;
+}
+
+// The sanitizer finds blocks that are read after they were given back, if they are freed.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeeps = false;
+#else
+constexpr bool kKeeps = true;
+#endif
+
+}  // namespace
+
+void* take_scratch(int64_t bytes) {
+  Header* block = kKeeps && bytes >= kLeastKept ? kept().take(bytes) : nullptr;
+  if (block == nullptr) block = allocate(bytes);
+  count(block->bytes);
+  return block + 1;
+}
+
+void give_scratch(void* data) {
+  Header* const block = static_cast<Header*>(data) - 1;
+  in_use.fetch_sub(block->bytes, std::memory_order_relaxed);
+  if (kKeeps && block->bytes >= kLeastKept) kept().give(block);
+  else std::free(block);
+}
+
+namespace {
+
+// Most bytes in use at once since the last call.
+int64_t take_peak(const torch::stable::Tensor&) { return peak.exchange(in_use.load()); }
+
+}  // namespace
+}  // namespace anomem::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(anomem, CPU, m) { m.impl("native_scratch_peak", TORCH_BOX(&anomem::cpu::take_peak)); }
