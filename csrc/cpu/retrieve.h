@@ -16,8 +16,8 @@ struct Shrinkage {
 };
 
 // Whether queries pass over the memory block after block (retrieve_blocks.h): where products are so fast that the
-// passes over scores which leave the second-level cache take most of the time. Each block splits the queries' rows
-// again, which fewer prototypes for each feature do not repay. As in anomem/ops/retrieve.py.
+// passes over scores which leave the second-level cache take most of the time. With fewer prototypes, or fewer for each
+// feature, kept weights were as fast. As in anomem/ops/retrieve.py.
 inline bool reads_in_blocks(Type type, const Memory& memory) {
   const int64_t features = at_least(memory.features, memory.value_features);
   if (!memory.library) return false;
