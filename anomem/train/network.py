@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from anomem.functional.batch_norm import batch_norm
@@ -270,12 +271,16 @@ def synchronised(norm: _BatchNorm) -> nn.Module:
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Around a second pass over the same views: batch norms normalise by the batch, and their running averages stay."""
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    """Around a second pass over the same views: norms normalise by the views, and their running averages stay."""
+    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm | _InstanceNorm) and m.track_running_stats]
+    averages = [(norm.running_mean, norm.running_var) for norm in tracking]
     for norm in tracking:
         norm.track_running_stats = False
+        if isinstance(norm, _InstanceNorm):  # updates what it has
+            norm.running_mean = norm.running_var = None
     try:
         yield
     finally:
-        for norm in tracking:
+        for norm, (mean, var) in zip(tracking, averages, strict=True):
             norm.track_running_stats = True
+            norm.running_mean, norm.running_var = mean, var

@@ -18,7 +18,7 @@ from anomem.models import AnoMem, ModelConfig, NetworkEncoder, build_model
 from anomem.ops import retrieve
 from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig, steps
 from anomem.train.batches import training_batches
-from anomem.train.network import Network
+from anomem.train.network import Network, statistics_kept
 from anomem.train.ranks import ONE
 from anomem.train.steps import SampledVectors, Stage1Step
 from benchmarks.harness.measure import peak_bytes
@@ -141,6 +141,30 @@ def test_sampled_vectors_are_still_there(monkeypatch: pytest.MonkeyPatch) -> Non
             gradients(replace(config_of(micro_batch=micro), synthetic_outliers=0.0), False)
     for whole, cached in zip(found[None], found[3], strict=True):
         torch.testing.assert_close(whole, cached)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(6),
+        nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        nn.BatchNorm2d(6, track_running_stats=False),
+    ],
+    ids=["batch", "instance", "batch without averages"],
+)
+def test_running_averages_follow_one_pass(norm: nn.Module) -> None:
+    """The second pass over the same views normalises as the first one did and changes no average."""
+    views = torch.randn(5, 6, 8, 8, generator=torch.Generator().manual_seed(1)) + 2
+    first = norm(views)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with statistics_kept(norm):
+        second = norm(views)
+    assert torch.equal(first, second)
+    assert norm.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    tracks = "running_mean" in before
+    norm(views)
+    assert tracks == any(not torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
 def test_without_dropout_and_batch_norm_they_are_those_of_the_whole_batch() -> None:
