@@ -34,7 +34,7 @@ CALLS: dict[str, tuple[Call, list[tuple[int, ...]]]] = {
     "shrink": (lambda q, k: hopfield_retrieve(q, k, shrink=0.02, impl="native"), [(300, 24), (70, 24)]),
     "nt_xent": (lambda a, b: nt_xent(a, b, impl="native"), [(3, 150, 40), (3, 150, 40)]),
     "info_nce": (lambda a, b: info_nce(a, b, torch.arange(300), impl="native"), [(1, 300, 40), (1, 500, 40)]),
-    "read": (lambda x, m: read_memory(x, m, impl="native").retrieved, [(300, 24), (70, 24)]),
+    "read": (lambda x, m: read_memory(x, m, impl="native").out, [(300, 24), (70, 24)]),
     "conv3x3": (lambda x, w: conv3x3(x, w, impl="native"), [(5, 40, 20, 20), (33, 40, 3, 3)]),
     "batch_norm": (
         lambda x, w, b: batch_norm(x, None, None, w, b, True, impl="native"),
