@@ -25,6 +25,7 @@
 #include "cpu/read.h"
 #include "cpu/retrieve.h"
 #include "cpu/sampling.h"
+#include "cpu/scratch.h"
 #include "cpu/tile_product.h"
 #include "cpu/types.h"
 #include "cpu/usage.h"

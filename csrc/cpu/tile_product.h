@@ -4,9 +4,9 @@
 // the others are below 2^-26 of the whole. Tiles round sums less often than vectors do: the error is half that of MKL's
 // float32 products (random numbers, up to 2048 terms).
 //
-// Measured on one core (Intel family 6, AMX; Gflop/s of float32): blocks of 126 × 512 × 64 to 512 from given parts 340 to
-// 425, oneDNN's float32 micro-kernels 185 to 220. With the splitting of the larger factor, blocks of 192 × 256 and 64 to
-// 256: 290 to 390; 210 to 320 if it is split first.
+// Measured on one core (Intel family 6, AMX; Gflop/s of float32): blocks of 126 × 512 × 64 to 512 from given parts 340
+// to 425, oneDNN's float32 micro-kernels 185 to 220. With the splitting of the larger factor, blocks of 192 × 256 and
+// 64 to 256: 290 to 390; 210 to 320 if it is split first.
 #pragma once
 
 #include "cpu/types.h"
