@@ -351,21 +351,24 @@ def batches(results: Path) -> str:
     return "\n".join([head, "", *lines])
 
 
-def processes(results: Path) -> str:
+def processes(device: str) -> Callable[[Path], str]:
     """Throughput of several gloo processes against one process of as many threads."""
-    measured = rows.read(results / "cpu-processes.jsonl", Step)
-    if not measured:
-        return NOT_MEASURED["cpu"]
-    lines = ["| images/s | processes of one thread | one process of as many threads | ratio |", "|---|--:|--:|--:|"]
-    for title in dict.fromkeys(row.title for row in measured):
-        many, one = (row.images_per_second for row in measured if row.title == title)
-        count = next(row.config["processes"] for row in measured if row.title == title)
-        lines.append(
-            f"| {title.removeprefix('Stage 1, ')}; {count} processes | {many:.0f} | {one:.0f} | {times(many / one)} |"
-        )
-    others = max(row.others or 0.0 for row in measured)
-    head = f"{machine_line(measured[0].about)} {commits(row.about for row in measured)}"
-    return "\n".join([f"{head} Other processes used at most {others:.2f} cores.", "", *lines])
+
+    def section(results: Path) -> str:
+        measured = rows.read(results / f"{device}-processes.jsonl", Step)
+        if not measured:
+            return NOT_MEASURED[device]
+        lines = ["| images/s | processes of one thread | one process of as many threads | ratio |", "|---|--:|--:|--:|"]
+        for title in dict.fromkeys(row.title for row in measured):
+            many, one = (row.images_per_second for row in measured if row.title == title)
+            count = next(row.config["processes"] for row in measured if row.title == title)
+            what = f"{title.removeprefix('Stage 1, ')}; {count} processes"
+            lines.append(f"| {what} | {many:.0f} | {one:.0f} | {times(many / one)} |")
+        others = max(row.others or 0.0 for row in measured)
+        head = f"{machine_line(measured[0].about)} {commits(row.about for row in measured)}"
+        return "\n".join([f"{head} Other processes used at most {others:.2f} cores.", "", *lines])
+
+    return section
 
 
 def picture(title: str, name: str) -> str:
@@ -452,8 +455,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         ("crossovers", crossovers(device)),
         ("training", training_steps(device)),
         ("execution", execution(device)),
+        ("processes", processes(device)),
         ("small", details(device, "small")),
     )
 }
 SECTIONS["cpu-batches"] = batches
-SECTIONS["cpu-processes"] = processes
