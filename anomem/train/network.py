@@ -276,7 +276,7 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
     averages = [(norm.running_mean, norm.running_var) for norm in tracking]
     for norm in tracking:
         norm.track_running_stats = False
-        if isinstance(norm, _InstanceNorm):  # updates what it has
+        if isinstance(norm, _InstanceNorm):  # it updates averages even where they are not tracked
             norm.running_mean = norm.running_var = None
     try:
         yield

@@ -118,8 +118,10 @@ class ForwardBlocks {
   const RetrieveForward& a_;
   const ReadPanels<S, S>& panels_;
   int64_t rows_, width_, stride_, read_stride_;
-  LeftParts<T> query_parts_;
-  Buffer<T> scores_, read_, best_, sum_;
+  LeftParts<T> query_parts_;  // [rows, d]
+  Buffer<T> scores_;          // [rows, a block's prototypes]
+  Buffer<T> read_;            // [rows, dv]
+  Buffer<T> best_, sum_;      // [rows]
 };
 
 // Turns a product's scores into the softmax's weights while they are in the first-level cache.
@@ -313,8 +315,9 @@ class BackwardBlocks {
   RawQueries<S> raw_;
   FactorRows<S> dout_, scaled_query_;
   Buffer<factor_t<S>> dout_columns_, query_columns_;
-  LeftParts<T> query_parts_;
-  LeftParts<factor_t<S>> dout_parts_, dout_column_parts_, query_column_parts_;
+  LeftParts<T> query_parts_;                                       // [rows, d]
+  LeftParts<factor_t<S>> dout_parts_;                              // [rows, dv]
+  LeftParts<factor_t<S>> dout_column_parts_, query_column_parts_;  // [dv, rows], [d, rows]
   Buffer<T> weights_, gradient_;
   Buffer<factor_t<S>> neighbours_;
   Buffer<T> dquery_, best_, scale_, mean_;
