@@ -58,6 +58,15 @@ def own_choices() -> Iterator[None]:
         backends.forget()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What a test that counts memory in use needs: how many threads hold theirs at once is chance."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ranges_in_the_interpreter() -> None:
     """Triton 3.6 calls int() on an array of one element, which numpy 2.4 refuses unless it is 0-dimensional.

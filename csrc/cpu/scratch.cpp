@@ -19,6 +19,7 @@ namespace {
 // Before a block's data, in a cache line of its own.
 struct alignas(64) Header {
   int64_t bytes;  // of the data
+  int64_t asked;  // of them; a kept block may be larger
 };
 
 // Smaller blocks are the allocator's: it takes none of them from the system anew.
@@ -98,20 +99,21 @@ constexpr bool kKeeps = true;
 void* take_scratch(int64_t bytes) {
   Header* block = kKeeps && bytes >= kLeastKept ? kept().take(bytes) : nullptr;
   if (block == nullptr) block = allocate(bytes);
-  count(block->bytes);
+  block->asked = bytes;
+  count(bytes);
   return block + 1;
 }
 
 void give_scratch(void* data) {
   Header* const block = static_cast<Header*>(data) - 1;
-  in_use.fetch_sub(block->bytes, std::memory_order_relaxed);
+  in_use.fetch_sub(block->asked, std::memory_order_relaxed);
   if (kKeeps && block->bytes >= kLeastKept) kept().give(block);
   else std::free(block);
 }
 
 namespace {
 
-// Most bytes in use at once since the last call.
+// Most bytes asked for at once since the last call. The size of kept blocks would depend on the calls before.
 int64_t take_peak(const torch::stable::Tensor&) { return peak.exchange(in_use.load()); }
 
 }  // namespace

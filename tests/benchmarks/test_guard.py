@@ -25,7 +25,7 @@ from benchmarks.profile_training import random_images
 MIB = 2**20
 
 # Peak memory of the native library's training call (forward and backward, inputs not counted) as a share of eager's at
-# the same size: what torch allocates, and that with the kernels' scratch memory. The sizes are those at which eager is
+# the same size: what torch allocates, and that with one thread's scratch memory of the kernels. The sizes are those at which eager is
 # dominated by its [rows, columns] intermediates.
 SHARES = [
     (case("nt_xent", G=2, B=512, d=64), 1 / 12, 1 / 12),
@@ -65,7 +65,7 @@ def native_or_skip(operator: str) -> None:
 
 @pytest.mark.parametrize(("one", "share", "with_scratch"), SHARES, ids=lambda value: getattr(value, "operator", ""))
 def test_native_allocates_a_small_share_of_eager(
-    one: Case, share: float, with_scratch: float, monkeypatch: pytest.MonkeyPatch
+    one: Case, share: float, with_scratch: float, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside what is kept for the backward pass, at most KEPT_BYTES."""
     native_or_skip(one.operator)

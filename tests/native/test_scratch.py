@@ -85,3 +85,19 @@ def test_peak_is_that_of_one_call(library: None) -> None:
     hopfield_retrieve(query, memory, impl="native")
     assert 200 * 64 * 4 < peak(query) < 16 << 20
     assert peak(query) == 0
+
+
+def test_peak_does_not_depend_on_the_calls_before(library: None, one_thread: None) -> None:
+    """A call may be given kept blocks that are larger than it asked for."""
+    query, peak = draw(2100, 64), torch.ops.anomem.native_scratch_peak
+
+    def peak_of(prototypes: int) -> int:
+        memory = draw(prototypes, 64, seed=1)
+        peak(query)
+        hopfield_retrieve(query, memory, impl="native")
+        return peak(query)
+
+    small = [peak_of(prototypes) for prototypes in range(320, 640, 64)]
+    for prototypes in range(600, 340, -30):
+        peak_of(prototypes)
+    assert [peak_of(prototypes) for prototypes in range(320, 640, 64)] == small
