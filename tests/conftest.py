@@ -14,6 +14,8 @@ import pytest
 
 # No measurement and no file of this machine: every run of the suite makes the same choices.
 os.environ["ANOMEM_CHOICE"] = "table"
+# The native library fills memory that it hands to a kernel with NaN, so that a value nobody wrote is seen.
+os.environ["ANOMEM_POISON"] = "1"
 
 SWITCHED_ON_HERE = "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules
 if SWITCHED_ON_HERE:
@@ -42,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Every test runs with uninitialised memory filled with NaN, so that a value nobody wrote is seen."""
+    """The same for the tensors that torch allocates."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     yield

@@ -6,9 +6,9 @@ which the host queues the whole call; so launches are not timed.
 
 Memory: the largest amount allocated during a call beyond what was allocated before it. On CUDA the caching allocator
 keeps that figure. On a CPU the profiler reports every allocation and release of torch's CPU allocator; the largest
-running sum is exact and repeatable, unlike the resident size of a process. The most scratch memory that anomem's
-kernels had in use at once is added. Memory that another library takes from the system by itself (packed panels of the
-BLAS library, stack arrays) is not seen.
+running sum is exact and repeatable, unlike the resident size of a process. The most of anomem's own memory (scratch and
+large results) that was in use at once is added. Memory that another library takes from the system by itself (packed
+panels of the BLAS library, stack arrays) is not seen.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def _scratch_peak() -> int:
-    """Bytes of scratch memory of the native kernels since the last call; 0 without their library."""
+    """Most bytes of the native kernels' own memory in use since the last call; 0 without their library."""
     native = importlib.import_module("anomem.ops.native")
     if native.obstacle("cpu") is not None:
         return 0

@@ -6,13 +6,11 @@
 
 #include "cpu/augment.h"
 #include "cpu/augment_noise.h"
+#include "cpu/augment_pixels.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
-
-constexpr int kPacked = 4;  // channels of a packed pixel; one-channel images are not packed
-typedef float Pixel __attribute__((vector_size(4 * kPacked), aligned(4), may_alias));
 
 // Pixels of the rim before and after a line: a place between −1 and the size reads one before it and two after it.
 constexpr int64_t kRimBefore = 1, kRim = 3;
@@ -26,16 +24,6 @@ ANOMEM_INLINE vec<float> clamped(vec<float> x) {
 template <class F>
 ANOMEM_INLINE void for_values(float* x, int64_t n, F f) {
   for_vectors<float>(n, [&](int64_t i, int64_t count) { store_some(x + i, f(load_some(x + i, count)), count); });
-}
-
-// A line of an image's channel as floats in [0, 1].
-template <class From>
-inline void read_line(const From* from, int64_t stride, int64_t width, float* to) {
-  constexpr float unit = std::is_same_v<From, uint8_t> ? 1.0f / 255 : 1.0f;
-  if (stride == 1)
-    for (int64_t x = 0; x < width; ++x) to[x] = static_cast<float>(from[x]) * unit;
-  else
-    for (int64_t x = 0; x < width; ++x) to[x] = static_cast<float>(from[x * stride]) * unit;
 }
 
 // Where the pixels of one line of a view lie in the packed image.
@@ -90,15 +78,33 @@ inline void find_places(const Augment& a, const float* matrix, int64_t y, Places
   }
 }
 
-// A line of a view from the packed image, bilinearly.
-template <class P>
-inline void sample_line(const P* packed, const Places& places, int64_t stride, int64_t width, P* line) {
+// A line of a view from an image of one channel, bilinearly.
+inline void sample_line(const float* image, const Places& places, int64_t stride, int64_t width, float* line) {
+  const int32_t* at = places.at.data();
+  const float *right = places.right.data(), *down = places.down.data();
   for (int64_t x = 0; x < width; ++x) {
-    const P* upper = packed + places.at[x];
-    const P* lower = upper + stride;
-    const float right = places.right[x], down = places.down[x];
-    const P above = upper[0] + (upper[1] - upper[0]) * right, below = lower[0] + (lower[1] - lower[0]) * right;
-    line[x] = above + (below - above) * down;
+    const float* upper = image + at[x];
+    const float* lower = upper + stride;
+    const float first = upper[0] + (lower[0] - upper[0]) * down[x];
+    const float second = upper[1] + (lower[1] - upper[1]) * down[x];
+    line[x] = first + (second - first) * right[x];
+  }
+}
+
+// The same from packed pixels: the left and the right neighbours are read at once.
+inline void sample_pixels(const float* image, const Places& places, int64_t stride, int64_t width, float* line) {
+  typedef float Neighbours __attribute__((vector_size(2 * sizeof(Pixel)), aligned(4), may_alias));
+  const int32_t* at = places.at.data();
+  const float *right = places.right.data(), *down = places.down.data();
+  for (int64_t x = 0; x < width; ++x) {
+    const float* upper = image + kPacked * at[x];
+    const Neighbours above = *reinterpret_cast<const Neighbours*>(upper);
+    const Neighbours below = *reinterpret_cast<const Neighbours*>(upper + kPacked * stride);
+    const Neighbours both = above + (below - above) * down[x];
+    Pixel pixel[2];
+    std::memcpy(pixel, &both, sizeof both);
+    const Pixel sampled = pixel[0] + (pixel[1] - pixel[0]) * right[x];
+    std::memcpy(line + x * kPacked, &sampled, sizeof sampled);
   }
 }
 
@@ -165,34 +171,41 @@ class AugmentedView {
 
   void read(int64_t view) {
     const int64_t image = view % a_.images.batch;
-    if (!a_.matrices.given) {
-      for (int64_t c = 0; c < c_; ++c)
-        for (int64_t y = 0; y < h_; ++y)
-          read_line(line_of(image, c, y), a_.images.width_stride, w_, x_ + c * area_ + y * w_);
-      return;
-    }
+    if (!a_.matrices.given) return read_planes(image);
     const float* matrix = a_.matrices.data + view * 6;
     if (c_ == 1) {
       pack_plane(image);
       for (int64_t y = 0; y < h_; ++y) {
         find_places(a_, matrix, y, places_);
-        sample_line<float>(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
+        sample_line(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
       }
       return;
     }
     for (int64_t first = 0; first < c_; first += kPacked) {
       const int64_t count = c_ - first < kPacked ? c_ - first : kPacked;
       pack_pixels(image, first, count);
-      Pixel* line = reinterpret_cast<Pixel*>(lines_.data());
       for (int64_t y = 0; y < h_; ++y) {
         find_places(a_, matrix, y, places_);
-        sample_line<Pixel>(reinterpret_cast<const Pixel*>(packed_.data()), places_, w_ + kRim, w_, line);
-        for (int64_t c = 0; c < count; ++c) {
-          float* to = x_ + (first + c) * area_ + y * w_;
-          const float* from = lines_.data() + c;
-          for (int64_t x = 0; x < w_; ++x) to[x] = from[x * kPacked];
-        }
+        sample_pixels(packed_.data(), places_, w_ + kRim, w_, lines_.data());
+        unpack_pixels(lines_.data(), w_, static_cast<int>(count), x_ + first * area_ + y * w_, area_);
       }
+    }
+  }
+
+  // Whether a line of the images is one run of bytes, three a pixel.
+  bool reads_bytes() const {
+    return std::is_same_v<From, uint8_t> && c_ == 3 && a_.images.channel_stride == 1 && a_.images.width_stride == 3;
+  }
+
+  void read_planes(int64_t image) {
+    for (int64_t y = 0; y < h_; ++y) {
+      if (reads_bytes()) {
+        pack_bytes(reinterpret_cast<const uint8_t*>(line_of(image, 0, y)), w_, lines_.data());
+        unpack_pixels(lines_.data(), w_, 3, x_ + y * w_, area_);
+        continue;
+      }
+      for (int64_t c = 0; c < c_; ++c)
+        read_line(line_of(image, c, y), a_.images.width_stride, w_, x_ + c * area_ + y * w_);
     }
   }
 
@@ -204,22 +217,20 @@ class AugmentedView {
                 packed_.data() + (y + kRimBefore) * stride + kRimBefore);
   }
 
-  // Channels first … first + count of an image; the others of a pixel are zero.
+  // Channels first … first + count of an image.
   void pack_pixels(int64_t image, int64_t first, int64_t count) {
     const int64_t stride = w_ + kRim, line = round_up(w_, kLanes<float>);
     std::memset(packed_.data(), 0, (h_ + kRim) * stride * kPacked * sizeof(float));
-    std::memset(lines_.data(), 0, line * kPacked * sizeof(float));
-    const float *r = lines_.data(), *g = r + line, *b = g + line, *other = b + line;
+    if (!reads_bytes()) std::memset(lines_.data(), 0, line * kPacked * sizeof(float));
     for (int64_t y = 0; y < h_; ++y) {
+      float* to = packed_.data() + ((y + kRimBefore) * stride + kRimBefore) * kPacked;
+      if (reads_bytes()) {  // the zeros after a line are the rim's
+        pack_bytes(reinterpret_cast<const uint8_t*>(line_of(image, 0, y)), w_, to);
+        continue;
+      }
       for (int64_t c = 0; c < count; ++c)
         read_line(line_of(image, first + c, y), a_.images.width_stride, w_, lines_.data() + c * line);
-      float* to = packed_.data() + ((y + kRimBefore) * stride + kRimBefore) * kPacked;
-      for (int64_t x = 0; x < w_; ++x) {
-        to[x * kPacked] = r[x];
-        to[x * kPacked + 1] = g[x];
-        to[x * kPacked + 2] = b[x];
-        to[x * kPacked + 3] = other[x];
-      }
+      pack_lines(lines_.data(), line, w_, to);
     }
   }
 
@@ -306,15 +317,7 @@ class AugmentedView {
   }
 
   void interleave(float* out) const {
-    if (c_ == 3) {
-      const float *r = x_, *g = r + area_, *b = g + area_;
-      for (int64_t i = 0; i < area_; ++i) {
-        out[3 * i] = r[i];
-        out[3 * i + 1] = g[i];
-        out[3 * i + 2] = b[i];
-      }
-      return;
-    }
+    if (c_ == 3) return interleave_three(x_, area_, out);
     for (int64_t i = 0; i < area_; ++i)
       for (int64_t c = 0; c < c_; ++c) out[i * c_ + c] = x_[c * area_ + i];
   }

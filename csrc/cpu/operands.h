@@ -41,6 +41,18 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// A result of two axes, uninitialised and contiguous. A large one is memory that the process keeps once the tensor is
+// gone (scratch.h).
+inline Tensor empty_result(std::initializer_list<int64_t> sizes, ScalarType type) {
+  constexpr int64_t kLeastKept = int64_t{1} << 20;
+  int64_t strides[2] = {sizes.end()[-1], 1};
+  const int64_t size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  const int64_t bytes = sizes.begin()[0] * strides[0] * size;
+  if (bytes < kLeastKept) return empty(sizes, type);
+  return torch::stable::from_blob(take_scratch(bytes), {sizes.begin(), sizes.size()}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type, give_scratch);
+}
+
 // A channels-last map [B, C, H, W], uninitialised; it is B·H·W rows of C channels.
 inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type) {
   const int64_t shape[] = {batch, channels, height, width};

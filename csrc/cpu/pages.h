@@ -23,14 +23,10 @@ inline void ask_for_huge_pages(const void* block, int64_t bytes) {
 #endif
 }
 
-inline void ask_for_huge_pages(const torch::stable::Tensor& tensor) {
-  ask_for_huge_pages(tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
-}
-
-// The same for a result, which goes back to the allocator: glibc takes only blocks from this size on from the system
-// anew.
-inline void ask_for_huge_pages_if_fresh(const torch::stable::Tensor& result) {
-  if (result.numel() * result.element_size() >= int64_t{32} << 20) ask_for_huge_pages(result);
+// The same for a map, which goes back to the allocator: glibc takes only blocks from this size on from the system anew.
+inline void ask_for_huge_pages_if_fresh(const torch::stable::Tensor& map) {
+  const int64_t bytes = map.numel() * map.element_size();
+  if (bytes >= int64_t{32} << 20) ask_for_huge_pages(map.const_data_ptr(), bytes);
 }
 
 }  // namespace anomem::cpu

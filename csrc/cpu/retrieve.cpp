@@ -8,7 +8,6 @@
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
-#include "cpu/pages.h"
 
 namespace anomem::cpu {
 namespace {
@@ -29,13 +28,11 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
   const ScalarType sums = accumulator(type);
-  Tensor out = empty({queries, memory.value_features}, query.scalar_type());
+  Tensor out = empty_result({queries, memory.value_features}, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
   const bool in_blocks = reads_in_blocks(type, memory);
-  Tensor weights = empty({kept, kept_width(in_blocks, type, memory)}, in_blocks ? sums : query.scalar_type());
-  ask_for_huge_pages(weights);
-  ask_for_huge_pages_if_fresh(out);
+  Tensor weights = empty_result({kept, kept_width(in_blocks, type, memory)}, in_blocks ? sums : query.scalar_type());
   run(RetrieveForward{type,
                       memory,
                       shrinkage,
@@ -69,10 +66,9 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data, in_blocks};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   if (of_blocks && !in_blocks) kept = {};
-  Tensor dquery = empty({queries, memory.features}, elements);
-  ask_for_huge_pages_if_fresh(dquery);
-  Tensor dkeys = empty({memory.prototypes, memory.features}, elements);
-  Tensor dvalues = values ? empty({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
+  Tensor dquery = empty_result({queries, memory.features}, elements);
+  Tensor dkeys = empty_result({memory.prototypes, memory.features}, elements);
+  Tensor dvalues = values ? empty_result({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
   Workspace workspace(BackwardPlan(type, memory, queries, in_blocks).workspace, sums);
   double slope = 0;
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),

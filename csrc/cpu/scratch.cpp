@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -25,14 +26,34 @@ struct alignas(64) Header {
 // Smaller blocks are the allocator's: it takes none of them from the system anew.
 constexpr int64_t kLeastKept = int64_t{64} << 10, kHugePage = int64_t{2} << 20;
 
-std::atomic<int64_t> in_use{0}, peak{0};
-
-void count(int64_t bytes) {
-  const int64_t now = in_use.fetch_add(bytes, std::memory_order_relaxed) + bytes;
-  int64_t most = peak.load(std::memory_order_relaxed);
-  while (now > most && !peak.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+// A number of bytes and the most that it has been.
+class Level {
+ public:
+  void add(int64_t bytes) {
+    const int64_t now = now_.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+    int64_t most = most_.load(std::memory_order_relaxed);
+    while (now > most && !most_.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+    }
   }
-}
+
+  void subtract(int64_t bytes) { now_.fetch_sub(bytes, std::memory_order_relaxed); }
+
+  int64_t now() const { return now_.load(std::memory_order_relaxed); }
+  int64_t most() const { return most_.load(std::memory_order_relaxed); }
+
+  // The most since the last call, beyond what it was then.
+  int64_t take_rise() {
+    const int64_t now = now_.load(), most = most_.exchange(now), before = before_.exchange(now);
+    return most - before;
+  }
+
+ private:
+  std::atomic<int64_t> now_{0}, most_{0}, before_{0};
+};
+
+// Of the blocks in use: what was asked for, and their sizes. Kept blocks are larger than asked for, by what calls
+// before have left.
+Level asked, held;
 
 Header* allocate(int64_t bytes) {
   const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
@@ -53,7 +74,7 @@ class Kept {
     if (!lock) return nullptr;
     size_t best = blocks_.size();
     for (size_t i = 0; i < blocks_.size(); ++i)
-      if (blocks_[i]->bytes >= bytes && blocks_[i]->bytes <= 2 * bytes + kLeastKept &&
+      if (blocks_[i]->bytes >= bytes && blocks_[i]->bytes <= bytes + bytes / 4 + kLeastKept &&
           (best == blocks_.size() || blocks_[i]->bytes < blocks_[best]->bytes))
         best = i;
     if (best == blocks_.size()) return nullptr;
@@ -68,7 +89,7 @@ class Kept {
     if (!lock || block->bytes > kKeptScratch) return std::free(block);
     blocks_.push_back(block);
     bytes_ += block->bytes;
-    while (bytes_ > kKeptScratch) {
+    while (bytes_ > kKeptScratch || (bytes_ > 0 && bytes_ + held.now() > held.most())) {
       bytes_ -= blocks_.front()->bytes;
       std::free(blocks_.front());
       blocks_.erase(blocks_.begin());
@@ -80,6 +101,11 @@ class Kept {
   std::vector<Header*> blocks_;
   int64_t bytes_ = 0;
 };
+
+bool poisons() {
+  static const bool wanted = std::getenv("ANOMEM_POISON") != nullptr;
+  return wanted;
+}
 
 // Never destroyed: threads may give back blocks while the process ends.
 Kept& kept() {
@@ -100,21 +126,23 @@ void* take_scratch(int64_t bytes) {
   Header* block = kKeeps && bytes >= kLeastKept ? kept().take(bytes) : nullptr;
   if (block == nullptr) block = allocate(bytes);
   block->asked = bytes;
-  count(bytes);
+  asked.add(bytes);
+  held.add(block->bytes);
+  if (poisons()) std::memset(block + 1, 0xff, bytes);
   return block + 1;
 }
 
 void give_scratch(void* data) {
   Header* const block = static_cast<Header*>(data) - 1;
-  in_use.fetch_sub(block->asked, std::memory_order_relaxed);
+  asked.subtract(block->asked);
+  held.subtract(block->bytes);
   if (kKeeps && block->bytes >= kLeastKept) kept().give(block);
   else std::free(block);
 }
 
 namespace {
 
-// Most bytes asked for at once since the last call. The size of kept blocks would depend on the calls before.
-int64_t take_peak(const torch::stable::Tensor&) { return peak.exchange(in_use.load()); }
+int64_t take_peak(const torch::stable::Tensor&) { return asked.take_rise(); }
 
 }  // namespace
 }  // namespace anomem::cpu

@@ -168,6 +168,19 @@ ANOMEM_INLINE vec<T> rotate(vec<T> x) {
 #endif
 }
 
+// Lane i of the result is lane index[i] of a and b, one after the other.
+template <class V, class Index>
+ANOMEM_INLINE V pick(V a, V b, Index index) {
+#if defined(__clang__)
+  constexpr int lanes = sizeof index / sizeof index[0];
+  V picked;
+  for (int i = 0; i < lanes; ++i) picked[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Lane j of row i and lane i of row j change places.
 template <class T, int kBy = kLanes<T> / 2>
 ANOMEM_INLINE void transpose_square(vec<T> (&rows)[kLanes<T>]) {
