@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -55,14 +56,14 @@ class Level {
 // before have left.
 Level asked, held;
 
+// A large block begins at a huge page, and its end takes no other.
 Header* allocate(int64_t bytes) {
-  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  const int64_t size = round_up(bytes + static_cast<int64_t>(sizeof(Header)), alignment);
-  Header* const block = static_cast<Header*>(std::aligned_alloc(alignment, size));
-  if (block == nullptr) throw std::bad_alloc();
-  if (bytes >= kHugePage) ask_for_huge_pages(block, size);
-  block->bytes = size - static_cast<int64_t>(sizeof(Header));
-  return block;
+  const bool large = bytes >= kHugePage;
+  const int64_t size = round_up(bytes + static_cast<int64_t>(sizeof(Header)), large ? 4096 : 64);
+  void* block = nullptr;
+  if (posix_memalign(&block, large ? kHugePage : 64, size) != 0) throw std::bad_alloc();
+  if (large) ask_for_huge_pages(block, size);
+  return new (block) Header{size - static_cast<int64_t>(sizeof(Header)), 0};
 }
 
 // Unused blocks, the oldest first. The lock is only tried: a child of fork may find it taken for ever.
@@ -89,7 +90,7 @@ class Kept {
     if (!lock || block->bytes > kKeptScratch) return std::free(block);
     blocks_.push_back(block);
     bytes_ += block->bytes;
-    while (bytes_ > kKeptScratch || (bytes_ > 0 && bytes_ + held.now() > held.most())) {
+    while (bytes_ > std::min(kKeptScratch, held.most())) {
       bytes_ -= blocks_.front()->bytes;
       std::free(blocks_.front());
       blocks_.erase(blocks_.begin());

@@ -8,8 +8,7 @@
 
 namespace anomem::cpu {
 
-// Most bytes of unused blocks that a process keeps. Nor do blocks in use and unused ones ever take more than blocks in
-// use took at once.
+// Most bytes of unused blocks that a process keeps; nor are they ever more than blocks in use took at once.
 constexpr int64_t kKeptScratch = int64_t{512} << 20;
 
 // Uninitialised memory, aligned to a cache line; with ANOMEM_POISON set, NaN. Throws std::bad_alloc.
