@@ -83,7 +83,8 @@ def hopfield_retrieve(
 
     Returns:
         out [..., dv] in query's dtype; with `return_lse` or `return_entropy` a tuple of out and, in this order, lse
-        [...] and entropy [...], both in float32 (float64 for float64). All are differentiable.
+        [...] and entropy [...], both in float32 (float64 for float64). All are differentiable. The native library keeps
+        the memory of large results for later calls; their storage cannot be resized.
 
     Raises:
         ArgumentError: a wrong shape, dtype, device, name or number, or an implementation that cannot run here.
