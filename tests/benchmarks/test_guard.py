@@ -25,8 +25,8 @@ from benchmarks.profile_training import random_images
 MIB = 2**20
 
 # Peak memory of the native library's training call (forward and backward, inputs not counted) as a share of eager's at
-# the same size: what torch allocates, and that with the library's own memory in one thread. The sizes are those at which
-# eager is dominated by its [rows, columns] intermediates.
+# the same size: what torch allocates, and that with the library's own memory in one thread. At these sizes
+# [rows, columns] intermediates dominate eager.
 SHARES = [
     (case("nt_xent", G=2, B=512, d=64), 1 / 12, 1 / 12),
     (case("info_nce", R=2048, C=2048, d=64), 1 / 12, 1 / 12),

@@ -1,4 +1,4 @@
-"""Large results of the native library: the process keeps their memory once the tensors are gone (csrc/cpu/scratch.h)."""
+"""Large results of the native library: the process keeps their memory when they are gone (csrc/cpu/scratch.h)."""
 
 from __future__ import annotations
 
