@@ -272,130 +272,155 @@ struct StillParts {
   }
 };
 
-struct Sums {
+// Some terms of a product C = A B: where its numbers are, and the library's product of lines that do not fit.
+struct Terms {
+  int64_t m, n, first, count;
+  const float* a;
+  int64_t a_stride;
+  const Panels& b;
   float* c;
-  int64_t stride;
-  bool accumulate;
+  int64_t c_stride;
+  bool accumulate;  // or the first of these terms overwrite C
+
+  int64_t columns() const { return round_up(n, 32); }  // that are written
+  int64_t steps() const { return round_up(count, 32) / 32; }
+  const float* left(int64_t row, int64_t term) const { return a + row * a_stride + first + term; }
+  int64_t right_stride(int64_t column) const {
+    return b.stride > 0 ? b.stride : b.width(column / b.widest * b.widest, n);
+  }
+  const float* right(int64_t term, int64_t column) const {
+    const int64_t panel = column / b.widest * b.widest;
+    return b.data + panel * b.step + (b.first + first + term) * right_stride(column) + column - panel;
+  }
+  bool adds(int64_t step) const { return accumulate || step > 0; }
+  void store(int64_t row, int64_t column, int64_t step) const {
+    store_block(m - row, columns() - column, c + row * c_stride + column, c_stride, adds(step));
+  }
+
+  // The library's product of lines within a panel, from a step on, a chain at a time.
+  void by_library(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t step, int64_t end) const {
+    for (; step < end; step += kChainSteps)
+      library_product(rows, columns, at_most(32 * at_most(kChainSteps, end - step), count - 32 * step),
+                      left(row, 32 * step), a_stride, right(32 * step, column), right_stride(column),
+                      c + row * c_stride + column, c_stride, adds(step));
+  }
+};
+
+// The lines of one factor, of which 32 and a chain are split at a time while the tiles multiply those before.
+struct MovingRows {
+  using Lines = LeftLines;
+  static constexpr bool kLeft = true;
+  const Terms& of;
+
+  int64_t lines() const { return of.m; }
+  int64_t others() const { return of.columns(); }
+  ANOMEM_TILE_INLINE LeftLines at(int64_t row, int64_t step) const {
+    return {of.left(row, 32 * step), of.a_stride, of.m - row, at_most(32 * kChainSteps, of.count - 32 * step)};
+  }
+  void by_library(int64_t row, int64_t step, int64_t end) const {
+    for (int64_t column = 0; column < of.columns(); column += of.b.widest)
+      of.by_library(row, at_most(32, of.m - row), column, of.b.width(column, of.n), step, end);
+  }
+  // The parts of the other factor. Not of what lies beyond its last column: whether they fit must not depend on it.
+  bool split_others(Bfloat16* parts) const {
+    bool fits = true;
+    for (int64_t j = 0; j < of.n; j += 32)
+      fits &= split_right(of.right(0, j), of.right_stride(j), of.count, at_most(32, of.n - j),
+                          parts + parts_size(j, of.count));
+    return fits;
+  }
+};
+
+struct MovingColumns {
+  using Lines = RightLines;
+  static constexpr bool kLeft = false;
+  const Terms& of;
+
+  int64_t lines() const { return of.columns(); }
+  int64_t others() const { return of.m; }
+  ANOMEM_TILE_INLINE RightLines at(int64_t column, int64_t step) const {
+    return {of.right(32 * step, column), of.right_stride(column), of.n - column,
+            at_most(32 * kChainSteps, of.count - 32 * step)};
+  }
+  void by_library(int64_t column, int64_t step, int64_t end) const { of.by_library(0, of.m, column, 32, step, end); }
+  bool split_others(Bfloat16* parts) const { return split_left(of.left(0, 0), of.a_stride, of.m, of.count, parts); }
 };
 
 // All parts are given. A block of the left factor stays in the first-level cache.
-void multiply_parts(int64_t m, int64_t n, int64_t k, const StillParts& left, const StillParts& right,
-                    const Sums& sums) {
+void multiply_parts(const Terms& terms, const StillParts& left, const StillParts& right) {
   constexpr int64_t chain = kChainSteps / 2;
-  const int64_t steps = round_up(k, 32) / 32;
-  for (int64_t i = 0; i < m; i += 32)
-    for (int64_t s = 0; s < steps; s += chain)
-      for (int64_t j = 0; j < n; j += 32) {
-        sum_block(at_most(chain, steps - s), left.at(i, s), right.at(j, s), Nothing());
-        store_block(m - i, n - j, sums.c + i * sums.stride + j, sums.stride, sums.accumulate || s > 0);
+  for (int64_t i = 0; i < terms.m; i += 32)
+    for (int64_t s = 0; s < terms.steps(); s += chain)
+      for (int64_t j = 0; j < terms.columns(); j += 32) {
+        sum_block(at_most(chain, terms.steps() - s), left.at(i, s), right.at(j, s), Nothing());
+        terms.store(i, j, s);
       }
 }
 
-// The parts of one factor are given. Those of the other are made 32 lines and a chain at a time, while the tiles
-// multiply the lines before: `lines_at(line, step)` are LeftLines or RightLines. `by_library(line, term, terms)` makes
-// the product of lines that do not fit.
-template <class LinesAt, class ByLibrary>
-ANOMEM_TILE_INLINE void multiply_moving(int64_t m, int64_t n, int64_t k, const StillParts& still,
-                                        const LinesAt& lines_at, const Sums& sums, const ByLibrary& by_library) {
-  using Lines = decltype(lines_at(0, 0));
-  constexpr bool is_left = std::is_same_v<Lines, LeftLines>;
-  const int64_t steps = round_up(k, 32) / 32, chains = (steps + kChainSteps - 1) / kChainSteps;
-  const int64_t lines = is_left ? m : n, others = is_left ? n : m;
-  const int64_t blocks = round_up(lines, 32) / 32 * chains;
+// The parts of one factor are given.
+template <class Moving>
+void multiply_moving(const Moving& moving, const StillParts& still) {
+  const Terms& terms = moving.of;
+  const int64_t steps = terms.steps(), chains = (steps + kChainSteps - 1) / kChainSteps;
+  const int64_t blocks = round_up(moving.lines(), 32) / 32 * chains;
   constexpr int64_t size = 32 * 32 * kChainSteps * 3;
   if (blocks == 0) return;
   Bfloat16* const parts = moving_parts(2 * size);
-  const auto block_at = [&](int64_t b) { return lines_at(b / chains * 32, b % chains * kChainSteps); };
+  const auto block_at = [&](int64_t b) { return moving.at(b / chains * 32, b % chains * kChainSteps); };
   bool fits = split_lines(block_at(0), parts);
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t line = b / chains * 32, step = b % chains * kChainSteps;
-    const int64_t some = at_most(kChainSteps, steps - step);
+    const int64_t line = b / chains * 32, step = b % chains * kChainSteps, end = at_most(steps, step + kChainSteps);
     const Bfloat16* const now = parts + b % 2 * size;
     Bfloat16* const next_parts = parts + (b + 1) % 2 * size;
-    const Lines next = block_at(b + 1 < blocks ? b + 1 : b);
+    const typename Moving::Lines next = block_at(b + 1 < blocks ? b + 1 : b);
     const int64_t units = b + 1 < blocks ? next.units() : 0;
-    const int64_t calls = 4 * some * (round_up(others, 32) / 32), quota = (units + calls - 1) / calls;
+    const int64_t calls = 4 * (end - step) * (round_up(moving.others(), 32) / 32), quota = (units + calls - 1) / calls;
     int64_t unit = 0;
     __m512i largest = _mm512_setzero_si512();
     const auto split_some = [&](int64_t count) __attribute__((always_inline)) {
-      for (const int64_t end = at_most(units, unit + count); unit < end; ++unit)
+      for (const int64_t last = at_most(units, unit + count); unit < last; ++unit)
         next.split_unit(unit, next_parts, largest);
     };
     __asm__ volatile("" ::: "memory");  // the instructions of tiles do not say that they read memory
     if (fits) {
-      for (int64_t other = 0; other < others; other += 32) {
-        const int64_t i = is_left ? line : other, j = is_left ? other : line;
+      for (int64_t other = 0; other < moving.others(); other += 32) {
         const Bfloat16* const rest = still.at(other, step);
-        sum_block(some, is_left ? now : rest, is_left ? rest : now,
+        sum_block(end - step, Moving::kLeft ? now : rest, Moving::kLeft ? rest : now,
                   [&]() __attribute__((always_inline)) { split_some(quota); });
-        store_block(m - i, n - j, sums.c + i * sums.stride + j, sums.stride, sums.accumulate || step > 0);
+        terms.store(Moving::kLeft ? line : other, Moving::kLeft ? other : line, step);
       }
     } else {
-      by_library(line, step * 32, at_most(32 * some, k - step * 32), sums.accumulate || step > 0);
+      moving.by_library(line, step, end);
     }
     split_some(units);
     fits = in_range(largest);
   }
 }
 
+// No parts are given. The smaller factor is split first.
+template <class Moving>
+void multiply_unsplit(const Moving& moving, int64_t others) {
+  const int64_t steps = moving.of.steps(), count = moving.of.count;
+  Bfloat16* const parts = still_parts(parts_size(others, count));
+  if (moving.split_others(parts)) return multiply_moving(moving, {parts, count, 0});
+  for (int64_t line = 0; line < moving.lines(); line += 32) moving.by_library(line, 0, steps);
+}
+
 }  // namespace
 
 void product_in_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const Bfloat16* a_parts,
                       const Panels& b, float* c, int64_t c_stride, bool accumulate) {
-  const int64_t padded = round_up(n, 32);
-  for (int64_t start = 0; start < k; start += kSplitTerms) {
-    const int64_t terms = at_most(kSplitTerms, k - start);
-    const Sums sums{c, c_stride, accumulate || start > 0};
-    // From a column on, the first row of this product.
-    const auto stride_at = [&](int64_t j) { return b.stride > 0 ? b.stride : b.width(j / b.widest * b.widest, n); };
-    const auto right_at = [&](int64_t j, int64_t term) {
-      const int64_t column = j / b.widest * b.widest;
-      return b.data + column * b.step + (b.first + start + term) * stride_at(j) + j - column;
-    };
-    // Not what lies beyond the last column: whether parts fit must not depend on it.
-    const auto right_lines = [&](int64_t j, int64_t step) __attribute__((always_inline)) {
-      return RightLines{right_at(j, step * 32), stride_at(j), n - j, at_most(32 * kChainSteps, terms - step * 32)};
-    };
-    const auto left_lines = [&](int64_t i, int64_t step) __attribute__((always_inline)) {
-      return LeftLines{a + start + i * a_stride + step * 32, a_stride, m - i,
-                       at_most(32 * kChainSteps, terms - step * 32)};
-    };
-    const auto by_library = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, int64_t term, int64_t count,
-                                bool adds) {
-      constexpr int64_t chain = 32 * kChainSteps;
-      for (int64_t p = term; p < term + count; p += chain)
-        library_product(rows, columns, at_most(chain, term + count - p), a + start + p + i * a_stride, a_stride,
-                        right_at(j, p), stride_at(j), c + i * c_stride + j, c_stride, adds || p > term);
-    };
-    const auto rows_by_library = [&](int64_t i, int64_t term, int64_t count, bool adds) {
-      for (int64_t j = 0; j < padded; j += b.widest)
-        by_library(i, at_most(32, m - i), j, b.width(j, n), term, count, adds);
-    };
-    const auto columns_by_library = [&](int64_t j, int64_t term, int64_t count, bool adds) {
-      by_library(0, m, j, 32, term, count, adds);
-    };
-    const StillParts left{a_parts, k, start}, right{b.parts, b.all, b.first + start};
-    if (a_parts != nullptr && b.parts != nullptr) {
-      multiply_parts(m, padded, terms, left, right, sums);
-    } else if (b.parts != nullptr) {
-      multiply_moving(m, padded, terms, right, left_lines, sums, rows_by_library);
-    } else if (a_parts != nullptr) {
-      multiply_moving(m, padded, terms, left, right_lines, sums, columns_by_library);
-    } else if (n <= m) {
-      Bfloat16* const parts = still_parts(parts_size(n, terms));
-      bool fits = true;
-      for (int64_t j = 0; j < padded; j += 32)
-        fits &= split_right(right_at(j, 0), stride_at(j), terms, at_most(32, n - j), parts + parts_size(j, terms));
-      if (fits) multiply_moving(m, padded, terms, {parts, terms, 0}, left_lines, sums, rows_by_library);
-      else
-        for (int64_t i = 0; i < m; i += 32) rows_by_library(i, 0, terms, sums.accumulate);
-    } else {
-      Bfloat16* const parts = still_parts(parts_size(m, terms));
-      if (split_left(a + start, a_stride, m, terms, parts))
-        multiply_moving(m, padded, terms, {parts, terms, 0}, right_lines, sums, columns_by_library);
-      else
-        for (int64_t j = 0; j < padded; j += 32) columns_by_library(j, 0, terms, sums.accumulate);
-    }
+  for (int64_t first = 0; first < k; first += kSplitTerms) {
+    const Terms terms{m, n, first,    at_most(kSplitTerms, k - first), a, a_stride,
+                      b, c, c_stride, accumulate || first > 0};
+    const StillParts left{a_parts, k, first}, right{b.parts, b.all, b.first + first};
+    const MovingRows rows{terms};
+    const MovingColumns columns{terms};
+    if (a_parts != nullptr && b.parts != nullptr) multiply_parts(terms, left, right);
+    else if (b.parts != nullptr) multiply_moving(rows, right);
+    else if (a_parts != nullptr) multiply_moving(columns, left);
+    else if (n <= m) multiply_unsplit(rows, n);
+    else multiply_unsplit(columns, m);
   }
 }
 

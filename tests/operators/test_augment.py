@@ -126,9 +126,10 @@ def test_neutral_parameters_change_no_bit(impl: Impl) -> None:
     assert nothing.data_ptr() != images.data_ptr()
 
 
-@each(*ALL)
-def test_bytes_are_read_as_floats_are(impl: Impl) -> None:
-    pixels = numbers(4, 3, 9, 10, seed=1).mul(256).byte()
+# Lines of bytes are read by groups of four pixels, up to six at once; vectors have 4 to 16 numbers.
+@cases("width", {one: [(width,) for width in (1, 2, 4, 5, 6, 7, 10, 16, 17, 35)] for one in ALL})
+def test_bytes_are_read_as_floats_are(impl: Impl, width: int) -> None:
+    pixels = numbers(4, 3, 9, width, seed=1).mul(256).byte()
     for parameters in (given(8), ViewParameters(), ViewParameters(brightness=numbers(8, seed=2))):
         expected = augment(pixels.float().mul(1 / 255), parameters, padding="reflection", impl=impl)
         assert torch.equal(augment(pixels, parameters, padding="reflection", impl=impl), expected)
