@@ -276,9 +276,9 @@ class FactorRows {
                                reinterpret_cast<Word*>(to), padded);
   }
 
-  // The first `count` rows become columns, to [length, rows]; columns of zeros follow.
-  void transpose(int64_t count, int64_t rows, F* packed) const {
-    cpu::ANOMEM_ISA::transpose(data_.data(), stride_, count, length_, rows, reinterpret_cast<Element*>(packed), rows);
+  // The first `count` rows become columns, to [length, rows] with `to_stride` between rows; columns of zeros follow.
+  void transpose(int64_t count, int64_t rows, Element* to, int64_t to_stride) const {
+    cpu::ANOMEM_ISA::transpose(data_.data(), stride_, count, length_, rows, to, to_stride);
   }
 
  private:

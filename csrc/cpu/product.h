@@ -180,18 +180,19 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
   }
 }
 
-// C = A B or C += A B by the library, for A [m, k] of elements and B as `in_columns` leaves a tile, k terms long.
+// C = A B or C += A B by the library, for A [m, k] of elements, `a_stride` between its rows, and B as `in_columns`
+// leaves a tile, k terms long.
 template <class S>
-inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, const factor_t<S>* tile,
-                                    int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride, bool accumulate,
-                                    const Bfloat16* a_parts = nullptr) {
+inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, int64_t a_stride,
+                                    const factor_t<S>* tile, int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride,
+                                    bool accumulate, const Bfloat16* a_parts = nullptr) {
   if constexpr (kSplits && std::is_same_v<S, float>)
     if (splits_products())
-      return product_in_tiles(m, n, k, a, k, a_parts, {tile, 1, tile_stride, nullptr, 0, k, kLibraryPanel}, c, c_stride,
-                              accumulate);
+      return product_in_tiles(m, n, k, a, a_stride, a_parts, {tile, 1, tile_stride, nullptr, 0, k, kLibraryPanel}, c,
+                              c_stride, accumulate);
   if constexpr (kInLibrary<factor_t<S>>) {
     for (int64_t column = 0; column < n; column += kLibraryPanel)
-      library_product(m, panel_width<float>(column, n, kLibraryPanel), k, library_elements(a), k,
+      library_product(m, panel_width<float>(column, n, kLibraryPanel), k, library_elements(a), a_stride,
                       library_elements(tile + column), tile_stride, c + column, c_stride, accumulate);
   }
 }

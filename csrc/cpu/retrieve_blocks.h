@@ -11,6 +11,7 @@
 #include "cpu/product.h"
 #include "cpu/raw_scores.h"
 #include "cpu/retrieve.h"
+#include "cpu/retrieve_sums.h"
 #include "cpu/rows.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -154,14 +155,15 @@ class BackwardBlocks {
         raw_(rows, a.memory.features, raw_keys, a.memory.normalize == Normalize::kLayer),
         dout_(rows, a.memory.value_features),
         scaled_query_(rows, a.memory.features),
-        dout_columns_(rows * a.memory.value_features),
-        query_columns_(rows * a.memory.features),
+        column_memory_(rows * (a.memory.value_features + a.memory.features)),
+        columns_(column_memory_.data(), a.memory, rows),
         query_parts_(rows, a.memory.features),
         dout_parts_(rows, factors<S>(a.memory.value_features)),
-        dout_column_parts_(a.memory.value_features, rows),
-        query_column_parts_(a.memory.features, rows),
-        weights_(rows * stride_),
-        gradient_(rows * stride_),
+        dout_column_parts_(a.memory.tied() ? 0 : a.memory.value_features, rows),
+        query_column_parts_(a.memory.features, columns_.stride),
+        tiles_(2 * rows * stride_),
+        weights_(tiles_.data()),
+        gradient_(weights_ + rows * stride_),
         neighbours_(rows * stride_),
         dquery_(rows * key_stride_),
         best_(rows),
@@ -189,18 +191,16 @@ class BackwardBlocks {
       sum_means(count);
     }
     const T* const dlse = static_cast<const T*>(a_.dlse.data);
-    const int64_t sum_stride = padded_stride<T>(m);
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
       if (begin > 0 || !multiplied) multiply(begin, width, count);
       for (int64_t r = 0; r < count; ++r) differentiate(r, width, a_.dlse.given ? dlse[first + r] : T{0});
-      const LeftFactor<S> across = in_rows<S>(gradient_.data(), count, width, stride_, neighbours_.data());
+      const LeftFactor<S> across = in_rows<S>(gradient_, count, width, stride_, neighbours_.data());
       product(rows_, d, factors<S>(width), across.data, across.row_stride, across.term_stride,
               panels_.keys().terms(factors<S>(begin), factors<S>(m)), dquery_.data(), key_stride_, begin > 0, true);
-      add(weights_.data(), count, width, dv, dout_columns_.data(), dout_column_parts_.data(), dvalues + begin,
-          sum_stride, !fresh);
-      add(gradient_.data(), count, width, d, query_columns_.data(), query_column_parts_.data(), dkeys + begin,
-          sum_stride, !fresh || a_.memory.tied());
+      add_to_memory<S>(a_.memory, rows_, width, columns_, columns_of(weights_, count, width),
+                       columns_of(gradient_, count, width), fresh, dkeys + begin, dvalues + begin,
+                       {dout_column_parts_.data(), query_column_parts_.data()});
     }
     for (int64_t r = 0; r < count; ++r) {
       T* const row = dquery_.data() + r * key_stride_;
@@ -223,13 +223,15 @@ class BackwardBlocks {
       scaled_query_.set(r, query_[r], static_cast<T>(a_.memory.beta));
     }
     dout_.clear(count, rows_);
-    dout_.transpose(count, rows_, dout_columns_.data());
-    scaled_query_.transpose(count, rows_, query_columns_.data());
+    dout_.transpose(count, rows_, columns_.dout, columns_.stride);
+    scaled_query_.transpose(count, rows_, columns_.query, columns_.stride);
     const int64_t d = a_.memory.features;
     if (!is_raw_) query_parts_.make(query_.data(), query_.stride(), rows_, d);
     dout_parts_.make(dout_.data(), dout_.stride(), rows_, factors<S>(dv));
-    dout_column_parts_.make(dout_columns_.data(), rows_, dv, rows_);
-    query_column_parts_.make(query_columns_.data(), rows_, d, rows_);
+    const bool tied = a_.memory.tied();
+    const auto as_factors = [](const auto* x) { return reinterpret_cast<const factor_t<S>*>(x); };
+    if (!tied) dout_column_parts_.make(as_factors(columns_.dout), columns_.stride, dv, rows_);
+    query_column_parts_.make(as_factors(tied ? columns_.dout : columns_.query), columns_.stride, d, columns_.stride);
   }
 
   // The weights of a block, and dP = dO Vᵀ.
@@ -237,18 +239,18 @@ class BackwardBlocks {
     const int64_t d = a_.memory.features, dv = a_.memory.value_features;
     const Weights<T> weigh{static_cast<T>(a_.memory.beta), best_.data(), scale_.data(), count};
     if (is_raw_) {
-      raw_.scores(count, begin, width, query_, weights_.data(), stride_);
+      raw_.scores(count, begin, width, query_, weights_, stride_);
       for (int64_t r = 0; r < count; ++r)
         for_vectors<T>(width, [&](int64_t j, int64_t) {
-          T* const at = weights_.data() + r * stride_ + j;
+          T* const at = weights_ + r * stride_ + j;
           weigh.template operator()<T>(r, at, ANOMEM_ISA::load(at));
         });
     } else {
       product_with(rows_, width, d, query_.data(), query_.stride(), 1, panels_.keys_transposed().columns(begin, d),
-                   weights_.data(), stride_, weigh, true, query_parts_.data());
+                   weights_, stride_, weigh, true, query_parts_.data());
     }
     product(rows_, width, factors<S>(dv), dout_.data(), dout_.stride(), 1,
-            panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_.data(), stride_, false, true,
+            panels_.values_transposed().columns(begin, factors<S>(dv)), gradient_, stride_, false, true,
             dout_parts_.data());
   }
 
@@ -266,7 +268,7 @@ class BackwardBlocks {
       });
       const vec<T> mean = broadcast(mean_[r]);
       for_vectors<T>(width, [&](int64_t j, int64_t some) {
-        const vec<T> difference = keep_first<T>(ANOMEM_ISA::load(gradient_.data() + r * stride_ + j) - mean, some);
+        const vec<T> difference = keep_first<T>(ANOMEM_ISA::load(gradient_ + r * stride_ + j) - mean, some);
         left = larger(difference < 0 ? -difference : difference, left);
       });
       if (!(sum_lanes<T>(size) <= 4 * max_lanes<T>(left))) return false;
@@ -281,15 +283,15 @@ class BackwardBlocks {
       const int64_t width = at_most(width_, a_.memory.prototypes - begin);
       multiply(begin, width, count);
       for (int64_t r = 0; r < count; ++r)
-        mean_[r] += dot_product(weights_.data() + r * stride_, gradient_.data() + r * stride_, width);
+        mean_[r] += dot_product(weights_ + r * stride_, gradient_ + r * stride_, width);
     }
   }
 
   // A row of dP becomes dS (without beta). A weight of exactly 1 has no other beside it: its gradient is zero, which a
   // mean from the output would miss by a rounding.
   void differentiate(int64_t r, int64_t width, T dlse) {
-    const T* const p = weights_.data() + r * stride_;
-    T* const g = gradient_.data() + r * stride_;
+    const T* const p = weights_ + r * stride_;
+    T* const g = gradient_ + r * stride_;
     const vec<T> mean = broadcast(mean_[r]), one = broadcast(T{1});
     for_vectors<T>(width, [&](int64_t j, int64_t count) {
       const vec<T> weight = ANOMEM_ISA::load(p + j), difference = ANOMEM_ISA::load(g + j) - mean;
@@ -299,13 +301,10 @@ class BackwardBlocks {
     });
   }
 
-  // sums [n, width] += columns [n, rows] tile, or their beginning. The tile is overwritten.
-  void add(T* tile, int64_t count, int64_t width, int64_t n, const factor_t<S>* columns, const Bfloat16* parts, T* sums,
-           int64_t sum_stride, bool accumulate) {
+  // A tile as a factor that is summed over its rows. It is overwritten.
+  LeftFactor<S> columns_of(T* tile, int64_t count, int64_t width) const {
     std::memset(tile + count * stride_, 0, (rows_ - count) * stride_ * sizeof(T));
-    const LeftFactor<S> right = in_columns<S>(tile, rows_, width, stride_);
-    library_product_of_tile<S>(n, width, rows_, columns, right.data, right.term_stride, sums, sum_stride, accumulate,
-                               parts);
+    return in_columns<S>(tile, rows_, width, stride_);
   }
 
   const RetrieveBackward& a_;
@@ -314,11 +313,13 @@ class BackwardBlocks {
   QueryRows<S> query_;
   RawQueries<S> raw_;
   FactorRows<S> dout_, scaled_query_;
-  Buffer<factor_t<S>> dout_columns_, query_columns_;
+  Buffer<typename ChunkColumns<S>::Element> column_memory_;
+  ChunkColumns<S> columns_;
   LeftParts<T> query_parts_;                                       // [rows, d]
   LeftParts<factor_t<S>> dout_parts_;                              // [rows, dv]
-  LeftParts<factor_t<S>> dout_column_parts_, query_column_parts_;  // [dv, rows], [d, rows]
-  Buffer<T> weights_, gradient_;
+  LeftParts<factor_t<S>> dout_column_parts_, query_column_parts_;  // [dv, rows], [d, rows]; tied: none, [d, 2 · rows]
+  Buffer<T> tiles_;
+  T *weights_, *gradient_;  // [rows, a block's prototypes], beside each other
   Buffer<factor_t<S>> neighbours_;
   Buffer<T> dquery_, best_, scale_, mean_;
   bool is_raw_ = false;

@@ -10,6 +10,7 @@
 #include "cpu/raw_scores.h"
 #include "cpu/retrieve.h"
 #include "cpu/retrieve_blocks.h"
+#include "cpu/retrieve_sums.h"
 #include "cpu/softmax.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
@@ -198,22 +199,21 @@ template <class S>
 struct Tiles {
   using T = accumulator_t<S>;
 
-  T *weights, *gradient;     // [rows, score_stride]
-  factor_t<S>*dout, *query;  // transposed: [dv, rows], [d, rows]
+  T *weights, *gradient;  // [rows, score_stride], beside each other
+  ChunkColumns<S> columns;
 
   // `to`: plan.tiles elements.
   Tiles(T* to, const BackwardPlan& plan, const Memory& memory)
       : weights(to),
         gradient(weights + plan.rows * padded_stride<T>(memory.prototypes)),
-        dout(reinterpret_cast<factor_t<S>*>(gradient + plan.rows * padded_stride<T>(memory.prototypes))),
-        query(dout + plan.rows * memory.value_features) {}
+        columns(gradient + plan.rows * padded_stride<T>(memory.prototypes), memory, plan.rows) {}
 };
 
 // The factors of those products. `weights` are those of the softmax up to their sums, by which dO is divided.
 template <class S>
 struct Summands {
   LeftFactor<S> weights, gradient;  // summed over their rows
-  const factor_t<S>*dout, *query;   // transposed; with the library's products only
+  ChunkColumns<S> columns;          // with the library's products only
 };
 
 // Scratch of a thread of the backward pass, and its work on one chunk.
@@ -324,18 +324,18 @@ class BackwardChunk {
                              static_cast<S*>(a_.dquery) + (first + r) * d_);
     }
     if (as_they_are()) {
-      T *const dout_columns = reinterpret_cast<T*>(tiles.dout), *const query_columns =
-                                                                    reinterpret_cast<T*>(tiles.query);
-      transpose_scaled(dout_row(first), dv_, count, dv_, rows_, dout_columns, rows_,
-                       [&](int64_t r, vec<T> x) ANOMEM_ALWAYS { return x * dout_scale_[r]; });
-      transpose_scaled(query_.data(), query_.stride(), count, d_, rows_, query_columns, rows_,
-                       [&](int64_t, vec<T> x) ANOMEM_ALWAYS { return x * beta; });
+      if constexpr (std::is_same_v<S, T>) {
+        transpose_scaled(dout_row(first), dv_, count, dv_, rows_, tiles.columns.dout, tiles.columns.stride,
+                         [&](int64_t r, vec<T> x) ANOMEM_ALWAYS { return x * dout_scale_[r]; });
+        transpose_scaled(query_.data(), query_.stride(), count, d_, rows_, tiles.columns.query, tiles.columns.stride,
+                         [&](int64_t, vec<T> x) ANOMEM_ALWAYS { return x * beta; });
+      }
     } else if (library) {
-      dout_.transpose(count, rows_, tiles.dout);
-      scaled_query_.transpose(count, rows_, tiles.query);
+      dout_.transpose(count, rows_, tiles.columns.dout, tiles.columns.stride);
+      scaled_query_.transpose(count, rows_, tiles.columns.query, tiles.columns.stride);
     }
     return {columns_of_weights(tiles.weights, reads_kept ? kept : nullptr, count), columns(tiles.gradient, count),
-            tiles.dout, tiles.query};
+            tiles.columns};
   }
 
   // Adds what `run` left to the sums of dkeys and dvalues, which BackwardPlan lays out; for a tied memory they are the
@@ -352,15 +352,15 @@ class BackwardChunk {
             dkeys, key_stride_, !fresh || a_.memory.tied());
   }
 
-  // dvalues [dv, padded M] += dOᵀ P, dkeys [d, padded M] += Qᵀ dS by the library, in `width` columns from `first` on:
-  // the tiles are right factors as they lie.
+  // The same by the library, in `width` columns from `first` on: the tiles are right factors as they lie.
   static void add_transposed(const Memory& memory, const Summands<S>& chunk, int64_t rows, int64_t first, int64_t width,
                              bool fresh, T* dkeys, T* dvalues) {
-    const int64_t stride = padded_stride<T>(memory.prototypes);
-    library_product_of_tile<S>(memory.value_features, width, rows, chunk.dout, chunk.weights.data + first,
-                               chunk.weights.term_stride, dvalues + first, stride, !fresh);
-    library_product_of_tile<S>(memory.features, width, rows, chunk.query, chunk.gradient.data + first,
-                               chunk.gradient.term_stride, dkeys + first, stride, !fresh || memory.tied());
+    const auto from_first = [&](LeftFactor<S> tile) {
+      tile.data += first;
+      return tile;
+    };
+    add_to_memory<S>(memory, rows, width, chunk.columns, from_first(chunk.weights), from_first(chunk.gradient), fresh,
+                     dkeys + first, dvalues + first);
   }
 
  private:
