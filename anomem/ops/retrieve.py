@@ -28,9 +28,10 @@ from anomem.ops.library import (
 KEPT_BYTES = 31 << 20
 """Most memory that one call on a CPU keeps for its backward pass; the weights of other queries are recomputed.
 
-glibc maps blocks of 32 MiB and more anew in every call. In trials on AMD family 25 keeping more gained little or
-nothing.
+In trials (AMD family 25; Intel family 6 with AMX) keeping more gained little or nothing.
 """
+_MOST_OUTPUT = KEPT_BYTES
+"""Of a memory read in blocks, bfloat16: more than this of outputs in float32 is not kept, as in csrc/cpu/retrieve.h."""
 _LEAST_KEPT = 126
 _LEAST_IN_BLOCKS = 512
 """Prototypes, of any dtype; `reads_in_blocks` of csrc/cpu/retrieve.h decides."""
@@ -186,7 +187,7 @@ def retrieve(query: Tensor, memory: Memory, backend: str) -> tuple[Tensor, Tenso
 
 def _kept(query: Tensor, memory: Memory) -> int:
     """Queries of which the backward pass needs what the forward pass keeps: their weights, 12 NMd flops instead of 14
-    for N·M elements; of a memory read in blocks two numbers and, in float32, the output.
+    for N·M elements; of a memory read in blocks two numbers and the output.
 
     None in small calls and under a compiler or tracer, whose graphs serve other sizes; none where the gradient of beta
     needs the scores.
@@ -207,8 +208,9 @@ def _kept_row(query: Tensor, keys: Tensor, values: Tensor | None) -> tuple[int, 
     """How many numbers are kept of a query, and their dtype, as in csrc/cpu/retrieve.h."""
     prototypes = keys.shape[0]
     if prototypes >= _LEAST_IN_BLOCKS and operator("retrieve_blocks", "native")(query, keys, values):
-        features = 0 if query.dtype == torch.bfloat16 else (keys if values is None else values).shape[1]
-        return 2 + features, accumulator(query)
+        width = 2 + (keys if values is None else values).shape[1]
+        too_much = query.dtype == torch.bfloat16 and query.shape[0] * width * 4 > _MOST_OUTPUT
+        return 2 if too_much else width, accumulator(query)
     padded = (prototypes + 31) // 32 * 32
     return padded + 32 if padded % 256 == 0 else padded, query.dtype
 

@@ -55,7 +55,7 @@ int64_t wave_of(int64_t groups, int64_t items_per_group) {
 Tensor products_of(int64_t kept, int64_t tiles, int64_t elements, ScalarType sums) {
   if (kept < 0 || kept > tiles)
     refuse("kept", "0 to " + std::to_string(tiles) + ", the tiles of all groups", std::to_string(kept));
-  return empty_result({kept, elements}, sums);
+  return empty_result(kept, elements, sums);
 }
 
 // The two sets of rows of a contrast, [G, R, d] and [G, C, d], checked.

@@ -41,15 +41,15 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-// A result of two axes, uninitialised and contiguous. A large one is memory that the process keeps once the tensor is
-// gone (scratch.h).
-inline Tensor empty_result(std::initializer_list<int64_t> sizes, ScalarType type) {
+// A result [rows, columns], uninitialised and contiguous. A large one is memory that the process keeps once the tensor
+// is gone (scratch.h).
+inline Tensor empty_result(int64_t rows, int64_t columns, ScalarType type) {
   constexpr int64_t kLeastKept = int64_t{1} << 20;
-  int64_t strides[2] = {sizes.end()[-1], 1};
   const int64_t size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  const int64_t bytes = sizes.begin()[0] * strides[0] * size;
-  if (bytes < kLeastKept) return empty(sizes, type);
-  return torch::stable::from_blob(take_scratch(bytes), {sizes.begin(), sizes.size()}, {strides, 2},
+  const int64_t bytes = rows * columns * size;
+  if (bytes < kLeastKept) return empty({rows, columns}, type);
+  const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
+  return torch::stable::from_blob(take_scratch(bytes), {shape, 2}, {strides, 2},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), type, give_scratch);
 }
 

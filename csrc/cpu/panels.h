@@ -122,14 +122,16 @@ class GradientPanels {
 
   // `in_parts` as in ReadPanels.
   GradientPanels(const Memory& memory, bool in_parts)
-      : shared_(memory.tied() && !kInPairs<S>),
+      : tied_(memory.tied()),
+        shared_(memory.tied() && !kInPairs<S>),
         keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
         keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
         values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
         transposed_key_parts_(memory.features, memory.prototypes, memory.library && in_parts),
         key_parts_(memory.prototypes, memory.features, memory.library && in_parts),
         value_parts_(memory.value_features, memory.prototypes, memory.library && in_parts && !shared_),
-        mean_(memory.features) {
+        mean_(memory.features),
+        values_mean_(memory.tied() ? 0 : memory.value_features) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
     Buffer<T> keys(m * d);
     normalized_keys<S>(memory, keys.data());
@@ -145,10 +147,10 @@ class GradientPanels {
       rows.pack_columns(m, values_transposed_.data(), 0, widest);
       return;
     }
-    Buffer<T> values(m * dv), mean(dv);
+    Buffer<T> values(m * dv);
     scaled_copy(static_cast<const S*>(memory.values.data), m * dv, T{1}, values.data());
     FactorRows<S> value_rows(m, dv);
-    set_centred(values.data(), m, dv, mean.data(), value_rows);
+    set_centred(values.data(), m, dv, values_mean_.data(), value_rows);
     value_rows.pack_columns(m, values_transposed_.data(), 0, widest);
     value_parts_.make(values_transposed_.data());
   }
@@ -161,6 +163,8 @@ class GradientPanels {
   RightFactor<F> keys() const { return {keys_.data(), key_parts_.data()}; }
   // [d], subtracted from the keys in pairs.
   const T* keys_mean() const { return mean_.data(); }
+  // [dv], subtracted from the values in pairs.
+  const T* values_mean() const { return tied_ ? mean_.data() : values_mean_.data(); }
   // dv × M: dP = dO Vᵀ.
   RightFactor<F> values_transposed() const {
     if constexpr (!kInPairs<S>)
@@ -178,12 +182,12 @@ class GradientPanels {
     for (int64_t j = 0; j < m; ++j) rows.set(j, source + j * n, T{1});
   }
 
-  bool shared_;
+  bool tied_, shared_;
   Buffer<T> keys_transposed_;
   Buffer<F> keys_, values_transposed_;
   PanelParts<T> transposed_key_parts_;
   PanelParts<F> key_parts_, value_parts_;
-  Buffer<T> mean_;
+  Buffer<T> mean_, values_mean_;
 };
 
 // Normalised and widened query rows, and the factors their gradient needs. Rows that need neither are not copied.

@@ -17,8 +17,8 @@ struct Forward {
 };
 
 // Numbers kept of each query.
-int64_t kept_width(bool in_blocks, Type type, const Memory& memory) {
-  return in_blocks ? kept_in_blocks(type, memory.value_features) : kept_stride(memory.prototypes);
+int64_t kept_width(bool in_blocks, Type type, const Memory& memory, int64_t queries) {
+  return in_blocks ? kept_in_blocks(type, memory.value_features, queries) : kept_stride(memory.prototypes);
 }
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
@@ -28,11 +28,12 @@ Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& v
   const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
   const ScalarType sums = accumulator(type);
-  Tensor out = empty_result({queries, memory.value_features}, query.scalar_type());
+  Tensor out = empty_result(queries, memory.value_features, query.scalar_type());
   Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
   if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
   const bool in_blocks = reads_in_blocks(type, memory);
-  Tensor weights = empty_result({kept, kept_width(in_blocks, type, memory)}, in_blocks ? sums : query.scalar_type());
+  Tensor weights =
+      empty_result(kept, kept_width(in_blocks, type, memory, queries), in_blocks ? sums : query.scalar_type());
   run(RetrieveForward{type,
                       memory,
                       shrinkage,
@@ -61,14 +62,15 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(dentropy, "dentropy", query, sums, {queries});
   // The forward pass decided what is kept; torch.backends.mkldnn may have changed since.
   const bool of_blocks = weights && weights->dim() == 2 && weights->size(1) != kept_stride(memory.prototypes);
-  check_operand(weights, "weights", query, of_blocks ? sums : elements, {"kept", kept_width(of_blocks, type, memory)});
+  check_operand(weights, "weights", query, of_blocks ? sums : elements,
+                {"kept", kept_width(of_blocks, type, memory, queries)});
   const bool in_blocks = of_blocks && reads_in_blocks(type, memory);
   Kept<const void> kept{weights ? weights->size(0) : 0, optional_data(weights).data, in_blocks};
   if (kept.rows > queries) refuse("weights", "at most N rows", std::to_string(kept.rows));
   if (of_blocks && !in_blocks) kept = {};
-  Tensor dquery = empty_result({queries, memory.features}, elements);
-  Tensor dkeys = empty_result({memory.prototypes, memory.features}, elements);
-  Tensor dvalues = values ? empty_result({memory.prototypes, memory.value_features}, elements) : empty({0}, elements);
+  Tensor dquery = empty_result(queries, memory.features, elements);
+  Tensor dkeys = empty_result(memory.prototypes, memory.features, elements);
+  Tensor dvalues = values ? empty_result(memory.prototypes, memory.value_features, elements) : empty({0}, elements);
   Workspace workspace(BackwardPlan(type, memory, queries, in_blocks).workspace, sums);
   double slope = 0;
   run(RetrieveBackward{type, memory, shrinkage, queries_of(query), lse.const_data_ptr(), dout.const_data_ptr(),

@@ -25,9 +25,12 @@ inline bool reads_in_blocks(Type type, const Memory& memory) {
   return type == Type::kFloat32 && splits_products() && memory.prototypes >= at_least(512, 4 * features);
 }
 
-// Numbers kept of a query that read the memory in blocks.
-inline int64_t kept_in_blocks(Type type, int64_t value_features) {
-  return type == Type::kBfloat16 ? 2 : 2 + value_features;
+// Numbers kept of a query that read the memory in blocks: two, and the output in the type of sums. In bfloat16 that is
+// larger than the output itself; calls that would keep more than 31 MiB go without. As in anomem/ops/retrieve.py.
+inline int64_t kept_in_blocks(Type type, int64_t value_features, int64_t queries) {
+  constexpr int64_t most = int64_t{31} << 20;
+  const int64_t width = 2 + value_features;
+  return type == Type::kBfloat16 && queries * width * static_cast<int64_t>(sizeof(float)) > most ? 2 : width;
 }
 
 // Rows of a chunk that reads the memory in blocks: many, since each chunk fetches all of it.

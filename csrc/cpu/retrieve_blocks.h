@@ -1,9 +1,9 @@
 // Retrieval from a large memory, block after block of its prototypes. A chunk's scores of a block stay in the
 // second-level cache for all that is done with them; those of all prototypes would not. The softmax is the online one
 // (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867). The backward pass makes the weights from each row's
-// largest score and sum, which are kept. Their mean gradient comes from the kept output in float32 (FlashAttention, Dao
-// et al. 2022, https://arxiv.org/abs/2205.14135). A first pass over the blocks sums it where that would lose digits: in
-// bfloat16, whose products are rounded, and where values have much in common.
+// largest score and sum, which are kept. Their mean gradient comes from the kept output (FlashAttention, Dao et al.
+// 2022, https://arxiv.org/abs/2205.14135). A first pass over the blocks sums it where that would lose digits, as where
+// values have much in common.
 #pragma once
 
 #include "cpu/factors.h"
@@ -21,10 +21,9 @@ inline int64_t block_width(const Memory& memory) {
   return at_least(memory.features, memory.value_features) > 512 ? kLibraryPanel : 2 * kLibraryPanel;
 }
 
-// What is kept of a query, T [kept_in_blocks]: the largest score, 1 / Σ exp(logit − largest logit), and in float32 the
-// output.
-template <class S>
-constexpr bool kKeepsOutput = std::is_same_v<S, accumulator_t<S>>;
+// What is kept of a query, T [kept_in_blocks]: the largest score, 1 / Σ exp(logit − largest logit), and the output
+// where there is room for it.
+constexpr int64_t kKeptBeforeOutput = 2;
 
 // Scratch of a thread of the forward pass.
 template <class S>
@@ -49,7 +48,8 @@ class ForwardBlocks {
   // finite. `raw` holds the same rows if `is_raw`.
   bool run(int64_t first, int64_t count, const QueryRows<S>& query, const RawQueries<S>& raw, bool is_raw) {
     const int64_t m = a_.memory.prototypes, d = a_.memory.features, dv = a_.memory.value_features;
-    const int64_t kept_width = kept_in_blocks(a_.type, dv), kept_rows = at_most(count, a_.kept.rows - first);
+    const int64_t kept_width = kept_in_blocks(a_.type, dv, a_.query.count),
+                  kept_rows = at_most(count, a_.kept.rows - first);
     T* const kept = static_cast<T*>(a_.kept.data) + first * kept_width;
     if (!is_raw) query_parts_.make(query.data(), query.stride(), rows_, d);
     for (int64_t begin = 0; begin < m; begin += width_) {
@@ -77,7 +77,8 @@ class ForwardBlocks {
       T* const row = kept + r * kept_width;
       row[0] = best_[r];
       row[1] = scale;
-      if constexpr (kKeepsOutput<S>) std::memcpy(row + 2, out + r * dv, dv * sizeof(T));
+      if (kept_width > kKeptBeforeOutput)
+        scaled_copy(read_.data() + r * read_stride_, dv, scale, row + kKeptBeforeOutput);
     }
     return true;
   }
@@ -174,7 +175,7 @@ class BackwardBlocks {
   // False, and nothing done, for a chunk that was not read in blocks or of which not everything is kept.
   bool run(int64_t first, int64_t count, bool fresh, T* dkeys, T* dvalues) {
     const int64_t m = a_.memory.prototypes, d = a_.memory.features, dv = a_.memory.value_features;
-    const int64_t kept_width = kept_in_blocks(a_.type, dv);
+    const int64_t kept_width = kept_in_blocks(a_.type, dv, a_.query.count);
     if (first + count > a_.kept.rows) return false;
     const T* const kept = static_cast<const T*>(a_.kept.data) + first * kept_width;
     for (int64_t r = 0; r < count; ++r) {
@@ -184,12 +185,9 @@ class BackwardBlocks {
     }
     load(first, count);
     bool multiplied = false;  // the first block
-    if constexpr (kKeepsOutput<S>) {
-      multiplied = take_means(kept + 2, kept_width, static_cast<const S*>(a_.dout) + first * dv, count);
-      if (!multiplied) sum_means(count);
-    } else {
-      sum_means(count);
-    }
+    if (kept_width > kKeptBeforeOutput)
+      multiplied = take_means(kept + kKeptBeforeOutput, kept_width, static_cast<const S*>(a_.dout) + first * dv, count);
+    if (!multiplied) sum_means(count);
     const T* const dlse = static_cast<const T*>(a_.dlse.data);
     for (int64_t begin = 0; begin < m; begin += width_) {
       const int64_t width = at_most(width_, m - begin);
@@ -255,17 +253,21 @@ class BackwardBlocks {
   }
 
   // Mean gradients from the output, and the first block's products. False where they would lose digits: the terms of a
-  // mean are larger than what is left when it is subtracted.
-  bool take_means(const T* out, int64_t out_stride, const T* dout, int64_t count) {
+  // mean are larger than what is left when it is subtracted. Packed values may lack their mean, as the gradients do.
+  bool take_means(const T* out, int64_t out_stride, const S* dout, int64_t count) {
     const int64_t dv = a_.memory.value_features, width = at_most(width_, a_.memory.prototypes);
     multiply(0, width, count);
     for (int64_t r = 0; r < count; ++r) {
       vec<T> size{}, left{};
-      mean_[r] = dot_product(out + r * out_stride, dout + r * dv, dv);
+      vec<T> sum{};
       for_vectors<T>(dv, [&](int64_t i, int64_t some) {
-        const vec<T> term = load_some(out + r * out_stride + i, some) * load_some(dout + r * dv + i, some);
+        const vec<T> read = load_some(out + r * out_stride + i, some), slope = load_some(dout + r * dv + i, some);
+        const vec<T> term = read * slope;
         size += term < 0 ? -term : term;
+        if constexpr (kInPairs<S>) sum += (read - load_some(panels_.values_mean() + i, some)) * slope;
+        else sum += term;
       });
+      mean_[r] = sum_lanes<T>(sum);
       const vec<T> mean = broadcast(mean_[r]);
       for_vectors<T>(width, [&](int64_t j, int64_t some) {
         const vec<T> difference = keep_first<T>(ANOMEM_ISA::load(gradient_ + r * stride_ + j) - mean, some);

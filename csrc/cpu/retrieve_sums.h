@@ -36,8 +36,8 @@ inline void add_to_memory(const Memory& memory, int64_t rows, int64_t width, con
                           const LeftFactor<S>& weights, const LeftFactor<S>& gradient, bool fresh,
                           accumulator_t<S>* dkeys, accumulator_t<S>* dvalues, const ColumnParts& parts = {}) {
   using F = factor_t<S>;
-  const F *const dout = reinterpret_cast<const F*>(columns.dout), *const query =
-                                                                      reinterpret_cast<const F*>(columns.query);
+  const F* const dout = reinterpret_cast<const F*>(columns.dout);
+  const F* const query = reinterpret_cast<const F*>(columns.query);
   const int64_t sum_stride = padded_stride<accumulator_t<S>>(memory.prototypes);
   if (memory.tied() && gradient.data == weights.data + factors<S>(rows) * weights.term_stride)
     return library_product_of_tile<S>(memory.features, width, 2 * rows, dout, columns.stride, weights.data,

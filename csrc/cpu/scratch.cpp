@@ -39,7 +39,6 @@ class Level {
 
   void subtract(int64_t bytes) { now_.fetch_sub(bytes, std::memory_order_relaxed); }
 
-  int64_t now() const { return now_.load(std::memory_order_relaxed); }
   int64_t most() const { return most_.load(std::memory_order_relaxed); }
 
   // The most since the last call, beyond what it was then.
