@@ -108,11 +108,12 @@ class Augmentation:
         config = self.config
         jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
         on = (jittered < config.jitter).to(uniform.dtype)
+        one = torch.ones_like(on)
 
         def factors(numbers: Tensor, spread: float) -> Tensor | None:
             if config.jitter == 0 or spread == 0:
                 return None
-            return torch.addcmul(torch.ones_like(on), on, (2 * numbers - 1) * spread)
+            return torch.addcmul(one, on, (2 * numbers - 1) * spread)
 
         return ViewParameters(
             matrices=Geometry.from_uniform(uniform, config).matrices(height, width) if moves(config) else None,
@@ -148,6 +149,7 @@ class Geometry:
         angle: radians, clockwise as seen.
         shift_x: to the right, as a fraction of the width.
         shift_y: downwards, as a fraction of the height.
+        in_place: whether zoom, angle and shift are neutral.
     """
 
     crop_width: Tensor
@@ -159,6 +161,7 @@ class Geometry:
     angle: Tensor
     shift_x: Tensor
     shift_y: Tensor
+    in_place: bool = False
 
     # Uniform numbers that `from_uniform` takes per image.
     NUMBERS = 9
@@ -166,7 +169,7 @@ class Geometry:
     @staticmethod
     def from_uniform(uniform: Tensor, config: AugmentConfig) -> Geometry:
         """Parameters from uniform numbers [9, B] in [0, 1)."""
-        signed = 2 * uniform - 1
+        signed = 2 * uniform[: Geometry.NUMBERS] - 1
         area = _between(uniform[0], *config.crop_area)
         half_log_ratio = _between(uniform[1], *(0.5 * math.log(ratio) for ratio in config.crop_ratio))
         root, stretch = area.sqrt(), half_log_ratio.exp()
@@ -181,6 +184,7 @@ class Geometry:
             angle=signed[6] * math.radians(config.rotation),
             shift_x=signed[7] * config.shift,
             shift_y=signed[8] * config.shift,
+            in_place=config.zoom == (1.0, 1.0) and config.rotation == config.shift == 0,
         )
 
     def matrices(self, height: int, width: int) -> Tensor:
@@ -189,6 +193,10 @@ class Geometry:
         An output pixel is mirrored, then shifted back, rotated back and shrunk by the zoom, then placed in the crop.
         Rotation is in pixels, so that it does not shear an image that is not square.
         """
+        if self.in_place:
+            rest = torch.zeros_like(self.flip)
+            rows = [self.crop_width * self.flip, rest, self.crop_x, rest, self.crop_height, self.crop_y]
+            return torch.stack(rows, 1).view(-1, 2, 3)
         cosine, sine = self.angle.cos() / self.zoom, self.angle.sin() / self.zoom
         aspect = width / height
         a, b, c, d = cosine, sine / aspect, -sine * aspect, cosine

@@ -128,7 +128,7 @@ inline int64_t mirrored(int64_t i, int64_t size) {
   return i < size ? i : 2 * (size - 1) - i;
 }
 
-// Makes views one after another in the same scratch.
+// Makes views one after another in the same scratch. Views of one image that follow each other pack it once.
 template <class From>
 class AugmentedView {
  public:
@@ -138,13 +138,15 @@ class AugmentedView {
         h_(a.images.height),
         w_(a.images.width),
         area_(a.images.area()),
-        packed_(a.matrices.given ? (h_ + kRim) * (w_ + kRim) * (c_ == 1 ? 1 : kPacked) : 0),
+        packed_(a.matrices.given ? packed_bytes() / static_cast<int64_t>(sizeof(float)) : 0),
         lines_(round_up(w_, kLanes<float>) * kPacked),
         places_(a.matrices.given ? w_ : 0),
         planes_(c_ * area_),
         blurred_(a.blur.given ? c_ * area_ : 0),
         padded_(a.blur.given ? w_ + 2 * a.radius + kLanes<float> : 0),
-        weights_(a.radius + 1) {}
+        weights_(a.radius + 1) {
+    if (a.matrices.given) std::memset(packed_.data(), 0, packed_bytes());  // the rim stays zero
+  }
 
   void make(int64_t view) {
     float* out = a_.out + view * c_ * area_;
@@ -163,6 +165,10 @@ class AugmentedView {
   }
 
  private:
+  int64_t packed_bytes() const {
+    return (h_ + kRim) * (w_ + kRim) * (c_ == 1 ? 1 : kPacked) * static_cast<int64_t>(sizeof(float));
+  }
+
   const From* line_of(int64_t image, int64_t channel, int64_t y) const {
     const FeatureMap& map = a_.images;
     return static_cast<const From*>(map.data) + image * map.batch_stride + channel * map.channel_stride +
@@ -173,8 +179,10 @@ class AugmentedView {
     const int64_t image = view % a_.images.batch;
     if (!a_.matrices.given) return read_planes(image);
     const float* matrix = a_.matrices.data + view * 6;
+    const bool packed = image == packed_image_ && c_ <= kPacked;
+    packed_image_ = image;
     if (c_ == 1) {
-      pack_plane(image);
+      if (!packed) pack_plane(image);
       for (int64_t y = 0; y < h_; ++y) {
         find_places(a_, matrix, y, places_);
         sample_line(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
@@ -183,7 +191,7 @@ class AugmentedView {
     }
     for (int64_t first = 0; first < c_; first += kPacked) {
       const int64_t count = c_ - first < kPacked ? c_ - first : kPacked;
-      pack_pixels(image, first, count);
+      if (!packed) pack_pixels(image, first, count);
       for (int64_t y = 0; y < h_; ++y) {
         find_places(a_, matrix, y, places_);
         sample_pixels(packed_.data(), places_, w_ + kRim, w_, lines_.data());
@@ -211,7 +219,6 @@ class AugmentedView {
 
   void pack_plane(int64_t image) {
     const int64_t stride = w_ + kRim;
-    std::memset(packed_.data(), 0, (h_ + kRim) * stride * sizeof(float));
     for (int64_t y = 0; y < h_; ++y)
       read_line(line_of(image, 0, y), a_.images.width_stride, w_,
                 packed_.data() + (y + kRimBefore) * stride + kRimBefore);
@@ -220,7 +227,6 @@ class AugmentedView {
   // Channels first … first + count of an image.
   void pack_pixels(int64_t image, int64_t first, int64_t count) {
     const int64_t stride = w_ + kRim, line = round_up(w_, kLanes<float>);
-    std::memset(packed_.data(), 0, (h_ + kRim) * stride * kPacked * sizeof(float));
     if (!reads_bytes()) std::memset(lines_.data(), 0, line * kPacked * sizeof(float));
     for (int64_t y = 0; y < h_; ++y) {
       float* to = packed_.data() + ((y + kRimBefore) * stride + kRimBefore) * kPacked;
@@ -331,14 +337,16 @@ class AugmentedView {
   Buffer<float> blurred_;  // [C, H, W]
   Buffer<float> padded_;   // one line with a rim as wide as the filter reaches
   Buffer<float> weights_;  // of the filter
-  float* x_ = nullptr;     // the view so far, [C, H, W]
+  int64_t packed_image_ = -1;
+  float* x_ = nullptr;  // the view so far, [C, H, W]
 };
 
 template <class From>
 void make_views(const Augment& a) {
+  const int64_t batch = a.images.batch, each = batch > 0 ? a.views / batch : 0;
   parallel_ranges(a.views, [&](int64_t begin, int64_t end) {
     AugmentedView<From> one(a);
-    for (int64_t view = begin; view < end; ++view) one.make(view);
+    for (int64_t i = begin; i < end; ++i) one.make(i / each + i % each * batch);  // all views of an image
   });
 }
 
