@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torchvision.transforms.v2.functional as TV
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from anomem.augment import AugmentConfig
 from anomem.augment.augmentation import Geometry
 from anomem.reference.augment import Padding, add_noise, adjust, blur_radius, gaussian_blur
 from anomem.reference.augment import warp as warp_by
@@ -37,7 +39,7 @@ def warp(images: Tensor, geometry: Geometry, padding: Padding) -> Tensor:
 
 
 def double(geometry: Geometry) -> Geometry:
-    return Geometry(**{name: value.double() for name, value in vars(geometry).items()})
+    return Geometry(**{name: x.double() for name, x in vars(geometry).items() if isinstance(x, Tensor)})
 
 
 def hold(images: Tensor, ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]) -> None:
@@ -150,3 +152,12 @@ def test_noise() -> None:
     normal = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
     ours = add_noise(images, torch.full((BATCH,), sigma), normal)
     assert_within_budget(ours, theirs, theirs.double())
+
+
+def test_a_crop_alone_has_the_matrix_of_a_neutral_rest() -> None:
+    uniform = torch.rand(Geometry.NUMBERS, 50, generator=torch.Generator().manual_seed(2))
+    crop = Geometry.from_uniform(uniform, AugmentConfig())
+    assert crop.in_place
+    assert torch.equal(crop.matrices(20, 30), replace(crop, in_place=False).matrices(20, 30))
+    for moved in ({"zoom": (1.0, 1.5)}, {"rotation": 5.0}, {"shift": 0.1}):
+        assert not Geometry.from_uniform(uniform, AugmentConfig(**moved)).in_place  # type: ignore[arg-type]
