@@ -264,7 +264,18 @@ def about(device: str) -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("ANOMEM_COMMIT"),
         # Rows and pictures are results: writing them does not change the code that was measured.
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")),
+        "dirty": bool(
+            git(
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ".",
+                ":!benchmarks/results",
+                ":!README.md",
+                ":!docs",
+            )
+        ),
         "anomem": anomem.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
