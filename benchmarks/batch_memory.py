@@ -55,7 +55,8 @@ def main(options: Options) -> int:
             model = build_model(config.model, images.size, images.channels, MEAN, STD).train()
             arrange(model, config.run)
             step = Stage1Step(model, Network(model, ONE), images, None, config, ONE)
-            (given,) = training_batches(images, batch, 0, 0, 1, step.shares.places)
+            shares = step.shares
+            (given,) = training_batches(images, batch, 0, 0, 1, shares.places, at_once=shares.at_once)
             step(given)
             began, clock = time.process_time(), time.perf_counter()
             step(given)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from anomem.data import Images
+from anomem.data import Images, ResidentImages
 from anomem.train.config import OptimizerConfig
 from anomem.train.network import is_shard
 from anomem.train.rows import ORDER, seed_of
@@ -19,12 +19,28 @@ CHUNK = 1 << 20
 """Indices given to the image set at once; a streamed set starts its workers once per chunk."""
 
 
+class Chosen:
+    """Images of a resident set that are gathered when they are read: a batch need not lie in memory as a whole.
+
+    Args:
+        images: the set.
+        indices: [m], which of them.
+    """
+
+    def __init__(self, images: ResidentImages, indices: Tensor) -> None:
+        self.images, self.indices = images.images, indices
+
+    def __getitem__(self, places: slice) -> Tensor:
+        """Those at some places, [n, C, H, W] uint8."""
+        return self.images.index_select(0, self.indices[places])
+
+
 class Batch(NamedTuple):
     """The images that this process needs of a batch."""
 
     step: int
     """0 … steps − 1."""
-    images: Tensor
+    images: Tensor | Chosen
     """[m, C, H, W] uint8 on the device of the set."""
     indices: Tensor
     """[m], which training images these are."""
@@ -56,7 +72,13 @@ class Batch(NamedTuple):
 
 
 def training_batches(
-    images: Images, batch_size: int, seed: int, start: int, steps: int, places: Sequence[int] | None = None
+    images: Images,
+    batch_size: int,
+    seed: int,
+    start: int,
+    steps: int,
+    places: Sequence[int] | None = None,
+    at_once: bool = True,
 ) -> Iterator[Batch]:
     """Batches of equal size, every image at most once per epoch, a fresh permutation each epoch.
 
@@ -70,13 +92,14 @@ def training_batches(
         start: first step to give.
         steps: one past the last.
         places: which images of a batch are needed here; all when None.
+        at_once: whether they are read together; those of a resident set are else gathered part by part.
 
     Yields:
         The step's images, on the device of the set.
     """
     needed = torch.arange(batch_size) if places is None else torch.tensor(list(places))
     place_of = {place: here for here, place in enumerate(needed.tolist())}
-    source = _batches(images, batch_size, seed, start, steps, needed)
+    source = _batches(images, batch_size, seed, start, steps, needed, at_once)
     while True:
         with record_function("anomem.batch"):
             batch = next(source, None)
@@ -86,8 +109,8 @@ def training_batches(
 
 
 def _batches(
-    images: Images, size: int, seed: int, start: int, steps: int, needed: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    images: Images, size: int, seed: int, start: int, steps: int, needed: Tensor, at_once: bool
+) -> Iterator[tuple[int, Tensor | Chosen, Tensor]]:
     per_epoch = len(images) // size
     epochs_per_chunk = max(1, CHUNK // (per_epoch * size))
     step = start
@@ -96,7 +119,13 @@ def _batches(
         epochs = range(epoch, epoch + min(-(-(offset + steps - step) // per_epoch), epochs_per_chunk))
         orders = [_permutation(len(images), seed, e)[: per_epoch * size] for e in epochs]
         order = torch.cat(orders)[offset * size :][: (steps - step) * size]
-        for batch, index in images.batches(order.view(-1, size)[:, needed].flatten(), len(needed)):
+        chosen = order.view(-1, size)[:, needed]
+        if isinstance(images, ResidentImages) and not at_once:
+            for index in chosen.to(images.images.device, non_blocking=True):
+                yield step, Chosen(images, index), index
+                step += 1
+            continue
+        for batch, index in images.batches(chosen.flatten(), len(needed)):
             yield step, batch, index
             step += 1
 

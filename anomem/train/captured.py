@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from anomem.train.batches import Batch
 from anomem.train.config import RunConfig
@@ -79,6 +80,8 @@ class Captured:
             self._capture(batch)
         if self.graph is None or self.batch is None or self.loss is None:
             return self.step(batch)
+        assert isinstance(self.batch.images, Tensor)  # parts of a batch are no graph
+        assert isinstance(batch.images, Tensor)
         self.batch.images.copy_(batch.images)
         self.batch.indices.copy_(batch.indices)
         self.draws.begin(batch.step)
@@ -116,6 +119,7 @@ class Captured:
         return loss
 
     def _capture(self, batch: Batch) -> None:
+        assert isinstance(batch.images, Tensor)
         self.batch = batch._replace(images=batch.images.clone(), indices=batch.indices.clone())
         graph = torch.cuda.CUDAGraph()
         for generator in (self.draws.separate or {}).values():

@@ -97,7 +97,10 @@ def train_stage1(
     ):
         # A batch is uint8 and on the device already: resident sets are indexed there, streamed ones copy from pinned
         # memory while the device still works on the step before.
-        for batch in training_batches(images, shares.batch, seed, start, settings.steps, shares.places):
+        batches = training_batches(
+            images, shares.batch, seed, start, settings.steps, shares.places, at_once=shares.at_once
+        )
+        for batch in batches:
             set_rates(optimizer, average, settings, batch.step)
             loss = captured(batch)
             if monitor.due(batch.step, shares.batch):

@@ -73,6 +73,8 @@ class Shares:
         # First those of the rows themselves, so that the images of a micro-batch follow each other.
         own = [place for rows in chunks for place in rows.images]
         self.places = list(dict.fromkeys([*own, *(place for rows in chunks for place in rows.sources())]))
+        self.at_once = len(chunks) == 1
+        """Whether a step reads all its images together."""
 
 
 class Stage1Step:

@@ -73,7 +73,8 @@ def gradients(config: TrainConfig, norm: bool, chunked: bool = False) -> tuple[f
         return views.double(), normal
 
     step.views_of = in_float64  # type: ignore[assignment]
-    batch = next(iter(training_batches(images, step.shares.batch, 0, 0, 1, step.shares.places)))
+    shares = step.shares
+    batch = next(iter(training_batches(images, shares.batch, 0, 0, 1, shares.places, at_once=shares.at_once)))
     if not chunked:
         loss = step(batch).total
     else:
@@ -221,6 +222,20 @@ def test_vectors_are_put_together_and_taken_apart() -> None:
 
 
 @pytest.mark.skipif(not HAVE_NATIVE, reason="plain PyTorch stores the pairs")
+@pytest.mark.parametrize("places", [None, [5, 6, 7, 1]])
+def test_a_batch_read_in_parts_has_the_same_images(places: list[int] | None) -> None:
+    images = ResidentImages(torch.randint(256, (20, 3, 4, 5), dtype=torch.uint8))
+    together, apart = (training_batches(images, 9, 1, 0, 3, places, at_once=at_once) for at_once in (True, False))
+    for whole, parts in zip(together, apart, strict=True):
+        assert isinstance(whole.images, Tensor)
+        assert not isinstance(parts.images, Tensor)
+        for some in (range(5, 8), range(5, 5), range(6, 7)):
+            assert torch.equal(whole.at(some), parts.at(some))
+            assert torch.equal(whole.indices_at(some), parts.indices_at(some))
+        pairs = zip(whole.runs([6, 7, 1]), parts.runs([6, 7, 1]), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieve, "KEPT_BYTES", 0)  # a bound that these small batches do not reach
     peaks = {}
@@ -231,7 +246,8 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) ->
         images = ResidentImages(torch.zeros(batch, 1, SIDE, SIDE, dtype=torch.uint8))
         model = model_of(config, True).float().train()
         step = Stage1Step(model, Network(model, ONE), images, None, config, ONE)
-        batch_of = next(iter(training_batches(images, batch, 0, 0, 1, step.shares.places)))
+        shares = step.shares
+        batch_of = next(iter(training_batches(images, batch, 0, 0, 1, shares.places, at_once=shares.at_once)))
         step(batch_of)
         peaks[batch, micro] = peak_bytes(lambda step=step, batch_of=batch_of: step(batch_of), "cpu")
     # Of four times the batch the images and the sampled vectors grow; the maps, most of the memory, do not.
