@@ -42,8 +42,9 @@ SDPA = "SDPA"
 _MOST_WORK, _MOST_COPIED, _MOST_CONVOLVED = 2**27, 2**24, 2**29
 """Larger calls are measured on a part: multiplications, numbers of operators that only copy, multiplications of a
 convolution."""
-_LEAST_ROWS = 256
-"""No part has fewer rows or columns."""
+_ENOUGH_ROWS, _LEAST = 1024, 256
+"""Rows are halved down to the first number before columns are: what a call does once, as the sums of a memory's
+gradient, weighs more beside few rows. No part has fewer rows or columns than the second."""
 _TOP_K = 16
 """Prototypes of a measured read."""
 _MARGIN = 1.05
@@ -164,10 +165,10 @@ def bounded(problem: Problem) -> Problem:
         tied = problem.operator == "nt_xent"
         if problem.groups > 1 and problem.operator != "gather":
             problem = problem._replace(groups=(problem.groups + 1) // 2)
-        elif problem.rows > _LEAST_ROWS and (tied or problem.rows >= problem.columns // 16):
+        elif problem.rows > (_LEAST if tied else _ENOUGH_ROWS) and (tied or problem.rows >= problem.columns // 16):
             half = (problem.rows + 3) // 4 * 2
             problem = problem._replace(rows=half, columns=half if tied else problem.columns)
-        elif problem.columns > _LEAST_ROWS and not tied:
+        elif problem.columns > _LEAST and not tied:
             problem = problem._replace(columns=(problem.columns + 1) // 2)
         elif problem.rows > 2 and not tied:
             problem = problem._replace(rows=(problem.rows + 1) // 2)

@@ -69,6 +69,13 @@ class Bucket(NamedTuple):
         return f"{self.operator} {_name_of(self.dtype)} {sizes} {passes}"
 
 
+def problem_named(name: str, device: str) -> rules.Problem:
+    """The largest call of the bucket of this name."""
+    operator, dtype, groups, _, rows, _, columns, _, features, _ = name.split()
+    sizes = int(features), int(rows), int(columns), int(groups)
+    return rules.Problem(operator, device, getattr(torch, dtype), *sizes)
+
+
 class Measured(NamedTuple):
     """The outcome of a measurement."""
 

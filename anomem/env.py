@@ -42,13 +42,15 @@ def choices(device: str) -> list[dict[str, str]]:
     """What `impl="auto"` takes on a device, in the order in which it is asked.
 
     Returns:
-        For each rule of this hardware and each bucket of this machine's file: call, takes, source and because.
+        For each rule of this hardware and each bucket of this machine's file that no rule of the table covers: call,
+        takes, source and because.
     """
-    rows = [_of_rule(rule, "table") for rule in rules.AUTO if choice.applies(rule, device)]
-    rows += [
-        {"call": name, "takes": measured.implementation, "source": "file", "because": str(measured)}
-        for name, measured in choice.kept_here(device).choices.items()
-    ]
+    table = [rule for rule in rules.AUTO if choice.applies(rule, device)]
+    rows = [_of_rule(rule, "table") for rule in table]
+    for name, measured in choice.kept_here(device).choices.items():
+        problem = choice.problem_named(name, device)
+        if not any(rule.operator == problem.operator and rule.where.holds(problem) for rule in table):
+            rows.append({"call": name, "takes": measured.implementation, "source": "file", "because": str(measured)})
     rows += [_of_rule(rule, "rule") for rule in rules.RULES if choice.applies(rule, device)]
     rest = (
         "a large call is measured at its first use" if choice.mode() == "measure" else "nothing is known to be faster"

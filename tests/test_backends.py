@@ -281,7 +281,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ANOMEM_CHOICE", "measure")
     monkeypatch.setenv("COLUMNS", "300")
     backends.forget()
-    found = {"retrieve float32 1 x 8192 x 512 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
+    found = {"retrieve float32 1 x 512 x 8192 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
     checks = {"native usage float32 d 64": "passed", "native shrink float32 d 64": "error 3 expected 1"}
     choice.keep(choice.default_path(), "cpu", choices=found, checks=checks)
     return tmp_path
@@ -306,10 +306,23 @@ def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]
     assert cpu["hardware"] == choice.hardware("cpu")
     assert ["retrieve", "reference", "runs"] in cpu["runs"]
     (measured,) = (c for c in cpu["choices"] if c["source"] == "file")
-    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 8192 x 512 x 128 training", "native")
+    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 512 x 8192 x 128 training", "native")
     assert measured["because"] == "2.00 times as fast as reference, 1.5 ms"
     assert {c["source"] for c in cpu["choices"]} <= {"table", "file", "rule", "default"}
     assert cpu["checks"]["native usage float32 d 64"] == "passed"
+
+
+def test_the_environment_lists_no_measurement_that_the_table_goes_before(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "AUTO", ())
+    assert "file" in {row["source"] for row in env.choices("cpu")}
+    covering = rules.Rule(
+        "retrieve", "cpu", "native", rules.Where((torch.float32,), rows=64), "rows", choice.hardware("cpu")
+    )
+    monkeypatch.setattr(rules, "AUTO", (covering,))
+    assert [row["source"] for row in env.choices("cpu")][:1] == ["table"]
+    assert "file" not in {row["source"] for row in env.choices("cpu")}
 
 
 def test_the_environment_checks_and_measures(

@@ -165,6 +165,12 @@ def test_what_is_measured_is_bounded(operator: str) -> None:
     assert calibrate.bounded(SMALL._replace(operator=operator)) == SMALL._replace(operator=operator)
 
 
+def test_a_retrieval_is_measured_on_many_queries() -> None:
+    """Of 256 queries of such a call the sums of the memory's gradient take a large part, and the reference won."""
+    small = calibrate.bounded(Problem("retrieve", "cpu", torch.float32, 256, rows=8192, columns=2048))
+    assert (small.rows, small.columns) == (1024, 512)
+
+
 def test_a_convolution_is_measured_on_several_images() -> None:
     """Of one image most of the time is the weight's, whichever kernel is faster for a batch."""
     problem = Problem("conv3x3", "cpu", torch.float32, 512, rows=16, columns=512, groups=64)
