@@ -61,7 +61,10 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
   check_operand(dlse, "dlse", query, sums, {queries});
   check_operand(dentropy, "dentropy", query, sums, {queries});
   // The forward pass decided what is kept; torch.backends.mkldnn may have changed since.
-  const bool of_blocks = weights && weights->dim() == 2 && weights->size(1) != kept_stride(memory.prototypes);
+  const bool told_by_type = elements != sums;  // else by the width: a memory in blocks has four prototypes a feature
+  const bool of_blocks =
+      weights && weights->dim() == 2 &&
+      (told_by_type ? weights->scalar_type() == sums : weights->size(1) != kept_stride(memory.prototypes));
   check_operand(weights, "weights", query, of_blocks ? sums : elements,
                 {"kept", kept_width(of_blocks, type, memory, queries)});
   const bool in_blocks = of_blocks && reads_in_blocks(type, memory);

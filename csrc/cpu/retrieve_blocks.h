@@ -253,12 +253,16 @@ class BackwardBlocks {
   }
 
   // Mean gradients from the output, and the first block's products. False where they would lose digits: the terms of a
-  // mean are larger than what is left when it is subtracted. Packed values may lack their mean, as the gradients do.
+  // mean are larger than what is left when it is subtracted. Pairs lack the values' mean. They are rounded, unlike the
+  // output: only in a sum of their own products does the rounding of a weight near 1 cancel, or of equal values that
+  // have most of the weight. What is left is then weighed, and the first block must have a quarter of its share of the
+  // weight.
   bool take_means(const T* out, int64_t out_stride, const S* dout, int64_t count) {
     const int64_t dv = a_.memory.value_features, width = at_most(width_, a_.memory.prototypes);
     multiply(0, width, count);
     for (int64_t r = 0; r < count; ++r) {
-      vec<T> size{}, left{};
+      if (kInPairs<S> && scale_[r] > T{0.5}) return false;  // the largest weight
+      vec<T> size{}, left{}, weight{};
       vec<T> sum{};
       for_vectors<T>(dv, [&](int64_t i, int64_t some) {
         const vec<T> read = load_some(out + r * out_stride + i, some), slope = load_some(dout + r * dv + i, some);
@@ -271,9 +275,19 @@ class BackwardBlocks {
       const vec<T> mean = broadcast(mean_[r]);
       for_vectors<T>(width, [&](int64_t j, int64_t some) {
         const vec<T> difference = keep_first<T>(ANOMEM_ISA::load(gradient_ + r * stride_ + j) - mean, some);
-        left = larger(difference < 0 ? -difference : difference, left);
+        const vec<T> distance = difference < 0 ? -difference : difference;
+        if constexpr (kInPairs<S>) {
+          const vec<T> p = keep_first<T>(ANOMEM_ISA::load(weights_ + r * stride_ + j), some);
+          left = multiply_add(p, distance, left);
+          weight += p;
+        } else {
+          left = larger(distance, left);
+        }
       });
-      if (!(sum_lanes<T>(size) <= 4 * max_lanes<T>(left))) return false;
+      const T share = sum_lanes<T>(weight);
+      if (kInPairs<S> && !(4 * share * static_cast<T>(a_.memory.prototypes) >= static_cast<T>(width))) return false;
+      const T rest = kInPairs<S> ? sum_lanes<T>(left) / share : max_lanes<T>(left);
+      if (!(sum_lanes<T>(size) <= 4 * rest)) return false;
     }
     return true;
   }

@@ -15,6 +15,10 @@
 #include "cpu/pages.h"
 #include "cpu/types.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace anomem::cpu {
 namespace {
 
@@ -26,6 +30,28 @@ struct alignas(64) Header {
 
 // Smaller blocks are the allocator's: it takes none of them from the system anew.
 constexpr int64_t kLeastKept = int64_t{64} << 10, kHugePage = int64_t{2} << 20;
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kPage = int64_t{64} << 10;  // a multiple of the page of any system
+
+// At a multiple of a huge page, or null.
+void* map_pages(int64_t size) {
+  void* const mapped = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* const start = static_cast<char*>(mapped);
+  char* const block = start + (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
+  if (block > start) munmap(start, block - start);
+  if (char* const end = block + size; start + kHugePage > block) munmap(end, start + kHugePage - block);
+  return block;
+}
+
+void unmap_pages(void* block, int64_t size) { munmap(block, size); }
+#else
+constexpr int64_t kPage = kHugePage;
+
+void* map_pages(int64_t size) { return std::aligned_alloc(kHugePage, size); }
+void unmap_pages(void* block, int64_t) { std::free(block); }
+#endif
 
 // A number of bytes and the most that it has been.
 class Level {
@@ -55,14 +81,22 @@ class Level {
 // before have left.
 Level asked, held;
 
-// A large block begins at a huge page, and its end takes no other.
+// A large block begins at a huge page, and its end takes no other. It comes from the system: on the allocator's heap
+// kept blocks would hold freed memory between them.
 Header* allocate(int64_t bytes) {
-  const bool large = bytes >= kHugePage;
-  const int64_t size = round_up(bytes + static_cast<int64_t>(sizeof(Header)), large ? 4096 : 64);
-  void* block = nullptr;
-  if (posix_memalign(&block, large ? kHugePage : 64, size) != 0) throw std::bad_alloc();
+  const int64_t least = bytes + static_cast<int64_t>(sizeof(Header));
+  const bool large = least > kHugePage;
+  const int64_t size = round_up(least, large ? kPage : 64);
+  void* const block = large ? map_pages(size) : std::aligned_alloc(64, size);
+  if (block == nullptr) throw std::bad_alloc();
   if (large) ask_for_huge_pages(block, size);
   return new (block) Header{size - static_cast<int64_t>(sizeof(Header)), 0};
+}
+
+void release(Header* block) {
+  const int64_t size = block->bytes + static_cast<int64_t>(sizeof(Header));
+  if (size > kHugePage) unmap_pages(block, size);
+  else std::free(block);
 }
 
 // Unused blocks, the oldest first. The lock is only tried: a child of fork may find it taken for ever.
@@ -75,7 +109,7 @@ class Kept {
     size_t best = blocks_.size();
     for (size_t i = 0; i < blocks_.size(); ++i)
       if (blocks_[i]->bytes >= bytes && blocks_[i]->bytes <= bytes + bytes / 4 + kLeastKept &&
-          (best == blocks_.size() || blocks_[i]->bytes < blocks_[best]->bytes))
+          (best == blocks_.size() || blocks_[i]->bytes <= blocks_[best]->bytes))  // the newest: it may be in a cache
         best = i;
     if (best == blocks_.size()) return nullptr;
     Header* const block = blocks_[best];
@@ -86,12 +120,12 @@ class Kept {
 
   void give(Header* block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block->bytes > kKeptScratch) return std::free(block);
+    if (!lock || block->bytes > kKeptScratch) return release(block);
     blocks_.push_back(block);
     bytes_ += block->bytes;
     while (bytes_ > std::min(kKeptScratch, held.most())) {
       bytes_ -= blocks_.front()->bytes;
-      std::free(blocks_.front());
+      release(blocks_.front());
       blocks_.erase(blocks_.begin());
     }
   }
@@ -137,7 +171,7 @@ void give_scratch(void* data) {
   asked.subtract(block->asked);
   held.subtract(block->bytes);
   if (kKeeps && block->bytes >= kLeastKept) kept().give(block);
-  else std::free(block);
+  else release(block);
 }
 
 namespace {

@@ -16,7 +16,7 @@ from anomem.functional import hopfield_retrieve
 from anomem.nn import HopfieldMemory
 from anomem.ops import retrieve as ops_retrieve
 from anomem.rules import Impl
-from anomem.testing import draw
+from anomem.testing import draw, gradients
 from tests.operators.contract import BF16, F32, NATIVE, cases
 from tests.operators.retrieve_calls import NORMALIZE, check, memory
 
@@ -214,3 +214,38 @@ def test_learned_beta_and_a_compiled_call_within_budget(impl: Impl, dv: int) -> 
     eager, compiled = both_passes(hopfield_retrieve), both_passes(torch.compile(hopfield_retrieve, backend="aot_eager"))
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+PEAKED = [(64, 0.3), (128, 0.15), (192, None), (256, None)]
+
+
+@cases("d, beta, tied", {NATIVE: [(*one, tied) for one in PEAKED for tied in (True, False)]})
+def test_queries_beside_a_prototype_in_bfloat16(impl: Impl, d: int, beta: float | None, tied: bool) -> None:
+    """One weight is nearly 1: its gradient is what the rounding of products must not exceed."""
+    prototypes, values = draw(1600, d, seed=1, dtype=BF16), draw(1600, d, seed=2, dtype=BF16)
+    query = prototypes[:300] + 0.1 * draw(300, d, seed=3, dtype=BF16)
+    given = [query, prototypes] if tied else [query, prototypes, values]
+
+    def slope(name: Impl, dtype: torch.dtype) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
+            return hopfield_retrieve(q, k, values=v, beta=beta, normalize="none", impl=name)
+
+        return gradients(call, [x.to(dtype) for x in given])[1].double()
+
+    exact = slope("reference", torch.float64)
+    assert float((slope(impl, BF16) - exact).norm()) < 0.03 * float(exact.norm())
+
+
+@cases("twin", {NATIVE: [(1000,), (10,)]})
+def test_two_equal_prototypes_in_bfloat16_within_budget(impl: Impl, twin: int) -> None:
+    """They share nearly all of the weight, in the first block or not."""
+    query, prototypes, values = whole(140, 1601, 64, 24, BF16)
+    prototypes[twin + 1] = prototypes[twin]
+    values[twin + 1] = values[twin]
+    check(impl, [prototypes[twin] + 0.2 * query, prototypes, values], normalize="none", beta=0.12)
+
+
+@cases("m, d, dv", {NATIVE: [(1568, 32, 1566), (2048, 64, 2078)]})
+def test_what_is_kept_is_told_by_its_dtype(impl: Impl, m: int, d: int, dv: int) -> None:
+    """As many numbers are kept of a query in blocks as weights would be."""
+    check(impl, memory(130, m, d, dv, dtype=BF16), normalize="layer", beta=0.5)
