@@ -177,7 +177,7 @@ if __name__ == "__main__":
     setup(
         packages=[*packages, "anomem.kernels"],
         package_dir={"anomem": "anomem", "anomem.kernels": "kernels"},
-        package_data={"anomem": ["py.typed"], "anomem.report": ["*.jinja", "*.css", "*.js"]},
+        package_data={"anomem": ["py.typed", "gains.json"], "anomem.report": ["*.jinja", "*.css", "*.js"]},
         ext_modules=ext_modules,
         cmdclass={"build_ext": command, "bdist_wheel": AnyPythonWheel},
     )

@@ -501,8 +501,17 @@ def run(devices: Sequence[str], place: Path, seconds: float) -> int:
     except KeyboardInterrupt:
         print(f"anomem: stopped; what was measured is kept in {place}", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(f"kept in {place}", file=sys.stderr)
+    print(f"kept in {place}{_not_followed(place)}", file=sys.stderr)
     return 0
+
+
+def _not_followed(place: Path) -> str:
+    """What must change so that `impl="auto"` follows this file; empty where it does."""
+    followed = choice.path()
+    if followed is not None and followed.absolute() == place.absolute():
+        return ""
+    to_follow = "without ANOMEM_CHOICE" if place == choice.default_path() else f"with ANOMEM_CHOICE={place}"
+    return f'; impl="auto" follows it {to_follow}'
 
 
 def _run(devices: Sequence[str], place: Path, seconds: float) -> None:

@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from anomem import backends, rules
-from anomem.errors import UserError
+from anomem.errors import UserError, warn
 from anomem.files import cache_folder, make_folder, require_writable, write_atomically
 
 FORMAT = 1
@@ -232,11 +231,9 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
         _outcomes[device, family] = outcome
         verdict = None if outcome == PASSED else f"it failed its check on this hardware: {outcome}"
         if verdict is not None:
-            warnings.warn(
-                f'anomem: {family} is switched off for impl="auto" on {hardware(device)}: {outcome}. '
-                "Please report it with the output of `python -m anomem.env`",
-                RuntimeWarning,
-                stacklevel=2,
+            warn(
+                f'{family} is switched off for impl="auto" on {hardware(device)}: {outcome}. '
+                "Please report it with the output of `python -m anomem.env`"
             )
         _verdicts[device, family] = verdict
         return verdict
@@ -348,13 +345,22 @@ def _section(device: str) -> Section:
         _sections[device] = Section({}, {})
         place = path()
         if place is not None:
+            named = isinstance(mode(), Path)
             try:  # also around `exists`: the folder may be closed to us
-                if place.exists() or mode() != "measure":
+                if place.exists() or named:
                     _sections[device] = read(place, device)
+                    if named and _sections[device] == Section({}, {}):
+                        warn(f"{_NAMED}: {place} has nothing for {' with '.join(identity(device))}; {_INSTEAD}")
             except (OSError, ValueError) as error:
-                named = "" if mode() == "measure" else "ANOMEM_CHOICE (expected measure, table or a path): "
-                _warn(f"{named}no choices of this machine are used: {error}")
+                if named:
+                    warn(f"{_NAMED}, expected measure, table or a file that can be read: {error}; {_INSTEAD}")
+                else:
+                    warn(f"no choices of this machine are used: {error}")
     return _sections[device]
+
+
+_NAMED = "ANOMEM_CHOICE"
+_INSTEAD = "the committed table and the rules decide"
 
 
 def read(place: Path, device: str) -> Section:
@@ -378,7 +384,7 @@ def keep(
     try:
         add(place, device, choices, checks)
     except UserError as error:
-        _warn(f"the choices of this machine are not kept: {error}")
+        warn(f"the choices of this machine are not kept: {error}")
 
 
 def add(
@@ -447,10 +453,6 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not a file of choices ({type(error).__name__}: {error})") from None
     return sections
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"anomem: {text}", RuntimeWarning, stacklevel=2)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The two exceptions a user of anomem can cause; messages about a missing package and about too little memory.
+"""The two exceptions a user of anomem can cause, warnings at the user's line, and messages about what is missing.
 
 `UserError` is anything the user can mend (a missing file, a folder that already holds a run): the command line prints
 its one sentence and exits with status 2. `ArgumentError` is a wrong argument or setting; it is also a `ValueError`,
@@ -7,6 +7,8 @@ which Python code expects to catch.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +36,14 @@ class ArgumentError(UserError, ValueError):
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str | None]]:
         return type(self), (self.argument, self.expected, self.received, self.hint)
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning that names the line of the user's code, beyond the calls of anomem and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("anomem", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"anomem: {text}", RuntimeWarning, stacklevel=level)
 
 
 @contextmanager

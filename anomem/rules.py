@@ -133,7 +133,12 @@ class Rule(NamedTuple):
     where: Where
     reason: str
     processor: str = ""
-    """The processor or GPU whose rows the rule quotes, as `anomem.choice.processor` names it; "" for any."""
+    """The processor or GPU whose rows the rule quotes, as `anomem.choice.hardware` names it; "" for any."""
+
+    @property
+    def key(self) -> str:
+        """Names the rule in `gains.json`."""
+        return f"{self.processor}: {self.operator}, {self.where}"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -141,16 +146,12 @@ class Rule(NamedTuple):
 
 _MEASURED = (torch.float32, torch.bfloat16)
 _HALF = (torch.bfloat16, torch.float16)
-_FASTEST = "the fastest eager call in every row it covers of benchmarks/results/cpu-*.jsonl (one processor, 2 threads)"
+_FASTEST = "faster than every rival that runs eagerly, in all committed rows it covers (two threads)"
 _ROWS = "AuthenticAMD family 26 AVX512-BF16"
 """The processor of those rows."""
-_FASTEST_ZEN4 = (
-    "the fastest eager call in every row it covers of benchmarks/results/cpu-zen4-*.jsonl (one processor, one thread)"
-)
+_FASTEST_ZEN4 = "faster than every rival that runs eagerly, in all committed rows it covers (one thread)"
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
-_FASTEST_AMX = (
-    "the fastest eager call in every row it covers of benchmarks/results/cpu-amx-*.jsonl (one processor, one thread)"
-)
+_FASTEST_AMX = _FASTEST_ZEN4
 _ROWS_AMX = "GenuineIntel family 6 AMX"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
@@ -181,7 +182,8 @@ def _beyond_a_gpu(operator: str, bytes_per_score: int) -> Rule:
     )
 
 
-# A test compares the CPU's rules with the committed rows, forward and backward.
+# A test compares the CPU's rules with the committed rows, forward and backward. `python -m benchmarks.report` writes by
+# how much they win into gains.json.
 AUTO: tuple[Rule, ...] = (
     Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST, _ROWS),
     Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS),

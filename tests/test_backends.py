@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from anomem.backends import Choice
 from anomem.choice import Measured
 from anomem.errors import ArgumentError
 from anomem.rules import Problem, Rule, Where
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness.rows import RESULTS, ROOT
+from benchmarks.report import gains
 
 
 @pytest.fixture(autouse=True)
@@ -104,69 +102,33 @@ def test_a_condition_says_what_it_tests() -> None:
     assert Where().holds(right)
 
 
-def problem_of(row: dict[str, object]) -> Problem:
-    """The call that a committed row has measured."""
-    size: dict[str, int] = defaultdict(int, row["shape"])  # type: ignore[call-overload]
-    operator = str(row["operator"])
-    rows, columns, groups = {
-        "nt_xent": (2 * size["B"], 2 * size["B"], size["G"]),
-        "info_nce": (size["R"], size["C"], 1),
-        "gather": (size["B"], size["H"] ** 2, size["n"]),
-        "variance": (size["B"], 0, size["G"]),
-        "deviation_map": (size["B"] * size["H"] ** 2, size["M"], 1),
-        "batch_norm": (size["B"] * size["H"] ** 2, 0, 1),
-        "downsample": (size["B"] * size["H"] ** 2, 0, 1),
-        "conv3x3": (size["H"] ** 2, size["K"], size["B"]),
-    }.get(operator, (size["N"], size["M"], 1))
-    features = size["C"] if operator in ("gather", "batch_norm", "downsample", "conv3x3") else size["d"]
-    return Problem(operator, "cpu", getattr(torch, str(row["dtype"])), features, rows, columns, groups)
-
-
 def test_every_rule_of_the_cpu_is_what_the_committed_rows_say() -> None:
     """Where a rule holds its implementation is the fastest of each case, and there is such a case in each dtype.
 
     The rows are those of the processor that the rule is bound to. A call that is compiled as a whole is no choice of an
     eager one: the page lists the cases in which torch.compile is faster.
     """
-    cases = committed_cases()
+    cases = gains.measured_cases(RESULTS)
     for rule in (rule for rule in rules.AUTO if rule.device == "cpu"):
-        processor = rule.processor.removesuffix("-BF16")  # the rows name no part of AVX512
-        measured = [
-            (key[1], times)
-            for key, times in cases.items()
-            if key[0] == processor and holds(rule, key[1]) and "eager" in times
-        ]
-        assert {problem.dtype for problem, _ in measured} == set(rule.where.dtypes), rule
-        for problem, times in measured:
-            eager = {name: time for name, time in times.items() if name != "torch.compile"}
-            assert min(eager, key=eager.__getitem__) == rule.implementation, (problem, times)
+        found = gains.covered(rule, cases)
+        assert {problem.dtype for problem, _ in found} == set(rule.where.dtypes), rule
+        for problem, times in found:
+            assert min(times, key=times.__getitem__) == rule.implementation, (problem, times)
+
+
+def test_the_gains_of_the_rules_are_those_of_the_committed_rows() -> None:
+    assert gains.FILE.read_text(encoding="utf-8") == gains.render(RESULTS), "run python -m benchmarks.report"
 
 
 def test_a_small_call_takes_what_committed_rows_show_faster_than_plain_pytorch() -> None:
     """The rules hold on processors without rows; no row of any processor contradicts them."""
     seen = set()
-    for (_, problem, _), times in committed_cases().items():
+    for _, problem, times in gains.measured_cases(RESULTS):
         holding = [rule for rule in rules.RULES if rule.device == "cpu" and holds(rule, problem)]
         if holding and "native" in times and "eager" in times:
             seen.add(problem.operator)
             assert times["native"] < times["eager"], (problem, times)
     assert {"nt_xent", "info_nce", "variance"} <= seen
-
-
-def committed_cases() -> dict[tuple[str, Problem, str], dict[str, float]]:
-    """Milliseconds by implementation of each measured case, with its processor."""
-    cases: dict[tuple[str, Problem, str], dict[str, float]] = defaultdict(dict)
-    for path in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("operator") in rules.OPERATORS and row["milliseconds"] is not None:
-                found = re.search(r"(\w+), (family \d+) ", row["about"]["device_name"])
-                assert found is not None
-                kind = json.dumps([path.name, row["training"], row["group"], row["shape"]])
-                maker = "GenuineIntel" if found[2] == "family 6" else "AuthenticAMD"
-                times = cases[f"{maker} {found[2]} {found[1]}", problem_of(row), kind]
-                times[row["implementation"]] = row["milliseconds"]["p50"]
-    return cases
 
 
 def holds(rule: Rule, problem: object) -> bool:
@@ -310,6 +272,15 @@ def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]
     assert measured["because"] == "2.00 times as fast as reference, 1.5 ms"
     assert {c["source"] for c in cpu["choices"]} <= {"table", "file", "rule", "default"}
     assert cpu["checks"]["native usage float32 d 64"] == "passed"
+
+
+def test_the_environment_says_by_how_much_a_rule_of_the_table_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = next(rule for rule in rules.AUTO if rule.operator == "nt_xent")
+    monkeypatch.setattr(choice, "hardware", lambda device: rule.processor)
+    least, most, cases = gains.table(RESULTS)[rule.key]
+    because = {row["call"]: row["because"] for row in env.choices("cpu")}
+    words = f"{least:.2f} to {most:.2f} times as fast as the fastest of them in {cases} rows"
+    assert because[f"nt_xent, {rule.where}"] == f"{rule.reason}: {words}"
 
 
 def test_the_environment_lists_no_measurement_that_the_table_goes_before(

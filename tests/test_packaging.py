@@ -86,7 +86,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     about = f"anomem-{anomem.__version__}.dist-info"
-    data = {"anomem/py.typed", *(f"anomem/report/{name}" for name in ("page.html.jinja", "style.css", "script.js"))}
+    data = {
+        "anomem/py.typed",
+        "anomem/gains.json",
+        *(f"anomem/report/{name}" for name in ("page.html.jinja", "style.css", "script.js")),
+    }
     metadata = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")}
     assert names == modules() | data | metadata | {f"{about}/licenses/LICENSE"}
 

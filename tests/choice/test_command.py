@@ -25,9 +25,22 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path, capsys
     timed.clear()
     assert calibrate.main(["--seconds", "1e-9", "--output", str(place)]) == 0
     assert timed == []
-    assert f"kept in {place}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f'kept in {place}; impl="auto" follows it with ANOMEM_CHOICE={place}' in said
     with pytest.raises(SystemExit):
         calibrate.main(["--seconds", "0"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("measure", "\n"), ("table", '; impl="auto" follows it without ANOMEM_CHOICE\n')]
+)
+def test_the_command_says_whether_its_file_is_followed(
+    timed: list[Problem], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mode: str, words: str
+) -> None:
+    monkeypatch.setenv("ANOMEM_CHOICE", mode)
+    choice.forget()
+    assert calibrate.main(["--seconds", "1e-9"]) == 0
+    assert capsys.readouterr().err.endswith(f"kept in {choice.default_path()}{words}")
 
 
 @pytest.mark.parametrize("command", [calibrate.main, lambda options: env.main(["--check", *options])])

@@ -86,9 +86,13 @@ def test_a_folder_that_cannot_be_looked_into_is_a_warning(
     """A name too long for the system fails as a folder that is closed to the user does, also for root."""
     monkeypatch.setenv(name, f"/tmp/{'x' * 300}")
     new_process()
-    with pytest.warns(RuntimeWarning, match="no choices of this machine are used") as warned:
+    with pytest.warns(
+        RuntimeWarning, match="no choices of this machine are used|the committed table and the rules decide"
+    ) as warned:
         backends.decide(LARGE)
-    assert ("ANOMEM_CHOICE (expected measure, table or a path)" in str(warned[0].message)) == (name == "ANOMEM_CHOICE")
+    said = str(warned[0].message)
+    assert ("ANOMEM_CHOICE, expected measure, table or a file that can be read" in said) == (name == "ANOMEM_CHOICE")
+    assert warned[0].filename == __file__  # the line that made the call
 
 
 def test_a_user_without_a_home(timed: list[Problem], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_a_user_without_a_home(timed: list[Problem], monkeypatch: pytest.MonkeyP
     assert choice.default_path().exists()
     monkeypatch.setenv("ANOMEM_CHOICE", "~nobody/choices.json")
     new_process()
-    with pytest.warns(RuntimeWarning, match="no choices of this machine are used"):
+    with pytest.warns(RuntimeWarning, match="the committed table and the rules decide"):
         assert backends.decide(LARGE).source == "default"
 
 
@@ -128,6 +132,21 @@ def test_the_environment_names_a_file(timed: list[Problem], monkeypatch: pytest.
     new_process()
     with pytest.warns(RuntimeWarning, match="No such file"):
         assert backends.decide(LARGE)[:2] == ("reference", "default")
+
+
+@pytest.mark.parametrize("field", ["hardware", "software"])
+def test_a_named_file_of_another_machine_is_a_warning(
+    timed: list[Problem], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str
+) -> None:
+    kept(tmp_path / "theirs.json", "native", **{field: "another one"})
+    monkeypatch.setenv("ANOMEM_CHOICE", str(tmp_path / "theirs.json"))
+    new_process()
+    with pytest.warns(
+        RuntimeWarning, match="theirs.json has nothing for .* the committed table and the rules"
+    ) as warned:
+        assert backends.decide(LARGE)[:2] == ("reference", "default")
+    assert choice.hardware("cpu") in str(warned[0].message)
+    assert warned[0].filename == __file__
 
 
 def test_ranks_of_a_job_follow_no_file_but_a_named_one(timed: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
