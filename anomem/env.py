@@ -42,13 +42,17 @@ def versions() -> list[tuple[str, str]]:
 
 def gain_of(rule: rules.Rule) -> str:
     """By how much a rule of the table wins in the committed rows; empty for a rule without rows."""
-    least, most, cases = _gains().get(rule.key, (0.0, 0.0, 0))
-    return f"{least:.2f} to {most:.2f} times as fast as the fastest of them in {cases} rows" if cases else ""
+    if rule.key not in _gains():
+        return ""
+    least, most, cases, threads = _gains()[rule.key]
+    of = f"{cases} committed rows, {threads} thread" + "s" * (threads > 1)
+    return f"{least:.2f} to {most:.2f} times as fast as the fastest rival that runs eagerly ({of})"
 
 
 @functools.cache
-def _gains() -> dict[str, tuple[float, float, int]]:
-    gains: dict[str, tuple[float, float, int]] = json.loads(Path(__file__).with_name("gains.json").read_text("utf-8"))
+def _gains() -> dict[str, tuple[float, float, int, int]]:
+    path = Path(__file__).with_name("gains.json")
+    gains: dict[str, tuple[float, float, int, int]] = json.loads(path.read_text(encoding="utf-8"))
     return gains
 
 
@@ -73,13 +77,8 @@ def choices(device: str) -> list[dict[str, str]]:
 
 
 def _of_rule(rule: rules.Rule, source: str) -> dict[str, str]:
-    because = ": ".join(part for part in (rule.reason, gain_of(rule)) if part)
-    return {
-        "call": f"{rule.operator}, {rule.where}",
-        "takes": rule.implementation,
-        "source": source,
-        "because": because,
-    }
+    call = f"{rule.operator}, {rule.where}"
+    return {"call": call, "takes": rule.implementation, "source": source, "because": gain_of(rule) or rule.reason}
 
 
 def about() -> dict[str, Any]:

@@ -146,12 +146,10 @@ class Rule(NamedTuple):
 
 _MEASURED = (torch.float32, torch.bfloat16)
 _HALF = (torch.bfloat16, torch.float16)
-_FASTEST = "faster than every rival that runs eagerly, in all committed rows it covers (two threads)"
+_FASTEST = "faster than every rival that runs eagerly, in all committed rows it covers"
 _ROWS = "AuthenticAMD family 26 AVX512-BF16"
 """The processor of those rows."""
-_FASTEST_ZEN4 = "faster than every rival that runs eagerly, in all committed rows it covers (one thread)"
 _ROWS_ZEN4 = "AuthenticAMD family 25 AVX512-BF16"
-_FASTEST_AMX = _FASTEST_ZEN4
 _ROWS_AMX = "GenuineIntel family 6 AMX"
 _MAPS = Where((torch.bfloat16,), rows=2048), Where((torch.float32,), rows=2048, most_features=64)
 
@@ -199,30 +197,30 @@ AUTO: tuple[Rule, ...] = (
         "native",
         # Beyond this work results of 32 MiB and more are mapped anew: how fast depends on the state of the memory.
         Where(_MEASURED, rows=1024, columns=64, features=64, most_features=512, most_columns=512, most_work=2**30),
-        _FASTEST_ZEN4,
+        _FASTEST,
         _ROWS_ZEN4,
     ),
-    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_ZEN4, _ROWS_ZEN4),
-    *(Rule("batch_norm", "cpu", "native", where, _FASTEST_ZEN4, _ROWS_ZEN4) for where in _MAPS),
-    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("conv3x3", "cpu", "native", _WINOGRAD, _FASTEST_ZEN4, _ROWS_ZEN4),
-    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST_AMX, _ROWS_AMX),
-    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST_AMX, _ROWS_AMX),
-    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16, most_work=2**30), _FASTEST_AMX, _ROWS_AMX),
-    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST_AMX, _ROWS_AMX),
-    Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST_AMX, _ROWS_AMX),
-    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),
-    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST_AMX, _ROWS_AMX),
-    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST_AMX, _ROWS_AMX),
-    *(Rule("batch_norm", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _MAPS),
-    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST_AMX, _ROWS_AMX),
-    *(Rule("conv3x3", "cpu", "native", where, _FASTEST_AMX, _ROWS_AMX) for where in _CONVOLVED_AMX),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST, _ROWS_ZEN4),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16), _FASTEST, _ROWS_ZEN4),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS_ZEN4),
+    Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST, _ROWS_ZEN4),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS_ZEN4),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST, _ROWS_ZEN4),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS_ZEN4),
+    *(Rule("batch_norm", "cpu", "native", where, _FASTEST, _ROWS_ZEN4) for where in _MAPS),
+    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST, _ROWS_ZEN4),
+    Rule("conv3x3", "cpu", "native", _WINOGRAD, _FASTEST, _ROWS_ZEN4),
+    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST, _ROWS_AMX),
+    Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST, _ROWS_AMX),
+    Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16, most_work=2**30), _FASTEST, _ROWS_AMX),
+    Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS_AMX),
+    Rule("gather", "cpu", "native", Where(_MEASURED, features=128), _FASTEST, _ROWS_AMX),
+    Rule("variance", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS_AMX),
+    Rule("deviation_map", "cpu", "native", Where(_MEASURED, most_features=512), _FASTEST, _ROWS_AMX),
+    Rule("usage", "cpu", "native", Where(_MEASURED), _FASTEST, _ROWS_AMX),
+    *(Rule("batch_norm", "cpu", "native", where, _FASTEST, _ROWS_AMX) for where in _MAPS),
+    Rule("downsample", "cpu", "native", _STRIDED, _FASTEST, _ROWS_AMX),
+    *(Rule("conv3x3", "cpu", "native", where, _FASTEST, _ROWS_AMX) for where in _CONVOLVED_AMX),
     _beyond_a_gpu("retrieve", 16),
     _beyond_a_gpu("nt_xent", 21),
     _beyond_a_gpu("info_nce", 21),

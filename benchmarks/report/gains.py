@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,13 +21,24 @@ COMPILED = "torch.compile"
 Times = dict[str, float]
 
 
-def measured_cases(results: Path) -> list[tuple[str, Problem, Times]]:
-    """Processor, call and p50 milliseconds by implementation of each measured case on CPUs.
+class Measured(NamedTuple):
+    """A case on a CPU."""
+
+    processor: str
+    """As `anomem.choice.hardware` names it, without the part of AVX512."""
+    threads: int
+    problem: Problem
+    times: Times
+    """p50 milliseconds by implementation."""
+
+
+def measured_cases(results: Path) -> list[Measured]:
+    """The cases that were measured on CPUs.
 
     Args:
         results: folder of rows.
     """
-    cases: dict[tuple[str, Problem, str], Times] = defaultdict(dict)
+    cases: dict[tuple[str, int, Problem, str], Times] = defaultdict(dict)
     for path in sorted(results.glob("cpu-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
@@ -34,10 +46,10 @@ def measured_cases(results: Path) -> list[tuple[str, Problem, Times]]:
                 row = Row(**fields)
                 kind = json.dumps([path.name, row.training, row.group, row.shape])
                 assert row.milliseconds is not None
-                times = cases[_processor(row), problem_of(row), kind]
+                times = cases[_processor(row), row.about["threads"], problem_of(row), kind]
                 if row.revision == rows.WORK:
                     times[row.implementation] = row.milliseconds["p50"]
-    return [(processor, problem, times) for (processor, problem, _), times in cases.items()]
+    return [Measured(processor, threads, problem, times) for (processor, threads, problem, _), times in cases.items()]
 
 
 def problem_of(row: Row) -> Problem:
@@ -57,18 +69,21 @@ def problem_of(row: Row) -> Problem:
     return Problem(row.operator, "cpu", getattr(torch, row.dtype), features, lengths, columns, groups)
 
 
-def covered(rule: Rule, cases: list[tuple[str, Problem, Times]]) -> list[tuple[Problem, Times]]:
-    """Call and times, without those of torch.compile, of the cases for which a rule holds."""
+def covered(rule: Rule, cases: list[Measured]) -> list[Measured]:
+    """The cases for which a rule holds, without the times of torch.compile."""
     processor = rule.processor.removesuffix("-BF16")  # the rows name no part of AVX512
     return [
-        (problem, {name: time for name, time in times.items() if name != COMPILED})
-        for of, problem, times in cases
-        if of == processor and rule.operator == problem.operator and rule.where.holds(problem) and "eager" in times
+        case._replace(times={name: time for name, time in case.times.items() if name != COMPILED})
+        for case in cases
+        if case.processor == processor
+        and rule.operator == case.problem.operator
+        and rule.where.holds(case.problem)
+        and "eager" in case.times
     ]
 
 
 def table(results: Path) -> dict[str, list[float]]:
-    """Least and most gain over the fastest rival, and the number of cases, by the key of a rule.
+    """Least and most gain over the fastest rival, the number of cases and of threads, by the key of a rule.
 
     Args:
         results: folder of rows.
@@ -76,12 +91,13 @@ def table(results: Path) -> dict[str, list[float]]:
     cases = measured_cases(results)
     gains = {}
     for rule in (rule for rule in rules.AUTO if rule.device == "cpu"):
-        found = [
+        found = covered(rule, cases)
+        won = [
             min(time for name, time in times.items() if name != rule.implementation) / times[rule.implementation]
-            for _, times in covered(rule, cases)
+            for *_, times in found
         ]
-        if found:
-            gains[rule.key] = [round(min(found), 2), round(max(found), 2), len(found)]
+        if won:
+            gains[rule.key] = [round(min(won), 2), round(max(won), 2), len(won), max(case.threads for case in found)]
     return gains
 
 
