@@ -160,7 +160,8 @@ def _by_kernel(
         out, lse = retrieve.retrieve(state, memory, backend)
     else:
         out, lse, entropy = retrieve.shrink(state, memory, shrink)
-    out = out.to(dtype)
+    if out.dtype != dtype:  # a conversion to the same dtype costs a small call as much as a check of an argument
+        out = out.to(dtype)
     if flat:
         return out, lse, entropy
     leading = query.shape[:-1]
