@@ -147,8 +147,7 @@ class Copies:
         return torch.logsumexp(logits + copies.log(), dim=1)[self.row(torch.arange(2 * self.batch))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tau", [0.02, 0.2])
+@pytest.mark.parametrize(("tau", "dtype"), [(0.2, torch.float16), (0.02, torch.bfloat16)], ids=str)
 def test_nt_xent_of_65536_pairs(
     tau: float, dtype: torch.dtype, ends_of_grids: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
