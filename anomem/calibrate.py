@@ -49,6 +49,8 @@ _TOP_K = 16
 """Prototypes of a measured read."""
 _MARGIN = 1.05
 """A kernel is taken if the reference takes so many times as long."""
+_TIE = 1.1
+"""Times up to so many times the least are a tie: whichever is taken costs little, and a choice between them is kept."""
 _ROUNDS, _ENOUGH_ROUNDS, _ENOUGH_SECONDS = 3, 15, 0.02
 """The fewest rounds; short calls take more of them, so that one disturbance of the machine does not decide."""
 _SECONDS = 0.25
@@ -95,7 +97,7 @@ def measure(problem: Problem, training: bool, kernels: Sequence[str], rivals: bo
     best = min((name for name in times if name != SDPA), key=times.__getitem__)
     if "reference" in times and times["reference"] < _MARGIN * times[best]:
         best = "reference"
-    return Measured(best, times, _separate(seconds))
+    return Measured(best, times, _separate(seconds, _TIE))
 
 
 def check(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str:
@@ -411,13 +413,22 @@ def _done(seconds: dict[str, list[float]], passed: float) -> bool:
     return enough and (passed >= _SECONDS or _separate(seconds))
 
 
-def _separate(seconds: dict[str, list[float]]) -> bool:
-    """Whether the middle half of the fastest one's times lies below that of every other, and its least time too."""
+def _separate(seconds: dict[str, list[float]], tie: float = 0.0) -> bool:
+    """Whether the middle half of the fastest one's times lies below that of every other, and its least time too.
+
+    Args:
+        seconds: times by implementation.
+        tie: an implementation whose median is at most so many times the least may overlap with the fastest; 0: none.
+    """
     ordered = sorted((sorted(values) for name, values in seconds.items() if name != SDPA), key=median)
     if len(ordered) > 1 and len(ordered[0]) < _ROUNDS:
         return False
     best = ordered[0]
-    return all(best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0] for other in ordered[1:])
+
+    def is_behind(other: list[float]) -> bool:
+        return best[(3 * len(best)) // 4] < other[len(other) // 4] and best[0] < other[0]
+
+    return all(is_behind(other) or median(other) <= tie * median(best) for other in ordered[1:])
 
 
 def problems(device: str) -> Iterator[tuple[Problem, bool]]:
@@ -481,7 +492,7 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
                 break
             kernels = choice.candidates(problem)
             measured = measure(problem, training, kernels, rivals=True) if kernels else None
-            if measured is not None and measured.separate:
+            if measured is not None and measured.settled:
                 found[name] = measured
             done = i + 1
     finally:

@@ -81,8 +81,8 @@ class Measured(NamedTuple):
     implementation: str
     milliseconds: dict[str, float]
     """Median by implementation."""
-    separate: bool = True
-    """Whether the times of the implementations did not overlap."""
+    settled: bool = True
+    """Whether the times of the implementations did not overlap, or were equal: the choice is worth keeping."""
 
     def __str__(self) -> str:
         mine = self.milliseconds[self.implementation]
@@ -319,7 +319,7 @@ def _by_measuring(problem: rules.Problem, bucket: Bucket) -> backends.Choice | N
     if measured is None:
         return None
     _section(bucket.device).choices[bucket.name] = measured
-    if measured.separate:
+    if measured.settled:
         keep(default_path(), bucket.device, choices={bucket.name: measured})
     return backends.Choice(measured.implementation, "measured", str(measured))
 

@@ -219,10 +219,26 @@ def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checke
     assert not calibrate._separate({"reference": [3.0, 3.0], "native": [1.0, 1.0]})
     assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
     assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
-    monkeypatch.setattr(calibrate, "_separate", lambda seconds: False)
+    monkeypatch.setattr(calibrate, "_separate", lambda seconds, tie=0.0: False)
     monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
     assert backends.decide(LARGE).source == "measured"
     assert content(choice.default_path())["sections"][0]["choices"] == {}
+
+
+@pytest.mark.parametrize(
+    ("third", "settled"), [([1.0, 1.05, 1.1], True), ([9.0, 9.0, 9.0], True), ([1.0, 1.2, 9.0], False)]
+)
+def test_equal_times_are_kept(
+    third: list[float], settled: bool, monkeypatch: pytest.MonkeyPatch, timed: list[Problem], checked: None
+) -> None:
+    """Measuring again would gain nothing; what a disturbance may have decided is measured again."""
+    times = {"reference": [1.0, 1.1, 1.2], "native": [1.0, 1.05, 1.3], "triton": third}
+    assert not calibrate._separate(times)
+    assert calibrate._separate(times, calibrate._TIE) == settled
+    measured = Measured("reference", {"reference": 1.1, "native": 1.05}, settled)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: measured)
+    assert backends.decide(LARGE).source == "measured"
+    assert bool(content(choice.default_path())["sections"][0]["choices"]) == settled
 
 
 def test_a_measurement_ends() -> None:
