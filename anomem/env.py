@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import anomem
-from anomem import backends, calibrate, choice, rules
+from anomem import calibrate, choice, machine, obstacles, rules
 from anomem.files import discard_output
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "scikit-learn", "scikit-image", "matplotlib", "tensorboard")
@@ -32,7 +32,7 @@ def versions() -> list[tuple[str, str]]:
             rows.append((name, "not installed"))
     rows.append(("CUDA of torch", torch.version.cuda or "none"))
     rows.append(("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"))
-    rows.append(("tiles of the Triton kernels", backends.source_of_tiles()))
+    rows.append(("tiles of the Triton kernels", obstacles.source_of_tiles()))
     rows.append(("torch threads", str(torch.get_num_threads())))
     rows.append(("CPU capability", torch.backends.cpu.get_cpu_capability()))
     for tool, purpose in (("c++", "builds the CPU kernels"), ("nvcc", "builds the CUDA kernels")):
@@ -87,9 +87,9 @@ def about() -> dict[str, Any]:
         "versions": dict(versions()),
         "devices": {
             device: {
-                "hardware": choice.hardware(device),
+                "hardware": machine.hardware(device),
                 "file": str(choice.path() or "none: ANOMEM_CHOICE=table"),
-                "runs": [list(row) for row in backends.table(device)],
+                "runs": [list(row) for row in obstacles.table(device)],
                 "choices": choices(device),
                 "checks": choice.kept_here(device).checks,
             }
@@ -145,10 +145,10 @@ def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    machine = Table("what", "version or place", title="This machine")
+    here = Table("what", "version or place", title="This machine")
     for row in found["versions"].items():
-        machine.add_row(*row)
-    console.print(machine)
+        here.add_row(*row)
+    console.print(here)
     for device, of_device in found["devices"].items():
         runs = Table("operator", "implementation", "runs here?", title=f"float32 tensors on {device}")
         for operator, implementation, answer in of_device["runs"]:
@@ -164,7 +164,7 @@ def _print(found: dict[str, Any]) -> None:
             console.print(f"{sizes} A call that takes long is measured on fewer groups or rows.", soft_wrap=True)
         console.print(f"File of this machine: {of_device['file']}", soft_wrap=True)
         checks = of_device["checks"]
-        passed = sum(outcome == choice.PASSED for outcome in checks.values())
+        passed = sum(outcome == machine.PASSED for outcome in checks.values())
         if checks:
             console.print(f"{passed} of {len(checks)} checks of kernels on {device} passed.")
         elif any(rule.processor == of_device["hardware"] for rule in rules.AUTO):
@@ -172,7 +172,7 @@ def _print(found: dict[str, Any]) -> None:
         else:
             console.print(f"No kernel has been checked on {device} yet: --check does so.")
         for family, outcome in checks.items():
-            if outcome != choice.PASSED:
+            if outcome != machine.PASSED:
                 console.print(f"{family}: {outcome}", style="red", markup=False, soft_wrap=True)
 
 

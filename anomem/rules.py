@@ -31,6 +31,12 @@ OPERATORS = (
 )
 
 
+INFERENCE = ("deviation_map", "usage", "nearest", "read", "augment")
+"""Operators without a gradient, and the read of a filled memory, whose gradient is the reference's."""
+COPIES = ("gather", "variance", "augment", "batch_norm", "downsample")
+"""Operators that only move memory."""
+
+
 class Problem(NamedTuple):
     """One call, as far as the choice of an implementation depends on it."""
 
@@ -48,6 +54,12 @@ class Problem(NamedTuple):
     """G, or images of a convolution."""
     steps: int = 1
     """Reads of the memory."""
+
+
+def work(problem: Problem) -> int:
+    """Elements that a memory-bound operator moves, or multiplications of one product of scores."""
+    elements = problem.groups * problem.rows * problem.features
+    return elements if problem.operator in COPIES else elements * problem.columns
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Rule(NamedTuple):
     where: Where
     reason: str
     processor: str = ""
-    """The processor or GPU whose rows the rule quotes, as `anomem.choice.hardware` names it; "" for any."""
+    """The processor or GPU whose rows the rule quotes, as `anomem.machine.hardware` names it; "" for any."""
 
     @property
     def key(self) -> str:

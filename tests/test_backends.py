@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice, env, rules
-from anomem.backends import Choice
-from anomem.choice import Measured
+from anomem import backends, calibrate, choice, env, machine, obstacles, rules
+from anomem.choice import Choice
 from anomem.errors import ArgumentError
+from anomem.machine import Measured
 from anomem.rules import Problem, Rule, Where
 from benchmarks.harness.rows import RESULTS, ROOT
 from benchmarks.report import gains
@@ -48,14 +48,14 @@ def test_auto_takes_the_first_rule_that_applies_and_can_run(monkeypatch: pytest.
         Rule("nt_xent", "cpu", "native", Where(rows=100), "measured"),
     )
     monkeypatch.setattr(rules, "AUTO", lines)
-    monkeypatch.setattr(backends, "obstacle", lambda *args: None)
+    monkeypatch.setattr(obstacles, "obstacle", lambda *args: None)
     assert backends.explain(problem(rows=100)) == ("native", "rows ≥ 100: measured")
     assert backends.explain(problem(rows=99))[0] == "reference"
 
 
 def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "AUTO", (Rule("nt_xent", "cpu", "native", Where(), "fast"),))
-    monkeypatch.setattr(backends, "obstacle", lambda *args: "not built")
+    monkeypatch.setattr(obstacles, "obstacle", lambda *args: "not built")
     assert backends.explain(problem()) == ("reference", "native cannot run here: not built")
     with pytest.raises(ArgumentError, match="not built"):
         backends.choose(problem(), "native")
@@ -64,10 +64,10 @@ def test_auto_passes_over_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_rule_binds_to_the_processor_of_its_rows(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
     rule = Rule("nt_xent", "cpu", "native", Where(), "fast there", "AuthenticAMD family 26 AVX512-BF16")
     monkeypatch.setattr(rules, "AUTO", (rule,))
-    monkeypatch.setattr(backends, "obstacle", lambda *args: None)
-    monkeypatch.setattr(choice, "hardware", lambda device: "GenuineIntel family 6 AMX")
+    monkeypatch.setattr(obstacles, "obstacle", lambda *args: None)
+    monkeypatch.setattr(machine, "hardware", lambda device: "GenuineIntel family 6 AMX")
     assert backends.decide(problem())[:2] == ("reference", "default")
-    monkeypatch.setattr(choice, "hardware", lambda device: rule.processor)
+    monkeypatch.setattr(machine, "hardware", lambda device: rule.processor)
     assert backends.decide(problem())[:2] == ("reference", "default")  # a choice once made does not change
     backends._decided.clear()
     assert backends.decide(problem())[:2] == ("native", "table")
@@ -150,7 +150,7 @@ def test_a_choice_can_come_from_another_source(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_part_without_a_kernel_chooses_for_itself(monkeypatch: pytest.MonkeyPatch, no_rules: None) -> None:
-    monkeypatch.setattr(backends, "obstacle", lambda operator, impl, *rest: None if impl == "reference" else "broken")
+    monkeypatch.setattr(obstacles, "obstacle", lambda operator, impl, *rest: None if impl == "reference" else "broken")
     assert backends.choose(problem("variance"), "triton", part=True) == "reference"
     with pytest.raises(ArgumentError, match="broken"):
         backends.choose(problem("variance"), "triton")
@@ -174,14 +174,17 @@ def test_more_than_one_step_of_a_deviation_map_runs_the_reference() -> None:
 
 
 def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
-    """backends sets by hand what the decorator sets, because the decorator imports the compiler."""
+    """It is set by hand, because the decorator imports the compiler."""
 
     @torch.compiler.assume_constant_result
     def decorated() -> None: ...
 
     assert vars(decorated) == {"_dynamo_marked_constant": True}
-    for function in ("_constant_obstacle", "_hardware", "_distrust", "_constant_any_known", "_constant_known"):
-        assert vars(getattr(backends, function)) == vars(decorated)
+    marked = (
+        obstacles._constant_obstacle, backends._hardware, choice._distrust, backends._constant_any_known,
+        backends._constant_known,
+    )  # fmt: skip
+    assert all(vars(function) == vars(decorated) for function in marked)
 
     def untraceable(count: int) -> int:
         torch._dynamo.graph_break()
@@ -199,8 +202,8 @@ def test_torch_still_knows_the_mark_of_a_constant_result() -> None:
 
 
 def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
-    reason = backends.obstacle("retrieve", "native", "cuda", torch.float16, 64)
+    monkeypatch.setattr(obstacles, "_capability", lambda: (7, 5))
+    reason = obstacles.obstacle("retrieve", "native", "cuda", torch.float16, 64)
     assert reason == "the native CUDA kernels need compute capability 8.0 or later"
 
 
@@ -222,16 +225,16 @@ def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_the_kernels_are_taken_where_arithmetic_puts_them_ahead(
     monkeypatch: pytest.MonkeyPatch, operator: str, dtype: torch.dtype, features: int, rows: int, taken: str
 ) -> None:
-    monkeypatch.setattr(backends, "obstacle", lambda *args: None)
+    monkeypatch.setattr(obstacles, "obstacle", lambda *args: None)
     call = Problem(operator, "cuda", dtype, features, rows=rows, columns=8)
     assert backends.decide(call).implementation == taken
     assert backends.decide(call).reason
 
 
 def test_obstacles_are_sentences() -> None:
-    for operator, implementation, answer in backends.table("cpu"):
+    for operator, implementation, answer in obstacles.table("cpu"):
         assert answer == "runs" or len(answer.split()) > 3, (operator, implementation, answer)
-    answers = {entry[:2]: entry[2] for entry in backends.table("cpu")}
+    answers = {entry[:2]: entry[2] for entry in obstacles.table("cpu")}
     assert answers["deviation_map", "reference"] == "runs"
     assert answers["deviation_map", "native"] != "runs"
 
@@ -245,7 +248,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     backends.forget()
     found = {"retrieve float32 1 x 512 x 8192 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
     checks = {"native usage float32 d 64": "passed", "native shrink float32 d 64": "error 3 expected 1"}
-    choice.keep(choice.default_path(), "cpu", choices=found, checks=checks)
+    machine.keep(choice.default_path(), "cpu", choices=found, checks=checks)
     return tmp_path
 
 
@@ -253,7 +256,7 @@ def test_the_environment_can_be_printed(cache: Path, capsys: pytest.CaptureFixtu
     assert env.main([]) == 0
     printed = capsys.readouterr().out
     for words in (
-        "torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels", choice.hardware("cpu"),
+        "torch", "nt_xent", "triton", "native", "reference", "tiles of the Triton kernels", machine.hardware("cpu"),
         str(choice.default_path()), "2.00 times as fast as reference", "error 3 expected 1", "1 of 2 checks",
         "groups x rows x columns x features",
     ):  # fmt: skip
@@ -265,7 +268,7 @@ def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]
     about = json.loads(capsys.readouterr().out)
     assert torch.__version__.startswith(about["versions"]["torch"])
     cpu = about["devices"]["cpu"]
-    assert cpu["hardware"] == choice.hardware("cpu")
+    assert cpu["hardware"] == machine.hardware("cpu")
     assert ["retrieve", "reference", "runs"] in cpu["runs"]
     (measured,) = (c for c in cpu["choices"] if c["source"] == "file")
     assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 512 x 8192 x 128 training", "native")
@@ -276,7 +279,7 @@ def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]
 
 def test_the_environment_says_by_how_much_a_rule_of_the_table_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = next(rule for rule in rules.AUTO if rule.operator == "nt_xent")
-    monkeypatch.setattr(choice, "hardware", lambda device: rule.processor)
+    monkeypatch.setattr(machine, "hardware", lambda device: rule.processor)
     least, most, cases, threads = gains.table(RESULTS)[rule.key]
     because = {row["call"]: row["because"] for row in env.choices("cpu")}
     assert because[f"nt_xent, {rule.where}"] == (
@@ -291,7 +294,7 @@ def test_the_environment_lists_no_measurement_that_the_table_goes_before(
     monkeypatch.setattr(rules, "AUTO", ())
     assert "file" in {row["source"] for row in env.choices("cpu")}
     covering = rules.Rule(
-        "retrieve", "cpu", "native", rules.Where((torch.float32,), rows=64), "rows", choice.hardware("cpu")
+        "retrieve", "cpu", "native", rules.Where((torch.float32,), rows=64), "rows", machine.hardware("cpu")
     )
     monkeypatch.setattr(rules, "AUTO", (covering,))
     assert [row["source"] for row in env.choices("cpu")][:1] == ["table"]
@@ -327,7 +330,7 @@ def test_the_environment_says_why_nothing_was_checked(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("ANOMEM_CHOICE", "measure")
-    ours = Rule("usage", "cpu", "native", Where(), "measured", choice.hardware("cpu"))
+    ours = Rule("usage", "cpu", "native", Where(), "measured", machine.hardware("cpu"))
     for table, words in (((), "--check does so"), ((ours,), "the committed rows are of")):
         monkeypatch.setattr(rules, "AUTO", table)
         backends.forget()
@@ -347,12 +350,12 @@ def test_the_environment_as_a_command_whose_reader_leaves() -> None:
 def test_the_source_of_tiles_is_told_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert backends.source_of_tiles() == "there is no CUDA device"
+    assert obstacles.source_of_tiles() == "there is no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(obstacles, "_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name in ("ANOMEM_AUTOTUNE", "ANOMEM_TILES"):
         monkeypatch.delenv(name, raising=False)
-    assert "the package's table" in backends.source_of_tiles()
-    monkeypatch.setattr(backends, "_triton_obstacle", lambda *args: "not installed")
-    assert backends.source_of_tiles() == "not installed"
+    assert "the package's table" in obstacles.source_of_tiles()
+    monkeypatch.setattr(obstacles, "_triton_obstacle", lambda *args: "not installed")
+    assert obstacles.source_of_tiles() == "not installed"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomem import backends, reference, rules
+from anomem import backends, choice, reference, rules
 from anomem.functional._inputs import is_channels_last
 from anomem.functional.distributed import gather_together, group_of, of_everyone, processes, sum_over
 from anomem.ops.library import accumulator, may_be_differentiated
@@ -171,7 +171,7 @@ def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool
     if joint and (impl == "auto" or (part and impl == "triton")):
         # Not by the share's size or layout: processes that chose differently would mix up each other's messages.
         traced = torch.compiler.is_compiling()
-        return "reference" if traced or backends.obstacle_of_auto(problem, "native") else "native"
+        return "reference" if traced or choice.obstacle_of_auto(problem, "native") else "native"
     chosen = backends.choose(problem, impl, part=part)
     if (rows == 0 and not joint) or (not training and differentiated):
         return "reference"

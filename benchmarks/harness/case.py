@@ -80,7 +80,7 @@ class Operator:
     smaller: Callable[[Dims], Dims]
     """Sizes at which the float64 check is cheap; axes that select a kernel's code path are unchanged."""
     width: str = "d"
-    """Name of the size that is a row's length, for `anomem.backends.obstacle`."""
+    """Name of the size that is a row's length, for `anomem.obstacles.obstacle`."""
     parts: tuple[str, ...] = ()
     """Operators of `anomem.backends` that it calls, if it is not one itself."""
 

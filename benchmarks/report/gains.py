@@ -25,7 +25,7 @@ class Measured(NamedTuple):
     """A case on a CPU."""
 
     processor: str
-    """As `anomem.choice.hardware` names it, without the part of AVX512."""
+    """As `anomem.machine.hardware` names it, without the part of AVX512."""
     threads: int
     problem: Problem
     times: Times

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anomem import backends
+from anomem import obstacles
 from benchmarks.harness.case import Case, Function, Implementation
 from benchmarks.harness.rows import Unavailable
 from benchmarks.operators import OPERATORS
@@ -16,7 +16,7 @@ def build(impl: str, case: Case, device: str) -> Function:
     """
     operator = OPERATORS[case.operator]
     for part in operator.parts or (case.operator,):
-        reason = backends.obstacle(part, impl, device, case.torch_dtype, case.dims[operator.width])
+        reason = obstacles.obstacle(part, impl, device, case.torch_dtype, case.dims[operator.width])
         if reason is not None:
             raise Unavailable(reason)
     return operator.ours(impl)

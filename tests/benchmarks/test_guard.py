@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anomem import backends
+from anomem import obstacles
 from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.models import ModelConfig, build_model
@@ -58,7 +58,7 @@ def peak(one: Case, impl: str) -> int:
 
 def native_or_skip(operator: str) -> None:
     """Skip where the native library cannot run an operator."""
-    reason = backends.obstacle(operator, "native", "cpu", torch.float32, 64)
+    reason = obstacles.obstacle(operator, "native", "cpu", torch.float32, 64)
     if reason is not None:
         pytest.skip(reason)
 

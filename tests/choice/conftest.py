@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomem import backends, calibrate, rules
-from anomem.choice import Measured
+from anomem import backends, measuring, rules
+from anomem.machine import Measured
 from anomem.ops import native
 from anomem.rules import Problem
 
@@ -33,7 +33,7 @@ def measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel passes its check."""
-    monkeypatch.setattr(calibrate, "check", lambda *_: "passed")
+    monkeypatch.setattr(measuring, "check", lambda *_: "passed")
 
 
 @pytest.fixture
@@ -45,5 +45,5 @@ def timed(monkeypatch: pytest.MonkeyPatch, checked: None) -> list[Problem]:
         calls.append(problem)
         return Measured("native", {"reference": 2.0, "native": 1.0})
 
-    monkeypatch.setattr(calibrate, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     return calls

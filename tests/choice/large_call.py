@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anomem import backends, choice
+from anomem import backends, machine
 from anomem.rules import Problem
 
 LARGE = Problem("nt_xent", "cpu", torch.float32, 32, rows=512, columns=512, groups=2)
@@ -23,11 +23,11 @@ def content(path: Path) -> dict[str, Any]:
 
 def kept(place: Path, implementation: str = "native", **section: str) -> None:
     """A file with one choice, of this machine unless the section says otherwise."""
-    hardware, software = choice.identity("cpu")
+    hardware, software = machine.identity("cpu")
     choices = {NAME: {"implementation": implementation, "milliseconds": {"reference": 3.0, "native": 1.5}}}
     one = {"hardware": hardware, "software": software, "choices": choices, "checks": {}, **section}
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({"format": choice.FORMAT, "sections": [one]}))
+    place.write_text(json.dumps({"format": machine.FORMAT, "sections": [one]}))
 
 
 def new_process() -> None:

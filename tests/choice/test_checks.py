@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice, rules
+from anomem import backends, choice, machine, measuring, rules
 from anomem import functional as AF
 from anomem.ops import contrast
 from tests.choice.large_call import LARGE, content, kept, new_process
@@ -20,10 +20,10 @@ def test_no_memory_for_a_check_is_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: Any) -> str:
         raise torch.OutOfMemoryError
 
-    check = calibrate.check
-    monkeypatch.setattr(calibrate, "check", fails)
+    check = measuring.check
+    monkeypatch.setattr(measuring, "check", fails)
     assert "no memory" in str(choice.distrust("nt_xent", "native", "cpu", torch.float32, 32))
-    monkeypatch.setattr(calibrate, "check", check)
+    monkeypatch.setattr(measuring, "check", check)
     assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
 
 
@@ -94,15 +94,15 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(
 
 def test_a_file_does_not_bring_a_wrong_kernel_back(monkeypatch: pytest.MonkeyPatch) -> None:
     kept(choice.default_path())
-    monkeypatch.setattr(calibrate, "check", lambda *_: "wrong")
+    monkeypatch.setattr(measuring, "check", lambda *_: "wrong")
     with pytest.warns(RuntimeWarning, match="switched off"):
         assert backends.decide(LARGE).implementation == "reference"
 
 
 def test_hardware_with_committed_rows_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = rules.Rule("usage", "cpu", "native", rules.Where(), "rows", choice.hardware("cpu"))
+    rule = rules.Rule("usage", "cpu", "native", rules.Where(), "rows", machine.hardware("cpu"))
     monkeypatch.setattr(rules, "AUTO", (rule,))
-    monkeypatch.setattr(calibrate, "check", lambda *_: pytest.fail("was checked"))
+    monkeypatch.setattr(measuring, "check", lambda *_: pytest.fail("was checked"))
     assert choice.distrust("nt_xent", "native", "cpu", torch.float32, 32) is None
 
 
@@ -127,5 +127,5 @@ def test_an_unchecked_kernel_is_not_taken_where_no_check_can_run(monkeypatch: py
 )
 def test_the_kernels_pass_their_check(operator: str, dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
-    assert calibrate.check(operator, "native", "cpu", dtype, 24) == "passed"
+    assert measuring.check(operator, "native", "cpu", dtype, 24) == "passed"
     assert torch.equal(torch.get_rng_state(), state)

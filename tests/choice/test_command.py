@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from anomem import calibrate, choice, env
-from anomem.choice import Measured
+from anomem import calibrate, choice, env, machine, measuring
+from anomem.machine import Measured
 from anomem.rules import Problem
 from tests.choice.large_call import NAME
 
@@ -18,7 +18,7 @@ def test_the_command_fills_the_file(timed: list[Problem], tmp_path: Path, capsys
     place = tmp_path / "mine.json"
     assert calibrate.main(["--seconds", "60", "--output", str(place)]) == 0
     assert len(timed) == len(list(calibrate.problems("cpu")))
-    found = choice.read(place, "cpu")
+    found = machine.read(place, "cpu")
     assert NAME not in found.choices
     assert found.choices["nt_xent float32 8 x 256 x 256 x 128 training"].implementation == "native"
     assert set(found.checks.values()) == {"passed"}
@@ -58,17 +58,17 @@ def test_the_command_looks_at_the_file_before_it_measures(
 def test_a_stopped_command_keeps_what_it_measured(
     timed: list[Problem], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure = calibrate.measure
+    measure = measuring.measure
 
     def stopped(*given: Any, **options: Any) -> Measured | None:
         if len(timed) == 2:
             raise KeyboardInterrupt
         return measure(*given, **options)
 
-    monkeypatch.setattr(calibrate, "measure", stopped)
+    monkeypatch.setattr(measuring, "measure", stopped)
     assert calibrate.main([]) == 130
     assert "stopped; what was measured is kept in" in capsys.readouterr().err
-    assert len(choice.read(choice.default_path(), "cpu").choices) == 2
+    assert len(machine.read(choice.default_path(), "cpu").choices) == 2
 
 
 def test_a_calibration_says_how_many_calls_its_time_was_enough_for(timed: list[Problem], tmp_path: Path) -> None:

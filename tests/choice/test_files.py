@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from anomem import backends, choice
-from anomem.backends import Choice
+from anomem import backends, choice, machine
+from anomem.choice import Choice
 from anomem.rules import Problem
 from tests.choice.large_call import LARGE, NAME, content, kept, new_process
 
@@ -21,7 +21,7 @@ def test_a_large_call_is_measured_once_and_kept(timed: list[Problem]) -> None:
     assert backends.decide(LARGE._replace(rows=510, columns=510)) == found  # the same bucket
     assert timed == [LARGE]
     (section,) = content(choice.default_path())["sections"]
-    assert (section["hardware"], section["software"]) == choice.identity("cpu")
+    assert (section["hardware"], section["software"]) == machine.identity("cpu")
     assert section["choices"] == {NAME: {"implementation": "native", "milliseconds": {"reference": 2.0, "native": 1.0}}}
     assert section["checks"] == {"native nt_xent float32 d 32": "passed"}
     new_process()
@@ -46,7 +46,7 @@ def test_the_file_of_another_machine_is_not_used_and_stays(timed: list[Problem],
     sections = content(choice.default_path())["sections"]
     # The same hardware with other software is replaced.
     assert [s[field] for s in sections] == (
-        ["another one", choice.identity("cpu")[0]] if field == "hardware" else [choice.identity("cpu")[1]]
+        ["another one", machine.identity("cpu")[0]] if field == "hardware" else [machine.identity("cpu")[1]]
     )
 
 
@@ -145,7 +145,7 @@ def test_a_named_file_of_another_machine_is_a_warning(
         RuntimeWarning, match="theirs.json has nothing for .* the committed table and the rules"
     ) as warned:
         assert backends.decide(LARGE)[:2] == ("reference", "default")
-    assert choice.hardware("cpu") in str(warned[0].message)
+    assert machine.hardware("cpu") in str(warned[0].message)
     assert warned[0].filename == __file__
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomem import backends, calibrate, choice, rules
+from anomem import backends, choice, measuring, rules
 from anomem import functional as AF
-from anomem.choice import Measured
+from anomem.machine import Measured
 from anomem.ops import contrast
 from anomem.rules import Problem
 from tests.choice.large_call import LARGE, SMALL, content, kept
@@ -139,12 +139,12 @@ def test_a_measurement_uses_the_threads_of_its_caller() -> None:
 @pytest.mark.parametrize("operator", rules.OPERATORS)
 @pytest.mark.parametrize("training", [True, False])
 def test_every_operator_can_be_measured(operator: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    monkeypatch.setattr(measuring, "_SECONDS", 0.0)
     problem = Problem(
         operator, "cpu", torch.float32, 16, rows=64, columns=32 if operator != "nt_xent" else 64, groups=2
     )
     bucket = choice.bucket_of(problem, training)
-    measured = calibrate.measure(problem, bucket.training, ["native"], rivals=True)
+    measured = measuring.measure(problem, bucket.training, ["native"], rivals=True)
     assert measured is not None
     expected = {"reference", "native", *(["SDPA"] if operator == "retrieve" else [])}
     assert set(measured.milliseconds) == expected
@@ -154,27 +154,27 @@ def test_every_operator_can_be_measured(operator: str, training: bool, monkeypat
 @pytest.mark.parametrize("operator", rules.OPERATORS)
 def test_what_is_measured_is_bounded(operator: str) -> None:
     problem = Problem(operator, "cpu", torch.float32, 256, rows=2**20, columns=2**20, groups=2**10)
-    small = calibrate.bounded(problem)
+    small = measuring.bounded(problem)
     elements = sum(int(torch.tensor(shape).prod()) for shape in shapes_of(small))
     assert elements <= 2**26
-    assert choice.work(small) <= 2**30
+    assert rules.work(small) <= 2**30
     if operator == "nt_xent":
         assert small.rows == small.columns
         assert small.rows % 2 == 0
-    assert calibrate.bounded(small) == small
-    assert calibrate.bounded(SMALL._replace(operator=operator)) == SMALL._replace(operator=operator)
+    assert measuring.bounded(small) == small
+    assert measuring.bounded(SMALL._replace(operator=operator)) == SMALL._replace(operator=operator)
 
 
 def test_a_retrieval_is_measured_on_many_queries() -> None:
     """Of 256 queries of such a call the sums of the memory's gradient take a large part, and the reference won."""
-    small = calibrate.bounded(Problem("retrieve", "cpu", torch.float32, 256, rows=8192, columns=2048))
+    small = measuring.bounded(Problem("retrieve", "cpu", torch.float32, 256, rows=8192, columns=2048))
     assert (small.rows, small.columns) == (1024, 512)
 
 
 def test_a_convolution_is_measured_on_several_images() -> None:
     """Of one image most of the time is the weight's, whichever kernel is faster for a batch."""
     problem = Problem("conv3x3", "cpu", torch.float32, 512, rows=16, columns=512, groups=64)
-    small = calibrate.bounded(problem)
+    small = measuring.bounded(problem)
     assert small.groups >= 8
     assert small._replace(groups=64) == problem
 
@@ -197,7 +197,7 @@ def test_a_measurement_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatc
         torch.autograd.grad((x @ x).sum(), x)
         return Measured("native", {"reference": 2.0, "native": 1.0})
 
-    monkeypatch.setattr(calibrate, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("packed"), lambda _: pytest.fail("unpacked"))
     with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         assert backends.decide(LARGE)[:2] == ("native", "measured")
@@ -215,12 +215,12 @@ def test_threads_choose_once(timed: list[Problem]) -> None:
 
 def test_times_that_overlap_are_not_kept(monkeypatch: pytest.MonkeyPatch, checked: None) -> None:
     """The choice holds in this process; the next one measures again."""
-    assert not calibrate._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
-    assert not calibrate._separate({"reference": [3.0, 3.0], "native": [1.0, 1.0]})
-    assert not calibrate._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
-    assert calibrate._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
-    monkeypatch.setattr(calibrate, "_separate", lambda seconds, tie=0.0: False)
-    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    assert not measuring._separate({"reference": [3.0, 2.0, 1.0], "native": [2.5, 2.0, 1.5]})
+    assert not measuring._separate({"reference": [3.0, 3.0], "native": [1.0, 1.0]})
+    assert not measuring._separate({"reference": [0.5, 4.0, 4.0, 4.0, 4.0], "native": [1.0, 1.0, 1.0, 1.0, 1.0]})
+    assert measuring._separate({"reference": [3.0, 4.0, 5.0], "native": [1.0, 2.0, 2.5], "SDPA": [1.0, 2.0, 2.5]})
+    monkeypatch.setattr(measuring, "_separate", lambda seconds, tie=0.0: False)
+    monkeypatch.setattr(measuring, "_SECONDS", 0.0)
     assert backends.decide(LARGE).source == "measured"
     assert content(choice.default_path())["sections"][0]["choices"] == {}
 
@@ -233,10 +233,10 @@ def test_equal_times_are_kept(
 ) -> None:
     """Measuring again would gain nothing; what a disturbance may have decided is measured again."""
     times = {"reference": [1.0, 1.1, 1.2], "native": [1.0, 1.05, 1.3], "triton": third}
-    assert not calibrate._separate(times)
-    assert calibrate._separate(times, calibrate._TIE) == settled
+    assert not measuring._separate(times)
+    assert measuring._separate(times, measuring._TIE) == settled
     measured = Measured("reference", {"reference": 1.1, "native": 1.05}, settled)
-    monkeypatch.setattr(calibrate, "measure", lambda *_: measured)
+    monkeypatch.setattr(measuring, "measure", lambda *_: measured)
     assert backends.decide(LARGE).source == "measured"
     assert bool(content(choice.default_path())["sections"][0]["choices"]) == settled
 
@@ -244,17 +244,17 @@ def test_equal_times_are_kept(
 def test_a_measurement_ends() -> None:
     def done(rounds: int, seconds: float, passed: float) -> bool:
         times = {"reference": [2 * seconds] * rounds, "native": [seconds] * rounds}
-        return calibrate._done(times, passed)
+        return measuring._done(times, passed)
 
     assert not done(14, 1e-3, 0.0)  # short calls take more rounds
     assert done(15, 1e-3, 0.0)
     assert not done(2, 0.1, 0.4)
     assert done(3, 0.1, 0.6)
     assert done(1, 5.0, 10.0)  # a busy machine
-    assert not calibrate._done({"reference": [], "native": []}, 10.0)
+    assert not measuring._done({"reference": [], "native": []}, 10.0)
     overlapping = {"reference": [0.1, 0.2, 0.3], "native": [0.1, 0.2, 0.3]}
-    assert not calibrate._done(overlapping, 0.2)
-    assert calibrate._done(overlapping, 0.3)
+    assert not measuring._done(overlapping, 0.2)
+    assert measuring._done(overlapping, 0.3)
 
 
 def test_how_far_ahead_is_told() -> None:

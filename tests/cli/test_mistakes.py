@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from anomem import backends
+from anomem import obstacles
 
 Command = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +182,7 @@ def test_only_normal_images_to_test_on(anomem: Command, tmp_path: Path) -> None:
 def test_an_implementation_that_cannot_run_here(
     anomem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_triton_obstacle", lambda *_: "no compiler")
+    monkeypatch.setattr(obstacles, "_triton_obstacle", lambda *_: "no compiler")
     done = anomem("train", "--model.impl=triton", "--run.directory", tmp_path / "run", "--quiet")
     complains(done, "`impl`", "reference", "'triton'", "no compiler")
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomem import kernels
+from anomem import kernels, obstacles
 from anomem.kernels import contrast_rows, tile_table
 from anomem.ops import native
 
@@ -97,10 +97,9 @@ def test_too_little_shared_memory_is_foreseen(gpu: Gpu, monkeypatch: pytest.Monk
 
 
 def test_the_backend_gives_the_reason(gpu: Gpu) -> None:
-    from anomem import backends
 
     gpu((7, 5))
-    assert "8.0" in (backends.obstacle("retrieve", "triton", "cuda", BF16, 64) or "")
+    assert "8.0" in (obstacles.obstacle("retrieve", "triton", "cuda", BF16, 64) or "")
 
 
 def test_images_of_the_cuda_module() -> None:

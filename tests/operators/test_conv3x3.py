@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomem import choice
+from anomem import machine
 from anomem import reference as R
 from anomem.errors import ArgumentError
 from anomem.functional import conv3x3
@@ -223,7 +223,7 @@ BOTH = {"anomem::native_conv3x3", "anomem::native_conv3x3_weight"}
 
 
 def test_auto_takes_the_kernel_for_channels_last_maps_of_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
+    monkeypatch.setattr(machine, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
     x, weight = channels_last(32, 32, 16, 16), taps(32, 32)
     assert kernels_of(x, weight) == {"anomem::native_conv3x3"}
     assert kernels_of(x, weight.clone().requires_grad_()) == BOTH
@@ -238,7 +238,7 @@ def test_auto_takes_the_kernel_for_channels_last_maps_of_many_channels(monkeypat
 
 @pytest.mark.parametrize("direct", [False], indirect=True)
 def test_in_bfloat16_the_kernel_makes_the_gradients(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
-    monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
+    monkeypatch.setattr(machine, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
     x, weight = channels_last(32, 32, 16, 16, dtype=BF16), taps(32, 32, BF16)
     expected = F.conv2d(x, weight, padding=1)
     assert kernels_of(x, weight) == set()
@@ -250,7 +250,7 @@ def test_in_bfloat16_the_kernel_makes_the_gradients(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("direct", [True], indirect=True)
 def test_in_tiles_the_kernel_makes_both_passes(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
-    monkeypatch.setattr(choice, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
+    monkeypatch.setattr(machine, "hardware", lambda device: "AuthenticAMD family 25 AVX512-BF16")
     x, weight = channels_last(32, 32, 16, 16, dtype=BF16), taps(32, 32, BF16)
     assert kernels_of(x, weight) == set()  # without gradients torch's is as fast
     assert kernels_of(x, weight.clone().requires_grad_()) == BOTH

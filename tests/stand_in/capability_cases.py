@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from anomem import backends, rules
+from anomem import backends, obstacles, rules
 from tests.stand_in.calls import TRITON, Call
 from tests.stand_in.recording import of, recorded
 
@@ -35,6 +35,6 @@ def test_kernels_are_compiled_and_launched(name: str) -> None:
 def test_an_old_gpu_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(ValueError, match="compute capability"):
         Call(*TRITON[name], torch.bfloat16)
-    reason = backends.obstacle("gather", "native", "cuda", torch.float32, 64) or ""
+    reason = obstacles.obstacle("gather", "native", "cuda", torch.float32, 64) or ""
     assert "need compute capability 8.0 or later" in reason
     assert backends.explain(rules.Problem("retrieve", "cuda", torch.bfloat16, 64, 2**20, 2**14))[0] == "reference"

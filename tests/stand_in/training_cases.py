@@ -78,7 +78,7 @@ def added_by_two_rows(stage: int = 1, *, streamed: bool = False, **settings: Any
 def first_steps() -> None:
     """Does once what is not counted: constants of the augmentation go to the GPU at the first step."""
     with torch.backends.cudnn.flags(enabled=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anomem.calibrate.check", lambda *_: "passed")
+        patch.setattr("anomem.measuring.check", lambda *_: "passed")
         host_calls(config_of(EVERY))
 
 
