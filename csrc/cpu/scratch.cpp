@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -81,14 +82,25 @@ class Level {
 // before have left.
 Level asked, held;
 
-// A large block begins at a huge page, and its end takes no other. It comes from the system: on the allocator's heap
-// kept blocks would hold freed memory between them.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes) {
+    std::snprintf(text_, sizeof text_, "anomem: out of memory, for %lld bytes", static_cast<long long>(bytes));
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[64];
+};
+
+// Null where there is no memory. A large block begins at a huge page, and its end takes no other. It comes from the
+// system: on the allocator's heap kept blocks would hold freed memory between them.
 Header* allocate(int64_t bytes) {
   const int64_t least = bytes + static_cast<int64_t>(sizeof(Header));
   const bool large = least > kHugePage;
   const int64_t size = round_up(least, large ? kPage : 64);
   void* const block = large ? map_pages(size) : std::aligned_alloc(64, size);
-  if (block == nullptr) throw std::bad_alloc();
+  if (block == nullptr) return nullptr;
   if (large) ask_for_huge_pages(block, size);
   return new (block) Header{size - static_cast<int64_t>(sizeof(Header)), 0};
 }
@@ -123,14 +135,23 @@ class Kept {
     if (!lock || block->bytes > kKeptScratch) return release(block);
     blocks_.push_back(block);
     bytes_ += block->bytes;
-    while (bytes_ > std::min(kKeptScratch, held.most())) {
+    shrink(std::min(kKeptScratch, held.most()));
+  }
+
+  void clear() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock) shrink(0);
+  }
+
+ private:
+  void shrink(int64_t most) {
+    while (bytes_ > most) {
       bytes_ -= blocks_.front()->bytes;
       release(blocks_.front());
       blocks_.erase(blocks_.begin());
     }
   }
 
- private:
   std::mutex mutex_;
   std::vector<Header*> blocks_;
   int64_t bytes_ = 0;
@@ -159,6 +180,11 @@ constexpr bool kKeeps = true;
 void* take_scratch(int64_t bytes) {
   Header* block = kKeeps && bytes >= kLeastKept ? kept().take(bytes) : nullptr;
   if (block == nullptr) block = allocate(bytes);
+  if (block == nullptr) {
+    kept().clear();
+    block = allocate(bytes);
+  }
+  if (block == nullptr) throw OutOfMemory(bytes);
   block->asked = bytes;
   asked.add(bytes);
   held.add(block->bytes);

@@ -11,7 +11,8 @@ namespace anomem::cpu {
 // Most bytes of unused blocks that a process keeps; nor are they ever more than blocks in use took at once.
 constexpr int64_t kKeptScratch = int64_t{512} << 20;
 
-// Uninitialised memory, aligned to a cache line; with ANOMEM_POISON set, NaN. Throws std::bad_alloc.
+// Uninitialised memory, aligned to a cache line; with ANOMEM_POISON set, NaN. Throws a std::bad_alloc that names the
+// bytes: in Python a MemoryError. Before, unused blocks go back to the system.
 void* take_scratch(int64_t bytes);
 void give_scratch(void* data);
 

@@ -119,3 +119,41 @@ def test_unused_memory_is_no_more_than_was_in_use_at_once(library: None) -> None
     growing, mixed = map(int, done.stdout.split())
     assert growing < 110 * MIB
     assert mixed < 80 * MIB
+
+
+SCARCE = f"""
+import resource, torch
+from anomem.functional import hopfield_retrieve
+torch.set_num_threads(1)
+memory = torch.randn(40, {FEATURES})
+rows = 10 * {MIB} // ({FEATURES} * 4)
+queries = torch.randn(14 * rows, {FEATURES})
+
+def read(tenths):
+    return hopfield_retrieve(queries[:tenths * rows], memory, impl="native")
+
+read(10)  # 100 MiB, which are kept
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 60 * {MIB}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(len(read(14)) == 14 * rows)
+held = [read(10)]
+try:
+    read(14)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_unused_memory_is_given_back_before_a_call_fails(library: None) -> None:
+    """140 MiB where 60 are left beside the 100 that are kept; and an error that says how much was missing."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCARCE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["True", f"anomem: out of memory, for {14 * 10 * MIB} bytes"]
