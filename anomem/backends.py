@@ -127,7 +127,9 @@ def _from_machine(problem: Problem) -> Choice | None:
         name = _constant_known(
             problem.operator, problem.device, problem.dtype, features, rows, columns, groups, training
         )
-        return None if name is None else Choice(name, "file", "known when the call was traced")
+        if name is None or choice.obstacle_of_auto(problem, name) is not None:
+            return None
+        return Choice(name, "file", "known when the call was traced")
     if not isinstance(problem.rows * problem.columns * problem.groups, int):
         return None  # a symbolic size outside of torch.compile
     return choice.of_machine(problem, training)

@@ -13,14 +13,25 @@ from typing import Any
 
 import torch
 
-from anomem import backends, choice, machine, measuring
+from anomem import backends, choice, machine, measuring, rules
 from anomem.errors import UserError
 from anomem.machine import Measured
 from anomem.rules import Problem
 
 
-def problems(device: str) -> Iterator[tuple[Problem, bool]]:
-    """The calls that the command measures, the most frequent first, with and without gradients."""
+def problems(device: str) -> list[tuple[Problem, bool]]:
+    """The usual calls that neither committed rows nor the rules for small calls decide, with and without gradients."""
+    table = [rule for rule in rules.AUTO if choice.applies(rule, device)]
+
+    def is_decided(problem: Problem) -> bool:
+        covered = any(rule.operator == problem.operator and rule.where.holds(problem) for rule in table)
+        return covered or not choice.is_large(problem)
+
+    return [(problem, training) for problem, training in _usual(device) if not is_decided(problem)]
+
+
+def _usual(device: str) -> Iterator[tuple[Problem, bool]]:
+    """The most frequent first."""
     dtypes = (torch.float32, torch.bfloat16)
     more = 1 if device == "cpu" else 4
     for training in (True, False):
@@ -69,7 +80,7 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
     machine.require_kept(place)
     start = time.monotonic()
     found: dict[str, Measured] = {}
-    calls = list(problems(device))
+    calls = problems(device)
     done = 0
     try:
         for i, (problem, training) in enumerate(calls):
@@ -86,7 +97,9 @@ def fill(device: str, place: Path, seconds: float, report: Callable[[float, str]
     finally:
         machine.add(place, device, choices=found, checks=choice.outcomes(device))
     short = "" if done == len(calls) else f" in {seconds:g} s; a larger --seconds measures the others"
-    report(1.0, f"{done} of {len(calls)} calls measured{short}")
+    decided = len(list(_usual(device))) - len(calls)
+    rest = f"; {decided} others follow committed rows and rules" if decided else ""
+    report(1.0, f"{done} of {len(calls)} calls measured{short}{rest}")
     return found
 
 

@@ -7,9 +7,11 @@ The environment variable ANOMEM_CHOICE
 
 A choice is keyed by `Bucket`, within what the file has for this machine (`anomem.machine`).
 
-No measurement under `torch.use_deterministic_algorithms`, while anything is traced, captured or differentiated, nor in
-a job of several processes (`torch.distributed`): its ranks must not differ, so they follow the table, the rules and a
-file that ANOMEM_CHOICE names.
+No measurement under `torch.use_deterministic_algorithms`, in a trace, a graph capture, a mode that records operators or
+a backward pass, nor in a job of several processes (`torch.distributed`): its ranks must not differ, so they follow the
+table, the rules and a file that ANOMEM_CHOICE names.
+
+A choice stays for the process. What torch.compile traced before it was made keeps the rule; a new trace takes it.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from operator import index
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from anomem import machine, obstacles, rules
 from anomem.errors import warn
 from anomem.files import cache_folder
-from anomem.machine import Section
+from anomem.machine import Measured, Section
 
 _LARGE = {"cpu": 2**22, "cuda": 2**28}
 """Multiplications of one product of scores from which a call is worth a measurement, by device. On a CPU the rule for
@@ -71,7 +73,7 @@ class Choice(NamedTuple):
 
     implementation: str
     source: str
-    """"export", "table", "file", "measured", "rule" or "default"."""
+    """"export", "table", "run", "file", "measured", "rule" or "default"."""
     because: rules.Rule | str
 
     @property
@@ -106,6 +108,16 @@ def _power(size: int) -> int:
 
 # The state of the process: a choice once made is not made again.
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# Another thread may hold the lock while a process forks, and is not there in the child to give it back.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 _made: dict[Bucket, Choice | None] = {}
 _verdicts: dict[tuple[str, str], str | None] = {}
 _outcomes: dict[tuple[str, str], str] = {}
@@ -144,7 +156,9 @@ def default_path() -> Path:
 
 
 def of_machine(problem: rules.Problem, training: bool) -> Choice | None:
-    """The choice of this machine for a call, from the file or by measuring now; None where neither is possible.
+    """The choice of this machine for a large call, from the file or by measuring now; None where neither is possible.
+
+    A call that the chosen kernel cannot run gets None too, and decides nothing for the others of its bucket.
 
     Args:
         problem: the call.
@@ -152,11 +166,59 @@ def of_machine(problem: rules.Problem, training: bool) -> Choice | None:
     """
     if problem.device not in _LARGE or torch.are_deterministic_algorithms_enabled() or mode() == "table":
         return None
+    if not is_large(problem):
+        return None
     bucket = bucket_of(problem, training)
     with _lock:
         if bucket not in _made:
-            _made[bucket] = _from_file(problem, bucket) or _by_measuring(problem, bucket)
-        return _made[bucket]
+            _choose(problem, bucket)
+        return _runnable(problem, _made.get(bucket))
+
+
+def _choose(problem: rules.Problem, bucket: Bucket) -> None:
+    """Take the bucket's choice from the file or measure; decide nothing if this call can run no kernel."""
+    found = _from_file(problem, bucket)
+    if found is not None:
+        _made[bucket] = found
+        return
+    kernels = candidates(problem)
+    if not kernels:
+        return
+    _made[bucket] = None  # what a trace or a backward pass chooses by the rules stays chosen
+    measured = _measured(problem, bucket, kernels)
+    if measured is None:
+        return
+    _made[bucket] = _as_choice(measured, "measured")
+    _section(bucket.device).choices[bucket.name] = measured
+    if measured.settled:  # last: its warning may be an error
+        machine.keep(default_path(), bucket.device, choices={bucket.name: measured})
+
+
+def made(device: str) -> dict[str, Any]:
+    """The choices of this process and what they hold for, as plain values: a run keeps them, to go on with the same."""
+    hardware, software = machine.identity(device)
+    with _lock:
+        choices = {
+            bucket.name: found.implementation for bucket, found in _made.items() if found and bucket.device == device
+        }
+    return {"device": device, "hardware": hardware, "software": software, "choices": choices}
+
+
+def follow(before: Mapping[str, Any]) -> None:
+    """Take choices that `made` gave in another process, where this one has made none; none of another machine.
+
+    Args:
+        before: from `made`.
+    """
+    device = before["device"]
+    if (before["hardware"], before["software"]) != machine.identity(device):
+        return
+    with _lock:
+        for name, implementation in before["choices"].items():
+            training = name.endswith(" training")
+            _made.setdefault(
+                bucket_of(problem_named(name, device), training), Choice(implementation, "run", "as the run began")
+            )
 
 
 def any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
@@ -172,12 +234,8 @@ def known(bucket: Bucket) -> str | None:
     """The implementation that was chosen for a bucket in this process or its file; measures nothing."""
     bucket = bucket._replace(training=bucket.training and bucket.operator not in rules.INFERENCE)
     with _lock:
-        if bucket in _made:
-            made = _made[bucket]
-            return None if made is None else made.implementation
-        problem = _problem_of(bucket)
-        found = _from_file(problem, bucket)
-        return None if found is None else found.implementation
+        made = _made[bucket] if bucket in _made else _from_file(_problem_of(bucket), bucket)
+        return None if made is None else made.implementation
 
 
 def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:
@@ -193,6 +251,7 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
         if (device, family) in _verdicts:
             return _verdicts[device, family]
         outcome = _section(device).checks.get(family) if path() is not None else None
+        checked = False
         if outcome is None:
             if not can_run(device):
                 return "it is not checked on this hardware yet; run `python -m anomem.env --check`"
@@ -203,16 +262,17 @@ def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype
                 outcome = in_clean_thread(check)
             except torch.OutOfMemoryError:
                 return "there was no memory to check it on this hardware"
-            if mode() == "measure":
-                machine.keep(default_path(), device, checks={family: outcome})
+            checked = True
         _outcomes[device, family] = outcome
         verdict = None if outcome == machine.PASSED else f"it failed its check on this hardware: {outcome}"
+        _verdicts[device, family] = verdict  # before warnings, which may be errors
+        if checked and mode() == "measure":
+            machine.keep(default_path(), device, checks={family: outcome})
         if verdict is not None:
             warn(
                 f'{family} is switched off for impl="auto" on {machine.hardware(device)}: {outcome}. '
                 "Please report it with the output of `python -m anomem.env`"
             )
-        _verdicts[device, family] = verdict
         return verdict
 
 
@@ -288,27 +348,25 @@ def _from_file(problem: rules.Problem, bucket: Bucket) -> Choice | None:
     if _follows() is None:
         return None
     measured = _section(bucket.device).choices.get(bucket.name)
-    if measured is None or obstacle_of_auto(problem, measured.implementation) is not None:
-        return None
-    return Choice(measured.implementation, "file", str(measured))
+    return None if measured is None else _runnable(problem, _as_choice(measured, "file"))
 
 
-def _by_measuring(problem: rules.Problem, bucket: Bucket) -> Choice | None:
+def _as_choice(measured: Measured, source: str) -> Choice:
+    return Choice(measured.implementation, source, str(measured))
+
+
+def _runnable(problem: rules.Problem, made: Choice | None) -> Choice | None:
+    """A choice, if its implementation can run this call: its bucket says nothing of reads or forward mode."""
+    return None if made is None or obstacle_of_auto(problem, made.implementation) is not None else made
+
+
+def _measured(problem: rules.Problem, bucket: Bucket, kernels: list[str]) -> Measured | None:
     traced = torch._C._len_torch_dispatch_stack() > 0
-    if mode() != "measure" or _is_a_job() or traced or not is_large(problem) or not can_run(problem.device):
-        return None
-    kernels = candidates(problem)
-    if not kernels:
+    if mode() != "measure" or _is_a_job() or traced or not can_run(problem.device):
         return None
     from anomem import measuring
 
-    measured = in_clean_thread(functools.partial(measuring.measure, problem, bucket.training, kernels))
-    if measured is None:
-        return None
-    _section(bucket.device).choices[bucket.name] = measured
-    if measured.settled:
-        machine.keep(default_path(), bucket.device, choices={bucket.name: measured})
-    return Choice(measured.implementation, "measured", str(measured))
+    return in_clean_thread(functools.partial(measuring.measure, problem, bucket.training, kernels))
 
 
 def _problem_of(bucket: Bucket) -> rules.Problem:

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from anomem.files import make_folder, require_writable, write_atomically
 
 FORMAT = 1
 PASSED = "passed"
+_NAME = re.compile(r"\w+ (?P<dtype>\w+) \d+ x \d+ x \d+ x \d+ (training|inference)")
+"""Of a call, as `anomem.choice.Bucket` has it."""
 
 
 class Measured(NamedTuple):
@@ -188,6 +191,9 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
             if not all(isinstance(section[field], str) for field in ("hardware", "software")):
                 raise ValueError("a section names no hardware or software")
             for name, choice in section["choices"].items():
+                named = _NAME.fullmatch(name)
+                if named is None or not isinstance(getattr(torch, named["dtype"], None), torch.dtype):
+                    raise ValueError(f"{name!r} names no call")
                 times, implementation = choice["milliseconds"], choice["implementation"]
                 if implementation not in rules.IMPLEMENTATIONS[1:] or implementation not in times:
                     raise ValueError(f"{name} names no implementation that was measured")

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "functional", "nn", "reference", "rules", "validation"},
     "scoring": {"augment", "data", "errors", "functional", "models", "nn", "reference", "validation"},
     "train": {
-        "augment", "backends", "data", "errors", "files", "functional", "models", "nn", "reference", "rules",
+        "augment", "backends", "choice", "data", "errors", "files", "functional", "models", "nn", "reference", "rules",
         "scoring", "validation",
     },
     "evaluate": {"augment", "data", "errors", "models", "scoring", "train", "validation"},

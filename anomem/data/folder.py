@@ -97,9 +97,12 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not os.path.isdir(folder):
         raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `data.root`")
-    found = [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+    entries = _entries(folder)
+    found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
-        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none; add some")
+        folders = sum(os.path.isdir(path) for path in entries)
+        found_instead = f"none beside {folders} folders, which are not searched" if folders else "none"
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found {found_instead}; add some")
     return found
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from anomem import choice
 from anomem.data import Images
 from anomem.errors import UserError
 from anomem.files import write_atomically, writing
@@ -316,6 +317,8 @@ class StageState:
         source, tensors = self.directory / f"{self.name}.json", checkpoint.tensors
         require_provenance(self.directory, self.name, self.config, checkpoint.about)
         self._require_same_images(checkpoint)
+        if "choices" in checkpoint.about:  # other kernels would give other bits
+            choice.follow(checkpoint.about["choices"])
         for name, module in self.modules.items():
             load_module(module, tensors, f"{name}.", source)
         if self.network is not None:
@@ -408,7 +411,9 @@ class StageState:
         tensors = {
             f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()
         }
+        device = next(parameter.device.type for _, parameter in self._parameters())
         about = {**provenance(self.directory, self.name, self.config), "images": self.identity}
+        about["choices"] = choice.made(device)
         save_checkpoint(self.directory, self.name, done, {**tensors, **others}, about)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

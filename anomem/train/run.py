@@ -356,6 +356,7 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
     if config.has_stage2:
         stages += f", then {config.stage2.optimizer.steps} of stage 2"
     every = f" and every {config.run.checkpoint_minutes:g} min" if config.run.checkpoint_minutes else ""
+    every += f" and every {config.run.checkpoint_every} steps" if config.run.checkpoint_every else ""
     print(f"training: {stages}; checkpoints in {run.checkpoints} at the end of each stage{every}", flush=True)
 
 

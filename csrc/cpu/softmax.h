@@ -6,6 +6,25 @@
 
 namespace anomem::cpu::ANOMEM_ISA {
 
+// A sum of vectors in chains: of 2^18 equal terms one chain in float32 would miss a thousandth.
+template <class T>
+class ChainedSum {
+ public:
+  ANOMEM_INLINE void add(vec<T> x) {
+    chain_ += x;
+    if (++length_ < kLongest) return;
+    total_ += chain_;
+    chain_ = vec<T>{};
+    length_ = 0;
+  }
+  ANOMEM_INLINE T sum() const { return sum_lanes<T>(total_ + chain_); }
+
+ private:
+  static constexpr int kLongest = 64;
+  vec<T> chain_{}, total_{};
+  int length_ = 0;
+};
+
 // Sums of a row of exponentials.
 template <class T>
 struct RowSum {
@@ -39,32 +58,33 @@ inline RowSum<T> exponentials(T* x, int64_t m, T beta, const T* prior = nullptr)
     special = max;
     for (int64_t j = 0; j < m; ++j) special = x[j] * beta != x[j] * beta ? T{NAN} : special;
   }
-  vec<T> sum{}, product{};
+  vec<T> sum{};
+  ChainedSum<T> product;
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
     const vec<T> shifted = (load(x + j) - best) * beta;
     vec<T> e = exp_or_zero(shifted);
     if (count < kLanes<T>) e = keep_first<T>(e, count);
     store(x + j, e);
     sum += e;
-    if constexpr (kWeighted) product += e == vec<T>{} ? vec<T>{} : e * shifted;
+    if constexpr (kWeighted) product.add(e == vec<T>{} ? vec<T>{} : e * shifted);
   });
   const T total = sum_lanes<T>(sum);
-  return {total, max - max == 0 ? max + std::log(total) : special, kWeighted ? sum_lanes<T>(product) : T{0}};
+  return {total, max - max == 0 ? max + std::log(total) : special, kWeighted ? product.sum() : T{0}};
 }
 
 // Hard shrinkage of MemAE (Gong et al. 2019, Eqs. 6 to 9; anomem/reference/retrieve.py):
 // w ← relu(p − t) p / (|p − t| + 1e-12), then w ← w / max(Σ w, 1e-12). Returns Σ w before the division.
 template <class T>
 inline T shrink_row(const T* p, int64_t m, T threshold, T* w) {
-  vec<T> sum{};
+  ChainedSum<T> sum;
   for_vectors<T>(m, [&](int64_t j, int64_t count) {
     const vec<T> weight = load_some(p + j, count);
     const vec<T> excess = weight - threshold;
     const vec<T> kept = excess <= vec<T>{} ? vec<T>{} : excess * weight / (excess + T{1e-12});
     store_some(w + j, kept, count);
-    sum += keep_first<T>(kept, count);
+    sum.add(keep_first<T>(kept, count));
   });
-  const T total = sum_lanes<T>(sum);
+  const T total = sum.sum();
   const vec<T> scale = broadcast(T{1} / (total < T{1e-12} ? T{1e-12} : total));
   for_vectors<T>(m, [&](int64_t j, int64_t count) { store_some(w + j, load_some(w + j, count) * scale, count); });
   return total;
@@ -73,9 +93,9 @@ inline T shrink_row(const T* p, int64_t m, T threshold, T* w) {
 // −Σ w log w.
 template <class T>
 inline T weights_entropy(const T* w, int64_t m) {
-  T entropy = 0;
+  double entropy = 0;
   for (int64_t j = 0; j < m; ++j) entropy -= w[j] == 0 ? T{0} : w[j] * std::log(w[j]);
-  return entropy;
+  return static_cast<T>(entropy);
 }
 
 // Adds the entropy's gradient: g += dentropy · (−log w − 1) where w > 0.

@@ -57,6 +57,8 @@ def test_the_file_of_another_machine_is_not_used_and_stays(timed: list[Problem],
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"implementation": "native"', '"implementation": "fast"'),
         lambda text: text.replace("1.5", '"fast"'),
+        lambda text: text.replace(NAME, "nonsense"),
+        lambda text: text.replace("nt_xent float32", "nt_xent float33"),
         lambda text: "[]",
         lambda text: "[" * 100_000,
     ],
@@ -77,6 +79,21 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="not kept: cannot write"):
         assert backends.decide(LARGE).implementation == "native"
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_where_warnings_are_errors_the_first_call_raises_and_the_next_ones_run(
+    timed: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call raised, and checked and measured again."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    new_process()
+    for _ in range(2):  # the check and the choice are not kept
+        with pytest.raises(RuntimeWarning, match="not kept: cannot write"):
+            backends.decide(LARGE)
+    assert backends.decide(LARGE)[:2] == ("native", "measured")
+    assert timed == [LARGE]
 
 
 @pytest.mark.parametrize("name", ["XDG_CACHE_HOME", "ANOMEM_CHOICE"])

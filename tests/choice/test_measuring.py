@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from anomem import functional as AF
 from anomem.machine import Measured
 from anomem.ops import contrast
 from anomem.rules import Problem
-from tests.choice.large_call import LARGE, SMALL, content, kept
+from tests.choice.large_call import LARGE, NAME, SMALL, content, kept, new_process
 
 
 def test_a_small_call_follows_the_rule(timed: list[Problem]) -> None:
@@ -202,6 +205,94 @@ def test_a_measurement_sees_nothing_of_its_caller(monkeypatch: pytest.MonkeyPatc
     with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         assert backends.decide(LARGE)[:2] == ("native", "measured")
     assert seen == [torch.float32]
+
+
+MAP = Problem("deviation_map", "cpu", torch.float32, 64, rows=4096, columns=256)
+
+
+def test_a_call_that_the_chosen_kernel_cannot_run_takes_the_reference(timed: list[Problem]) -> None:
+    """A bucket says nothing of reads or of forward mode: two reads were given one, without a word."""
+    assert backends.decide(MAP)[:2] == ("native", "measured")
+    assert backends.decide(MAP._replace(steps=2)).implementation == "reference"
+    backends.decide(LARGE)
+    with torch.autograd.forward_ad.dual_level():
+        assert backends.decide(LARGE).implementation == "reference"
+    assert timed == [MAP, LARGE]
+
+
+def test_such_a_call_decides_nothing_for_the_others_of_its_bucket(timed: list[Problem]) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        assert backends.decide(LARGE).implementation == "reference"
+    assert backends.decide(MAP._replace(steps=2)).implementation == "reference"
+    assert backends.decide(LARGE)[:2] == ("native", "measured")
+    assert backends.decide(MAP)[:2] == ("native", "measured")
+
+
+def test_a_small_call_decides_nothing_for_the_large_ones_of_its_bucket(timed: list[Problem]) -> None:
+    large = LARGE._replace(rows=512, columns=512, groups=1)
+    small = large._replace(rows=300, columns=300)
+    assert choice.bucket_of(small, True) == choice.bucket_of(large, True)
+    assert not choice.is_large(small)
+    assert backends.decide(small).source == "default"
+    assert backends.decide(large)[:2] == ("native", "measured")
+    assert backends.decide(small._replace(rows=301, columns=301)).source == "default"
+
+
+@pytest.mark.parametrize("first", [MAP, MAP._replace(steps=2)])
+def test_a_traced_call_of_two_reads_takes_the_reference(first: Problem) -> None:
+    feature_map, memory = torch.randn(4, 64, 32, 32), torch.randn(256, 64)
+    backends.decide(first)
+
+    def call(feature_map: Tensor) -> Tensor:
+        return AF.deviation_map(feature_map, memory, steps=2)
+
+    expected = AF.deviation_map(feature_map, memory, steps=2, impl="reference")
+    torch.testing.assert_close(call(feature_map), expected)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(feature_map), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_fork_chooses_while_a_thread_of_its_parent_measures(
+    monkeypatch: pytest.MonkeyPatch, checked: None
+) -> None:
+    measuring_now, forked = threading.Event(), threading.Event()
+
+    def measure(*_: Any) -> Measured:
+        measuring_now.set()
+        forked.wait(30)
+        return Measured("native", {"reference": 2.0, "native": 1.0})
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    thread = threading.Thread(target=backends.decide, args=(LARGE,))
+    thread.start()
+    assert measuring_now.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that hangs
+        known = choice.known(choice.bucket_of(LARGE._replace(features=64), True))
+        os._exit(known is not None)
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_run_goes_on_with_the_choices_it_began_with(timed: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement that has not settled is not in the file, and other kernels give other bits."""
+    backends.decide(LARGE)
+    before = json.loads(json.dumps(choice.made("cpu")))
+    assert before["choices"] == {NAME: "native"}
+    for software, source in (("other software", "measured"), (before["software"], "run")):
+        choice.default_path().unlink()
+        new_process()
+        choice.follow({**before, "software": software})
+        assert backends.decide(LARGE)[:2] == ("native", source)
+    assert timed == [LARGE, LARGE]
+    kept(choice.default_path(), "reference")
+    new_process()
+    backends.decide(LARGE)
+    choice.follow(before)
+    backends._decided.clear()
+    assert backends.decide(LARGE)[:2] == ("reference", "file")  # made already
 
 
 def test_threads_choose_once(timed: list[Problem]) -> None:

@@ -21,10 +21,14 @@ MIB = 1 << 20
 QUERIES, FEATURES = 8192, 64  # 2 MiB of float32
 
 
+keeps = pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="under the sanitizer unused memory is freed")
+
+
 def retrieve(seed: int = 0, queries: int = QUERIES) -> Tensor:
     return hopfield_retrieve(draw(queries, FEATURES, seed=seed), draw(40, FEATURES, seed=9), impl="native")
 
 
+@keeps
 def test_memory_is_used_again_once_its_tensor_is_gone(library: None) -> None:
     first = retrieve()
     address, expected = first.data_ptr(), first.clone()
@@ -107,6 +111,7 @@ print(resident() - before - most * {FEATURES} * 4)
 """
 
 
+@keeps
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_unused_memory_is_no_more_than_was_in_use_at_once(library: None) -> None:
     done = subprocess.run(
@@ -145,6 +150,7 @@ except MemoryError as error:
 """
 
 
+@keeps
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_unused_memory_is_given_back_before_a_call_fails(library: None) -> None:
     """140 MiB where 60 are left beside the 100 that are kept; and an error that says how much was missing."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from anomem.functional import hopfield_retrieve
 from anomem.ops import retrieve as ops_retrieve
 from anomem.rules import Impl
-from anomem.testing import compare, draw, gradients
+from anomem.testing import compare, draw, error, gradients
 from tests.operators.contract import BF16, F16, F32, F64, NATIVE, TRITON, TRITON_TF32, Function, cases, each, each_dtype
 from tests.operators.retrieve_calls import KERNELS, check, memory, pair, plain, retrieval
 
@@ -229,3 +229,13 @@ def test_rows_whose_squares_overflow_within_budget(impl: Impl, normalize: str, s
     query[3] = query[3, 0]  # no variance
     for result in gradients(retrieval(impl, normalize=normalize), [query * scale, prototypes * scale]):
         assert bool(result.isfinite().all())
+
+
+@each(NATIVE)
+def test_sums_of_many_equal_weights_keep_their_digits(impl: Impl) -> None:
+    """One chain of float32 sums lost two digits of the entropy, and one of the output."""
+    query, prototypes = torch.zeros(8, 16), draw(30_000, 16)
+    options = {"normalize": "none", "shrink": 0.5 / len(prototypes), "return_entropy": True}
+    actual = hopfield_retrieve(query, prototypes, impl=impl, **options)
+    exact = hopfield_retrieve(query.double(), prototypes.double(), impl="reference", **options)
+    assert all(error(one, other) < 3e-6 for one, other in zip(actual, exact, strict=True))

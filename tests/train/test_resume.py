@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from anomem import choice
 from anomem.errors import UserError
 from anomem.train import RunDirectory, TrainConfig, load_scorer, resume, train
 from anomem.train.checkpoint import load_checkpoint
@@ -61,7 +63,11 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["stage1-4", "stage2-2"])
-def test_killed_and_resumed_is_bit_for_bit_unbroken(tiny: TrainConfig, tmp_path: Path, moment: str) -> None:
+def test_killed_and_resumed_is_bit_for_bit_unbroken(
+    tiny: TrainConfig, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[dict[str, Any]] = []
+    monkeypatch.setattr(choice, "follow", followed.append)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -80,6 +86,7 @@ def test_killed_and_resumed_is_bit_for_bit_unbroken(tiny: TrainConfig, tmp_path:
         with pytest.raises(UserError, match="not finished"):
             load_scorer(tmp_path / "broken")
         assert_same_run(whole, resume(tmp_path / "broken", quiet=True))
+        assert {before["device"] for before in followed} == {"cpu"}
     finally:
         torch.set_num_threads(threads)
 
