@@ -194,7 +194,7 @@ def _choose(problem: rules.Problem, bucket: Bucket) -> None:
         machine.keep(default_path(), bucket.device, choices={bucket.name: measured})
 
 
-def made(device: str) -> dict[str, Any]:
+def choices_made(device: str) -> dict[str, Any]:
     """The choices of this process and what they hold for, as plain values: a run keeps them, to go on with the same."""
     hardware, software = machine.identity(device)
     with _lock:
@@ -205,10 +205,10 @@ def made(device: str) -> dict[str, Any]:
 
 
 def follow(before: Mapping[str, Any]) -> None:
-    """Take choices that `made` gave in another process, where this one has made none; none of another machine.
+    """Take choices that another process has made, where this one has made none; none of another machine.
 
     Args:
-        before: from `made`.
+        before: from `choices_made`.
     """
     device = before["device"]
     if (before["hardware"], before["software"]) != machine.identity(device):
@@ -227,15 +227,16 @@ def any_known(operator: str, device: str, dtype: torch.dtype) -> bool:
         return False
     start = f"{operator} {_name_of(dtype)} "
     with _lock:
-        return any(name.startswith(start) for name in _section(device).choices)
+        names = [*_section(device).choices, *(bucket.name for bucket in _made if bucket.device == device)]
+    return any(name.startswith(start) for name in names)
 
 
 def known(bucket: Bucket) -> str | None:
     """The implementation that was chosen for a bucket in this process or its file; measures nothing."""
     bucket = bucket._replace(training=bucket.training and bucket.operator not in rules.INFERENCE)
     with _lock:
-        made = _made[bucket] if bucket in _made else _from_file(_problem_of(bucket), bucket)
-        return None if made is None else made.implementation
+        found = _made[bucket] if bucket in _made else _from_file(_problem_of(bucket), bucket)
+        return None if found is None else found.implementation
 
 
 def distrust(operator: str, implementation: str, device: str, dtype: torch.dtype, features: int) -> str | None:

@@ -413,7 +413,7 @@ class StageState:
         }
         device = next(parameter.device.type for _, parameter in self._parameters())
         about = {**provenance(self.directory, self.name, self.config), "images": self.identity}
-        about["choices"] = choice.made(device)
+        about["choices"] = choice.choices_made(device)
         save_checkpoint(self.directory, self.name, done, {**tensors, **others}, about)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -279,12 +279,14 @@ def test_a_child_of_fork_chooses_while_a_thread_of_its_parent_measures(
 def test_a_run_goes_on_with_the_choices_it_began_with(timed: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
     """A measurement that has not settled is not in the file, and other kernels give other bits."""
     backends.decide(LARGE)
-    before = json.loads(json.dumps(choice.made("cpu")))
+    before = json.loads(json.dumps(choice.choices_made("cpu")))
     assert before["choices"] == {NAME: "native"}
     for software, source in (("other software", "measured"), (before["software"], "run")):
         choice.default_path().unlink()
         new_process()
         choice.follow({**before, "software": software})
+        followed = choice.any_known("nt_xent", "cpu", torch.float32)  # by a trace as well
+        assert followed == (source == "run")
         assert backends.decide(LARGE)[:2] == ("native", source)
     assert timed == [LARGE, LARGE]
     kept(choice.default_path(), "reference")
