@@ -120,7 +120,8 @@ def _from_machine(problem: Problem) -> Choice | None:
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         # Only what is known already; a dynamic size is compared with bounds where something is known.
-        if not _constant_any_known(problem.operator, problem.device, problem.dtype):
+        known = _constant_any_known(problem.operator, problem.device, problem.dtype)
+        if not known or not choice.is_large(problem):
             return None
         features, rows = _power(index(problem.features)), _power(problem.rows)
         columns, groups = _power(problem.columns), _power(problem.groups)

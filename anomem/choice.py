@@ -121,7 +121,8 @@ if hasattr(os, "register_at_fork"):
 _made: dict[Bucket, Choice | None] = {}
 _verdicts: dict[tuple[str, str], str | None] = {}
 _outcomes: dict[tuple[str, str], str] = {}
-_sections: dict[str, Section] = {}
+_sections: dict[tuple[str, int], Section] = {}
+"""By device and threads."""
 
 
 def forget() -> None:
@@ -129,8 +130,8 @@ def forget() -> None:
     with _lock:
         for state in (_made, _verdicts, _outcomes, _sections):
             state.clear()  # type: ignore[attr-defined]
-        for cached in (mode, machine.hardware, machine.identity):
-            cached.cache_clear()
+        mode.cache_clear()
+        machine.forget()
 
 
 @functools.cache
@@ -386,23 +387,24 @@ def _follows() -> Path | None:
 
 
 def _section(device: str) -> Section:
-    """The section of this machine, read once per process."""
-    if device not in _sections:
-        _sections[device] = Section({}, {})
+    """The section of this machine with its current threads, read once per process."""
+    key = device, torch.get_num_threads()
+    if key not in _sections:
+        _sections[key] = Section({}, {})
         place = path()
         if place is not None:
             named = isinstance(mode(), Path)
             try:  # also around `exists`: the folder may be closed to us
                 if place.exists() or named:
-                    _sections[device] = machine.read(place, device)
-                    if named and _sections[device] == Section({}, {}):
+                    _sections[key] = machine.read(place, device)
+                    if named and _sections[key] == Section({}, {}):
                         warn(f"{_NAMED}: {place} has nothing for {' with '.join(machine.identity(device))}; {_INSTEAD}")
             except (OSError, ValueError) as error:
                 if named:
                     warn(f"{_NAMED}, expected measure, table or a file that can be read: {error}; {_INSTEAD}")
                 else:
                     warn(f"no choices of this machine are used: {error}")
-    return _sections[device]
+    return _sections[key]
 
 
 _NAMED = "ANOMEM_CHOICE"

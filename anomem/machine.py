@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ from anomem.files import make_folder, require_writable, write_atomically
 
 FORMAT = 1
 PASSED = "passed"
-_NAME = re.compile(r"\w+ (?P<dtype>\w+) \d+ x \d+ x \d+ x \d+ (training|inference)")
+_NAME = re.compile(r"\w+ (?P<dtype>\w+) \d+ x \d+ x \d+ x \d+ (training|inference)", re.ASCII)
 """Of a call, as `anomem.choice.Bucket` has it."""
 
 
@@ -73,9 +74,13 @@ def hardware(device: str) -> str:
     return f"{maker}{family} {instructions}"
 
 
-@functools.cache
 def identity(device: str) -> tuple[str, str]:
-    """What a section of the file is bound to: the hardware with its model and threads, and the software."""
+    """What a section of the file is bound to: the hardware with its model and current threads, and the software."""
+    return _identity(device, torch.get_num_threads())
+
+
+@functools.cache
+def _identity(device: str, threads: int) -> tuple[str, str]:
     from anomem.ops import native, sources
 
     library = native.path_of("_C.so" if device == "cpu" else "_C_cuda.so")
@@ -84,7 +89,7 @@ def identity(device: str) -> tuple[str, str]:
     if device != "cuda":
         values = _processor_facts()
         model = f", model {values['model']} ({values.get('model name', '')})" if "model" in values else ""
-        return f"{hardware(device)}{model}, {torch.get_num_threads()} threads", ", ".join(software)
+        return f"{hardware(device)}{model}, {threads} threads", ", ".join(software)
     place = hardware(device)
     if torch.cuda.is_available():
         place += " sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -111,6 +116,12 @@ def _driver() -> str:
         return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
     except (OSError, IndexError):
         return "unknown driver"
+
+
+def forget() -> None:
+    """Read the names of the hardware and the software again."""
+    hardware.cache_clear()
+    _identity.cache_clear()
 
 
 def read(place: Path, device: str) -> Section:
@@ -197,7 +208,7 @@ def _read_all(place: Path) -> list[dict[str, Any]]:
                 times, implementation = choice["milliseconds"], choice["implementation"]
                 if implementation not in rules.IMPLEMENTATIONS[1:] or implementation not in times:
                     raise ValueError(f"{name} names no implementation that was measured")
-                if not all(isinstance(ms, float | int) and ms > 0 for ms in times.values()):
+                if not all(type(ms) in (float, int) and 0 < ms < math.inf for ms in times.values()):
                     raise ValueError(f"{name} has a time that is no number > 0")
             if not all(isinstance(outcome, str) for outcome in section["checks"].values()):
                 raise ValueError("a check has no outcome")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from anomem import backends, choice, machine
 from anomem.choice import Choice
@@ -39,6 +40,22 @@ def test_a_choice_does_not_change_within_a_process(timed: list[Problem]) -> None
     assert backends.decide(LARGE)[:2] == ("reference", "file")
 
 
+def test_each_number_of_threads_has_its_section(timed: list[Problem]) -> None:
+    """What one thread measured stood in the section of two."""
+    threads = torch.get_num_threads()
+    try:
+        for count, features in ((1, 32), (2, 64)):
+            torch.set_num_threads(count)
+            backends.decide(LARGE._replace(features=features))
+    finally:
+        torch.set_num_threads(threads)
+    sections = content(choice.default_path())["sections"]
+    assert [(s["hardware"].rpartition(", ")[2], len(s["choices"])) for s in sections] == [
+        ("1 threads", 1),
+        ("2 threads", 1),
+    ]
+
+
 @pytest.mark.parametrize("field", ["hardware", "software"])
 def test_the_file_of_another_machine_is_not_used_and_stays(timed: list[Problem], field: str) -> None:
     kept(choice.default_path(), "reference", **{field: "another one"})
@@ -57,6 +74,8 @@ def test_the_file_of_another_machine_is_not_used_and_stays(timed: list[Problem],
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"implementation": "native"', '"implementation": "fast"'),
         lambda text: text.replace("1.5", '"fast"'),
+        lambda text: text.replace("1.5", "true"),
+        lambda text: text.replace("1.5", "Infinity"),
         lambda text: text.replace(NAME, "nonsense"),
         lambda text: text.replace("nt_xent float32", "nt_xent float33"),
         lambda text: "[]",

@@ -92,6 +92,10 @@ def test_a_trace_takes_what_is_known_and_measures_nothing(timed: list[Problem]) 
         compiled(torch.randn(2, batch, 32))
     assert taken == ["reference", "native"]
     torch.compiler.reset()
+    torch.compile(call, fullgraph=True, backend=backend)(torch.randn(2, 150, 20))
+    assert choice.known(choice.bucket_of(LARGE._replace(rows=300, columns=300, features=20), True)) == "native"
+    assert taken[2:] == ["reference"]  # a small call
+    torch.compiler.reset()
 
 
 def fast(z: Tensor, z_pair: Tensor, *_: Any) -> Tensor:
