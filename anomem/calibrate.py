@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anomem import backends, choice, machine, measuring, rules
+from anomem import backends, choice, machine, measuring
 from anomem.errors import UserError
 from anomem.machine import Measured
 from anomem.rules import Problem
@@ -21,17 +21,11 @@ from anomem.rules import Problem
 
 def problems(device: str) -> list[tuple[Problem, bool]]:
     """The usual calls that neither committed rows nor the rules for small calls decide, with and without gradients."""
-    table = [rule for rule in rules.AUTO if choice.applies(rule, device)]
-
-    def is_decided(problem: Problem) -> bool:
-        covered = any(rule.operator == problem.operator and rule.where.holds(problem) for rule in table)
-        return covered or not choice.is_large(problem)
-
-    return [(problem, training) for problem, training in _usual(device) if not is_decided(problem)]
+    return [call for call in _usual(device) if choice.is_large(call[0]) and not choice.is_covered(call[0])]
 
 
 def _usual(device: str) -> Iterator[tuple[Problem, bool]]:
-    """The most frequent first."""
+    """Calls of a training and of scoring, the most frequent first."""
     dtypes = (torch.float32, torch.bfloat16)
     more = 1 if device == "cpu" else 4
     for training in (True, False):

@@ -37,6 +37,8 @@ _LARGE = {"cpu": 2**22, "cuda": 2**28}
 small calls ends there."""
 _LARGE_COPY = {"cpu": 2**20, "cuda": 2**24}
 """The same for the operators that only move memory, in elements."""
+_INSTEAD = "the committed table and the rules decide"
+"""Where a file that the user names cannot be followed."""
 T = TypeVar("T")
 
 
@@ -118,6 +120,7 @@ def _renew_lock() -> None:
 # Another thread may hold the lock while a process forks, and is not there in the child to give it back.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
 _made: dict[Bucket, Choice | None] = {}
 _verdicts: dict[tuple[str, str], str | None] = {}
 _outcomes: dict[tuple[str, str], str] = {}
@@ -305,6 +308,11 @@ def applies(rule: rules.Rule, device: str) -> bool:
     return rule.device == device and rule.processor in ("", machine.hardware(device))
 
 
+def is_covered(problem: rules.Problem) -> bool:
+    """Whether committed rows of this hardware decide a call, before any measurement."""
+    return any(applies(rule, problem.device) and rule.holds(problem) for rule in rules.AUTO)
+
+
 def kept_here(device: str) -> Section:
     """What the file that this process follows has for this machine."""
     with _lock:
@@ -398,17 +406,14 @@ def _section(device: str) -> Section:
                 if place.exists() or named:
                     _sections[key] = machine.read(place, device)
                     if named and _sections[key] == Section({}, {}):
-                        warn(f"{_NAMED}: {place} has nothing for {' with '.join(machine.identity(device))}; {_INSTEAD}")
+                        here = " with ".join(machine.identity(device))
+                        warn(f"ANOMEM_CHOICE: {place} has nothing for {here}; {_INSTEAD}")
             except (OSError, ValueError) as error:
                 if named:
-                    warn(f"{_NAMED}, expected measure, table or a file that can be read: {error}; {_INSTEAD}")
+                    warn(f"ANOMEM_CHOICE, expected measure, table or a file that can be read: {error}; {_INSTEAD}")
                 else:
                     warn(f"no choices of this machine are used: {error}")
     return _sections[key]
-
-
-_NAMED = "ANOMEM_CHOICE"
-_INSTEAD = "the committed table and the rules decide"
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -45,7 +45,7 @@ def gain_of(rule: rules.Rule) -> str:
     if rule.key not in _gains():
         return ""
     least, most, cases, threads = _gains()[rule.key]
-    of = f"{cases} committed rows, {threads} thread" + "s" * (threads > 1)
+    of = f"{cases} cases of the committed rows, {threads} thread" + "s" * (threads > 1)
     return f"{least:.2f} to {most:.2f} times as fast as the fastest rival that runs eagerly ({of})"
 
 
@@ -63,11 +63,9 @@ def choices(device: str) -> list[dict[str, str]]:
         For each rule of this hardware and each bucket of this machine's file that no rule of the table covers: call,
         takes, source and because.
     """
-    table = [rule for rule in rules.AUTO if choice.applies(rule, device)]
-    rows = [_of_rule(rule, "table") for rule in table]
+    rows = [_of_rule(rule, "table") for rule in rules.AUTO if choice.applies(rule, device)]
     for name, measured in choice.kept_here(device).choices.items():
-        problem = choice.problem_named(name, device)
-        if not any(rule.operator == problem.operator and rule.where.holds(problem) for rule in table):
+        if not choice.is_covered(choice.problem_named(name, device)):
             rows.append({"call": name, "takes": measured.implementation, "source": "file", "because": str(measured)})
     rows += [_of_rule(rule, "rule") for rule in rules.RULES if choice.applies(rule, device)]
     rest = (

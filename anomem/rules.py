@@ -97,7 +97,7 @@ class Where:
             and (self.most_features is None or problem.features <= self.most_features)
             and (self.most_columns is None or problem.columns <= self.most_columns)
             and (self.most_rows is None or problem.rows <= self.most_rows)
-            and (self.most_work is None or _work(problem) <= self.most_work)
+            and (self.most_work is None or _extent(problem) <= self.most_work)
             and (not self.scores_of_a_group or problem.rows * problem.columns >= self.scores_of_a_group)
             and (not self.scores or problem.groups * problem.rows * problem.columns >= self.scores)
             and (not self.all_rows or problem.groups * problem.rows >= self.all_rows)
@@ -124,7 +124,7 @@ class Where:
         return ", ".join(words) or "always"
 
 
-def _work(problem: Problem) -> int:
+def _extent(problem: Problem) -> int:
     size = problem.features
     for length in (problem.rows, problem.columns, problem.groups):
         size *= length if length else 1
@@ -146,6 +146,10 @@ class Rule(NamedTuple):
     reason: str
     processor: str = ""
     """The processor or GPU whose rows the rule quotes, as `anomem.machine.hardware` names it; "" for any."""
+
+    def holds(self, problem: Problem) -> bool:
+        """Whether the rule is of this operator and device, and its condition holds; it may be of another processor."""
+        return (self.operator, self.device) == (problem.operator, problem.device) and self.where.holds(problem)
 
     @property
     def key(self) -> str:

@@ -284,7 +284,7 @@ def test_the_environment_says_by_how_much_a_rule_of_the_table_wins(monkeypatch: 
     because = {row["call"]: row["because"] for row in env.choices("cpu")}
     assert because[f"nt_xent, {rule.where}"] == (
         f"{least:.2f} to {most:.2f} times as fast as the fastest rival that runs eagerly "
-        f"({cases} committed rows, {threads} threads)"
+        f"({cases} cases of the committed rows, {threads} threads)"
     )
 
 

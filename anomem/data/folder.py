@@ -100,9 +100,8 @@ def image_files(folder: Path) -> list[Path]:
     entries = _entries(folder)
     found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
-        folders = sum(os.path.isdir(path) for path in entries)
-        found_instead = f"none beside {folders} folders, which are not searched" if folders else "none"
-        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found {found_instead}; add some")
+        unsearched = " (folders in it are not searched)" if any(map(os.path.isdir, entries)) else ""
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}; add some")
     return found
 
 

@@ -75,10 +75,7 @@ def covered(rule: Rule, cases: list[Measured]) -> list[Measured]:
     return [
         case._replace(times={name: time for name, time in case.times.items() if name != COMPILED})
         for case in cases
-        if case.processor == processor
-        and rule.operator == case.problem.operator
-        and rule.where.holds(case.problem)
-        and "eager" in case.times
+        if case.processor == processor and rule.holds(case.problem) and "eager" in case.times
     ]
 
 

@@ -138,6 +138,8 @@ def test_empty_folder(root: Path) -> None:
         load_task(config(root))
     with pytest.raises(UserError, match=r"expected a folder of images at .*nowhere, which is not there"):
         image_files(root / "nowhere")
+    with pytest.raises(UserError, match=r"found none \(folders in it are not searched\); add some"):
+        image_files(root / "test")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", None], ids=["empty", "text", "truncated"])
