@@ -74,8 +74,8 @@ def decide(problem: Problem) -> Choice:
 
     A choice never changes within a process.
     """
-    # A trace or a mode that records operators may come with symbolic sizes, which have no hash.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    # A trace, fake tensors and a mode that records operators may come with symbolic sizes, which have no hash.
+    if torch.compiler.is_compiling() or problem.fake or torch._C._len_torch_dispatch_stack():
         return _first_answer(problem)
     call = (problem, torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), in_forward_mode())
     made = _decided.get(call)

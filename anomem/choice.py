@@ -162,7 +162,8 @@ def default_path() -> Path:
 def of_machine(problem: rules.Problem, training: bool) -> Choice | None:
     """The choice of this machine for a large call, from the file or by measuring now; None where neither is possible.
 
-    A call that the chosen kernel cannot run gets None too, and decides nothing for the others of its bucket.
+    A call that the chosen kernel cannot run gets None too, and decides nothing for the others of its bucket. Nor does
+    one of fake tensors, for which nothing is measured.
 
     Args:
         problem: the call.
@@ -174,6 +175,8 @@ def of_machine(problem: rules.Problem, training: bool) -> Choice | None:
         return None
     bucket = bucket_of(problem, training)
     with _lock:
+        if problem.fake and bucket not in _made:
+            return _from_file(problem, bucket)
         if bucket not in _made:
             _choose(problem, bucket)
         return _runnable(problem, _made.get(bucket))

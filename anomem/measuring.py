@@ -180,7 +180,7 @@ def bounded(problem: Problem) -> Problem:
 
 def inputs_of(problem: Problem) -> list[Tensor]:
     """Random inputs of an operator; integer tensors among them are indices."""
-    operator, device, dtype, d, rows, columns, groups, _ = problem
+    operator, device, dtype, d, rows, columns, groups, *_ = problem
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

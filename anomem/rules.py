@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 Impl = Literal["auto", "reference", "triton", "native"]
 IMPLEMENTATIONS: tuple[Impl, ...] = get_args(Impl)
@@ -54,6 +55,21 @@ class Problem(NamedTuple):
     """G, or images of a convolution."""
     steps: int = 1
     """Reads of the memory."""
+    fake: bool = False
+    """Whether the tensors have shapes alone: nothing is measured for them."""
+
+
+def problem_of(
+    operator: str, tensor: Tensor, features: int, rows: int = 0, columns: int = 0, groups: int = 1, steps: int = 1
+) -> Problem:
+    """The problem of a call; the tensor has its device and dtype, sizes are as in `Problem`."""
+    return Problem(operator, tensor.device.type, tensor.dtype, features, rows, columns, groups, steps, _is_fake(tensor))
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    # By the attribute: torch's module of fake tensors is slow to import, and a user of them has it.
+    usual = torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
+    return not usual and hasattr(tensor, "fake_mode")
 
 
 def work(problem: Problem) -> int:

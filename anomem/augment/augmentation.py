@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from anomem import functional as AF
 from anomem.augment.config import AugmentConfig
 from anomem.reference import ViewParameters, blur_radius
+from anomem.reference.augment import is_traced
 from anomem.rules import Impl
 from anomem.validation import require, require_images
 
@@ -61,7 +63,7 @@ class Augmentation:
             Uniform numbers [16, V], and the keys of the noise [V] int64.
         """
         device = generator.device
-        uniform = torch.rand(Geometry.NUMBERS + 7, count, generator=generator, device=device)
+        uniform = torch.rand(NUMBERS, count, generator=generator, device=device)
         return uniform, torch.randint(2**63 - 1, (count,), generator=generator, device=device)
 
     @torch.no_grad()
@@ -106,22 +108,21 @@ class Augmentation:
             width: likewise.
         """
         config = self.config
-        jittered, brightness, contrast, saturation, blurred, sigma, noise = uniform[Geometry.NUMBERS :]
-        on = (jittered < config.jitter).to(uniform.dtype)
-        one = torch.ones_like(on)
-
-        def factors(numbers: Tensor, spread: float) -> Tensor | None:
-            if config.jitter == 0 or spread == 0:
-                return None
-            return torch.addcmul(one, on, (2 * numbers - 1) * spread)
-
+        numbers = in_ranges(uniform, config)
+        *_, jittered, _, _, _, blurred, sigma, noise = numbers.unbind()
+        spreads = config.brightness, config.contrast, config.saturation
+        factors: list[Tensor | None] = [None, None, None]
+        if config.jitter > 0 and any(spreads):
+            changed = numbers[FACTORS].mul(jittered < 0).add_(1).unbind()
+            factors = [factor if spread > 0 else None for factor, spread in zip(changed, spreads, strict=True)]
+        brightness, contrast, saturation = factors
         return ViewParameters(
-            matrices=Geometry.from_uniform(uniform, config).matrices(height, width) if moves(config) else None,
-            brightness=factors(brightness, config.brightness),
-            contrast=factors(contrast, config.contrast),
-            saturation=factors(saturation, config.saturation),
-            blur=_between(sigma, *config.blur_sigma) * (blurred < config.blur) if config.blur > 0 else None,
-            noise=config.noise * noise if config.noise > 0 else None,
+            matrices=Geometry.of_numbers(numbers, config).matrices(height, width) if moves(config) else None,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            blur=sigma * (blurred < 0) if config.blur > 0 else None,
+            noise=noise if config.noise > 0 else None,
             keys=keys if config.noise > 0 else None,
         )
 
@@ -163,27 +164,22 @@ class Geometry:
     shift_y: Tensor
     in_place: bool = False
 
-    # Uniform numbers that `from_uniform` takes per image.
-    NUMBERS = 9
-
     @staticmethod
-    def from_uniform(uniform: Tensor, config: AugmentConfig) -> Geometry:
-        """Parameters from uniform numbers [9, B] in [0, 1)."""
-        signed = 2 * uniform[: Geometry.NUMBERS] - 1
-        area = _between(uniform[0], *config.crop_area)
-        half_log_ratio = _between(uniform[1], *(0.5 * math.log(ratio) for ratio in config.crop_ratio))
+    def of_numbers(numbers: Tensor, config: AugmentConfig) -> Geometry:
+        """Parameters from random numbers [16, B] in their ranges."""
+        area, half_log_ratio, x, y, flipped, zoom, angle, shift_x, shift_y, *_ = numbers.unbind()
         root, stretch = area.sqrt(), half_log_ratio.exp()
-        width, height = (root * stretch).clamp_max(1), (root / stretch).clamp_max(1)
+        width, height = (root * stretch).clamp_max_(1), (root / stretch).clamp_max_(1)
         return Geometry(
             crop_width=width,
             crop_height=height,
-            crop_x=signed[2] * (1 - width),
-            crop_y=signed[3] * (1 - height),
-            flip=1 - 2 * (uniform[4] < config.flip).to(uniform.dtype),
-            zoom=_between(uniform[5], *config.zoom),
-            angle=signed[6] * math.radians(config.rotation),
-            shift_x=signed[7] * config.shift,
-            shift_y=signed[8] * config.shift,
+            crop_x=torch.addcmul(x, x, width, value=-1),
+            crop_y=torch.addcmul(y, y, height, value=-1),
+            flip=torch.ones_like(flipped).copysign_(flipped),
+            zoom=zoom,
+            angle=angle,
+            shift_x=shift_x,
+            shift_y=shift_y,
             in_place=config.zoom == (1.0, 1.0) and config.rotation == config.shift == 0,
         )
 
@@ -218,5 +214,64 @@ def moves(config: AugmentConfig) -> bool:
     return not (still and config.flip == config.rotation == config.shift == 0)
 
 
-def _between(uniform: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * uniform
+NUMBERS = 16
+"""Random numbers of a view."""
+FACTORS = slice(10, 13)
+"""Which of them change brightness, contrast and saturation."""
+
+
+def in_ranges(uniform: Tensor, config: AugmentConfig) -> Tensor:
+    """The random numbers of views in the ranges of a configuration; one of a probability is negative where it is drawn.
+
+    One operator: beside the kernel's, each of the many small ones would count.
+
+    Args:
+        uniform: [16, V] in [0, 1).
+        config: the ranges.
+
+    Returns:
+        [16, V].
+    """
+    bounds = _make_bounds if is_traced() else _kept_bounds
+    low, extent = bounds(config, uniform.device)
+    return torch.addcmul(low, uniform, extent)
+
+
+def _make_bounds(config: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[16, 1] lower bound, and [16, 1] extent, of each number."""
+    ranges = (
+        config.crop_area,
+        [0.5 * math.log(ratio) for ratio in config.crop_ratio],
+        _either_way(1.0),
+        _either_way(1.0),
+        _drawn(config.flip),
+        config.zoom,
+        _either_way(math.radians(config.rotation)),
+        _either_way(config.shift),
+        _either_way(config.shift),
+        _drawn(config.jitter),
+        _either_way(config.brightness),
+        _either_way(config.contrast),
+        _either_way(config.saturation),
+        _drawn(config.blur),
+        config.blur_sigma,
+        (0.0, config.noise),
+    )
+    low, high = torch.tensor(ranges, dtype=torch.float64, device="cpu").unbind(1)
+    first, extent = (x.float().unsqueeze(1).to(device) for x in (low, high - low))
+    return first, extent
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_bounds(config: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    # A copy to an accelerator waits for the device, and no graph captures one: made once.
+    with torch.inference_mode(False):
+        return _make_bounds(config, device)
+
+
+def _either_way(spread: float) -> tuple[float, float]:
+    return -spread, spread
+
+
+def _drawn(probability: float) -> tuple[float, float]:
+    return -probability, 1 - probability

@@ -55,6 +55,7 @@ class AugmentConfig:
             value = getattr(self, name)
             require_pair(value, f"augment.{name}", "two numbers, 0 < low ≤ high")
             require(0 < value[0] <= value[1], f"augment.{name}", "two numbers, 0 < low ≤ high", value)
+            object.__setattr__(self, name, tuple(value))  # a list may be given
         require(self.crop_area[1] <= 1, "augment.crop_area", "shares of at most 1", self.crop_area)
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)

@@ -71,9 +71,7 @@ def nt_xent(
     grouped = z.dim() == 3
     views = (z, z_pair) if grouped else (z[None], z_pair[None])
     groups, batch, features = views[0].shape
-    problem = rules.Problem(
-        "nt_xent", z.device.type, z.dtype, features, rows=2 * batch, columns=2 * batch, groups=groups
-    )
+    problem = rules.problem_of("nt_xent", z, features, rows=2 * batch, columns=2 * batch, groups=groups)
     chosen = backends.choose(problem, impl, part=part)
     if chosen == "reference":
         dtype = accumulator(z)
@@ -140,10 +138,9 @@ def info_nce(
     require_same_kind(columns, "columns", rows, "rows")
     grouped = rows.dim() == 3
     left, right = (rows, columns) if grouped else (rows[None], columns[None])
-    problem = rules.Problem(
+    problem = rules.problem_of(
         "info_nce",
-        rows.device.type,
-        rows.dtype,
+        rows,
         left.shape[2],
         rows=left.shape[1],
         columns=right.shape[1],

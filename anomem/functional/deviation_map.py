@@ -108,10 +108,9 @@ def deviation_map(
         right = tuple(log_prior.shape) == (height * width, count)
         require(right, "log_prior", lambda: f"[{height * width}, {count}]", log_prior)
         require_same_device(log_prior, "log_prior", feature_map, "feature_map")
-    problem = rules.Problem(
+    problem = rules.problem_of(
         "deviation_map",
-        feature_map.device.type,
-        feature_map.dtype,
+        feature_map,
         features,
         rows=batch * height * width,
         columns=count,

@@ -84,7 +84,7 @@ def read_memory(
         require_same_device(bias, "bias", rows, "query")
     learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
     memory = Memory(banks, None, learned, scale, normalize)
-    problem = rules.Problem("read", rows.device.type, rows.dtype, features, rows.shape[1], count, groups=banks.shape[0])
+    problem = rules.problem_of("read", rows, features, rows.shape[1], count, groups=banks.shape[0])
     chosen = backends.choose(problem, impl, part=part)
     dtype = accumulator(rows)
     if bias is not None:

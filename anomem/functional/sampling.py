@@ -93,10 +93,9 @@ def gather_positions(
     if positions.dim() == 2:
         require(positions.shape[0] == batch, "positions", lambda: f"[{batch}, n], a row per image", positions)
     require_same_device(positions, "positions", feature_map, "feature_map")
-    problem = rules.Problem(
+    problem = rules.problem_of(
         "gather",
-        feature_map.device.type,
-        feature_map.dtype,
+        feature_map,
         channels,
         rows=batch,
         columns=height * width,
@@ -150,7 +149,7 @@ def variance_hinge(
     require_choice(reduction, "reduction", ("mean", "none"))
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape
-    problem = rules.Problem("variance", x.device.type, x.dtype, features, rows=batch, groups=groups)
+    problem = rules.problem_of("variance", x, features, rows=batch, groups=groups)
     if backends.choose(problem, impl, part=part) == "reference":
         loss = reference.variance_hinge(grouped.to(accumulator(x)), gamma, eps)
     else:

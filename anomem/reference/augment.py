@@ -93,7 +93,7 @@ def warp(images: Tensor, matrices: Tensor, padding: Padding) -> Tensor:
     """
     height, width = images.shape[-2:]
     theta = matrices.to(images.dtype).unsqueeze(-1)  # [B, 2, 3, 1]
-    centres = _make_centres if _is_traced() else _kept_centres
+    centres = _make_centres if is_traced() else _kept_centres
     x, y = (centres(size, images.dtype, images.device) for size in (width, height))
     rows = torch.addcmul(theta[:, :, 2], theta[:, :, 1], y).unsqueeze(-1)  # [B, 2, H, 1]
     # In planes: in pairs, as `affine_grid` makes it, the grid takes longer than the sampling.
@@ -158,7 +158,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     Returns:
         [B, C, H, W].
     """
-    traced = _is_traced()
+    traced = is_traced()
     if images.device.type == "cpu" and not traced:  # others would wait for the number of blurred images
         chosen = (sigma > 0).nonzero().flatten()
         if len(chosen) < len(images):
@@ -248,6 +248,6 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether values must not be read, and tensors that are made must not be kept."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -20,10 +20,21 @@ ANOMEM_INLINE vec<float> clamped(vec<float> x) {
   return x > 1.0f ? broadcast(1.0f) : x;
 }
 
-// x ← f(x), vector by vector.
+// x ← f(x), vector by vector; returns the sum of the results, of short sums of float: rounding grows with their length.
 template <class F>
-ANOMEM_INLINE void for_values(float* x, int64_t n, F f) {
-  for_vectors<float>(n, [&](int64_t i, int64_t count) { store_some(x + i, f(load_some(x + i, count)), count); });
+ANOMEM_INLINE double replace_and_sum(float* x, int64_t n, F f) {
+  constexpr int64_t run = 64 * kLanes<float>;
+  double total = 0;
+  for (int64_t start = 0; start < n; start += run) {
+    vec<float> sum{};
+    for_vectors<float>(at_most(run, n - start), [&](int64_t i, int64_t count) ANOMEM_ALWAYS {
+      const vec<float> found = f(load_some(x + start + i, count));
+      store_some(x + start + i, found, count);
+      sum += count == kLanes<float> ? found : keep_first<float>(found, count);
+    });
+    total += static_cast<double>(sum_lanes<float>(sum));
+  }
+  return total;
 }
 
 // Where the pixels of one line of a view lie in the packed image.
@@ -152,10 +163,10 @@ class AugmentedView {
     float* out = a_.out + view * c_ * area_;
     x_ = planes_.data();
     read(view);
-    if (a_.brightness.given)
-      for_values(x_, c_ * area_, [f = a_.brightness.data[view]](vec<float> x) { return clamped(x * f); });
-    if (a_.contrast.given) change_contrast(a_.contrast.data[view]);
-    if (a_.saturation.given && c_ == 3) change_saturation(a_.saturation.data[view]);
+    const bool has_brightness = a_.brightness.given, has_contrast = a_.contrast.given;
+    const float grey = has_brightness || has_contrast ? change_brightness(view) : 0;
+    if (a_.saturation.given && c_ == 3) change_saturation(view, grey);
+    else if (has_contrast) change_contrast(view, grey);
     if (a_.blur.given && a_.blur.data[view] > 0) blur(a_.blur.data[view]);
     const bool direct = c_ == 1 || !a_.channels_last;
     float* to = direct ? out : x_;
@@ -240,13 +251,33 @@ class AugmentedView {
     }
   }
 
-  // About the image's mean grey: luma of three channels, the mean of any other number.
-  void change_contrast(float factor) {
+  // Returns the mean grey of the result: luma of three channels, the mean of any other number.
+  float change_brightness(int64_t view) {
     double total = 0;
-    for (int64_t c = 0; c < c_; ++c) total += weight_of(c) * plane_sum(x_ + c * area_);
-    const float mean = static_cast<float>(total / static_cast<double>(area_));
-    const float rest = 1 - factor;  // a factor of 1 changes no bit
-    for_values(x_, c_ * area_, [&](vec<float> x) { return clamped(x + (mean - x) * rest); });
+    for (int64_t c = 0; c < c_; ++c) {
+      float* plane = x_ + c * area_;
+      if (a_.brightness.given) {
+        const float factor = a_.brightness.data[view];
+        total += weight_of(c) *
+                 replace_and_sum(plane, area_, [&](vec<float> x) ANOMEM_ALWAYS { return clamped(x * factor); });
+      } else {
+        total += weight_of(c) * replace_and_sum(plane, area_, [&](vec<float> x) ANOMEM_ALWAYS { return x; });
+      }
+    }
+    return static_cast<float>(total / static_cast<double>(area_));
+  }
+
+  // x brought nearer to `about`, or further from it; a factor of 1, whose `rest` is 0, changes no bit.
+  static ANOMEM_INLINE vec<float> drawn_to(vec<float> x, vec<float> about, float rest) {
+    return clamped(x + (about - x) * rest);
+  }
+
+  void change_contrast(int64_t view, float grey) {
+    const float rest = 1 - a_.contrast.data[view];
+    const vec<float> about = broadcast(grey);
+    for_vectors<float>(c_ * area_, [&](int64_t i, int64_t count) {
+      store_some(x_ + i, drawn_to(load_some(x_ + i, count), about, rest), count);
+    });
   }
 
   double weight_of(int64_t channel) const {
@@ -254,29 +285,25 @@ class AugmentedView {
     return c_ == 3 ? luma[channel] : 1 / static_cast<double>(c_);
   }
 
-  double plane_sum(const float* plane) const {
-    constexpr int64_t run = 64 * kLanes<float>;  // short sums of float: rounding grows with their length
-    double total = 0;
-    for (int64_t i = 0; i < area_; i += run) {
-      vec<float> sum{};
-      for_vectors<float>(area_ - i < run ? area_ - i : run,
-                         [&](int64_t j, int64_t count) { sum += load_some(plane + i + j, count); });
-      total += static_cast<double>(sum_lanes<float>(sum));
-    }
-    return total;
-  }
-
-  void change_saturation(float factor) {
-    const float rest = 1 - factor;
+  // About each pixel's grey, after the contrast.
+  void change_saturation(int64_t view, float mean) {
+    const bool contrast = a_.contrast.given;
+    const float contrast_rest = contrast ? 1 - a_.contrast.data[view] : 0, rest = 1 - a_.saturation.data[view];
+    const vec<float> about = broadcast(mean);
     float *r = x_, *g = r + area_, *b = g + area_;
     const float wr = static_cast<float>(weight_of(0)), wg = static_cast<float>(weight_of(1)),
                 wb = static_cast<float>(weight_of(2));
     for_vectors<float>(area_, [&](int64_t i, int64_t count) {
-      const vec<float> red = load_some(r + i, count), green = load_some(g + i, count), blue = load_some(b + i, count);
+      vec<float> red = load_some(r + i, count), green = load_some(g + i, count), blue = load_some(b + i, count);
+      if (contrast) {
+        red = drawn_to(red, about, contrast_rest);
+        green = drawn_to(green, about, contrast_rest);
+        blue = drawn_to(blue, about, contrast_rest);
+      }
       const vec<float> grey = wr * red + wg * green + wb * blue;
-      store_some(r + i, clamped(red + (grey - red) * rest), count);
-      store_some(g + i, clamped(green + (grey - green) * rest), count);
-      store_some(b + i, clamped(blue + (grey - blue) * rest), count);
+      store_some(r + i, drawn_to(red, grey, rest), count);
+      store_some(g + i, drawn_to(green, grey, rest), count);
+      store_some(b + i, drawn_to(blue, grey, rest), count);
     });
   }
 

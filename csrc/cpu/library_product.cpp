@@ -83,7 +83,9 @@ bool still_runs_pairs() {
 
 bool takes_library_products(Type type, int64_t queries, int64_t prototypes, int64_t features) {
   static const bool wanted = are_wanted();
-  if (!wanted || type == Type::kFloat64 || queries < 126 || prototypes < 32 || features < 16) return false;
+  if (!wanted || type == Type::kFloat64 || prototypes < 32 || features < 16) return false;
+  // Fewer queries of a large memory were measured with AMX alone.
+  if (queries < 126 && (queries < 64 || prototypes < 512 || !multiplies_in_tiles())) return false;
   static const bool right = anomem_brgemm_release != nullptr && anomem_brgemm_float != nullptr && is_right<float>();
   if (type == Type::kFloat32 || isa() != Isa::kAvx512Bf16) return right;
   // Tried again where it failed: torch.backends.mkldnn may have been off.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from anomem.augment import AugmentConfig
-from anomem.augment.augmentation import Geometry
+from anomem.augment.augmentation import NUMBERS, Geometry, in_ranges
 from anomem.reference.augment import Padding, add_noise, adjust, blur_radius, gaussian_blur
 from anomem.reference.augment import warp as warp_by
 from anomem.testing import assert_within_budget
@@ -154,10 +154,14 @@ def test_noise() -> None:
     assert_within_budget(ours, theirs, theirs.double())
 
 
+def geometry_of(uniform: Tensor, config: AugmentConfig) -> Geometry:
+    return Geometry.of_numbers(in_ranges(uniform, config), config)
+
+
 def test_a_crop_alone_has_the_matrix_of_a_neutral_rest() -> None:
-    uniform = torch.rand(Geometry.NUMBERS, 50, generator=torch.Generator().manual_seed(2))
-    crop = Geometry.from_uniform(uniform, AugmentConfig())
+    uniform = torch.rand(NUMBERS, 50, generator=torch.Generator().manual_seed(2))
+    crop = geometry_of(uniform, AugmentConfig())
     assert crop.in_place
     assert torch.equal(crop.matrices(20, 30), replace(crop, in_place=False).matrices(20, 30))
     for moved in ({"zoom": (1.0, 1.5)}, {"rotation": 5.0}, {"shift": 0.1}):
-        assert not Geometry.from_uniform(uniform, AugmentConfig(**moved)).in_place  # type: ignore[arg-type]
+        assert not geometry_of(uniform, AugmentConfig(**moved)).in_place  # type: ignore[arg-type]

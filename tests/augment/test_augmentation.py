@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anomem.augment import Augmentation, AugmentConfig
-from anomem.augment.augmentation import Geometry
+from anomem.augment.augmentation import NUMBERS, Geometry, in_ranges
 from anomem.errors import ArgumentError
 
 CONFIGS = {"digits": AugmentConfig.for_dataset("digits"), "natural": AugmentConfig.for_dataset("cifar10")}
@@ -98,7 +98,8 @@ def test_jitter_and_blur_leave_the_images_that_were_not_drawn() -> None:
 
 def test_parameters_stay_in_their_ranges_and_crops_in_the_image() -> None:
     config = AugmentConfig(crop_area=(0.2, 0.6), zoom=(0.9, 1.2), rotation=15.0, shift=0.1, flip=0.3)
-    geometry = Geometry.from_uniform(torch.rand(Geometry.NUMBERS, 20_000, generator=seeded()), config)
+    numbers = in_ranges(torch.rand(NUMBERS, 20_000, generator=seeded()), config)
+    geometry = Geometry.of_numbers(numbers, config)
     assert float((geometry.crop_x.abs() + geometry.crop_width).max()) <= 1 + 1e-6
     assert float((geometry.crop_y.abs() + geometry.crop_height).max()) <= 1 + 1e-6
     area = geometry.crop_width * geometry.crop_height

@@ -53,12 +53,35 @@ def test_deterministic_algorithms_mean_the_table(timed: list[Problem]) -> None:
 
 
 def test_nothing_is_measured_while_a_mode_records_operators(timed: list[Problem]) -> None:
-    from torch._subclasses import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
 
-    with FakeTensorMode():
-        z = torch.empty(2, 256, 32)
+    with FlopCounterMode(display=False):
+        z = torch.ones(2, 256, 32)
         AF.nt_xent(z, z)
     assert backends.decide(LARGE)[:2] == ("reference", "default")  # as it was chosen there
+    assert timed == []
+
+
+def test_nothing_is_measured_or_decided_for_fake_tensors(timed: list[Problem]) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        z = torch.empty(2, 256, 32)
+        AF.nt_xent(z, z)
+    assert AF.nt_xent(z, z).shape == ()  # outside of its mode
+    assert timed == []
+    assert backends.decide(LARGE)[:2] == ("native", "measured")
+    assert backends.decide(LARGE._replace(fake=True))[:2] == ("native", "measured")
+
+
+def test_a_choice_for_fake_tensors_of_symbolic_sizes(timed: list[Problem]) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    z = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(2, 256, 32))
+    problem = rules.problem_of("nt_xent", z, z.shape[2], rows=z.shape[1], columns=z.shape[1], groups=z.shape[0])
+    assert backends.decide(problem)[:2] == ("reference", "default")
     assert timed == []
 
 

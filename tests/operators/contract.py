@@ -9,9 +9,11 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from anomem import backends
 from anomem.errors import ArgumentError
 from anomem.rules import Impl
 from anomem.testing import assert_within_budget, compare, draw, gradients
@@ -184,6 +186,8 @@ class Contract:
     """Whether torch.autocast casts the inputs, as for a matrix product; what only copies or adds is left alone."""
     own_products: ClassVar[bool] = True
     """Whether no product is torch's, the last bits of which depend on the number of rows."""
+    branches: ClassVar[bool] = False
+    """Whether plain PyTorch takes branches by the numbers in its inputs, outside of a trace."""
     sizes: ClassVar[tuple[int, ...]] = (0, 1, 17)
     """Numbers of rows that must work, none and one among them."""
     many: ClassVar[int] = 33
@@ -433,6 +437,25 @@ class Contract:
             first, *rest = inputs
             outputs, _ = torch.func.linearize(lambda x: self.call("auto", x, *rest), first)
             torch.testing.assert_close(tuple_of(outputs), tuple_of(self.call(impl, *inputs)))
+
+    @of_the_operator
+    def test_fake_tensors_outside_of_their_mode(self, impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They give results of the right shapes, and the choice is told that there are no numbers to measure with."""
+        if impl == "reference" and self.branches:
+            return
+        told: list[bool] = []
+        choose = backends.choose
+        spy = lambda problem, *a, **options: told.append(problem.fake) or choose(problem, *a, **options)  # noqa: E731
+        monkeypatch.setattr(backends, "choose", spy)
+        inputs = self.inputs(6)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad():
+            expected = tuple_of(self.call(impl, *inputs))
+            assert not any(told)
+            told.clear()
+            got = tuple_of(self.call(impl, *(mode.from_tensor(x) for x in inputs)))
+        assert told == [True]
+        assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in expected]
 
     @of_the_operator
     def test_second_derivatives_in_every_mode(self, impl: Impl) -> None:

@@ -51,6 +51,7 @@ class TestAugment(Contract):
     differentiable = False
     mapped = False
     cast = False
+    branches = True
 
     def inputs(self, rows: int, dtype: torch.dtype = F32) -> list[Tensor]:
         return [numbers(rows, 3, 5, 7, seed=1).to(dtype), some_matrices(rows), numbers(rows, 5, seed=3)]
