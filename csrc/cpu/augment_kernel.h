@@ -160,7 +160,7 @@ class AugmentedView {
   }
 
   void make(int64_t view) {
-    float* out = a_.out + view * c_ * area_;
+    float* out = out_ = a_.out + view * c_ * area_;
     x_ = planes_.data();
     read(view);
     const bool has_brightness = a_.brightness.given, has_contrast = a_.contrast.given;
@@ -195,6 +195,7 @@ class AugmentedView {
     if (c_ == 1) {
       if (!packed) pack_plane(image);
       for (int64_t y = 0; y < h_; ++y) {
+        fetch_part(y);
         find_places(a_, matrix, y, places_);
         sample_line(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
       }
@@ -204,12 +205,16 @@ class AugmentedView {
       const int64_t count = c_ - first < kPacked ? c_ - first : kPacked;
       if (!packed) pack_pixels(image, first, count);
       for (int64_t y = 0; y < h_; ++y) {
+        fetch_part(y);
         find_places(a_, matrix, y, places_);
         sample_pixels(packed_.data(), places_, w_ + kRim, w_, lines_.data());
         unpack_pixels(lines_.data(), w_, static_cast<int>(count), x_ + first * area_ + y * w_, area_);
       }
     }
   }
+
+  // Asks for a line's share of the result, which is written at the end of a view: nothing waits for it meanwhile.
+  void fetch_part(int64_t y) const { fetch_row(out_ + y * w_ * c_, w_ * c_); }
 
   // Whether a line of the images is one run of bytes, three a pixel.
   bool reads_bytes() const {
@@ -218,6 +223,7 @@ class AugmentedView {
 
   void read_planes(int64_t image) {
     for (int64_t y = 0; y < h_; ++y) {
+      fetch_part(y);
       if (reads_bytes()) {
         pack_bytes(reinterpret_cast<const uint8_t*>(line_of(image, 0, y)), w_, lines_.data());
         unpack_pixels(lines_.data(), w_, 3, x_ + y * w_, area_);
@@ -365,7 +371,8 @@ class AugmentedView {
   Buffer<float> padded_;   // one line with a rim as wide as the filter reaches
   Buffer<float> weights_;  // of the filter
   int64_t packed_image_ = -1;
-  float* x_ = nullptr;  // the view so far, [C, H, W]
+  float* x_ = nullptr;    // the view so far, [C, H, W]
+  float* out_ = nullptr;  // where it goes
 };
 
 template <class From>
