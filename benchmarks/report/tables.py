@@ -346,7 +346,7 @@ def batches(results: Path) -> str:
     lines = ["| step | peak memory | processor time |", "|---|--:|--:|"]
     for row in measured:
         seconds = row.cpu_seconds_per_step or 0.0
-        lines.append(f"| {row.pipeline} | {size(row.peak_bytes)} | {number(1e3 * seconds)} ms |")
+        lines.append(f"| {row.pipeline} | {size(row.peak_bytes)} | {number(seconds)} s |")
     head = f"{measured[0].title}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
     return "\n".join([head, "", *lines])
 
