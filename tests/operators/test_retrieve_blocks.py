@@ -20,9 +20,22 @@ from anomem.testing import draw, gradients
 from tests.operators.contract import BF16, F32, NATIVE, cases
 from tests.operators.retrieve_calls import NORMALIZE, check, memory
 
-SIZES = [(1, 512, 16, 0), (75, 600, 24, 0), (130, 520, 64, 24), (400, 1100, 33, 0), (2100, 513, 24, 17), (300, 2300, 520, 0)]
+SIZES = [
+    (1, 512, 16, 0),
+    (75, 600, 24, 0),
+    (130, 520, 64, 24),
+    (400, 1100, 33, 0),
+    (2100, 513, 24, 17),
+    (300, 2300, 520, 0),
+]
 
-SIZES_IN_BFLOAT16 = [(64, 512, 32, 0), (100, 1600, 33, 17), (130, 4100, 64, 24), (400, 1600, 33, 0), (2100, 1537, 24, 17)]
+SIZES_IN_BFLOAT16 = [
+    (64, 512, 32, 0),
+    (100, 1600, 33, 17),
+    (130, 4100, 64, 24),
+    (400, 1600, 33, 0),
+    (2100, 1537, 24, 17),
+]
 
 
 def whole(n: int, m: int, d: int, dv: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
