@@ -109,11 +109,11 @@ class Augmentation:
         """
         config = self.config
         numbers = in_ranges(uniform, config)
-        *_, jittered, _, _, _, blurred, sigma, noise = numbers.unbind()
+        jittered, (blurred, sigma, noise) = numbers[9], numbers[13:].unbind()
         spreads = config.brightness, config.contrast, config.saturation
         factors: list[Tensor | None] = [None, None, None]
         if config.jitter > 0 and any(spreads):
-            changed = numbers[FACTORS].mul(jittered < 0).add_(1).unbind()
+            changed = numbers[10:13].mul(jittered < 0).add_(1).unbind()
             factors = [factor if spread > 0 else None for factor, spread in zip(changed, spreads, strict=True)]
         brightness, contrast, saturation = factors
         return ViewParameters(
@@ -215,9 +215,7 @@ def moves(config: AugmentConfig) -> bool:
 
 
 NUMBERS = 16
-"""Random numbers of a view."""
-FACTORS = slice(10, 13)
-"""Which of them change brightness, contrast and saturation."""
+"""Random numbers of a view, in the order of `_make_bounds`."""
 
 
 def in_ranges(uniform: Tensor, config: AugmentConfig) -> Tensor:

@@ -160,7 +160,7 @@ class AugmentedView {
   }
 
   void make(int64_t view) {
-    float* out = out_ = a_.out + view * c_ * area_;
+    out_ = a_.out + view * c_ * area_;
     x_ = planes_.data();
     read(view);
     const bool has_brightness = a_.brightness.given, has_contrast = a_.contrast.given;
@@ -169,10 +169,10 @@ class AugmentedView {
     else if (has_contrast) change_contrast(view, grey);
     if (a_.blur.given && a_.blur.data[view] > 0) blur(a_.blur.data[view]);
     const bool direct = c_ == 1 || !a_.channels_last;
-    float* to = direct ? out : x_;
+    float* to = direct ? out_ : x_;
     if (a_.noise.given) add_noise(a_.noise.data[view], a_.keys.data[view], to);
     else if (direct) std::memcpy(to, x_, c_ * area_ * sizeof(float));
-    if (!direct) interleave(out);
+    if (!direct) interleave();
   }
 
  private:
@@ -355,10 +355,10 @@ class AugmentedView {
     });
   }
 
-  void interleave(float* out) const {
-    if (c_ == 3) return interleave_three(x_, area_, out);
+  void interleave() const {
+    if (c_ == 3) return interleave_three(x_, area_, out_);
     for (int64_t i = 0; i < area_; ++i)
-      for (int64_t c = 0; c < c_; ++c) out[i * c_ + c] = x_[c * area_ + i];
+      for (int64_t c = 0; c < c_; ++c) out_[i * c_ + c] = x_[c * area_ + i];
   }
 
   const Augment& a_;

@@ -136,6 +136,12 @@ def test_bad_ranges(changed: dict[str, Any], message: str) -> None:
         replace(AugmentConfig(), **changed)
 
 
+def test_a_range_may_be_a_list() -> None:
+    listed = AugmentConfig(crop_area=[0.3, 1.0], zoom=[0.9, 1.1])  # type: ignore[arg-type]
+    assert listed == AugmentConfig(zoom=(0.9, 1.1))
+    assert Augmentation(listed)(pictures(), seeded()).shape == (8, 3, 20, 20)
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         AugmentConfig().flip = 1.0  # type: ignore[misc]

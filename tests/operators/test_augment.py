@@ -102,6 +102,21 @@ def test_each_parameter_alone_within_budget(impl: Impl, name: str) -> None:
     assert float((results[0] - images).abs().amax()) > 0.1
 
 
+COLOURS = ("brightness", "contrast"), ("brightness", "saturation"), ("contrast", "saturation")
+
+
+@cases("first, second, channels", {NATIVE: [(*pair, channels) for pair in COLOURS for channels in (1, 3, 5)]})
+def test_pairs_of_colour_parameters_within_budget(impl: Impl, first: str, second: str, channels: int) -> None:
+    images, parameters = numbers(4, channels, 19, 23, seed=1), given(4)
+    pair = ViewParameters(**{name: getattr(parameters, name) for name in (first, second)})
+    assert_within_budget(
+        *(
+            augment(x, pair, impl=which)
+            for which, x in ((impl, images), ("reference", images), ("reference", images.double()))
+        )
+    )
+
+
 @cases("scale", {NATIVE: [(3.0,), (50.0,)]})
 def test_far_places_within_budget(impl: Impl, scale: float) -> None:
     """Shrunk to many reflections. A place is rounded in units of its distance, here up to scale · W pixels."""
