@@ -313,7 +313,7 @@ def execution(device: str) -> Callable[[Path], str]:
         measured = [row for row in rows.read(results / f"{device}-execution.jsonl", Step) if row.cpu_seconds_per_step]
         if not measured:
             return NOT_MEASURED[device]
-        columns = [*EXECUTIONS.values(), "anomem's products at the ceiling"]
+        columns = [*EXECUTIONS.values(), "anomem's augmentation", "anomem's products at the ceiling"]
         lines = [f"| processor time of a step, ms | {' | '.join(columns)} |"]
         lines.append("|---|" + "--:|" * len(columns))
         for title in dict.fromkeys(row.title for row in measured):
@@ -324,7 +324,8 @@ def execution(device: str) -> Callable[[Path], str]:
                 seconds = found[name].cpu_seconds_per_step or 0.0 if name in found else None
                 ratio = "" if name == "anomem" or seconds is None else f" ({seconds / ours:.2f}×)"
                 cells.append("–" if seconds is None else f"{number(1e3 * seconds)}{ratio}")
-            products = found["anomem"].product_seconds
+            phases, products = found["anomem"].milliseconds, found["anomem"].product_seconds
+            cells.append(f"{phases['augment'] / sum(phases.values()):.1%}" if "augment" in phases else "–")
             cells.append("–" if products is None else f"{number(1e3 * products)} ({products / ours:.0%})")
             executed = found["anomem"].config
             how = f"{executed['precision']}, {executed['memory_format']}"
