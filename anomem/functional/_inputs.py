@@ -47,7 +47,7 @@ def memory_inputs(
     require(count > 0, "prototypes", "at least one row", prototypes)
     require_choice(normalize, "normalize", NORMALIZE)
     if beta is None:
-        beta = features**-0.5
+        beta = float(features) ** -0.5  # a number of a symbolic size too
     require_number(beta, "beta")
     if values is not None:
         require_tensor(values, "values", (2,), "[M, dv]")

@@ -64,7 +64,7 @@ def augment(
     require(memory_format in formats, "memory_format", "contiguous_format or channels_last", memory_format)
     views = _views(parameters, images)
     features = channels * height * width
-    problem = rules.problem_of("augment", images, features, rows=views)
+    problem = rules.problem_of("augment", images, *parameters, features=features, rows=views)
     chosen = backends.choose(problem, impl, part=part)
     radius = min(radius, height - 1, width - 1)
     with torch.no_grad(), without_autocast(images.device.type):

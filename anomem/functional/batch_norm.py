@@ -167,7 +167,7 @@ def _implementation(x: Tensor, training: bool, joint: bool, differentiated: bool
     if not joint and (impl == "auto" or part) and not is_channels_last(x):
         return "reference"
     rows = x.numel() // x.shape[1]
-    problem = rules.problem_of("batch_norm", x, x.shape[1], rows=rows)
+    problem = rules.problem_of("batch_norm", x, features=x.shape[1], rows=rows)
     if joint and (impl == "auto" or (part and impl == "triton")):
         # Not by the share's size or layout: processes that chose differently would mix up each other's messages.
         traced = torch.compiler.is_compiling()

@@ -71,7 +71,9 @@ def nt_xent(
     grouped = z.dim() == 3
     views = (z, z_pair) if grouped else (z[None], z_pair[None])
     groups, batch, features = views[0].shape
-    problem = rules.problem_of("nt_xent", z, features, rows=2 * batch, columns=2 * batch, groups=groups)
+    problem = rules.problem_of(
+        "nt_xent", z, z_pair, features=features, rows=2 * batch, columns=2 * batch, groups=groups
+    )
     chosen = backends.choose(problem, impl, part=part)
     if chosen == "reference":
         dtype = accumulator(z)
@@ -141,7 +143,8 @@ def info_nce(
     problem = rules.problem_of(
         "info_nce",
         rows,
-        left.shape[2],
+        columns,
+        features=left.shape[2],
         rows=left.shape[1],
         columns=right.shape[1],
         groups=left.shape[0],

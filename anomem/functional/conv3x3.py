@@ -65,5 +65,5 @@ def _implementation(x: Tensor, weight: Tensor, impl: Impl, part: bool) -> str:
         return "reference"
     of_image = height * width
     columns = weight.shape[0]
-    problem = rules.problem_of("conv3x3", x, channels, of_image, columns, groups=images)
+    problem = rules.problem_of("conv3x3", x, weight, features=channels, rows=of_image, columns=columns, groups=images)
     return backends.choose(problem, impl, part=part)

@@ -111,7 +111,8 @@ def deviation_map(
     problem = rules.problem_of(
         "deviation_map",
         feature_map,
-        features,
+        prototypes,
+        features=features,
         rows=batch * height * width,
         columns=count,
         steps=steps,

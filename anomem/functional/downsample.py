@@ -65,4 +65,6 @@ def _implementation(x: Tensor, weight: Tensor, shortcut: Tensor, impl: Impl, par
     if (impl == "auto" or part) and not (wanted and is_channels_last(x)):
         return "reference"
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    return backends.choose(rules.problem_of("downsample", x, x.shape[1], rows=rows), impl, part=part)
+    return backends.choose(
+        rules.problem_of("downsample", x, weight, shortcut, features=x.shape[1], rows=rows), impl, part=part
+    )

@@ -44,7 +44,9 @@ def nearest(x: Tensor, prototypes: Tensor, *, k: int | None = None, impl: Impl =
     require(wanted <= min(count, MOST), "k", lambda: f"at most {min(count, MOST)}", wanted)
     rows, banks = rows.detach(), banks.detach()
     features = rows.shape[2]
-    problem = rules.problem_of("nearest", rows, features, rows.shape[1], count, groups=banks.shape[0])
+    problem = rules.problem_of(
+        "nearest", rows, banks, features=features, rows=rows.shape[1], columns=count, groups=banks.shape[0]
+    )
     chosen = backends.choose(problem, impl)
     with torch.no_grad(), without_autocast(rows.device.type):
         if chosen == "reference":
@@ -85,7 +87,7 @@ def k_center(x: Tensor, count: int, *, first: int = 0, impl: Impl = "auto") -> T
     require_count(first, "first", 0)
     require(first < rows, "first", lambda: f"an index from 0 to {rows - 1}", first)
     (x,) = autocast_inputs(x.detach())
-    problem = rules.problem_of("nearest", x, features, rows, count)
+    problem = rules.problem_of("nearest", x, features=features, rows=rows, columns=count)
     chosen = backends.choose(problem, impl)
     with torch.no_grad(), without_autocast(x.device.type):
         if chosen == "reference":

@@ -72,7 +72,7 @@ def read_memory(
     rows, banks, shape = bank_inputs(query, "query", prototypes)
     count, features = banks.shape[1:]
     if beta is None:
-        beta = features**-0.5
+        beta = float(features) ** -0.5  # a number of a symbolic size too
     require_number(beta, "beta")
     if top_k is not None:
         require_count(top_k, "top_k", 1)
@@ -84,7 +84,9 @@ def read_memory(
         require_same_device(bias, "bias", rows, "query")
     learned, scale = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
     memory = Memory(banks, None, learned, scale, normalize)
-    problem = rules.problem_of("read", rows, features, rows.shape[1], count, groups=banks.shape[0])
+    problem = rules.problem_of(
+        "read", rows, banks, features=features, rows=rows.shape[1], columns=count, groups=banks.shape[0]
+    )
     chosen = backends.choose(problem, impl, part=part)
     dtype = accumulator(rows)
     if bias is not None:

@@ -104,7 +104,7 @@ def hopfield_retrieve(
 
     operator = "shrink" if scheduled or shrink > 0 or return_entropy else "retrieve"
     rows, columns = query.numel() // features, prototypes.shape[0]
-    problem = rules.problem_of(operator, query, features, rows, columns, steps=steps)
+    problem = rules.problem_of(operator, query, prototypes, features=features, rows=rows, columns=columns, steps=steps)
     chosen = backends.choose(problem, impl)
     if chosen == "reference":
         out, lse, entropy = _by_reference(query, memory, steps, shrink, return_lse, return_entropy)

@@ -96,7 +96,8 @@ def gather_positions(
     problem = rules.problem_of(
         "gather",
         feature_map,
-        channels,
+        positions,
+        features=channels,
         rows=batch,
         columns=height * width,
         groups=positions.shape[-1],
@@ -149,7 +150,7 @@ def variance_hinge(
     require_choice(reduction, "reduction", ("mean", "none"))
     grouped = x if x.dim() == 3 else x[None]
     groups, batch, features = grouped.shape
-    problem = rules.problem_of("variance", x, features, rows=batch, groups=groups)
+    problem = rules.problem_of("variance", x, features=features, rows=batch, groups=groups)
     if backends.choose(problem, impl, part=part) == "reference":
         loss = reference.variance_hinge(grouped.to(accumulator(x)), gamma, eps)
     else:

@@ -54,7 +54,9 @@ def memory_diagnostics(
     memory = memory._replace(keys=memory.keys.detach())
     rows = query.reshape(-1, features)  # [N, d]
     require(rows.shape[0] > 0, "query", "at least one row", query)
-    problem = rules.problem_of("usage", rows, features, rows=rows.shape[0], columns=prototypes.shape[0])
+    problem = rules.problem_of(
+        "usage", rows, prototypes, features=features, rows=rows.shape[0], columns=prototypes.shape[0]
+    )
     chosen = backends.choose(problem, impl, part=part)
     with torch.no_grad(), without_autocast(rows.device.type):
         if chosen == "reference":

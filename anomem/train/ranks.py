@@ -157,7 +157,8 @@ def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
         if not ranks.first:
             raise SystemExit(2) from error
         raise UserError(
-            "another process of the job has ended or does not answer; continue with the same command and --resume RUN"
+            "another process of the job has ended or does not answer; start the job again with `--resume` and the "
+            "directory of the run in place of its settings"
         ) from error
     finally:
         if ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -335,7 +336,9 @@ def _stoppable(run: RunDirectory, ranks: Ranks = ONE) -> Iterator[None]:
             with suppress(UserError):
                 step = saved_step(run.checkpoints, stage)
                 state = state if step is None else f"{stage} is saved up to step {step}"
-        command = f"anomem train --resume {shlex.quote(str(run.path))}"
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.count))  # processes of this machine, from torchrun
+        start = "anomem" if ranks.count == 1 else f"torchrun --nproc-per-node {here} -m anomem"
+        command = f"{start} train --resume {shlex.quote(str(run.path))}"
         raise Interrupted(getattr(stop, "signal", 2), f"stopped; {state}; continue with `{command}`") from None
 
 

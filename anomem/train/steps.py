@@ -58,6 +58,8 @@ class Shares:
         enough = self.batch >= 2 * config.accumulate
         expected = "at most half of the images of a batch"
         require(enough, f"{config.section}.accumulate", expected, lambda: f"{config.accumulate} of {self.batch}")
+        micro, expected = config.micro_batch, f"at most {self.batch}, the images of a batch"
+        require(micro is None or micro <= self.batch, f"{config.section}.micro_batch", expected, micro)
         self.parts: list[list[Rows]] = []
         """Micro-batches of each part."""
         self.counts: list[list[int]] = []

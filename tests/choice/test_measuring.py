@@ -75,13 +75,34 @@ def test_nothing_is_measured_or_decided_for_fake_tensors(timed: list[Problem]) -
     assert backends.decide(LARGE._replace(fake=True))[:2] == ("native", "measured")
 
 
+def test_fake_tensors_are_seen_behind_others_and_behind_transforms(timed: list[Problem]) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    real, fake = torch.ones(3, 4), FakeTensorMode().from_tensor(torch.ones(3, 4))
+    told = []
+
+    def tell(x: Tensor) -> Tensor:
+        told.append(rules.problem_of("usage", real, x, features=4).fake)
+        return x.sum()
+
+    for x in (fake, real):
+        tell(x)
+        torch.func.grad(tell)(x)
+        torch.func.vmap(torch.func.grad(tell))(x)
+    assert told == [True] * 3 + [False] * 3
+    assert not rules.problem_of("usage", real, None, features=4).fake
+
+
 def test_a_choice_for_fake_tensors_of_symbolic_sizes(timed: list[Problem]) -> None:
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     z = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(2, 256, 32))
-    problem = rules.problem_of("nt_xent", z, z.shape[2], rows=z.shape[1], columns=z.shape[1], groups=z.shape[0])
+    groups, rows, features = z.shape
+    problem = rules.problem_of("nt_xent", z, features=features, rows=rows, columns=rows, groups=groups)
     assert backends.decide(problem)[:2] == ("reference", "default")
+    found = AF.hopfield_retrieve(z[0], z[1])  # whose default beta is a number
+    assert found.shape == (256, 32)
     assert timed == []
 
 
@@ -380,3 +401,4 @@ def test_a_measurement_ends() -> None:
 def test_how_far_ahead_is_told() -> None:
     told = str(Measured("native", {"reference": 3.0, "native": 1.5, "SDPA": 2.25}))
     assert told == "2.00 times as fast as reference, 1.50 times as fast as SDPA, 1.5 ms"
+    assert str(Measured("reference", {"reference": 2.0, "native": 1.96})) == "as fast as native within 2%, 2 ms"

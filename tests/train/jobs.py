@@ -172,8 +172,10 @@ def a_run(settings: dict[str, Any], stop_after: int | None, again: bool) -> None
     if stop_after is None:
         _ = resume(path, quiet=True) if again else train(config, quiet=True)
     elif dist.get_rank() == 0:
-        with pytest.raises(Interrupted, match=f"stage1 is saved up to step {stop_after}; continue with `anomem train"):
+        command = f"`torchrun --nproc-per-node {dist.get_world_size()} -m anomem train --resume {path}`"
+        with pytest.raises(Interrupted) as stopped:
             train(config, quiet=True)
+        assert str(stopped.value).endswith(f"stage1 is saved up to step {stop_after}; continue with {command}")
     else:
         leaves(config, 128 + signal.SIGTERM)
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomem.cli import main
 from anomem.data import ResidentImages, load_task
-from anomem.errors import UserError
+from anomem.errors import ArgumentError, UserError
 from anomem.models import ModelConfig, build_model
 from anomem.models.encoders import ResidualBlock
 from anomem.train import OptimizerConfig, TrainConfig, load_scorer, model_for, resume, train
@@ -247,6 +247,12 @@ def test_every_row_gets_its_image(batch: int, ratio: float, micro: int | None) -
                 assert torch.equal(sources, order[[j % batch for j in block]].to(torch.uint8))
             seen += [*rows.pieces[0], *rows.pieces[1]]
     assert sorted(seen) == list(range(batch + round(ratio * batch)))
+
+
+def test_a_micro_batch_is_compared_with_the_images_there_are() -> None:
+    """A set of fewer images than the batch is one batch."""
+    with pytest.raises(ArgumentError, match=r"`optimizer.micro_batch`: expected at most 8, the images of a batch"):
+        Shares(8, OptimizerConfig(batch_size=16, micro_batch=9), 0.0, Ranks())
 
 
 def test_a_fit_is_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
