@@ -13,7 +13,7 @@ variable ANOMEM_CHOICE says which sources are asked; `python -m anomem.env` prin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from operator import index
 
 import torch
@@ -90,9 +90,32 @@ _decided: dict[tuple[Problem, bool, bool, bool], Choice] = {}
 _MOST_DECIDED = 4096
 
 
+def remember(kind: Hashable | None, implementation: str) -> None:
+    """Remember what runs calls of a kind, whose checks and choice are done.
+
+    Args:
+        kind: of `anomem.functional._inputs.kind_of_call`; None is not remembered.
+        implementation: that was chosen for the first of them.
+    """
+    if kind is None:
+        return
+    if len(_of_kinds) >= _MOST_DECIDED:
+        _of_kinds.clear()
+    _of_kinds[kind] = implementation
+
+
+def remembered(kind: Hashable | None) -> str | None:
+    """What `remember` was told of a kind, or None."""
+    return None if kind is None else _of_kinds.get(kind)
+
+
+_of_kinds: dict[Hashable, str] = {}
+
+
 def forget() -> None:
     """Forget every choice of this process and read the environment again, for tests and calibration."""
     _decided.clear()
+    _of_kinds.clear()
     choice.forget()
 
 

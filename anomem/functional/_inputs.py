@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anomem.ops.library import Memory, accumulator
+from anomem.ops.library import Memory, accumulator, in_forward_mode
 from anomem.reference.retrieve import NORMALIZE, Normalize
 from anomem.validation import require, require_choice, require_number, require_same_kind, require_tensor
+
+
+def kind_of_call(name: str, tensors: tuple[Tensor, ...], *arguments: object) -> Hashable | None:
+    """What calls have in common that pass the same checks and get the same choice; None where something unusual is on.
+
+    Of a small call, checks and choice take longer than its arithmetic. `anomem.backends` remembers the choice by this.
+
+    Args:
+        name: of the operator.
+        tensors: that it is called with.
+        arguments: all others that are checked, or that the choice depends on; only of plain ones there is a kind.
+    """
+    c = torch._C
+    if torch.compiler.is_compiling() or c._are_functorch_transforms_active() or c._len_torch_dispatch_stack():
+        return None
+    if in_forward_mode() or c._is_tracing():
+        return None
+    if not (all(type(x) in _PLAIN for x in tensors) and all(type(x) in _PLAIN_ARGUMENTS for x in arguments)):
+        return None
+    if _autocast_is_on(tensors[0].device.type):
+        return None
+    about = [(x.shape, x.dtype, x.device, x.layout) for x in tensors]
+    return name, torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), *arguments, *about
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_ARGUMENTS = (str, float, bool, type(None))
 
 
 def memory_inputs(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from anomem import backends, rules
-from anomem.functional._inputs import autocast_inputs, scalar, without_autocast
+from anomem.functional._inputs import autocast_inputs, kind_of_call, scalar, without_autocast
 from anomem.ops.library import accumulator, unit_inner_stride
 from anomem.reference import info_nce_rows, nt_xent_rows
 from anomem.rules import Impl
@@ -62,19 +62,24 @@ def nt_xent(
         >>> nt_xent(z, z_pair, reduction="none").shape
         torch.Size([128])
     """
-    require_views(z, "z", z_pair, "z_pair")
-    require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
+    kind = kind_of_call("nt_xent", (z, z_pair), impl, part)
+    chosen = backends.remembered(kind)
+    if chosen is None:
+        require_views(z, "z", z_pair, "z_pair")
+        require(z.shape[-1] > 0, "z", "rows of length d ≥ 1", z)
+        z, z_pair = autocast_inputs(z, z_pair)
+        require_same_kind(z_pair, "z_pair", z, "z")
     require_positive_number(temperature, "temperature")
     require_choice(reduction, "reduction", REDUCTIONS)
-    z, z_pair = autocast_inputs(z, z_pair)
-    require_same_kind(z_pair, "z_pair", z, "z")
     grouped = z.dim() == 3
     views = (z, z_pair) if grouped else (z[None], z_pair[None])
-    groups, batch, features = views[0].shape
-    problem = rules.problem_of(
-        "nt_xent", z, z_pair, features=features, rows=2 * batch, columns=2 * batch, groups=groups
-    )
-    chosen = backends.choose(problem, impl, part=part)
+    if chosen is None:
+        groups, batch, features = views[0].shape
+        problem = rules.problem_of(
+            "nt_xent", z, z_pair, features=features, rows=2 * batch, columns=2 * batch, groups=groups
+        )
+        chosen = backends.choose(problem, impl, part=part)
+        backends.remember(kind, chosen)
     if chosen == "reference":
         dtype = accumulator(z)
         with without_autocast(z.device.type):

@@ -105,7 +105,7 @@ struct BackwardPlan {
     value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
     rows = chunk_rows(queries, memory.prototypes, memory.library);
     const bool is_long = rows == long_chunk(memory.library) && !in_blocks;
-    if (in_blocks && rows == long_chunk(memory.library)) rows = kBlockRows;
+    if (in_blocks) rows = kBlockRows;
     const int64_t sums = key_sums + value_sums;
     const bool in_groups = memory.library && sums > int64_t{1} << 18 && !in_blocks;
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do

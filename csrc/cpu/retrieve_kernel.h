@@ -43,7 +43,7 @@ void compute(const RetrieveForward& a) {
   const ReadPanels<S, S> panels(a.memory, a.memory.library, !in_blocks);
   const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
   int64_t rows = chunk_rows(n, m, a.memory.library);
-  if (in_blocks && rows == long_chunk(a.memory.library)) rows = kBlockRows;
+  if (in_blocks) rows = kBlockRows;
   const int64_t score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   const int64_t kept_in_full = in_blocks ? 0 : a.kept.rows;
