@@ -97,11 +97,11 @@ def hopfield_retrieve(
     """
     kind = None
     usual = values is None and type(steps) is int and steps == 1 and type(shrink) is float and shrink == 0
-    if usual and not (return_lse or return_entropy):
+    # By types: True equals 1.0, which is a beta.
+    if usual and not (return_lse or return_entropy) and (beta is None or type(beta) is float):
         kind = kind_of_call("retrieve", (query, prototypes), beta, normalize, impl)
         backend = backends.remembered(kind)
         if backend is not None:
-            assert not isinstance(beta, Tensor)
             return _of_known_kind(query, prototypes, beta, normalize, backend)
     require_tensor(query, "query", (), "[..., d]")
     require_count(steps, "steps", 1)

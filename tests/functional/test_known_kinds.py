@@ -94,12 +94,17 @@ def test_mistakes_after_a_right_call(name: str, changed: Callable[..., Any], arg
 
 @pytest.mark.parametrize(
     ("wrong", "argument"),
-    [({"steps": 1.0}, "steps"), ({"normalize": ["layer"]}, "normalize"), ({"beta": torch.nan}, "beta")],
+    [
+        ({"steps": 1.0}, "steps"),
+        ({"normalize": ["layer"]}, "normalize"),
+        ({"beta": torch.nan}, "beta"),
+        ({"beta": True}, "beta"),
+    ],
 )
 def test_mistakes_in_what_retrieval_takes(wrong: dict[str, Any], argument: str) -> None:
     x, y = inputs("retrieve")
-    for _ in range(2):
-        hopfield_retrieve(x, y)
+    for beta in (None, None, 1.0, 1.0):
+        hopfield_retrieve(x, y, beta=beta)
     with pytest.raises(ArgumentError, match=f"`{argument}`"):
         hopfield_retrieve(x, y, **wrong)
 
