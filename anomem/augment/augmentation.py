@@ -238,7 +238,7 @@ def in_ranges(uniform: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def _bounds(config: AugmentConfig) -> list[list[float]]:
-    """The lower bounds of the random numbers, and the extents of their ranges."""
+    """[2, 16]: the lower bounds of the random numbers, and the extents of their ranges."""
     ranges = (
         config.crop_area,
         [0.5 * math.log(ratio) for ratio in config.crop_ratio],

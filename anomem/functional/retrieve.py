@@ -130,7 +130,7 @@ def hopfield_retrieve(
 
 
 def _of_known_kind(query: Tensor, prototypes: Tensor, beta: float | None, normalize: Normalize, backend: str) -> Tensor:
-    """One read of a memory by queries [N, d], which a call of the same kind has shown to be right."""
+    """One read of prototypes [M, d] by queries [N, d], without checks: a call of the same kind has passed them."""
     from anomem.ops import retrieve
 
     scale = query.shape[1] ** -0.5 if beta is None else beta
