@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from operator import index
+from typing import Any
 
 import torch
 
@@ -90,26 +91,26 @@ _decided: dict[tuple[Problem, bool, bool, bool], Choice] = {}
 _MOST_DECIDED = 4096
 
 
-def remember(kind: Hashable | None, implementation: str) -> None:
-    """Remember what runs calls of a kind, whose checks and choice are done.
+def remember(kind: Hashable | None, call: Any) -> None:
+    """Remember how calls of a kind are run, whose checks and choice are done.
 
     Args:
         kind: of `anomem.functional._inputs.kind_of_call`; None is not remembered.
-        implementation: that was chosen for the first of them.
+        call: that runs them.
     """
     if kind is None:
         return
     if len(_of_kinds) >= _MOST_DECIDED:
         _of_kinds.clear()
-    _of_kinds[kind] = implementation
+    _of_kinds[kind] = call
 
 
-def remembered(kind: Hashable | None) -> str | None:
+def remembered(kind: Hashable | None) -> Any:
     """What `remember` was told of a kind, or None."""
     return None if kind is None else _of_kinds.get(kind)
 
 
-_of_kinds: dict[Hashable, str] = {}
+_of_kinds: dict[Hashable, Any] = {}
 
 
 def forget() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -20,7 +22,7 @@ from anomem.train.ranks import ONE
 from anomem.train.steps import Stage1Step
 from benchmarks.harness import rows
 from benchmarks.harness.console import say
-from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.measure import end_phase, peak_bytes
 from benchmarks.harness.rows import Step
 from benchmarks.profile_training import MEAN, STD, config_of, random_images
 
@@ -60,19 +62,26 @@ def main(options: Options) -> int:
             step = Stage1Step(model, Network(model, ONE), images, None, config, ONE)
             shares = step.shares
             (given,) = training_batches(images, batch, 0, 0, 1, shares.places, at_once=shares.at_once)
-            times: list[tuple[float, float]] = []
-            timed = functools.partial(_timed, step, given, times)
+            step._contrasted = functools.partial(_phase, step._contrasted)  # type: ignore[method-assign]
+            taken: list[Taken] = []
+            timed = functools.partial(_timed, step, given, taken)
             for _ in range(0 if batch >= options.once_from else 2):
                 timed()
             peak = peak_bytes(timed, "cpu")
-            processor, seconds = times[1] if len(times) > 1 else times[0]
+            processor, seconds, vectors = taken[1] if len(taken) > 1 else taken[0]
+            precision = config.run.precision
             name = f"{'at once' if micro is None else 'gradient caching'}, B = {batch}"
-            say(f"{name}: {peak / 2**20:.1f} MiB, {processor:.2f} s of processor time")
+            say(f"{name}: {peak / 2**20:.1f} MiB, vectors {vectors / 2**20:.1f}, {processor:.2f} s of processor time")
             found.append(
                 Step(
                     pipeline=name,
                     title=title,
-                    config={"batch": batch, "micro_batch": micro, "precision": config.run.precision},
+                    config={
+                        "batch": batch,
+                        "micro_batch": micro,
+                        "precision": precision,
+                        "vectors": vectors,
+                    },
                     about=rows.about("cpu"),
                     seconds_per_step=seconds,
                     milliseconds={},
@@ -85,11 +94,31 @@ def main(options: Options) -> int:
     return 0
 
 
-def _timed(step: Stage1Step, batch: Batch, times: list[tuple[float, float]]) -> None:
-    """Take a step; adds its processor time and its time on the clock."""
+class Taken(NamedTuple):
+    """A step that was taken."""
+
+    processor: float
+    """Its processor time in seconds."""
+    clock: float
+    """Its time on the clock in seconds."""
+    vectors: int
+    """Bytes of its sampled vectors."""
+
+
+def _timed(step: Stage1Step, batch: Batch, taken: list[Taken]) -> None:
+    """Take a step and tell of it."""
     began, clock = time.process_time(), time.perf_counter()
-    step(batch)
-    times.append((time.process_time() - began, time.perf_counter() - clock))
+    sampled = step(batch).sampled
+    vectors = sum(x.numel() * x.element_size() for x in sampled)
+    taken.append(Taken(time.process_time() - began, time.perf_counter() - clock, vectors))
+
+
+def _phase(call: Callable[..., Any], *given: Any) -> Any:
+    """The call as a phase of its own: encoding ends before it and goes on after it."""
+    end_phase()
+    found = call(*given)
+    end_phase()
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -100,9 +101,10 @@ def hopfield_retrieve(
     # By types: True equals 1.0, which is a beta.
     if usual and not (return_lse or return_entropy) and (beta is None or type(beta) is float):
         kind = kind_of_call("retrieve", (query, prototypes), beta, normalize, impl)
-        backend = backends.remembered(kind)
-        if backend is not None:
-            return _of_known_kind(query, prototypes, beta, normalize, backend)
+        read = backends.remembered(kind)
+        if read is not None:
+            found: Tensor = read(query, prototypes)
+            return found
     require_tensor(query, "query", (), "[..., d]")
     require_count(steps, "steps", 1)
     require_schedule(shrink, "shrink")
@@ -115,8 +117,8 @@ def hopfield_retrieve(
     rows, columns = query.numel() // features, prototypes.shape[0]
     problem = rules.problem_of(operator, query, prototypes, features=features, rows=rows, columns=columns, steps=steps)
     chosen = backends.choose(problem, impl)
-    if chosen != "reference" and query.dim() == 2 and features >= _LEAST_ROUNDED:
-        backends.remember(kind, chosen)
+    if kind is not None and chosen != "reference" and query.dim() == 2 and features >= _LEAST_ROUNDED:
+        backends.remember(kind, _reader(query, memory, chosen))
     if chosen == "reference":
         out, lse, entropy = _by_reference(query, memory, steps, shrink, return_lse, return_entropy)
     elif operator == "shrink":
@@ -129,13 +131,24 @@ def hopfield_retrieve(
     return (out, *extras) if extras else out
 
 
-def _of_known_kind(query: Tensor, prototypes: Tensor, beta: float | None, normalize: Normalize, backend: str) -> Tensor:
-    """One read of prototypes [M, d] by queries [N, d], without checks: a call of the same kind has passed them."""
+def _reader(query: Tensor, memory: Memory, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """One read of prototypes [M, d] by queries [N, d] without checks, for calls of a kind that has passed them.
+
+    Args:
+        query: of such a call, [N, d].
+        memory: of such a call; its number and normalisation are taken.
+        backend: "native" or "triton".
+    """
     from anomem.ops import retrieve
 
-    scale = query.shape[1] ** -0.5 if beta is None else beta
-    memory = Memory(prototypes.contiguous(), None, None, scale, normalize)
-    return retrieve.retrieve(unit_inner_stride(query), memory, backend)[0]
+    if backend == "native" and query.shape[0] < retrieve.LEAST_KEPT:
+        return retrieve.few_reader(memory.scale, memory.normalize)
+
+    def read(query: Tensor, prototypes: Tensor) -> Tensor:
+        known = Memory(prototypes.contiguous(), None, None, memory.scale, memory.normalize)
+        return retrieve.retrieve(unit_inner_stride(query), known, backend)[0]
+
+    return read
 
 
 def _by_reference(

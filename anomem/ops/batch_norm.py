@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import accumulator, channels_last, define, empty, with_known_signature
+from anomem.ops.library import accumulator, channels_last, define, empty
 
 ONCE = "a batch norm over several processes is differentiated once; take impl='reference'"
 
@@ -171,7 +171,6 @@ def _moments(x: Tensor, may_be_empty: bool) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-@with_known_signature
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -239,7 +238,6 @@ class _BatchNorm(torch.autograd.Function):
         return (*found, counts[0]), (*dims, None)
 
 
-@with_known_signature
 class _SumOfTwo(torch.autograd.Function):
     @staticmethod
     def forward(

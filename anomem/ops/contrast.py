@@ -26,7 +26,6 @@ from anomem.ops.library import (
     empty,
     empty_scalar,
     unit_inner_stride,
-    with_known_signature,
 )
 
 KEPT_BYTES = 31 << 20
@@ -361,7 +360,6 @@ def _kept(
     return min(groups * tiles, most // (elements * accumulator(inputs[0]).itemsize))
 
 
-@with_known_signature
 class _NTXent(autograd.Function):
     @staticmethod
     def forward(
@@ -411,7 +409,6 @@ class _NTXent(autograd.Function):
         return library.vmap(_NTXent.apply, 2, info, in_dims, args)
 
 
-@with_known_signature
 class _InfoNCE(autograd.Function):
     @staticmethod
     def forward(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library, native
-from anomem.ops.library import channels_last, define, with_known_signature
+from anomem.ops.library import channels_last, define
 
 
 def _convolve_fake(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -68,7 +68,6 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-@with_known_signature
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import channels_last, define, with_known_signature
+from anomem.ops.library import channels_last, define
 
 
 def _take_fake(x: Tensor) -> Tensor:
@@ -46,7 +46,6 @@ def downsample(x: Tensor, weight: Tensor, shortcut: Tensor) -> tuple[Tensor, Ten
     return branch, straight
 
 
-@with_known_signature
 class _Downsample(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ NORMALIZE_CODES: dict[Normalize, int] = {"none": 0, "layer": 1, "l2": 2}
 """What kernels receive for `normalize`; the order is that of csrc/ and kernels/."""
 
 Fake = Callable[..., Any]
-Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
 
 class Memory(NamedTuple):
@@ -137,51 +135,46 @@ def _nothing_looks_on(args: Sequence[Any]) -> bool:
     return plain and (tensors[0].is_cuda or tensors[0].is_cpu) and not is_batched(*tensors)
 
 
-def with_known_signature(function: Function) -> Function:
-    """Class decorator: keeps the signature of `forward`, and binds arguments to it that are all given by position.
-
-    torch binds the arguments of each `apply` to the signature, which takes a third of a small call.
-    """
-    function.forward.__signature__ = _Positional.from_callable(function.forward)  # type: ignore[attr-defined]
-    return function
-
-
-class _Positional(inspect.Signature):
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        return _Bound(self, args)
-
-
-class _Bound(inspect.BoundArguments):
-    __slots__ = ("_given",)
-
-    def __init__(self, signature: inspect.Signature, given: tuple[Any, ...]) -> None:
-        super().__init__(signature, None)  # type: ignore[arg-type]
-        self._given = given
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self._given
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {}
-
-    def apply_defaults(self) -> None:
-        """All are given."""
-
-
 def apply(function: Any, *args: Any) -> Any:
-    """`function.apply`, or its forward pass alone where nothing could be differentiated: a third of a small call."""
-    return function.apply(*args) if may_be_differentiated(args) else function.forward(*args)
+    """`function.apply`, in the fewest steps: of a small call they take longer than its arithmetic.
+
+    Args:
+        function: an autograd function whose `forward` and `setup_context` are apart, as torch.func and torch.compile
+            want them.
+        args: all arguments of its `forward`.
+    """
+    if _is_watched():
+        return function.apply(*args)
+    if _wants_gradients(args):
+        return _in_one_step(function).apply(*args)
+    return function.forward(*args)
+
+
+@functools.cache
+def _in_one_step(function: Any) -> Any:
+    """The function with a forward pass that sets up its context itself, which spares a quarter of torch's steps."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), passes)
+
+
+def _is_watched() -> bool:
+    """Whether a compiler traces, or torch.func or forward mode transforms the call."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_forward_mode()
+
+
+def _wants_gradients(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def may_be_differentiated(args: Sequence[Any]) -> bool:
     """Whether a gradient of a call may be asked for, or the call is traced or transformed."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_forward_mode():
-        return True
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    return _is_watched() or _wants_gradients(args)
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:

@@ -17,7 +17,6 @@ from anomem.ops.library import (
     accumulator,
     define,
     empty,
-    with_known_signature,
 )
 
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
@@ -107,7 +106,6 @@ def read(
     return result
 
 
-@with_known_signature
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(

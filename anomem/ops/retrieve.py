@@ -22,8 +22,8 @@ from anomem.ops.library import (
     empty,
     operator,
     unit_inner_stride,
-    with_known_signature,
 )
+from anomem.reference.retrieve import Normalize
 
 KEPT_BYTES = 31 << 20
 """Most memory that one call on a CPU keeps for its backward pass; the weights of other queries are recomputed.
@@ -32,7 +32,8 @@ In trials (AMD family 25; Intel family 6 with AMX) keeping more gained little or
 """
 _MOST_OUTPUT = KEPT_BYTES
 """Of a memory read in blocks, bfloat16: more than this of outputs in float32 is not kept, as in csrc/cpu/retrieve.h."""
-_LEAST_KEPT = 126
+LEAST_KEPT = 126
+"""Queries of a call that keeps anything."""
 _LEAST_IN_BLOCKS = 512
 """Prototypes, of any dtype; `reads_in_blocks` of csrc/cpu/retrieve.h decides."""
 _NORMALIZE_NAMES = {code: name for name, code in NORMALIZE_CODES.items()}
@@ -192,9 +193,9 @@ def _kept(query: Tensor, memory: Memory) -> int:
     None in small calls and under a compiler or tracer, whose graphs serve other sizes; none where the gradient of beta
     needs the scores.
     """
-    if query.device.type != "cpu" or memory.beta is not None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or query.shape[0] < LEAST_KEPT:
         return 0
-    if query.shape[0] < _LEAST_KEPT or query.dtype == torch.float64 or torch._C._is_tracing():
+    if query.device.type != "cpu" or memory.beta is not None or query.dtype == torch.float64:
         return 0
     if torch._C._are_functorch_transforms_active():  # vmap would give each element its part of the weights
         return 0
@@ -230,7 +231,58 @@ def shrink(query: Tensor, memory: Memory, threshold: float | Tensor) -> tuple[Te
     return result
 
 
-@with_known_signature
+def few_reader(scale: float, normalize: Normalize) -> Callable[[Tensor, Tensor], Tensor]:
+    """`retrieve` for calls of one kind, by the native library: fewer than `LEAST_KEPT` queries [N, d], and prototypes
+    [M, d] that are the values too; only out [N, d] is given.
+
+    A small call's steps in Python take longer than its arithmetic. Nothing may trace or transform it.
+    """
+    code = NORMALIZE_CODES[normalize]
+    forward = torch.ops.anomem.native_retrieve_fwd.default
+
+    def few(query: Tensor, keys: Tensor) -> Tensor:
+        query, keys = unit_inner_stride(query), keys.contiguous()
+        if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+            out: Tensor = _FewReads.apply(query, keys, scale, code)  # type: ignore[no-untyped-call]
+            return out
+        read: Tensor = forward(query, keys, None, None, scale, code)[0]
+        return read
+
+    return few
+
+
+class _FewReads(torch.autograd.Function):
+    """`_Retrieve` in the fewest steps."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, scale: float, normalize: int) -> Tensor:  # type: ignore[override]
+        out: Tensor
+        out, lse = torch.ops.anomem.native_retrieve_fwd.default(query, keys, None, None, scale, normalize)
+        ctx.numbers = scale, normalize
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, keys, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return None, None, None, None
+        query, keys, lse = ctx.saved_tensors
+        scale, normalize = ctx.numbers
+        if library.wants_graph():
+            needed = (*ctx.needs_input_grad[:2], False, False)
+            composite = _composite(scale, normalize, None, None)
+            dquery, dkeys, _, _ = library.differentiable_gradients(
+                composite, (query, keys, None, None), needed, (dout, None)
+            )
+            return dquery, dkeys, None, None
+        dout, query, keys, lse = dout.contiguous(), unit_inner_stride(query), keys.contiguous(), lse.contiguous()
+        dquery, dkeys, _, _ = torch.ops.anomem.native_retrieve_bwd.default(
+            dout, None, query, keys, None, None, scale, normalize, dout, lse
+        )
+        return dquery, dkeys, None, None
+
+
 class _Retrieve(torch.autograd.Function):
     """(out, lse), and with a threshold the entropy, where weights are kept these, by Triton the normaliser."""
 

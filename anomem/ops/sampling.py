@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anomem import reference
 from anomem.ops import library
-from anomem.ops.library import accumulator, define, empty, with_known_signature
+from anomem.ops.library import accumulator, define, empty
 
 
 def _gather_fake(map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,6 @@ def variance_hinge(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> Ten
     return loss
 
 
-@with_known_signature
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(feature_map: Tensor, positions: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -131,7 +130,6 @@ class _Gather(torch.autograd.Function):
         return library.vmap(_Gather.apply, 0, info, in_dims, args)
 
 
-@with_known_signature
 class _Variance(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, gamma: float | Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,6 +79,11 @@ class Views:
         return torch.cat(uniforms, dim=1), torch.cat(keys)
 
 
+def pairs_of(sampled: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Vectors [n_s, 2B, d_s] of S scales as first and second views, [n_s, B, d_s] each."""
+    return [(z, z_pair) for z, z_pair in (vectors.chunk(2, dim=1) for vectors in sampled)]
+
+
 def scale_criterion(config: LossConfig, impl: Impl, ranks: Ranks = ONE) -> ContrastedMemoryLoss:
     """The bracket of Eq. (4) as configured.
 
@@ -127,7 +132,7 @@ def draw_positions(
 def multi_scale_loss(
     model: AnoMem,
     criterion: ContrastedMemoryLoss,
-    sampled: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
     is_normal: Tensor | None,
     counts: Sequence[int] | None = None,
     scales: Sequence[int] | None = None,
@@ -137,7 +142,7 @@ def multi_scale_loss(
     Args:
         model: its memories and lambda_s are used.
         criterion: the bracket of Eq. (4).
-        sampled: a tensor [n_s, 2B, d_s] of each of these scales: first views, then second.
+        pairs: of each of these scales the first and the second views' vectors, [n_s, B, d_s] each.
         is_normal: [B] bool, or None when all are normal.
         counts: B of each process, where they differ.
         scales: indices; all S scales when not given.
@@ -145,10 +150,9 @@ def multi_scale_loss(
     Returns:
         The loss (0-dim), and each scale's terms as "contrast/<scale>" and "variance/<scale>".
     """
-    total = sampled[0].new_zeros((), dtype=torch.float32)
+    total = pairs[0][0].new_zeros((), dtype=torch.float32)
     terms = {}
-    pairs = [(z, z_pair) for z, z_pair in (vectors.chunk(2, dim=1) for vectors in sampled)]
-    scales = range(len(sampled)) if scales is None else scales
+    scales = range(len(pairs)) if scales is None else scales
     found = criterion.of_scales(pairs, [model.memories[scale] for scale in scales], is_normal, counts)
     for scale, (loss, contrast, variance) in zip(scales, found, strict=True):
         name = model.encoder.names[scale]

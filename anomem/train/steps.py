@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.models import AnoMem
+from anomem.nn import ContrastedMemoryLoss
 from anomem.train.batches import Batch
 from anomem.train.config import OptimizerConfig, TrainConfig
 from anomem.train.execution import autocast
 from anomem.train.network import Network, statistics_kept
-from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, scale_criterion
+from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, pairs_of, scale_criterion
 from anomem.train.ranks import Ranks
 from anomem.train.rows import FILL, POSITIONS, Draws, Rows, seed_of
 from anomem.validation import require
@@ -114,6 +116,10 @@ class Stage1Step:
         self.draws = Draws(model.device, config.run.seed)
         self.views_of = views(config, is_normal, self.draws)
         self.criterion = scale_criterion(config.loss, config.model.impl, ranks)
+        self.one_way: ContrastedMemoryLoss | None = None
+        """Contrasts one view with the answers to the other: half the memory of both ways, where ways are separate."""
+        if ranks.count == 1 and config.loss.symmetric and config.loss.negatives == "image":
+            self.one_way = scale_criterion(replace(config.loss, symmetric=False), config.model.impl)
         self.exact = model.device.type == "cpu"
         """Whether the contrast is in float32 under autocast: AUROC is then that of float32 (docs/PERFORMANCE.md). A
         GPU's kernels are made for bfloat16; not measured on a GPU yet."""
@@ -142,7 +148,7 @@ class Stage1Step:
             with record_function("anomem.contrast"):
                 # Drawn here, not in the kernels: every implementation then contrasts the same pairs.
                 sampled = self._in_precision(self._sample(maps, part, rows))
-                loss, terms = self._loss(sampled, normal, part)
+                loss, terms = self._loss(pairs_of(sampled), normal, part)
         with record_function("anomem.backward"), self.network.more_to_come(more):
             (loss / len(self.shares.parts)).backward()
         return Loss(loss, terms, sampled)
@@ -179,21 +185,31 @@ class Stage1Step:
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for pieces in self._pieces(scales):
-            leaves = [scales[scale][positions].detach() for scale, positions in pieces]
-            leaves = [leaf.requires_grad_() for leaf in self._in_precision(leaves)]
+            held = pairs_of([scales[scale][positions].detach() for scale, positions in pieces])
+            pairs = [(self._leaf(z), self._leaf(z_pair)) for z, z_pair in held]
             # Pieces of several scales are whole ones.
-            share = len(leaves[0]) / len(scales[pieces[0][0]])
-            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
-                loss, found = self._loss(leaves, normal, part, [scale for scale, _ in pieces])
-            with record_function("anomem.backward"):
-                (loss * (share / len(self.shares.parts))).backward()
-            for (scale, positions), leaf in zip(pieces, leaves, strict=True):
-                assert leaf.grad is not None  # the loss depends on every vector
-                scales[scale][positions] = leaf.grad
-            losses.append(share * loss.detach())
-            for name, term in found.items():
-                terms[name] = share * term.detach() + terms.get(name, 0.0)
+            share = len(pairs[0][0]) / len(scales[pieces[0][0]])
+            ways = [(self.criterion, pairs)]
+            if self.one_way is not None and pairs[0][0].numel() >= PIECE // 2:
+                share /= 2
+                ways = [(self.one_way, pairs), (self.one_way, [(z_pair, z) for z, z_pair in pairs])]
+            for criterion, given in ways:
+                with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+                    loss, found = self._loss(given, normal, part, [scale for scale, _ in pieces], criterion)
+                with record_function("anomem.backward"):
+                    (loss * (share / len(self.shares.parts))).backward()
+                losses.append(share * loss.detach())
+                for name, term in found.items():
+                    terms[name] = share * term.detach() + terms.get(name, 0.0)
+            for views, leaves in zip(held, pairs, strict=True):
+                for view, leaf in zip(views, leaves, strict=True):
+                    assert leaf.grad is not None  # the loss depends on every vector
+                    view.copy_(leaf.grad)
         return sum(losses[1:], losses[0]), terms
+
+    def _leaf(self, vectors: Tensor) -> Tensor:
+        """The vectors in the precision of the contrast, for their gradient."""
+        return self._in_precision([vectors])[0].detach().requires_grad_()
 
     def _pieces(self, scales: list[Tensor]) -> list[list[tuple[int, slice]]]:
         """What is contrasted at once: a scale and its positions.
@@ -228,14 +244,19 @@ class Stage1Step:
         return [x.float() if x.dtype == torch.bfloat16 else x for x in vectors] if self.exact else vectors
 
     def _loss(
-        self, sampled: Sequence[Tensor], normal: Tensor | None, part: int, scales: Sequence[int] | None = None
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        normal: Tensor | None,
+        part: int,
+        scales: Sequence[int] | None = None,
+        criterion: ContrastedMemoryLoss | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the vectors of all scales or of those given."""
+        """The loss of the vectors of all scales or of those given, by the step's criterion or another."""
         if self.config.loss.positive == "view":  # none of them is answered by the memory
-            normal = torch.zeros(sampled[0].shape[1] // 2, dtype=torch.bool, device=sampled[0].device)
+            normal = torch.zeros(pairs[0][0].shape[1], dtype=torch.bool, device=pairs[0][0].device)
         counts = self.shares.counts[part] if self.ranks.count > 1 else None
         with torch.autocast("cpu", enabled=False) if self.exact else nullcontext():
-            return multi_scale_loss(self.model, self.criterion, sampled, normal, counts, scales)
+            return multi_scale_loss(self.model, criterion or self.criterion, pairs, normal, counts, scales)
 
     def _positions(self, part: int, rows: Rows) -> list[Tensor]:
         """The sampled positions of a part, of both views of these rows where each image has its own."""

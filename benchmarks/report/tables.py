@@ -344,10 +344,10 @@ def batches(results: Path) -> str:
     measured = rows.read(results / "cpu-batches.jsonl", Step)
     if not measured:
         return NOT_MEASURED["cpu"]
-    lines = ["| step | peak memory | processor time |", "|---|--:|--:|"]
+    lines = ["| step | peak memory | of it the sampled vectors | processor time |", "|---|--:|--:|--:|"]
     for row in measured:
-        seconds = row.cpu_seconds_per_step or 0.0
-        lines.append(f"| {row.pipeline} | {size(row.peak_bytes)} | {number(seconds)} s |")
+        cells = [row.pipeline, size(row.peak_bytes), size(row.config["vectors"])]
+        lines.append(f"| {' | '.join(cells)} | {number(row.cpu_seconds_per_step or 0.0)} s |")
     head = f"{measured[0].title}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
     return "\n".join([head, "", *lines])
 

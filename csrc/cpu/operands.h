@@ -35,10 +35,19 @@ inline Type type_of(const Tensor& tensor, const char* argument) {
 // float64 for float64, else float32.
 inline ScalarType accumulator(Type type) { return type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-// Uninitialised and contiguous. Allocated by torch, so that deterministic mode fills it.
+// Uninitialised and contiguous, of at most four axes. By torch's shim itself: torch::stable::empty finds its operator
+// by name, which takes longer than the arithmetic of a small call.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, type, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  int64_t strides[4] = {1, 1, 1, 1};
+  const int64_t axes = static_cast<int64_t>(sizes.size());
+  const int64_t* const shape = sizes.begin();
+  for (int64_t axis = axes - 2; axis >= 0; --axis)
+    strides[axis] = strides[axis + 1] * std::max<int64_t>(shape[axis + 1], 1);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(axes, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 // A result [rows, columns], uninitialised and contiguous. A large one is memory that the process keeps once the tensor

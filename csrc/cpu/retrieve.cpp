@@ -13,7 +13,8 @@ namespace anomem::cpu {
 namespace {
 
 struct Forward {
-  Tensor out, lse, entropy, kept;
+  Tensor out, lse;
+  std::optional<Tensor> entropy, kept;  // where there are any
 };
 
 // Numbers kept of each query.
@@ -22,26 +23,29 @@ int64_t kept_width(bool in_blocks, Type type, const Memory& memory, int64_t quer
 }
 
 Forward forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values, const OptionalTensor& beta,
-                double scale, int64_t normalize, const Shrinkage& shrinkage, int64_t kept) {
+                double scale, int64_t normalize, const Shrinkage& shrinkage, std::optional<int64_t> kept = {}) {
   check_query(query);
   const Type type = type_of(query, "query");
   const Memory memory = memory_of(query, query.size(1), keys, values, beta, scale, normalize);
   const int64_t queries = query.size(0);
   const ScalarType sums = accumulator(type);
   Tensor out = empty_result(queries, memory.value_features, query.scalar_type());
-  Tensor lse = empty({queries}, sums), entropy = empty({shrinkage.entropy ? queries : 0}, sums);
-  if (kept < 0 || kept > queries) refuse("kept", "0 to N queries", std::to_string(kept));
+  Tensor lse = empty({queries}, sums);
+  std::optional<Tensor> entropy, weights;
+  if (shrinkage.entropy) entropy = empty({queries}, sums);
   const bool in_blocks = reads_in_blocks(type, memory);
-  Tensor weights =
-      empty_result(kept, kept_width(in_blocks, type, memory, queries), in_blocks ? sums : query.scalar_type());
+  if (kept) {
+    if (*kept < 0 || *kept > queries) refuse("kept", "0 to N queries", std::to_string(*kept));
+    weights = empty_result(*kept, kept_width(in_blocks, type, memory, queries), in_blocks ? sums : query.scalar_type());
+  }
   run(RetrieveForward{type,
                       memory,
                       shrinkage,
                       queries_of(query),
                       out.mutable_data_ptr(),
                       lse.mutable_data_ptr(),
-                      entropy.mutable_data_ptr(),
-                      {kept, weights.mutable_data_ptr(), in_blocks}});
+                      entropy ? entropy->mutable_data_ptr() : nullptr,
+                      {kept.value_or(0), weights ? weights->mutable_data_ptr() : nullptr, in_blocks}});
   return {out, lse, entropy, weights};
 }
 
@@ -86,7 +90,7 @@ Backward backward(const Tensor& dout, const OptionalTensor& dlse, const Optional
 
 std::tuple<Tensor, Tensor> retrieve_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
                                             const OptionalTensor& beta, double scale, int64_t normalize) {
-  Forward result = forward(query, keys, values, beta, scale, normalize, {}, 0);
+  Forward result = forward(query, keys, values, beta, scale, normalize, {});
   return {result.out, result.lse};
 }
 
@@ -94,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> retrieve_kept_forward(const Tensor& query, co
                                                          const OptionalTensor& values, double scale, int64_t normalize,
                                                          int64_t kept) {
   Forward result = forward(query, keys, values, std::nullopt, scale, normalize, {}, kept);
-  return {result.out, result.lse, result.kept};
+  return {result.out, result.lse, *result.kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> retrieve_kept_backward(const Tensor& dout, const OptionalTensor& dlse,
@@ -115,8 +119,8 @@ Backward retrieve_backward(const Tensor& dout, const OptionalTensor& dlse, const
 std::tuple<Tensor, Tensor, Tensor> shrink_forward(const Tensor& query, const Tensor& keys, const OptionalTensor& values,
                                                   const OptionalTensor& beta, double scale, int64_t normalize,
                                                   double shrink) {
-  Forward result = forward(query, keys, values, beta, scale, normalize, {true, shrink}, 0);
-  return {result.out, result.lse, result.entropy};
+  Forward result = forward(query, keys, values, beta, scale, normalize, {true, shrink});
+  return {result.out, result.lse, *result.entropy};
 }
 
 Backward shrink_backward(const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& dentropy,

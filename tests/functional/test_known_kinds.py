@@ -62,6 +62,68 @@ def test_the_second_call_has_the_bits_of_the_first_and_asks_nothing(name: str, m
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_gradients_of_gradients(name: str) -> None:
+    def second(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in inputs(name, torch.float64)]
+        upstream = torch.ones_like(call(*leaves)).cos().requires_grad_()
+        first = torch.autograd.grad(call(*leaves), leaves, upstream, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), [*leaves, upstream]))
+
+    CALLS[name](*[x.requires_grad_() for x in inputs(name, torch.float64)], impl="native")
+    found = second(lambda *given: CALLS[name](*given, impl="native"))
+    expected = second(lambda *given: CALLS[name](*given, impl="reference"))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_gradients_of_one_input_alone(name: str, trained: int) -> None:
+    for _ in range(2):
+        given = inputs(name)
+        given[trained].requires_grad_()
+        out = CALLS[name](*given, impl="native").sum()
+        (found,) = torch.autograd.grad(out, given[trained])
+    leaves = [x.requires_grad_() for x in inputs(name)]
+    expected = torch.autograd.grad(CALLS[name](*leaves, impl="native").sum(), leaves)[trained]
+    assert torch.equal(found, expected)
+
+
+def test_batched_gradients(name: str) -> None:
+    for _ in range(2):
+        leaves = [x.requires_grad_() for x in inputs(name)]
+        out = CALLS[name](*leaves, impl="native")
+    upstream = torch.stack([torch.full_like(out, factor) for factor in (1.0, 2.0)])
+    batched = torch.autograd.grad(out, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        for found, expected in zip(batched, torch.autograd.grad(out, leaves, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+def test_saved_tensors_may_come_back_with_other_strides(name: str) -> None:
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = [x.requires_grad_() for x in inputs(name)]
+        return torch.autograd.grad(CALLS[name](*leaves, impl="native").sum(), leaves)
+
+    gradients()
+    expected = gradients()
+
+    def strided(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), strided):
+        found = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_change_in_place_before_the_backward_pass_is_refused(name: str) -> None:
+    for _ in range(2):
+        leaves = [x.requires_grad_() for x in inputs(name)]
+        given = [x * 1 for x in leaves]
+        out = CALLS[name](*given, impl="native").sum()
+    given[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_strides_are_no_matter(name: str) -> None:
     x, y = inputs(name)
     expected = CALLS[name](x, y)

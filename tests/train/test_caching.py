@@ -19,6 +19,7 @@ from anomem.ops import retrieve
 from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig, steps
 from anomem.train.batches import training_batches
 from anomem.train.network import Network, statistics_kept
+from anomem.train.objective import pairs_of
 from anomem.train.ranks import ONE
 from anomem.train.steps import SampledVectors, Stage1Step
 from benchmarks.harness.measure import peak_bytes
@@ -80,9 +81,8 @@ def gradients(config: TrainConfig, norm: bool, chunked: bool = False) -> tuple[f
     else:
         (chunks,) = step.shares.parts
         found = [step._sampled(batch, 0, rows, number) for number, rows in enumerate(chunks)]
-        by_scale = zip(*(sampled for sampled, _ in found), strict=True)
-        views = [[x.chunk(2, dim=1) for x in vectors] for vectors in by_scale]
-        joined = [torch.cat([*(one for one, _ in pairs), *(other for _, other in pairs)], dim=1) for pairs in views]
+        by_scale = zip(*(pairs_of(sampled) for sampled, _ in found), strict=True)
+        joined = [tuple(torch.cat(view, dim=1) for view in zip(*pairs, strict=True)) for pairs in by_scale]
         loss, _ = step._loss(joined, torch.cat([normal for _, normal in found]), 0)
         loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, model
@@ -109,21 +109,22 @@ def test_cached_gradients_are_those_of_the_graph(norm: bool, micro: int) -> None
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_positions_contrasted_apart(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches without end: so many of the three positions at once, where they are no negatives of each other."""
+    """Batches without end: so many of the three positions at once, where they are no negatives of each other, and each
+    view's contrast with the answers to the other by itself where the positions fill a piece."""
     config = config_of(micro_batch=3)
     config = replace(config, loss=replace(config.loss, negatives="image"), synthetic_outliers=0.0)
     with_graphs = gradients(config, True, chunked=True)
     calls = []
     loss_of = Stage1Step._loss
 
-    def counted(self: Stage1Step, sampled: list[Tensor], *rest: Any) -> Any:
-        calls.append([len(x) for x in sampled])
-        return loss_of(self, sampled, *rest)
+    def counted(self: Stage1Step, pairs: list[tuple[Tensor, Tensor]], *rest: Any) -> Any:
+        calls.append([len(z) for z, _ in pairs])
+        return loss_of(self, pairs, *rest)
 
     monkeypatch.setattr(Stage1Step, "_loss", counted)
     monkeypatch.setattr(steps, "PIECE", count * 2 * config.optimizer.batch_size * 4)
     assert_same(gradients(config, True), with_graphs)
-    assert calls == {1: [[1], [1], [1]] * 2, 2: [[2], [1]] * 2}[count]
+    assert calls == {1: [[1]] * 6 * 2, 2: [[2], [2], [1]] * 2}[count]
 
 
 def test_sampled_vectors_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,14 @@ from anomem import reference as R
 from anomem.errors import ArgumentError
 from anomem.models import ModelConfig, build_model
 from anomem.train import LossConfig
-from anomem.train.objective import draw_positions, fill_memories, memory_figures, multi_scale_loss, scale_criterion
+from anomem.train.objective import (
+    draw_positions,
+    fill_memories,
+    memory_figures,
+    multi_scale_loss,
+    pairs_of,
+    scale_criterion,
+)
 from anomem.train.rows import Rows
 
 
@@ -28,7 +35,9 @@ def test_loss_is_equation_4(labelled: bool, negatives: str) -> None:
     views = torch.rand(10, 1, 16, 16)
     maps = model(views)
     positions = draw_positions(model.encoder.sizes, config, 5, generator())
-    total, terms = multi_scale_loss(model, scale_criterion(config, "auto"), model.sample(maps, positions), normal)
+    total, terms = multi_scale_loss(
+        model, scale_criterion(config, "auto"), pairs_of(model.sample(maps, positions)), normal
+    )
     expected = torch.zeros(())
     for name, m, p, memory, weight in zip(
         model.encoder.names, maps, positions, model.memories, (0.25, 0.5, 1.0), strict=True
@@ -73,7 +82,7 @@ def test_a_batch_of_one_has_nothing_to_contrast() -> None:
     model = build_model(ModelConfig(prototypes=(7,)), (16, 16), 1, [0.5], [0.5])
     sampled = [torch.randn(2, 2, c) for c in (16, 32, 64)]  # two views of one image
     with pytest.raises(ArgumentError, match="at least two images"):
-        multi_scale_loss(model, scale_criterion(LossConfig(), "auto"), sampled, None)
+        multi_scale_loss(model, scale_criterion(LossConfig(), "auto"), pairs_of(sampled), None)
 
 
 def test_first_prototypes_are_features_of_normals() -> None:

@@ -77,9 +77,9 @@ def test_the_contrast_of_bf16_maps_is_in_float32_on_a_cpu(
     """Under bfloat16 autocast the encoder's maps are bfloat16, and the contrast's queries are not."""
     seen = []
 
-    def noted(model: Any, criterion: Any, sampled: Any, *rest: Any) -> Any:
-        found = objective.multi_scale_loss(model, criterion, sampled, *rest)
-        seen.append({torch.is_autocast_enabled("cpu"), found[0].dtype, *(x.dtype for x in sampled)})
+    def noted(model: Any, criterion: Any, pairs: Any, *rest: Any) -> Any:
+        found = objective.multi_scale_loss(model, criterion, pairs, *rest)
+        seen.append({torch.is_autocast_enabled("cpu"), found[0].dtype, *(x.dtype for pair in pairs for x in pair)})
         return found
 
     monkeypatch.setattr(steps, "multi_scale_loss", noted)
