@@ -90,7 +90,10 @@ def main(options: Options) -> int:
                     cpu_seconds_per_step=processor,
                 )
             )
-    rows.write(options.json, found)
+    known = {row.key: row for row in [*rows.read(options.json, Step), *found]}
+    rows.write(
+        options.json, sorted(known.values(), key=lambda row: (row.config["batch"], bool(row.config["micro_batch"])))
+    )
     return 0
 
 

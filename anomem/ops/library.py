@@ -143,11 +143,21 @@ def apply(function: Any, *args: Any) -> Any:
             want them.
         args: all arguments of its `forward`.
     """
+    if torch.compiler.is_compiling():
+        return function.apply(*(_seen_anew(arg) for arg in args))
     if _is_watched():
         return function.apply(*args)
     if _wants_gradients(args):
         return _in_one_step(function).apply(*args)
     return function.forward(*args)
+
+
+def _seen_anew(arg: Any) -> Any:
+    """A tensor as a view, which the compiler looks at anew.
+
+    Of an argument of torch.func.grad it knows `requires_grad` from before, and would lose the function's gradient.
+    """
+    return arg.view_as(arg) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
 
 
 @functools.cache

@@ -102,7 +102,8 @@ def read(
         accumulation dtype. Without `nearest`, distance and index are [L, 0].
     """
     keys, _, beta, scale, normalize = memory.operands
-    result: Results = _Read.apply(query, keys, beta, scale, bias, normalize, top_k, nearest, deviation, backend)
+    options = normalize, top_k, nearest, deviation, backend
+    result: Results = library.apply(_Read, query, keys, beta, scale, bias, *options)
     return result
 
 

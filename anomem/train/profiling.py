@@ -18,7 +18,7 @@ from anomem.models import Encoder
 from anomem.train.config import TrainConfig, flat_settings
 from anomem.train.execution import settled
 from anomem.train.ranks import joined
-from anomem.train.run import model_for, prepare, require_an_image_each
+from anomem.train.run import model_for, prepare, require_batches
 from anomem.train.rundir import default_directory
 from anomem.train.stage1 import train_stage1
 from anomem.validation import require_count
@@ -122,7 +122,7 @@ def profile_steps(
         task = task.to(model.device)
         config = settled(config, model.device)
         ranks.require_same(flat_settings(config))
-        require_an_image_each(config, len(task.train), ranks)
+        require_batches(config, len(task.train), ranks)
         # One step more, whose batch is asked for when the last profiled step has ended.
         optimizer = replace(config.optimizer, steps=WARMUP + steps + 1)
         config = replace(config, optimizer=optimizer, run=replace(config.run, log_every=10**9, cuda_graph=False))

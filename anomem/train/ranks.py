@@ -6,6 +6,8 @@ on GPUs. Only the first writes the run directory and the terminal.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +27,7 @@ T = TypeVar("T")
 WAIT = timedelta(seconds=50)
 """How long a process waits for the others before it ends the job."""
 ADDRESS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+ENDED = "another process of the job has ended or does not answer"
 
 
 @dataclass(frozen=True)
@@ -140,26 +143,29 @@ def joined(device: str, wait: timedelta = WAIT) -> Iterator[Ranks]:
         wait: how long a process waits for the others; one that has ended is noticed at once on CPUs.
 
     Raises:
-        UserError: the environment does not say where the others are, they do not come, or one of them has ended.
+        UserError: the environment does not say where the others are, they do not come, or one of them has ended. What
+            several processes raise in the same words is raised in the first of them; the others leave without a word.
     """
     count = os.environ.get("WORLD_SIZE") or "1"
     ours = count != "1" and not (dist.is_available() and dist.is_initialized())
     if ours:
         _connect(count, device, wait)
     ranks = Ranks.current()
+    number = next(_calls)
     on_cpu = ranks.count > 1 and (device == "cpu" or not torch.cuda.is_available())
     try:
         with own_cores() if on_cpu else nullcontext():
             yield ranks
+    except UserError as error:
+        if ranks.count == 1 or _is_said_here(f"{number} {error}"):
+            raise
+        raise SystemExit(2) from error
     except RuntimeError as error:
-        if ranks.count == 1 or not _is_of_another(error):
+        if not is_of_another(error, ranks):
             raise
         if not ranks.first:
             raise SystemExit(2) from error
-        raise UserError(
-            "another process of the job has ended or does not answer; start the job again with `--resume` and the "
-            "directory of the run in place of its settings"
-        ) from error
+        raise UserError(f"{ENDED}; start the job again") from error
     finally:
         if ours:
             dist.destroy_process_group()
@@ -206,8 +212,21 @@ def local_device(device: str) -> str:
     return f"cuda:{local}" if wanted and local is not None and Ranks.current().count > 1 else device
 
 
-def _is_of_another(error: RuntimeError) -> bool:
+_calls = itertools.count()
+"""How many trainings and scorings this process has taken part in: a mistake may be made again."""
+
+
+def is_of_another(error: RuntimeError, ranks: Ranks) -> bool:
     """Whether a collective failed because another process is gone."""
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "nccl", "gloo")
-    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+    return ranks.count > 1 and (isinstance(error, dist.DistError) or any(sign in text for sign in signs))
+
+
+def _is_said_here(sentence: str) -> bool:
+    """Whether no other process has said a sentence yet: all make the mistake of a command line or a training."""
+    key = f"anomem/said/{hashlib.sha256(sentence.encode()).hexdigest()}"
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
+    except RuntimeError:  # the process that kept the count is gone
+        return True

@@ -30,10 +30,11 @@ from anomem.train.checkpoint import (
 from anomem.train.config import FitConfig, RunConfig, TrainConfig, flat_settings, read_json
 from anomem.train.execution import settled
 from anomem.train.monitor import tensorboard_writer
-from anomem.train.ranks import ONE, Ranks, joined, local_device
+from anomem.train.ranks import ENDED, ONE, Ranks, is_of_another, joined, local_device
 from anomem.train.rundir import STAGES, RunDirectory, remove_leftovers
 from anomem.train.stage1 import train_stage1
 from anomem.train.stage2 import train_stage2
+from anomem.train.steps import batch_of
 from anomem.train.stopping import Interrupted, stopping_at_once
 from anomem.validation import require
 
@@ -85,7 +86,7 @@ def train(
         # Without "auto": a resumption executes as the run began.
         config = settled(config, model.device)
         ranks.require_same(flat_settings(config))
-        require_an_image_each(config, len(task.train), ranks)
+        require_batches(config, len(task.train), ranks)
         trained_on = task.trained_on
         run = RunDirectory(ranks.on_first(lambda: RunDirectory.create(config, given, trained_on).path))
         with _stoppable(run, ranks), _claimed(run, ranks):
@@ -118,7 +119,7 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
             if not ranks.on_first(lambda: _finished(run, config)):
                 prepare(config)
                 task = task or load_task(config.data, run.split())
-                require_an_image_each(config, len(task.train), ranks)
+                require_batches(config, len(task.train), ranks)
                 _complete(run, config, task, model_for(config, task, encoder), quiet, ranks)
     return run.path
 
@@ -322,24 +323,37 @@ def _finished(run: RunDirectory, config: TrainConfig) -> bool:
 
 @contextmanager
 def _stoppable(run: RunDirectory, ranks: Ranks = ONE) -> Iterator[None]:
-    """Around a training: a signal ends it with the sentence that says what was saved and how to continue."""
+    """Around a training: where a signal or the end of another process ends it, a sentence says what was saved and how
+    to continue.
+    """
     try:
         with stopping_at_once():
             yield
     except KeyboardInterrupt as stop:
+        number = int(getattr(stop, "signal", 2))
         if not ranks.first:
-            raise SystemExit(128 + int(getattr(stop, "signal", 2))) from None
+            raise SystemExit(128 + number) from None
         if not run.config_file.exists():
             raise
-        state = "no checkpoint yet: it will begin anew"
-        for stage in STAGES:
-            with suppress(UserError):
-                step = saved_step(run.checkpoints, stage)
-                state = state if step is None else f"{stage} is saved up to step {step}"
-        here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.count))  # processes of this machine, from torchrun
-        start = "anomem" if ranks.count == 1 else f"torchrun --nproc-per-node {here} -m anomem"
-        command = f"{start} train --resume {shlex.quote(str(run.path))}"
-        raise Interrupted(getattr(stop, "signal", 2), f"stopped; {state}; continue with `{command}`") from None
+        raise Interrupted(number, f"stopped; {_how_to_continue(run, ranks)}") from None
+    except RuntimeError as error:
+        if not is_of_another(error, ranks) or not run.config_file.exists():
+            raise
+        if not ranks.first:
+            raise SystemExit(2) from error
+        raise UserError(f"{ENDED}; {_how_to_continue(run, ranks)}") from error
+
+
+def _how_to_continue(run: RunDirectory, ranks: Ranks) -> str:
+    """What is saved of a run, and the command that goes on with it."""
+    state = "no checkpoint yet: it will begin anew"
+    for stage in STAGES:
+        with suppress(UserError):
+            step = saved_step(run.checkpoints, stage)
+            state = state if step is None else f"{stage} is saved up to step {step}"
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.count))  # processes of this machine, from torchrun
+    start = "anomem" if ranks.count == 1 else f"torchrun --nproc-per-node {here} -m anomem"
+    return f"{state}; continue with `{start} train --resume {shlex.quote(str(run.path))}`"
 
 
 def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: AnoMem) -> None:
@@ -363,20 +377,23 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
     print(f"training: {stages}; checkpoints in {run.checkpoints} at the end of each stage{every}", flush=True)
 
 
-def require_an_image_each(config: TrainConfig, images: int, ranks: Ranks) -> None:
-    """Check that every process has an image of every part of a batch.
+def require_batches(config: TrainConfig, images: int, ranks: Ranks) -> None:
+    """Check that a set's batches can be shared: every process has an image of every part of one.
 
     Raises:
         UserError: in the first process. The others leave without a word.
     """
     for optimizer in (config.optimizer, *([config.stage2.optimizer] if config.has_stage2 else [])):
-        batch = min(optimizer.batch_size, images)
-        if batch // optimizer.accumulate < ranks.count:
+        batch, parts = batch_of(images, optimizer), optimizer.accumulate
+        if batch // parts < ranks.count:
             if not ranks.first:
                 raise SystemExit(2)
+            of_parts, remedy = (
+                (f" in each of {parts} parts of a batch", " or accumulate fewer parts") if parts > 1 else ("", "")
+            )
             raise UserError(
-                f"`{optimizer.section}.batch_size`: expected an image for each of {ranks.count} processes in each of "
-                f"{optimizer.accumulate} parts of a batch, received {batch}; start fewer processes"
+                f"`{optimizer.section}.batch_size`: expected an image for each of {ranks.count} processes{of_parts}, "
+                f"received {batch}; start fewer processes{remedy}"
             )
 
 

@@ -45,6 +45,21 @@ class Loss(NamedTuple):
     """S tensors [n_s, 2R, d_s], of this process's rows."""
 
 
+def batch_of(images: int, config: OptimizerConfig) -> int:
+    """B: a smaller set is one batch.
+
+    Raises:
+        ArgumentError: it has too few images for its parts, or fewer than a micro-batch.
+    """
+    batch, micro = min(config.batch_size, images), config.micro_batch
+    expected = "at most half of the images of a batch"
+    enough = batch >= 2 * config.accumulate
+    require(enough, f"{config.section}.accumulate", expected, lambda: f"{config.accumulate} of {batch}")
+    expected = f"at most {batch}, the images of a batch"
+    require(micro is None or micro <= batch, f"{config.section}.micro_batch", expected, micro)
+    return batch
+
+
 class Shares:
     """Which rows of a batch this process has: parts of the batch, each with micro-batches.
 
@@ -56,12 +71,7 @@ class Shares:
     """
 
     def __init__(self, images: int, config: OptimizerConfig, synthetic: float, ranks: Ranks) -> None:
-        self.batch = min(config.batch_size, images)
-        enough = self.batch >= 2 * config.accumulate
-        expected = "at most half of the images of a batch"
-        require(enough, f"{config.section}.accumulate", expected, lambda: f"{config.accumulate} of {self.batch}")
-        micro, expected = config.micro_batch, f"at most {self.batch}, the images of a batch"
-        require(micro is None or micro <= self.batch, f"{config.section}.micro_batch", expected, micro)
+        self.batch = batch_of(images, config)
         self.parts: list[list[Rows]] = []
         """Micro-batches of each part."""
         self.counts: list[list[int]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import accuracy, cells, counts, export, learning, memories, tables
+from benchmarks.report import accuracy, cells, counts, export, learning, memories, speeds, tables
 
 PAGES = ("README.md", "docs/PERFORMANCE.md", "docs/RESULTS.md", "docs/EXPORT.md")
 SECTIONS = (
@@ -16,6 +16,7 @@ SECTIONS = (
     | learning.SECTIONS
     | export.SECTIONS
     | memories.SECTIONS
+    | speeds.SECTIONS
 )
 _MARKED = re.compile(r"(<!-- rows: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -6,7 +6,6 @@ Links to pictures are relative to `docs/`.
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -45,39 +44,6 @@ def fastest_other(group: Iterable[Row], *but: str) -> Row | None:
     """The fastest implementation of a case that is neither the library's nor one of these."""
     others = (row for row in group if row.milliseconds and row.implementation not in (*OURS, *but))
     return min(others, key=median, default=None)
-
-
-def headline(device: str) -> Callable[[Path], str]:
-    """One sentence with its machine: over all cases, how many times as fast as eager and as the fastest other."""
-
-    def section(results: Path) -> str:
-        measured = [*load(results, device, "kernels"), *load(results, device, "training")]
-        eager: list[float] = []
-        others: list[float] = []
-        for group in cases_of(measured):
-            own, plain = fastest(group), fastest(group, ("eager",))
-            if own is None or plain is None:
-                continue
-            eager.append(median(plain) / median(own))
-            if fastest_other(group, "eager") is not None:
-                best = fastest_other(group)
-                assert best is not None
-                others.append(median(best) / median(own))
-        if not eager:
-            return NOT_MEASURED[device]
-        text = f"In the {len(eager)} cases of the suites `kernels` and `training` the library's kernels were "
-        text += f"{span(eager)} as fast as eager PyTorch"
-        if others:
-            text += f"; in the {len(others)} of them that have a rival, {span(others)} as fast as the fastest other "
-            text += "implementation"
-        return f"{text}. {machine_line(measured[0].about)} {commits(row.about for row in measured)}"
-
-    return section
-
-
-def span(quotients: list[float]) -> str:
-    """Smallest, largest and median of quotients of times."""
-    return f"{times(min(quotients))} to {times(max(quotients))} (median {times(statistics.median(quotients))})"
 
 
 def summary(device: str) -> Callable[[Path], str]:
@@ -446,7 +412,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     f"{device}-{name}": section
     for device in (*PROCESSORS, "cuda")
     for name, section in (
-        ("readme", headline(device)),
         ("summary", summary(device)),
         ("kernels", details(device, "kernels")),
         ("scaling", details(device, "scaling")),

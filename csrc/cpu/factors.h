@@ -152,23 +152,25 @@ inline void pack_transposed(const S* source, int64_t stride, int64_t count, int6
 }
 
 // Packs B = source [k, n]; columns past n become zeros, and rows of zeros follow up to `padded`. `panel_stride` is the
-// distance of panels in elements (0: k · width).
+// distance of panels in elements (0: k · width). `before` rows of B are packed already.
 template <class S>
 inline void pack(const S* source, int64_t stride, int64_t k, int64_t n, accumulator_t<S>* packed,
-                 int64_t panel_stride = 0, int64_t padded = 0, int64_t widest = Block<accumulator_t<S>>::kWidth) {
+                 int64_t panel_stride = 0, int64_t padded = 0, int64_t widest = Block<accumulator_t<S>>::kWidth,
+                 int64_t before = 0) {
   using T = accumulator_t<S>;
   for (int64_t first = 0; first < n; first += widest, packed += panel_stride > 0 ? panel_stride : k * widest) {
     const int64_t width = panel_width<T>(first, n, widest);
     for (int64_t half = 0; half < width; half += kLanes<T>) {
       const int64_t left = n - first - half;
+      T* const to = packed + before * width + half;
       for (int64_t p = 0; p < (padded > k ? padded : k); ++p) {
         if (p >= k || left <= 0) {
-          store(packed + p * width + half, vec<T>{});
+          store(to + p * width, vec<T>{});
           continue;
         }
         const S* from = source + p * stride + first + half;
         const vec<T> x = left >= kLanes<T> ? load(from) : load_first(from, left);
-        store(packed + p * width + half, x);
+        store(to + p * width, x);
       }
     }
   }
@@ -182,18 +184,19 @@ constexpr int64_t packed_size(int64_t k, int64_t n) {
 
 #if ANOMEM_BFLOAT16_PAIRS
 // Packs B = source [k, n] in pairs of rows; rows of zeros follow up to `padded`. `panel_stride` is the distance of
-// panels in pairs (0: one after the other).
+// panels in pairs (0: one after the other). `before` pairs of rows of B are packed already.
 inline void pack_pairs(const Bfloat16* source, int64_t stride, int64_t k, int64_t n, Pair* packed, int64_t panel_stride,
-                       int64_t padded, int64_t widest) {
+                       int64_t padded, int64_t widest, int64_t before) {
   const int64_t last = factors<Bfloat16>(padded > k ? padded : k);
   for (int64_t first = 0; first < n; first += widest, packed += panel_stride > 0 ? panel_stride : last * widest) {
     const int64_t width = panel_width<float>(first, n, widest);
     for (int64_t half = 0; half < width; half += kLanes<float>) {
       const int64_t left = n - first - half, count = left < kLanes<float> ? left : kLanes<float>;
+      Pair* const to = packed + before * width + half;
       for (int64_t p = 0; p < last; ++p) {
         const Bfloat16* from = source + 2 * p * stride + first + half;
         const bool row = count > 0 && 2 * p < k, next = count > 0 && 2 * p + 1 < k;
-        store(packed + p * width + half, row ? load_some(from, count) : vec<float>{},
+        store(to + p * width, row ? load_some(from, count) : vec<float>{},
               next ? load_some(from + stride, count) : vec<float>{});
       }
     }
@@ -241,9 +244,16 @@ class FactorRows {
   // The first `count` rows become the rows of B, [columns / width][factors in `count` terms][width]; `panel_stride` and
   // `padded` as in `pack`.
   void pack_rows(int64_t count, F* packed, int64_t panel_stride = 0, int64_t padded = 0,
-                 int64_t widest = Block<T>::kWidth) const {
-    if constexpr (kInPairs<S>) pack_pairs(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest);
-    else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest);
+                 int64_t widest = Block<T>::kWidth, int64_t before = 0) const {
+    const int64_t packed_before = before / Factor<S>::kTerms;
+    if constexpr (kInPairs<S>)
+      pack_pairs(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest, packed_before);
+    else pack(data_.data(), stride_, count, length_, packed, panel_stride, padded, widest, packed_before);
+  }
+
+  // The first `count` rows become those of B from `before` on, a multiple of a factor's terms; B has `all` rows.
+  void pack_some_rows(int64_t count, int64_t before, int64_t all, F* packed, int64_t widest) const {
+    pack_rows(count, packed, factors<S>(all) * widest, 0, widest, before);
   }
 
   // As the left factor of the library's products: rows of whole factors, `stride` factors apart and padded with zeros;

@@ -1,20 +1,36 @@
-// A memory's keys and values, normalised and packed once per call and then shared by all chunks of queries.
+// A memory's keys and values, normalised and packed once per call and then shared by all chunks of queries. Threads
+// pack its prototypes block by block: of few queries this takes longer than their products.
 #pragma once
 
 #include "cpu/factors.h"
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/product.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
-// norm(K) [M, d], widened.
+// Prototypes of a block: whole panels of any width.
+constexpr int64_t kPrototypes = kLibraryPanel;
+
+// Calls f(first, count, scratch) for every block of a memory's prototypes, in parallel. `Scratch` is made for each
+// thread, from `arguments`.
+template <class Scratch, class F, class... Arguments>
+inline void for_blocks(int64_t prototypes, const F& f, const Arguments&... arguments) {
+  parallel_ranges((prototypes + kPrototypes - 1) / kPrototypes, [&](int64_t begin, int64_t end) {
+    Scratch scratch(arguments...);
+    for (int64_t first = begin * kPrototypes; first < prototypes && first < end * kPrototypes; first += kPrototypes)
+      f(first, at_most(kPrototypes, prototypes - first), scratch);
+  });
+}
+
+// norm(K) of a block [count, d], widened.
 template <class S>
-void normalized_keys(const Memory& memory, accumulator_t<S>* to) {
-  const S* keys = static_cast<const S*>(memory.keys);
-  for (int64_t m = 0; m < memory.prototypes; ++m)
-    normalize_row(keys + m * memory.features, memory.features, memory.normalize, to + m * memory.features);
+inline void normalized_keys(const Memory& memory, int64_t first, int64_t count, accumulator_t<S>* to) {
+  const int64_t d = memory.features;
+  const S* keys = static_cast<const S*>(memory.keys) + first * d;
+  for (int64_t j = 0; j < count; ++j) normalize_row(keys + j * d, d, memory.normalize, to + j * d);
 }
 
 // Width of the panels of a call's factors.
@@ -34,11 +50,16 @@ class PanelParts {
         data_(used_ ? parts_size(n_, k) : 0) {}
 
   void make(const F* packed) {
-    if constexpr (std::is_same_v<F, float>)
-      for (int64_t column = 0; used_ && column < n_; column += kLibraryPanel) {
-        const int64_t width = panel_width<float>(column, n_, kLibraryPanel);
-        used_ = split_right(packed + column * k_, width, k_, width, data_.data() + parts_size(column, k_));
-      }
+    if constexpr (std::is_same_v<F, float>) {
+      if (!used_) return;
+      const int64_t panels = (n_ + kLibraryPanel - 1) / kLibraryPanel;
+      Buffer<int64_t> split(panels);
+      parallel(panels, [&](int64_t panel) {
+        const int64_t column = panel * kLibraryPanel, width = panel_width<float>(column, n_, kLibraryPanel);
+        split[panel] = split_right(packed + column * k_, width, k_, width, data_.data() + parts_size(column, k_));
+      });
+      for (int64_t panel = 0; panel < panels; ++panel) used_ = used_ && split[panel];
+    }
   }
 
   // Null where there are none.
@@ -69,6 +90,15 @@ class LeftParts {
   Buffer<Bfloat16> data_;
 };
 
+// Scratch in which a block of prototypes is normalised and rounded.
+template <class S>
+struct PackedBlock {
+  Buffer<accumulator_t<S>> wide;  // [kPrototypes, length]
+  FactorRows<S> rows;
+
+  explicit PackedBlock(int64_t length) : wide(kPrototypes * length), rows(kPrototypes, length) {}
+};
+
 // The right factors of a retrieval, packed for the library's products if `library`. Values are rounded to factors of R.
 // Keys are not rounded: a softmax amplifies the rounding of its scores.
 template <class S, class R = accumulator_t<S>>
@@ -76,24 +106,27 @@ class ReadPanels {
  public:
   using T = accumulator_t<S>;
 
-  // `in_parts`: whether parts are made of them, where products are in tiles.
-  ReadPanels(const Memory& memory, bool library, bool in_parts = true)
-      : keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
+  // `with_keys`: whether any scores are made of normalised keys. `in_parts`: whether parts are made of the factors,
+  // where products are in tiles.
+  ReadPanels(const Memory& memory, bool library, bool in_parts = true, bool with_keys = true)
+      : keys_transposed_(with_keys ? packed_size<T>(memory.features, memory.prototypes) : 0),
         values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)),
-        key_parts_(memory.features, memory.prototypes, library && in_parts),
+        key_parts_(memory.features, memory.prototypes, library && in_parts && with_keys),
         value_parts_(memory.prototypes, memory.value_features, library && in_parts) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
-    Buffer<T> keys(m * d);
-    normalized_keys<S>(memory, keys.data());
     const int64_t widest = widest_panel<T>(library);
-    pack_transposed(keys.data(), d, m, d, keys_transposed_.data(), 0, widest);
-    FactorRows<R> rows(m, dv);
-    const S* values = static_cast<const S*>(memory.values.data);
-    for (int64_t j = 0; j < m; ++j)
-      if (memory.tied()) rows.set(j, keys.data() + j * d, T{1});
-      else rows.set(j, values + j * dv, T{1});
-    rows.pack_rows(m, values_.data(), 0, 0, widest);
-    key_parts_.make(keys_transposed_.data());
+    const S* const values = static_cast<const S*>(memory.values.data);
+    const auto pack_block = [&](int64_t first, int64_t count, Scratch& scratch) {
+      const T* const keys = scratch.keys.data();
+      if (with_keys || memory.tied()) normalized_keys<S>(memory, first, count, scratch.keys.data());
+      if (with_keys) pack_transposed(keys, d, count, d, keys_transposed_.data() + first * d, 0, widest);
+      for (int64_t j = 0; j < count; ++j)
+        if (memory.tied()) scratch.rows.set(j, keys + j * d, T{1});
+        else scratch.rows.set(j, values + (first + j) * dv, T{1});
+      scratch.rows.pack_some_rows(count, first, m, values_.data(), widest);
+    };
+    for_blocks<Scratch>(m, pack_block, d, dv);
+    if (with_keys) key_parts_.make(keys_transposed_.data());
     value_parts_.make(values_.data());
   }
 
@@ -105,6 +138,13 @@ class ReadPanels {
   RightFactor<factor_t<R>> values() const { return {values_.data(), value_parts_.data()}; }
 
  private:
+  struct Scratch {
+    Buffer<T> keys;  // [kPrototypes, d]
+    FactorRows<R> rows;
+
+    Scratch(int64_t d, int64_t dv) : keys(kPrototypes * d), rows(kPrototypes, dv) {}
+  };
+
   Buffer<T> keys_transposed_;
   Buffer<factor_t<R>> values_;
   PanelParts<T> key_parts_;
@@ -120,38 +160,44 @@ class GradientPanels {
   using T = accumulator_t<S>;
   using F = factor_t<S>;
 
-  // `in_parts` as in ReadPanels.
-  GradientPanels(const Memory& memory, bool in_parts)
+  // `in_parts` and `with_keys` as in ReadPanels.
+  GradientPanels(const Memory& memory, bool in_parts, bool with_keys)
       : tied_(memory.tied()),
         shared_(memory.tied() && !kInPairs<S>),
-        keys_transposed_(packed_size<T>(memory.features, memory.prototypes)),
+        keys_transposed_(with_keys ? packed_size<T>(memory.features, memory.prototypes) : 0),
         keys_(packed_size<T>(factors<S>(memory.prototypes), memory.features)),
         values_transposed_(shared_ ? 0 : packed_size<T>(factors<S>(memory.value_features), memory.prototypes)),
-        transposed_key_parts_(memory.features, memory.prototypes, memory.library && in_parts),
+        transposed_key_parts_(memory.features, memory.prototypes, memory.library && in_parts && with_keys),
         key_parts_(memory.prototypes, memory.features, memory.library && in_parts),
         value_parts_(memory.value_features, memory.prototypes, memory.library && in_parts && !shared_),
         mean_(memory.features),
         values_mean_(memory.tied() ? 0 : memory.value_features) {
     const int64_t m = memory.prototypes, d = memory.features, dv = memory.value_features;
-    Buffer<T> keys(m * d);
-    normalized_keys<S>(memory, keys.data());
     const int64_t widest = widest_panel<T>(memory.library);
-    pack_transposed(keys.data(), d, m, d, keys_transposed_.data(), 0, widest);
-    FactorRows<S> rows(m, d);
-    set_centred(keys.data(), m, d, mean_.data(), rows);
-    rows.pack_rows(m, keys_.data(), 0, 0, widest);
-    transposed_key_parts_.make(keys_transposed_.data());
+    const auto keys = [&](int64_t first, int64_t count, T* to) { normalized_keys<S>(memory, first, count, to); };
+    set_mean(m, d, keys, mean_.data());
+    const auto pack_keys = [&](int64_t first, int64_t count, PackedBlock<S>& block) {
+      keys(first, count, block.wide.data());
+      if (with_keys) pack_transposed(block.wide.data(), d, count, d, keys_transposed_.data() + first * d, 0, widest);
+      set_centred(count, d, mean_.data(), block);
+      block.rows.pack_some_rows(count, first, m, keys_.data(), widest);
+      if (tied_ && !shared_)
+        block.rows.pack_columns(count, values_transposed_.data() + first * factors<S>(d), 0, widest);
+    };
+    for_blocks<PackedBlock<S>>(m, pack_keys, d);
+    if (with_keys) transposed_key_parts_.make(keys_transposed_.data());
     key_parts_.make(keys_.data());
-    if (shared_) return;
-    if (memory.tied()) {
-      rows.pack_columns(m, values_transposed_.data(), 0, widest);
-      return;
-    }
-    Buffer<T> values(m * dv);
-    scaled_copy(static_cast<const S*>(memory.values.data), m * dv, T{1}, values.data());
-    FactorRows<S> value_rows(m, dv);
-    set_centred(values.data(), m, dv, values_mean_.data(), value_rows);
-    value_rows.pack_columns(m, values_transposed_.data(), 0, widest);
+    if (tied_) return;
+    const auto values = [&](int64_t first, int64_t count, T* to) {
+      scaled_copy(static_cast<const S*>(memory.values.data) + first * dv, count * dv, T{1}, to);
+    };
+    set_mean(m, dv, values, values_mean_.data());
+    const auto pack_values = [&](int64_t first, int64_t count, PackedBlock<S>& block) {
+      values(first, count, block.wide.data());
+      set_centred(count, dv, values_mean_.data(), block);
+      block.rows.pack_columns(count, values_transposed_.data() + first * factors<S>(dv), 0, widest);
+    };
+    for_blocks<PackedBlock<S>>(m, pack_values, dv);
     value_parts_.make(values_transposed_.data());
   }
 
@@ -173,13 +219,31 @@ class GradientPanels {
   }
 
  private:
-  static void set_centred(T* source, int64_t m, int64_t n, T* mean, FactorRows<S>& rows) {
+  // The mean [n] of m rows, which `rows` writes by blocks; of pairs alone. Their sums are added in order, whatever the
+  // threads.
+  template <class Rows>
+  static void set_mean(int64_t m, int64_t n, const Rows& rows, T* mean) {
     if constexpr (kInPairs<S>) {
+      Buffer<T> sums((m + kPrototypes - 1) / kPrototypes * n);
+      const auto sum_block = [&](int64_t first, int64_t count, Buffer<T>& block) {
+        rows(first, count, block.data());
+        T* const sum = sums.data() + first / kPrototypes * n;
+        std::memset(sum, 0, n * sizeof(T));
+        for (int64_t j = 0; j < count; ++j) add_scaled(block.data() + j * n, n, T{1} / static_cast<T>(m), sum);
+      };
+      for_blocks<Buffer<T>>(m, sum_block, kPrototypes * n);
       std::memset(mean, 0, n * sizeof(T));
-      for (int64_t j = 0; j < m; ++j) add_scaled(source + j * n, n, T{1} / static_cast<T>(m), mean);
-      for (int64_t j = 0; j < m; ++j) add_scaled(mean, n, T{-1}, source + j * n);
+      for (int64_t first = 0; first < m; first += kPrototypes)
+        add_scaled(sums.data() + first / kPrototypes * n, n, T{1}, mean);
     }
-    for (int64_t j = 0; j < m; ++j) rows.set(j, source + j * n, T{1});
+  }
+
+  static void set_centred(int64_t count, int64_t n, const T* mean, PackedBlock<S>& block) {
+    for (int64_t j = 0; j < count; ++j) {
+      T* const row = block.wide.data() + j * n;
+      if constexpr (kInPairs<S>) add_scaled(mean, n, T{-1}, row);
+      block.rows.set(j, row, T{1});
+    }
   }
 
   bool tied_, shared_;

@@ -37,20 +37,25 @@ class RawKeys {
         factor_(usable_ ? padded_stride<T>(m_) : 0),
         mean_(usable_ ? padded_stride<T>(m_) : 0) {
     if (!usable_) return;
-    const S* keys = static_cast<const S*>(memory.keys);
     const bool layer = memory.normalize == Normalize::kLayer;
-    Buffer<T> normalized(d_);
-    FactorRows<S> rows(m_, d_);
-    for (int64_t j = 0; j < m_ && usable_; ++j) {
-      const T factor = normalize_row(keys + j * d_, d_, memory.normalize, normalized.data());
-      const T mean = layer ? row_mean(keys + j * d_, d_) : T{0};
-      usable_ = keeps_digits(mean, factor);
-      factor_[j] = factor;
-      mean_[j] = static_cast<T>(d_) * mean * factor;
-      rows.set(j, keys + j * d_, T{1});
-    }
+    Buffer<int64_t> keeps((m_ + kPrototypes - 1) / kPrototypes);
+    const auto pack_block = [&](int64_t first, int64_t count, PackedBlock<S>& block) {
+      const S* const keys = static_cast<const S*>(memory.keys) + first * d_;
+      int64_t& keeps_block = keeps[first / kPrototypes];
+      keeps_block = 1;
+      for (int64_t j = 0; j < count; ++j) {
+        const T factor = normalize_row(keys + j * d_, d_, memory.normalize, block.wide.data());
+        const T mean = layer ? row_mean(keys + j * d_, d_) : T{0};
+        if (!keeps_digits(mean, factor)) keeps_block = 0;
+        factor_[first + j] = factor;
+        mean_[first + j] = static_cast<T>(d_) * mean * factor;
+        block.rows.set(j, keys + j * d_, T{1});
+      }
+      block.rows.pack_columns(count, packed_.data() + first * factors<S>(d_), 0, kLibraryPanel);
+    };
+    for_blocks<PackedBlock<S>>(m_, pack_block, d_);
     for (int64_t j = m_; j < padded_stride<T>(m_); ++j) factor_[j] = mean_[j] = 0;
-    if (usable_) rows.pack_columns(m_, packed_.data(), 0, kLibraryPanel);
+    for (int64_t first = 0; first < m_; first += kPrototypes) usable_ = usable_ && keeps[first / kPrototypes];
   }
 
   bool usable() const { return usable_; }
@@ -110,5 +115,31 @@ class RawQueries {
   FactorRows<S> data_;
   Buffer<T> mean_;
 };
+
+// Whether the scores of every query are made so: no chunk reads normalised keys then. Of many queries it is not asked:
+// they would be read once more, and packing keys takes little of their time.
+template <class S>
+inline bool all_are_raw(const RawKeys<S>& keys, const Queries& queries, const Memory& memory) {
+  using T = accumulator_t<S>;
+  if (!keys.usable() || queries.count > 4 * memory.prototypes) return false;
+  if (memory.normalize == Normalize::kNone) return true;
+  constexpr int64_t some = 64;
+  const int64_t blocks = (queries.count + some - 1) / some, d = memory.features;
+  Buffer<int64_t> keep(blocks);
+  parallel_ranges(blocks, [&](int64_t begin, int64_t end) {
+    Buffer<T> normalized(d);
+    for (int64_t block = begin; block < end; ++block) {
+      keep[block] = 1;
+      for (int64_t i = block * some; i < queries.count && i < (block + 1) * some; ++i) {
+        const S* const row = static_cast<const S*>(queries.data) + i * queries.stride;
+        const T factor = normalize_row(row, d, memory.normalize, normalized.data());
+        if (!keeps_digits(memory.normalize == Normalize::kLayer ? row_mean(row, d) : T{0}, factor)) keep[block] = 0;
+      }
+    }
+  });
+  for (int64_t block = 0; block < blocks; ++block)
+    if (!keep[block]) return false;
+  return true;
+}
 
 }  // namespace anomem::cpu::ANOMEM_ISA

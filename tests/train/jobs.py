@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -186,7 +187,8 @@ def a_process_dies(settings: dict[str, Any]) -> None:
     began = time.monotonic()
     act_after_a_step(1, lambda: os._exit(0))
     if dist.get_rank() == 0:
-        with pytest.raises(UserError, match="another process of the job has ended or does not answer"):
+        sentence = "another process of the job has ended or does not answer; no checkpoint yet.*--resume "
+        with pytest.raises(UserError, match=sentence + re.escape(str(config.run.directory))):
             train(config, quiet=True)
     else:
         leaves(config, 2)
@@ -207,6 +209,16 @@ def mistakes(settings: dict[str, Any], batch: int) -> None:
             else:
                 leaves(wrong, 2, call)
     assert not Path(str(config.run.directory)).exists()
+
+
+def the_same_failure(settings: dict[str, Any], folder: str) -> None:
+    """Train until the loss is not finite, which every process finds; who raises writes what it says."""
+    with pytest.raises((UserError, SystemExit)) as failed:
+        train(from_dict(TrainConfig, settings), quiet=True)
+    if isinstance(failed.value, UserError):
+        Path(folder, f"said{dist.get_rank()}").write_text(str(failed.value))
+    else:
+        assert failed.value.code == 2
 
 
 class Sent(TorchDispatchMode):

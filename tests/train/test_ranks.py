@@ -84,6 +84,13 @@ def test_mistakes_are_said_once_and_none_hangs(tiny: TrainConfig) -> None:
     in_processes(3, jobs.mistakes, to_dict(tiny), 2)
 
 
+def test_what_every_process_finds_is_said_once(tiny: TrainConfig, tmp_path: Path) -> None:
+    diverges = replace(tiny.optimizer, learning_rate=100.0, weight_decay=100.0, warmup=0)
+    in_processes(2, jobs.the_same_failure, to_dict(replace(tiny, optimizer=diverges)), str(tmp_path))
+    (said,) = tmp_path.glob("said*")
+    assert "the loss is not finite" in said.read_text()
+
+
 @pytest.mark.parametrize("batch_norm", ["job", "process"])
 def test_the_messages_of_a_step_are_those_of_the_documentation(tmp_path: Path, batch_norm: str) -> None:
     in_processes(2, jobs.messages_of_a_step, str(tmp_path), batch_norm)
@@ -253,6 +260,14 @@ def test_a_micro_batch_is_compared_with_the_images_there_are() -> None:
     """A set of fewer images than the batch is one batch."""
     with pytest.raises(ArgumentError, match=r"`optimizer.micro_batch`: expected at most 8, the images of a batch"):
         Shares(8, OptimizerConfig(batch_size=16, micro_batch=9), 0.0, Ranks())
+
+
+def test_no_run_begins_whose_batches_cannot_be_made(tiny: TrainConfig) -> None:
+    for wrong in ({"micro_batch": 5000}, {"accumulate": 4000}):
+        config = replace(tiny, optimizer=replace(tiny.optimizer, batch_size=8192, **wrong))
+        with pytest.raises(ArgumentError, match=f"`optimizer.{next(iter(wrong))}`"):
+            train(config, quiet=True)
+        assert not Path(str(config.run.directory)).exists()
 
 
 def test_a_fit_is_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
