@@ -174,7 +174,7 @@ def grid(device: str) -> Suite:
     if device == "cpu":  # memories filled with features
         cases += [
             case("retrieve", N=queries, M=prototypes, d=d, B=1, dtype=one, group="large memories")
-            for queries, prototypes, d in ((5000, 2000, 384), (3000, 10000, 256))
+            for queries, prototypes, d in ((5000, 2000, 384), (3000, 10000, 256), (600, 2000, 384), (256, 2048, 128))
             for one in ("float32", "bfloat16")
         ]
     cases += [

@@ -107,7 +107,7 @@ class ReadPanels {
   using T = accumulator_t<S>;
 
   // `with_keys`: whether any scores are made of normalised keys. `in_parts`: whether parts are made of the factors,
-  // where products are in tiles.
+  // where products are in tiles and several chunks read them.
   ReadPanels(const Memory& memory, bool library, bool in_parts = true, bool with_keys = true)
       : keys_transposed_(with_keys ? packed_size<T>(memory.features, memory.prototypes) : 0),
         values_(packed_size<T>(factors<R>(memory.prototypes), memory.value_features)),

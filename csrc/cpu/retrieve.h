@@ -33,8 +33,13 @@ inline int64_t kept_in_blocks(Type type, int64_t value_features, int64_t queries
   return type == Type::kBfloat16 && queries * width * static_cast<int64_t>(sizeof(float)) > most ? 2 : width;
 }
 
-// Rows of a chunk that reads the memory in blocks: many, since each chunk fetches all of it.
-constexpr int64_t kBlockRows = 192;
+// Rows of a chunk that reads the memory in blocks: many, since each chunk fetches all of it. Few queries are divided
+// evenly, because products are of whole chunks.
+inline int64_t rows_in_blocks(int64_t queries) {
+  constexpr int64_t most = 192;
+  const int64_t chunks = at_least(1, (queries + most - 1) / most);
+  return chunks >= 16 ? most : at_least(32, round_up((queries + chunks - 1) / chunks, 32));
+}
 
 // Row stride of kept weights: whole panels of every instruction set, and no multiple of 1 KiB (padded_stride).
 inline int64_t kept_stride(int64_t prototypes) {
@@ -105,7 +110,7 @@ struct BackwardPlan {
     value_sums = memory.tied() ? 0 : value_stride * (memory.library ? memory.value_features : memory.prototypes);
     rows = chunk_rows(queries, memory.prototypes, memory.library);
     const bool is_long = rows == long_chunk(memory.library) && !in_blocks;
-    if (in_blocks) rows = kBlockRows;
+    if (in_blocks) rows = rows_in_blocks(queries);
     const int64_t sums = key_sums + value_sums;
     const bool in_groups = memory.library && sums > int64_t{1} << 18 && !in_blocks;
     // A chunk's two tiles of scores and four of rows should stay in the second-level cache. Those of a large memory do

@@ -40,10 +40,10 @@ void compute(const RetrieveForward& a) {
   using T = accumulator_t<S>;
   const int64_t m = a.memory.prototypes, d = a.memory.features, dv = a.memory.value_features, n = a.query.count;
   const bool in_blocks = !a.shrinkage.entropy && a.kept.of_blocks;
+  const int64_t rows = in_blocks ? rows_in_blocks(n) : chunk_rows(n, m, a.memory.library);
   const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage));
-  const ReadPanels<S, S> panels(a.memory, a.memory.library, !in_blocks, !all_are_raw(raw_keys, a.query, a.memory));
-  int64_t rows = chunk_rows(n, m, a.memory.library);
-  if (in_blocks) rows = kBlockRows;
+  const ReadPanels<S, S> panels(a.memory, a.memory.library, !in_blocks && n > 2 * rows,
+                                !all_are_raw(raw_keys, a.query, a.memory));
   const int64_t score_stride = padded_stride<T>(m), out_stride = padded_stride<T>(dv);
   const T beta = static_cast<T>(a.memory.beta), threshold = static_cast<T>(a.shrinkage.threshold);
   const int64_t kept_in_full = in_blocks ? 0 : a.kept.rows;
@@ -431,7 +431,8 @@ void compute(const RetrieveBackward& a) {
     // Where all weights are kept no scores are made.
     const bool weights_alone = kInPairs<S> && !in_blocks && a.kept.rows >= n;
     const RawKeys<S> raw_keys(a.memory, takes_raw_scores(a.memory, a.shrinkage) && !weights_alone);
-    const GradientPanels<S> panels(a.memory, !in_blocks, !weights_alone && !all_are_raw(raw_keys, a.query, a.memory));
+    const GradientPanels<S> panels(a.memory, !in_blocks && n > 2 * rows,
+                                   !weights_alone && !all_are_raw(raw_keys, a.query, a.memory));
     if (plan.group > 0) {
       T* const memory = dvalues + (tied ? plan.key_sums : plan.value_sums);
       Buffer<Summands<S>> summands(plan.group);
