@@ -246,7 +246,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ANOMEM_CHOICE", "measure")
     monkeypatch.setenv("COLUMNS", "300")
     backends.forget()
-    found = {"retrieve float32 1 x 512 x 8192 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
+    found = {"retrieve float32 1 x 128 x 8192 x 128 training": Measured("native", {"reference": 3.0, "native": 1.5})}
     checks = {"native usage float32 d 64": "passed", "native shrink float32 d 64": "error 3 expected 1"}
     machine.keep(choice.default_path(), "cpu", choices=found, checks=checks)
     return tmp_path
@@ -271,7 +271,7 @@ def test_the_environment_as_json(cache: Path, capsys: pytest.CaptureFixture[str]
     assert cpu["hardware"] == machine.hardware("cpu")
     assert ["retrieve", "reference", "runs"] in cpu["runs"]
     (measured,) = (c for c in cpu["choices"] if c["source"] == "file")
-    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 512 x 8192 x 128 training", "native")
+    assert (measured["call"], measured["takes"]) == ("retrieve float32 1 x 128 x 8192 x 128 training", "native")
     assert measured["because"] == "2.00 times as fast as reference, 1.5 ms"
     assert {c["source"] for c in cpu["choices"]} <= {"table", "file", "rule", "default"}
     assert cpu["checks"]["native usage float32 d 64"] == "passed"
