@@ -96,7 +96,7 @@ def remember(kind: Hashable | None, call: Any) -> None:
 
     Args:
         kind: of `anomem.functional._inputs.kind_of_call`; None is not remembered.
-        call: that runs them.
+        call: what runs them, as the operator wants it back.
     """
     if kind is None:
         return

@@ -111,8 +111,8 @@ class OptimizerConfig:
     """Parts of a batch that are contrasted one after another; their gradients are averaged before the step."""
     micro_batch: int | None = None
     """Images that a process encodes at once; None encodes the batch at once. The whole batch is still contrasted.
-    Every image is encoded twice; sampled vectors and their contrast grow with the batch, maps do not. Batch norm sees
-    micro-batches, so with it the result is not that of the batch at once."""
+    Every image is encoded twice; sampled vectors and their contrast grow with the batch, maps do not.
+    Batch norm sees micro-batches, so with it the result is not that of the batch at once."""
 
     def __post_init__(self) -> None:
         fewest = 0 if self.section == "optimizer" else 1
