@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK; torch 2.11 has no other
 
 #include <algorithm>
 
@@ -45,8 +46,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
     strides[axis] = strides[axis + 1] * std::max<int64_t>(shape[axis + 1], 1);
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(axes, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
