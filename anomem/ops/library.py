@@ -162,7 +162,7 @@ def _seen_anew(arg: Any) -> Any:
 
 @functools.cache
 def _in_one_step(function: Any) -> Any:
-    """The function with a forward pass that sets up its context itself, which spares a quarter of torch's steps."""
+    """The function with a forward pass that sets up its context itself, which torch runs in fewer steps."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = function.forward(*args)

@@ -252,7 +252,7 @@ def few_reader(scale: float, normalize: Normalize) -> Callable[[Tensor, Tensor],
 
 
 class _FewReads(torch.autograd.Function):
-    """`_Retrieve` in the fewest steps."""
+    """`_Retrieve` in the fewest steps: query [N, d], keys [M, d] that are the values too -> out [N, d]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, scale: float, normalize: int) -> Tensor:  # type: ignore[override]

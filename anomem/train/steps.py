@@ -218,7 +218,7 @@ class Stage1Step:
         return sum(losses[1:], losses[0]), terms
 
     def _leaf(self, vectors: Tensor) -> Tensor:
-        """The vectors in the precision of the contrast, for their gradient."""
+        """The vectors [n, R, d] in the precision of the contrast, for their gradient."""
         return self._in_precision([vectors])[0].detach().requires_grad_()
 
     def _pieces(self, scales: list[Tensor]) -> list[list[tuple[int, slice]]]:
@@ -261,7 +261,9 @@ class Stage1Step:
         scales: Sequence[int] | None = None,
         criterion: ContrastedMemoryLoss | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the vectors of all scales or of those given, by the step's criterion or another."""
+        """The loss of the vectors of all scales or of those given, two views [n, R, d] each, by the step's criterion or
+        another.
+        """
         if self.config.loss.positive == "view":  # none of them is answered by the memory
             normal = torch.zeros(pairs[0][0].shape[1], dtype=torch.bool, device=pairs[0][0].device)
         counts = self.shares.counts[part] if self.ranks.count > 1 else None

@@ -38,15 +38,16 @@ def speeds(results: Path) -> str:
     """The table, and the machines under it."""
     measured = {device: quotients(results, device) for device in MACHINES}
     there = {device: name for device, name in MACHINES.items() if measured[device]}
-    lines = [f"| both passes | {' | '.join(there.values())} |", "|---|" + "--:|" * len(there)]
+    lines = [f"| operator | {' | '.join(there.values())} |", "|---|" + "--:|" * len(there)]
     for name, operators in OPERATORS.items():
         cells = [_cell([x for operator in operators for x in measured[device].get(operator, [])]) for device in there]
         if any(cell != "–" for cell in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     abouts = {device: tables.load(results, device, "kernels")[0].about for device in there}
     machines = [f"- {there[device]}: {tables.machine_line(about)}" for device, about in abouts.items()]
-    missing = [tables.NOT_MEASURED[device] for device in ("cuda",) if device not in there]
-    return "\n".join([*lines, "", *machines, *(f"- {line}" for line in missing)])
+    if "cuda" not in there:
+        machines.append(f"- {tables.NOT_MEASURED['cuda']}")
+    return "\n".join([*lines, "", *machines])
 
 
 def _cell(found: list[float]) -> str:

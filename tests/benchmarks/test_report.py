@@ -106,7 +106,7 @@ def test_the_readme_has_a_column_for_each_machine(results) -> None:
     for name, milliseconds in {"eager": 4.0, "SDPA flash folded": 3.0, "native": 2.0}.items():
         rows.append(results / "cpu-amx-kernels.jsonl", measured("kernels", one, name, milliseconds, 2**20))
     text = speeds.speeds(results)
-    assert "| both passes | AMD family 26 | Intel family 6, AMX |" in text
+    assert "| operator | AMD family 26 | Intel family 6, AMX |" in text
     assert "| retrieval | – | 1.50× |" in text
     assert "| NT-Xent | 2.00× | – |" in text
     assert "- AMD family 26: x86_64 AVX512, 2 threads" in text
