@@ -120,12 +120,7 @@ struct WeightPairs<Bfloat16> {
 template <class S, class T = accumulator_t<S>>
 inline void add_library_product(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, int64_t a_stride,
                                 const factor_t<S>* b, T* c) {
-  if constexpr (kInLibrary<factor_t<S>>) {
-    constexpr int64_t width = 128;
-    for (int64_t j = 0; j < n; j += width)
-      library_product(m, n - j < width ? n - j : width, k, library_elements(a), Factor<S>::kTerms * a_stride,
-                      library_elements(b + j), n, c + j, n, true);
-  }
+  library_product_of_tile<S>(m, n, k, a, Factor<S>::kTerms * a_stride, b, n, c, n, true);
 }
 
 // `add_gradients` by the library.

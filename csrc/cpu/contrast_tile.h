@@ -153,6 +153,16 @@ inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stri
     constexpr int64_t width = kRowPadding, each = Factor<S>::kTerms;
     const int64_t terms = factors<S>(tile.features), rows = round_up(tile.rows, width);
     const factor_t<S>* left = tile.left.in_rows + tile.row * tile.left.row_stride;
+    if constexpr (kSplits && std::is_same_v<S, float>)
+      if (splits_products()) {
+        const int64_t step = upper ? width : tile.columns;
+        for (int64_t j = 0; j < tile.columns; j += step) {
+          const Panels right{tile.right.columns + (tile.column + j) * terms, terms, width, nullptr, 0, terms, width};
+          product_in_tiles(upper ? at_most(j + width, rows) : rows, at_most(step, tile.columns - j), terms, left,
+                           tile.left.row_stride, nullptr, right, to + j, to_stride, false);
+        }
+        return tile.use(to, to_stride);
+      }
     for (int64_t j = 0; j < tile.columns; j += width)
       for (int64_t start = 0; start < terms; start += kChain) {
         const factor_t<S>* right = tile.right.columns + (tile.column + j) * terms + start * width;

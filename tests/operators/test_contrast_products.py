@@ -12,9 +12,9 @@ from anomem import reference as R
 from anomem.functional import info_nce
 from anomem.ops import contrast as ops_contrast
 from anomem.rules import Impl
-from anomem.testing import compare, draw
+from anomem.testing import compare, draw, gradients
 from tests.operators.contract import BF16, F32, F64, NATIVE, cases, each, each_dtype
-from tests.operators.contrast_calls import OPERATORS, check, rows_of, views
+from tests.operators.contrast_calls import OPERATORS, check, plain_rows, rows_of, views
 
 PASSES = ("fwd", "bwd")
 KEPT_SHAPES = [(5, 80, 128), (1, 150, 130), (3, 9, 17)]
@@ -100,3 +100,20 @@ def test_products_of_the_library_within_budget(impl: Impl, dtype: torch.dtype) -
                 lambda a, b: R.info_nce_rows(a, b, positive, exclude, 0.2),
                 [draw(2, 150, 40, dtype=dtype), draw(2, 170, 40, dtype=dtype, seed=1)],
             )
+
+
+@cases("scale, tau", {NATIVE: product((1e-30, 1e-16, 1e16), (0.02, 0.2))})
+def test_upstream_gradients_of_any_size_within_budget(impl: Impl, scale: float, tau: float) -> None:
+    """On processors with tiles the weights of a row are taken apart into numbers of bfloat16, within a range."""
+    loss, plain = rows_of(impl, tau), plain_rows(tau)
+    compare(lambda *z: scale * loss(*z), lambda *z: scale * plain(*z), views(2, 80, 64))
+
+
+@cases("scale", {NATIVE: [(1e-12,), (1e-25,)]})
+def test_the_gradient_of_a_small_feature_keeps_its_digits(impl: Impl, scale: float) -> None:
+    """Smaller by orders than the other features, whose rounding it must not get."""
+    z, z_pair = (x * torch.where(torch.arange(64) == 9, scale, 1.0) for x in views(1, 150, 64))
+    exact = gradients(plain_rows(), [z.double(), z_pair.double()])
+    for actual, expected in zip(gradients(rows_of(impl), [z, z_pair])[1:], exact[1:], strict=True):
+        error = (actual - expected)[..., 9].abs().max() / expected[..., 9].abs().max()
+        assert error < 1e-5
