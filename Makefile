@@ -10,6 +10,7 @@ CUDA_SOURCES := setup.py anomem/ops/sources.py csrc/checks.h $(wildcard csrc/cud
 .PHONY: help setup build demo test test-gpu test-ptx test-ahead test-floor lint bench report sanitize clean
 
 help:
+	@echo 'make setup     a virtual environment with the kernels built'
 	@echo 'make demo      train AnoMem on real images, print the table, draw the figures (a few minutes)'
 	@echo 'make test      the whole test suite, without a GPU'
 	@echo 'make lint      ruff and mypy'
@@ -22,19 +23,25 @@ help:
 	@echo 'make sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make clean     everything that was built (the virtual environment stays)'
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed build
 
-$(VENV)/.installed: pyproject.toml
+# Modules are compiled as they are imported: an installation would compile thousands that nobody imports.
+INSTALL := -m pip install --quiet --no-compile
+
+# All that a build needs, so that compilers and the rest of the installation run side by side.
+$(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet torch torchvision
-	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja packaging
-	ANOMEM_BUILD=none $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,lab,export,peers,pretrained,elpv]'
+	$(PY) $(INSTALL) --upgrade pip
+	$(PY) $(INSTALL) torch torchvision 'setuptools>=77' wheel ninja packaging
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	ANOMEM_BUILD=none $(PY) $(INSTALL) --no-build-isolation --editable '.[dev,lab,export,peers,pretrained,elpv]'
 	@touch $@
 
 build: anomem/_C.so anomem/_C_cuda.so
 
-anomem/_C.so: $(CPU_SOURCES) | $(VENV)/.installed
+anomem/_C.so: $(CPU_SOURCES) | $(VENV)/.torch
 	ANOMEM_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -42,13 +49,13 @@ anomem/_C.so: $(CPU_SOURCES) | $(VENV)/.installed
 anomem/_C_cuda.so: $(CUDA_SOURCES) | anomem/_C.so
 	ANOMEM_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 
-demo: anomem/_C.so
+demo: $(VENV)/.installed anomem/_C.so
 	$(PY) -m anomem.demo
 
-test: build
+test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup tests
 
-test-gpu: build
+test-gpu: setup
 	$(PY) -m pytest -m gpu tests
 
 # The test suite executes one launch of each kernel; this executes all that are shipped.
@@ -67,20 +74,20 @@ ON_KERNELS_ALONE := --ignore=tests/kernels/test_large.py --ignore=tests/native/t
   --ignore-glob='tests/operators/test_*_accuracy.py' --deselect='tests/stand_in/test_stand_in.py::test_cases[range]' \
   --deselect='tests/stand_in/test_stand_in.py::test_cases[training]' \
   -k 'not (within_budget and not few_rows) and not test_other_gpus and not test_gpu_tests_reach_their_kernels'
-test-floor: build $(FLOOR)/.installed
+test-floor: setup $(FLOOR)/.installed
 	$(PY) -c "from tests.stand_in import build; build.obstacle() or build.build()"
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ON_KERNELS_ALONE) \
 	  tests/operators tests/kernels tests/stand_in tests/functional tests/nn tests/native tests/test_packaging.py
 
 $(FLOOR)/.torch:
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --upgrade pip
-	$(FLOOR)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'setuptools>=77,<82' wheel ninja
+	$(FLOOR)/bin/python $(INSTALL) --upgrade pip
+	$(FLOOR)/bin/python $(INSTALL) 'torch==2.11.*' 'torchvision==0.26.*' 'setuptools>=77,<82' wheel ninja
 	@touch $@
 
 # After the other environment: both write the package's metadata beside its sources.
 $(FLOOR)/.installed: pyproject.toml $(FLOOR)/.torch | $(VENV)/.installed
-	ANOMEM_BUILD=none $(FLOOR)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,lab]'
+	ANOMEM_BUILD=none $(FLOOR)/bin/python $(INSTALL) --no-build-isolation --editable '.[dev,lab]'
 	@touch $@
 
 # Without mypy's cache: it does not always see that an installed package has changed.
@@ -89,8 +96,8 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --no-incremental
 
-bench: build
-	$(PY) -m benchmarks.run --suite kernels
+bench: setup
+	$(PY) -m benchmarks.run --suite kernels --json build/bench.jsonl
 
 report: $(VENV)/.installed
 	$(PY) -m benchmarks.report

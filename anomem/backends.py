@@ -3,7 +3,7 @@
 `decide` asks `SOURCES` in order for an implementation and remembers the answer:
 
     export    an exported program is plain PyTorch
-    table     `rules.AUTO`: committed rows of this very processor or GPU, or the limits of memory
+    table     `rules.AUTO`: committed rows of this processor family or GPU, or the limits of memory
     machine   the file of this machine, else a measurement at the first large call (`anomem.choice`)
     rule      `rules.RULES`: what holds on hardware without rows; small calls, traces and captures end here
 

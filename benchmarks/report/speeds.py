@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.report import tables
 
 SUITES = ("kernels", "training", "grid")
-MACHINES = {"cpu": "AMD family 26", "cpu-zen4": "AMD family 25", "cpu-amx": "Intel family 6, AMX", "cuda": "GPU"}
+MACHINES = {**tables.PROCESSORS, "cuda": "GPU"}
 """What the files of rows are of."""
 OPERATORS = {
     "retrieval": ("retrieve", "shrink"),

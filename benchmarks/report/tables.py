@@ -16,8 +16,8 @@ from benchmarks.harness.rows import Row, Step
 OURS = ("native", "triton")
 NO_TIME = (rows.OUT_OF_MEMORY, rows.OVER_TIME, rows.WRONG, rows.FAILED)
 """Statuses of what was tried and has no time."""
-PROCESSORS = ("cpu", "cpu-zen4", "cpu-amx")
-"""What files of rows are called: AMD family 26, AMD family 25 and Intel family 6."""
+PROCESSORS = {"cpu": "AMD family 26", "cpu-zen4": "AMD family 25", "cpu-amx": "Intel family 6, AMX"}
+"""By what files of rows are called."""
 NOT_MEASURED = {**dict.fromkeys(PROCESSORS, "Not measured yet."), "cuda": "Not measured on a GPU yet."}
 
 
