@@ -103,7 +103,7 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: no images, images that are all alike, or a setting out of range.
             UserError: a file that cannot be read, or missing weights.
         """
-        images = self._images(X)
+        images = self._images(X, None)
         config = FitConfig(
             data=DataConfig(dataset="images", normal="normal", image_size=self.image_size, seed=self.random_state),
             encoder=self.encoder,
@@ -136,7 +136,7 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Minus the anomaly score, [B]; higher is more normal."""
         check_is_fitted(self, "detector_")
-        return self._score(self._images(X))
+        return self._score(self._images(X, self.detector_))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """`score_samples` relative to the threshold, [B]; below 0 is anomalous."""
@@ -158,12 +158,12 @@ class AnoMemDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         found: NDArray[np.float64] = -scores.double().numpy()
         return found
 
-    def _images(self, X: Any) -> Images:
-        """Images as a set of the model's size and channels."""
+    def _images(self, X: Any, fitted: FittedDetector | None) -> Images:
+        """Images as a set, of a detector's size and channels; as they are to be fitted where there is none."""
         size: int | tuple[int, int] = self.image_size or SIZE
         channels = None
-        if hasattr(self, "detector_"):
-            size, channels = self.detector_.model.encoder.image_size, self.detector_.model.mean.shape[0]
+        if fitted is not None:
+            size, channels = fitted.model.encoder.image_size, fitted.model.mean.shape[0]
         if isinstance(X, (str, os.PathLike)):
             raise ValueError("X: expected a list of images or of paths, received one path; list the files of a folder")
         if isinstance(X, np.ndarray) and X.dtype.kind in "uifb":

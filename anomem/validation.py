@@ -207,6 +207,18 @@ def require_index(index: object, argument: str, layout: str, dims: Sequence[int]
         )
 
 
+def require_pixels(images: Tensor, argument: str) -> None:
+    """Require uint8 pixels, or floating ones in [0, 1]."""
+    if images.dtype == torch.uint8:
+        return
+    require(images.is_floating_point(), argument, "uint8, or float in [0, 1]", images.dtype)
+    if images.numel() and values_are_free(images):
+        low, high = (float(v) for v in images.aminmax())
+        right = low >= 0 and high <= 1  # NaN is neither
+        hint = "divide by 255, or give uint8"
+        require(right, argument, "floating pixels from 0 to 1", f"{low:.3g} to {high:.3g}", hint)
+
+
 def values_are_free(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation and breaks no trace."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":

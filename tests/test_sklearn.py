@@ -132,11 +132,12 @@ def test_clone_pipeline_and_grid_search() -> None:
 class Tabular(AnoMemDetector):
     """Draws every row of a table as an image, so that scikit-learn's tabular checks reach fit and predict."""
 
-    def _images(self, X: Any) -> Any:
-        table = validate_data(self, X, reset=not hasattr(self, "detector_"))
+    def _images(self, X: Any, fitted: Any) -> Any:
+        table = validate_data(self, X, reset=fitted is None)
         level = 0.5 + 0.5 * np.sin(table)  # equal for equal rows only: images that are all alike are refused
         rows = np.repeat(level[:, :, None], 32, axis=2)  # [N, F, 32]
-        return super()._images(np.repeat(rows, -(-32 // rows.shape[1]), axis=1)[:, :32].astype(np.float32))
+        images = np.repeat(rows, -(-32 // rows.shape[1]), axis=1)[:, :32].astype(np.float32)
+        return super()._images(images, fitted)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -159,3 +160,10 @@ def test_scikit_learns_own_checks() -> None:
     failed = {r["check_name"]: str(r["exception"]) for r in found if r["status"] == "failed"}
     assert failed == {}
     assert sum(r["status"] == "passed" for r in found) > 35
+
+
+def test_another_fit_forgets_the_one_before() -> None:
+    detector = AnoMemDetector(0.1, **SETTINGS).fit(arrays(24)[..., :1])
+    detector.set_params(image_size=32).fit(arrays(24))
+    model = detector.detector_.model
+    assert (model.mean.numel(), model.encoder.image_size) == (3, (32, 32))

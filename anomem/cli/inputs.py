@@ -29,14 +29,14 @@ def given_images(paths: Sequence[Path], scratch: Path, failures: list[str], recu
     from anomem.data import image_files
     from anomem.data.folder import image_trees
 
-    for number, path in enumerate(paths):
+    for path in paths:
         try:
             if str(path) != "-" and not is_stream(path):
                 listed = (image_trees if recursive else image_files)(path) if os.path.isdir(path) else [path]
                 yield from (Given(str(f), f) for f in listed)
                 continue
             content = _read_stream(path)
-            image = scratch / f"stdin{number or ''}"
+            image = scratch / f"stream{len(list(scratch.iterdir()))}"
             image.write_bytes(content)
             if _is_image(image, content):
                 yield Given(str(path), image)
@@ -45,7 +45,7 @@ def given_images(paths: Sequence[Path], scratch: Path, failures: list[str], recu
             names = [os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip()]
             if not names:
                 raise UserError(f"{path}: expected an image or names of images, received nothing")
-            yield from given_images([Path(name) for name in names if name != "-"], scratch, failures)
+            yield from given_images([Path(name) for name in names if name != "-"], scratch, failures, recursive)
         except UserError as error:
             failures.append(str(error))
 

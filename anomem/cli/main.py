@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from anomem import __version__
 from anomem.errors import UserError
@@ -160,8 +160,7 @@ def _parse(arguments: list[str]) -> Fit | Train | Evaluate | Score | Plot | Expo
 
 def _starting_point(arguments: list[str]) -> TrainConfig:
     """The settings that options change: those of a file, a preset, or the preset of the data set."""
-    from anomem.data import DATASETS
-    from anomem.train.config import TrainConfig, load_config, preset
+    from anomem.train.config import Preset, TrainConfig, load_config, preset
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--config", "--data.dataset", "--data.root"):
@@ -177,10 +176,9 @@ def _starting_point(arguments: list[str]) -> TrainConfig:
         start = load_config(TrainConfig, Path(known.config))
         dataset = dataset or start.data.dataset
     else:
-        dataset = known.preset if dataset is None else dataset
-        dataset = dataset or ("digits" if root is None else "folder")
-        name = known.preset or dataset
-        start = preset(name) if name in DATASETS else TrainConfig()
+        name = known.preset or dataset or ("digits" if root is None else "folder")
+        start = preset(name) if name in get_args(Preset) else TrainConfig()  # tyro complains about others
+        dataset = dataset or start.data.dataset
     if root is not None and dataset in WITHOUT_FILES:
         raise UserError(
             f"`--data.root`: the data set {dataset} reads no files; for your own images add --preset folder"

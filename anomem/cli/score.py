@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -20,10 +20,11 @@ from rich.console import Console
 
 from anomem.cli import outputs
 from anomem.cli.inputs import Given, given_images, is_stream
-from anomem.cli.writing import places, write_map, write_rows
+from anomem.cli.writing import places, require_writable, write_map, write_rows
 from anomem.errors import ArgumentError, UserError
 from anomem.files import printable
 from anomem.train.config import FitConfig, TrainConfig
+from anomem.validation import require_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +87,8 @@ def score(command: Score) -> int:
     from anomem.train.ranks import joined
     from anomem.train.run import device_named
 
+    if command.max_megapixels is not None:
+        require_count(command.max_megapixels, "--max-megapixels", 1)
     # The processes of a job score in their own time, and meet at the end only.
     if command.watch:
         return _watch(command)
@@ -100,6 +103,9 @@ def score(command: Score) -> int:
             rows = _score(command, given, failures, ranks) if given else []
         if not ranks.first:
             return 0
+        if command.output is not None and rows:
+            write_rows(command.output, rows)
+            print(f"{len(rows)} scores written to {command.output}")
     if not rows and len(failures) == 1:
         raise UserError(failures[0])
     for failure in failures:
@@ -128,6 +134,8 @@ class Judge(NamedTuple):
     """Above which a pixel is anomalous, where that is calibrated."""
     calibration: Tensor | None = None
     """[n], scores `by` of the calibration normals."""
+    alpha: float = 0.0
+    """Part of the normal images that is called anomalous, where that is calibrated."""
 
 
 def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig]:
@@ -166,7 +174,7 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
     detector = load_detector(command.run, device=command.device)
     by = _chosen(command.by, detector.lead, detector.names)
     first = os.environ.get("RANK", "0") == "0"
-    calibration, alpha = detector.calibration, command.alpha or detector.alpha
+    calibration, alpha = detector.calibration, detector.alpha if command.alpha is None else command.alpha
     if command.fdr is not None:
         if command.alpha is not None:
             raise UserError("`--fdr`: expected one of --alpha and --fdr, received both")
@@ -207,7 +215,9 @@ def _fitted_judge(command: Score) -> tuple[Judge, RunDirectory, FitConfig]:
 
     together = None if command.fdr is None else decide
     shown = (by, "p_value", "verdict")
-    judge = Judge(detector.model, detector.batch_size, by, columns, shown, together, threshold, calibration.scores[by])
+    judge = Judge(
+        detector.model, detector.batch_size, by, columns, shown, together, threshold, calibration.scores[by], alpha
+    )
     return judge, run, config
 
 
@@ -252,7 +262,7 @@ def _score(
         grey=judge.model.mean.shape[0] == 1,
         letterbox=config.data.letterbox,
         levels=config.data.levels,
-        max_megapixels=command.max_megapixels or config.data.max_megapixels,
+        max_megapixels=config.data.max_megapixels if command.max_megapixels is None else command.max_megapixels,
     )
     if config.data.levels is None:
         warn_of_unused_range(files.paths, files.max_megapixels)
@@ -302,9 +312,6 @@ def _score(
                 _print_row(row, judge.shown, command.json)
     if command.sheet is not None:
         pictures.write_sheet(command.sheet)
-    if command.output is not None and rows:
-        write_rows(command.output, rows)
-        print(f"{len(rows)} scores written to {command.output}")
     return rows
 
 
@@ -410,12 +417,14 @@ def _watch(command: Score) -> int:
     if command.fdr is not None or command.sheet is not None:
         raise UserError("`--watch`: expected neither --fdr nor --sheet, which need all images at once")
     ready = _judge(command)
-    judge, alone = ready[0], replace(command, output=None)
+    judge, run, _ = ready
+    require_writable(command, [], run)
     p_of = None if judge.calibration is None else OnlinePValues(judge.calibration)
-    drift, sizes, done = Martingale(ignore=command.alpha or 0.01), dict[Given, int](), set[Given]()
+    drift, sizes, done = Martingale(ignore=judge.alpha), dict[Given, int](), set[Given]()
     mapped: dict[Path, Given] = {}
     rows: list[dict[str, Any]] = []
-    failed = 0
+    """Those of the file."""
+    scored = failed = 0
     try:
         with joined("cpu", wait=timedelta(days=7)) as ranks:
             while True:
@@ -428,8 +437,8 @@ def _watch(command: Score) -> int:
                 failures: list[str] = []
                 if command.maps is not None:
                     arrived = _of_own_name(arrived, mapped, failures)
-                new = _score(alone, arrived, failures, ranks, ready) if arrived else []
-                rows += new
+                new = _score(command, arrived, failures, ranks, ready) if arrived else []
+                scored += len(new)
                 failed += len(failures)
                 for failure in failures:
                     print(f"anomem: {printable(failure)}", file=sys.stderr)
@@ -437,12 +446,13 @@ def _watch(command: Score) -> int:
                     if p_of is not None and drift.update(p_of(row[judge.by])):
                         print(f"anomem: {drift.sentence()}", file=sys.stderr)
                 if new and command.output is not None:
+                    rows += new
                     write_rows(command.output, rows)
                 sys.stdout.flush()
                 time.sleep(1)
     except KeyboardInterrupt:
         seen = f"; {drift.sentence()}" if drift.seen else ""
-        print(f"anomem: {len(rows)} images were scored, {failed} could not be{seen}", file=sys.stderr)
+        print(f"anomem: {scored} images were scored, {failed} could not be{seen}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -36,21 +36,8 @@ def places(command: Score, given: Sequence[Given], run: RunDirectory, root: Path
     Raises:
         UserError: something would be written over an input or over what is not ours.
     """
-    settings = (run.config_file, run.given_file, run.split_file, run.log_file, *run.checkpoints.glob("*"))
-    guard = Guard([*(image.file for image in given), Path("/dev/fd/0"), *settings], command.overwrite)
-    if command.output is not None:
-        if command.output.suffix not in (".csv", ".json"):
-            raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
-        guard.require(command.output, "--output", lambda path: begins(path, ROWS))
-    if command.sheet is not None:
-        if command.sheet.suffix != ".png":
-            raise UserError(f"`--sheet`: expected a .png file, received {command.sheet}")
-        guard.require(command.sheet, "--sheet", outputs.is_ours)
+    guard = require_writable(command, given, run)
     if command.maps is None:
-        if command.overlays or command.masks:
-            raise UserError(
-                f"`--{'overlays' if command.overlays else 'masks'}`: expected --maps, the folder to write to"
-            )
         return []
     files = _map_files(command.maps, given, command.paths[0] if command.watch else None)
     for file in files:
@@ -66,6 +53,27 @@ def places(command: Score, given: Sequence[Given], run: RunDirectory, root: Path
                     f"`--maps`: {folder} is a folder of images; choose another, or add --overwrite to write there"
                 )
     return files
+
+
+def require_writable(command: Score, given: Sequence[Given], run: RunDirectory) -> Guard:
+    """What must not be written over, after checking the files that the command names.
+
+    Raises:
+        UserError: one of them is of another kind, an input, or not ours.
+    """
+    settings = (run.config_file, run.given_file, run.split_file, run.log_file, *run.checkpoints.glob("*"))
+    guard = Guard([*(image.file for image in given), Path("/dev/fd/0"), *settings], command.overwrite)
+    if command.output is not None:
+        if command.output.suffix not in (".csv", ".json"):
+            raise UserError(f"`--output`: expected a .csv or .json file, received {command.output}")
+        guard.require(command.output, "--output", lambda path: begins(path, ROWS))
+    if command.sheet is not None:
+        if command.sheet.suffix != ".png":
+            raise UserError(f"`--sheet`: expected a .png file, received {command.sheet}")
+        guard.require(command.sheet, "--sheet", outputs.is_ours)
+    if command.maps is None and (command.overlays or command.masks):
+        raise UserError(f"`--{'overlays' if command.overlays else 'masks'}`: expected --maps, the folder to write to")
+    return guard
 
 
 def _map_files(folder: Path, images: Sequence[Given], base: Path | None = None) -> list[Path]:

@@ -28,7 +28,19 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 """Pillow's names of the formats that are opened. It knows many more; one of them starts another program."""
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 _LABELS = 31  # masks of a few values up to this one hold indices of defects
+GREY = (19595, 38470, 7471)
+"""Weights of red, green and blue in 1/65536, as Pillow's mode "L" rounds them (ITU-R 601-2)."""
 _limit = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _limit
+    _limit = threading.Lock()
+
+
+# Another thread may hold the lock while a process forks, and is not there in the child to give it back.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
@@ -209,6 +221,19 @@ def as_uint8(image: Any, name: str = "image", levels: Levels | None = None) -> T
         return ((pixels.int() + 128) // 257).to(torch.uint8)  # 65535 = 255 · 257
     black, white = levels
     return ((pixels.double() - black) * (255 / (white - black))).round().clamp(0, 255).to(torch.uint8)
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] uint8 in grey, [B, 1, H, W] int32 from 0 to 255, as Pillow rounds."""
+    red, green, blue = (w * images[:, i : i + 1].int() for i, w in enumerate(GREY))
+    return (red + green + blue + 0x8000) // 65536
+
+
+def as_channels(images: Tensor, channels: int) -> Tensor:
+    """Images [N, C, H, W] uint8 with one channel or three, whichever they have; other numbers of channels stay."""
+    if images.shape[1] == 3 and channels == 1:
+        return grey_of(images).to(torch.uint8)
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
 
 
 def _pixels(image: Image.Image, mode: str, name: str, levels: Levels | None) -> Tensor:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anomem.data.convert import grey_of
 from anomem.data.frame import framed
 from anomem.export.formats import Runner
-from anomem.export.program import Program, grey_of
+from anomem.export.program import Program
 from anomem.reference.retrieve import normalize_rows
 from anomem.scoring import FittedDetector, Scorer
 from anomem.validation import require

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anomem.data.convert import GREY, grey_of
 from anomem.models import AnoMem
 from anomem.scoring import FittedDetector, Scorer
 from anomem.scoring.decision import normals_needed
 from anomem.validation import require, require_choice
 
 Pixels = Literal["uint8", "float32"]
-GREY = (19595, 38470, 7471)
-"""Weights of red, green and blue in 1/65536, as Pillow's mode "L" rounds them (ITU-R 601-2)."""
 
 
 class Program(nn.Module):
@@ -86,7 +85,7 @@ class Program(nn.Module):
         self.allowed = 0
         names = ["score", "map"]
         if isinstance(source, FittedDetector):
-            self.alpha = alpha or source.alpha
+            self.alpha = source.alpha if alpha is None else alpha
             names.insert(1, "p_value")
             if alpha is not None or source.calibration.count >= normals_needed(source.alpha):
                 source.calibration.check(self.alpha)
@@ -142,12 +141,6 @@ class Program(nn.Module):
         scored = self.source.unchecked(images)
         heat = scored.maps[self.map_name]
         return scored.scores[self.by], F.interpolate(heat[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def grey_of(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] uint8 in grey, [B, 1, H, W] int32 from 0 to 255, as Pillow rounds."""
-    red, green, blue = (w * images[:, i : i + 1].int() for i, w in enumerate(GREY))
-    return (red + green + blue + 0x8000) // 65536
 
 
 def resized_to(images: Tensor, size: tuple[int, int], portable: bool) -> Tensor:

@@ -111,6 +111,7 @@ def info_nce_distributed(
     counts: Sequence[int] | None = None,
     ring: bool = False,
     impl: Impl = "auto",
+    part: bool = False,
 ) -> Tensor:
     """InfoNCE of this process's rows against the columns of all processes; row i's column is this process's column i.
 
@@ -123,6 +124,7 @@ def info_nce_distributed(
         counts: as in `nt_xent_distributed`.
         ring: as in `nt_xent_distributed`.
         impl: "auto", "reference", "triton" or "native"; see `anomem.backends`.
+        part: where the named implementation has no such kernel, choose by "auto".
 
     Returns:
         0-dim, or [(G,) B] for "none".
@@ -136,7 +138,7 @@ def info_nce_distributed(
     rows, columns = autocast_inputs(rows, columns)  # half the bytes to send, and the same precision backward
     positive = torch.arange(rows.shape[-2], device=rows.device)
     contrast = _Contrast(rows, columns, positive, None, counts, group)
-    return _reduce(contrast.losses(temperature, ring, impl), reduction, contrast)
+    return _reduce(contrast.losses(temperature, ring, impl, part), reduction, contrast)
 
 
 def variance_hinge_distributed(
@@ -299,7 +301,9 @@ class _Contrast(NamedTuple):
         """[(G,) R]; `everyone` has the padded columns of all processes, where they have been gathered already."""
         rows, columns, positive, exclude, counts, group = self
         if processes(group) == 1:
-            return info_nce(rows, columns, positive, exclude, temperature=temperature, reduction="none", impl=impl)
+            return info_nce(
+                rows, columns, positive, exclude, temperature=temperature, reduction="none", impl=impl, part=part
+            )
         if ring:
             tau = temperature if isinstance(temperature, Tensor) else None
             number = 1.0 if tau is not None else temperature

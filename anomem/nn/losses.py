@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anomem import functional as AF
+from anomem.functional.distributed import group_of, processes
 from anomem.nn.memory import HopfieldMemory
 from anomem.reference.contrast import NEGATIVES, Negatives
 from anomem.rules import IMPLEMENTATIONS, Impl
@@ -116,7 +117,7 @@ class NTXentLoss(_Contrast):
     def forward(self, out0: Tensor, out1: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Mean loss over all rows of both views."""
         require_views(out0, "out0", out1, "out1")
-        if not self.gather_distributed:
+        if not self.gather_distributed or _alone(self.process_group):
             _require_a_batch(out0, "out0")
             return AF.nt_xent(out0, out1, temperature=self.temperature, impl=self.impl)
         return AF.nt_xent_distributed(
@@ -173,8 +174,11 @@ class InfoNCELoss(_Contrast):
     ) -> Tensor:
         """Mean loss over all rows."""
         if self.gather_distributed:
-            own = positive is None and exclude is None
-            require(own, "positive", "None with gather_distributed: row i's column is i", "an index")
+            for name, index in (("positive", positive), ("exclude", exclude)):
+                require(index is None, name, "None with gather_distributed: row i's column is i", "an index")
+            if _alone(self.process_group):
+                require_views(rows, "rows", columns, "columns")
+                _require_a_batch(rows, "rows")
             return AF.info_nce_distributed(
                 rows, columns, temperature=self.temperature, process_group=self.process_group, counts=counts,
                 ring=self.ring, impl=self.impl,
@@ -195,6 +199,11 @@ def _options_of(module: nn.Module) -> str:
     options = {"gather_distributed": False, "ring": False, "impl": "auto"}
     shown = {name: getattr(module, name, default) for name, default in options.items()}
     return "".join(f", {name}={value!r}" for name, value in shown.items() if value != options[name])
+
+
+def _alone(process_group: Group | None) -> bool:
+    """Whether no other process has rows."""
+    return processes(group_of(process_group)) == 1
 
 
 def _require_distributed(wanted: bool) -> None:

@@ -337,6 +337,8 @@ def _options(values: dict[str, Any], start: dict[str, Any], where: str) -> list[
         option, default = f"--{where}{key}".replace("_", "-"), start.get(key)
         if isinstance(value, dict):
             words += _options(value, default if isinstance(default, dict) else {}, f"{where}{key}.")
+        elif isinstance(value, bool) and isinstance(default, bool):
+            words += [option if value else f"--{where}no-{key}".replace("_", "-")] if value != default else []
         elif value != default:
             words += [option, *map(str, value if isinstance(value, list) else [value])]
     return words

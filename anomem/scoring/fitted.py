@@ -21,7 +21,7 @@ from anomem.scoring.detector import Alignment
 from anomem.scoring.filled import HELD_BYTES, PARTS, FilledScale, FilledScorer, FilledScores, fill_memories
 from anomem.scoring.labelled import FewLabels
 from anomem.scoring.scorer import require_finite
-from anomem.validation import require, require_choice, values_are_free
+from anomem.validation import require, require_choice, require_pixels, values_are_free
 
 MAPS = ("plain", "local")
 UNITS = "feature"
@@ -125,8 +125,7 @@ class FittedDetector(nn.Module):
         right = images.dim() == 4 and images.shape[1] == channels
         require(right, "images", lambda: f"[B, {channels}, H, W], as it was fitted to", images)
         size = (images.shape[2], images.shape[3])
-        if images.dtype != torch.uint8:
-            require(images.is_floating_point(), "images", "uint8, or float in [0, 1]", images.dtype)
+        require_pixels(images, "images")
         images = framed(images.to(self.model.device), self.model.encoder.image_size, self.letterbox)
         return self.of_queries(self.model.queries(self.model(images)), size, alpha, by)
 
@@ -150,7 +149,8 @@ class FittedDetector(nn.Module):
         by = by or self.lead
         require_choice(by, "by", self.names)
         possible = alpha is not None or self.calibration.count >= normals_needed(self.alpha)
-        verdicts = self.calibration.anomalous(by, scores[by], alpha or self.alpha) if possible else None
+        alpha = self.alpha if alpha is None else alpha
+        verdicts = self.calibration.anomalous(by, scores[by], alpha) if possible else None
         maps = {name: unframed(m, size, self.letterbox) for name, m in found.maps.items()}
         return Verdicts(scores, self.calibration.p_values(by, scores[by]), verdicts, maps)
 
@@ -326,7 +326,7 @@ def fit_detector(
         UserError: labelled defects, and scikit-learn is not installed.
     """
     is_normal = is_normal.cpu()
-    encoded = _encoded(model, images, config)
+    encoded = _encoded(model, images, config, "images")
     given, defects = is_normal.nonzero().flatten(), (~is_normal).nonzero().flatten()
     digests = encoded.part(given).digests()
     first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
@@ -337,7 +337,7 @@ def fit_detector(
     if len(defects):
         _require_apart(digests, encoded.part(defects).digests(), "labels", BOTH)
     alignment: Alignment = "per_position" if aligned and _gaussian_bytes(model) <= GAUSSIAN_BYTES else "pooled"
-    calibrating = None if calibration is None else _encoded(model, calibration, config)
+    calibrating = None if calibration is None else _encoded(model, calibration, config, "calibration")
     if calibrating is not None:
         _require_apart(digests, calibrating.digests(), "calibration", FITTED_TOO)
     held, folds = ("split", []) if calibrating is not None else hold_out(len(normals), alpha, seed)
@@ -411,8 +411,12 @@ def fit_detector(
     return detector, report
 
 
-def _encoded(model: AnoMem, images: Images | EncodedImages, config: FillConfig) -> EncodedImages:
-    return images if isinstance(images, EncodedImages) else EncodedImages(model, images, config.batch_size)
+def _encoded(model: AnoMem, images: Images | EncodedImages, config: FillConfig, argument: str) -> EncodedImages:
+    if isinstance(images, EncodedImages):
+        return images
+    channels = model.mean.shape[0]
+    require(images.channels == channels, argument, f"images of {channels} channels, as the model's", images.channels)
+    return EncodedImages(model, images, config.batch_size)
 
 
 def _require_apart(fitted: Sequence[bytes], others: Sequence[bytes], argument: str, why: str) -> None:

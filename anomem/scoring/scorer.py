@@ -16,7 +16,7 @@ from anomem.reference.deviation_map import Distance
 from anomem.scoring.config import Pool, ScoreConfig
 from anomem.scoring.detector import Alignment, DeviationDetector
 from anomem.scoring.prior import LocationPrior
-from anomem.validation import require, values_are_free
+from anomem.validation import require, require_choice, require_pixels, values_are_free
 
 SAME = 1e-6
 """Relative difference up to which the scores of different images count as the same."""
@@ -112,14 +112,7 @@ class Scorer(nn.Module):
         shape = (self.model.mean.shape[0], *self.model.encoder.image_size)
         right = images.dim() == 4 and images.shape[1:] == shape
         require(right, "images", lambda: f"[B, {', '.join(map(str, shape))}], as it was trained", images)
-        if images.dtype == torch.uint8:
-            return
-        require(images.is_floating_point(), "images", "uint8, or float in [0, 1]", images.dtype)
-        if len(images) and values_are_free(images):
-            low, high = (float(v) for v in images.aminmax())
-            right = low >= 0 and high <= 1  # NaN is neither
-            hint = "divide by 255, or give uint8"
-            require(right, "images", "floating pixels from 0 to 1", f"{low:.3g} to {high:.3g}", hint)
+        require_pixels(images, "images")
 
     def pooled(self, distances: list[Tensor], pool: Pool | None = None) -> Tensor:
         """Σ lambda_s pool over positions: S tensors [B, H_s, W_s] -> [B].
@@ -128,8 +121,9 @@ class Scorer(nn.Module):
             distances: of every scale.
             pool: "mean", "max" or "topk"; the configured one when None.
         """
-        flat = [d.flatten(1) for d in distances]
-        return self.weighted([_pool(d, pool or self.config.pool, self.config.top_fraction) for d in flat])
+        pool = self.config.pool if pool is None else pool
+        require_choice(pool, "pool", get_args(Pool))
+        return self.weighted([_pool(d.flatten(1), pool, self.config.top_fraction) for d in distances])
 
     def weighted(self, per_scale: list[Tensor]) -> Tensor:
         """Σ lambda_s x_s: S tensors [...] -> [...]."""

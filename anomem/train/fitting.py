@@ -15,7 +15,7 @@ from torch import Tensor
 from anomem.augment import AugmentConfig
 from anomem.data import DataConfig, ImageFiles, Images, ResidentImages, StreamedImages, Task, image_files, load_task
 from anomem.data.chosen import JoinedImages
-from anomem.data.convert import as_uint8
+from anomem.data.convert import as_channels, as_uint8
 from anomem.data.frame import framed, height_and_width
 from anomem.data.task import assemble
 from anomem.errors import UserError, enough_memory
@@ -30,14 +30,18 @@ from anomem.train.checkpoint import (
     require_provenance,
     save_checkpoint,
 )
-from anomem.train.config import FitConfig, OptimizerConfig, TrainConfig
-from anomem.train.run import device_of, prepare
+from anomem.train.config import FitConfig, OptimizerConfig, RunConfig, TrainConfig
+from anomem.train.run import device_of, prepared
 from anomem.train.rundir import RunDirectory
 from anomem.train.stage1 import train_stage1
 from anomem.train.stopping import stopping_at_once
 from anomem.validation import require
 
 DETECTOR = "detector"
+OF_TRAININGS = ("parallel", "batch_norm", "log_every", "checkpoint_minutes", "checkpoint_every", "tensorboard")
+"""Settings of `run` that no fit uses."""
+OF_TRAINED_ENCODERS = ("precision", "memory_format", "compile", "cuda_graph")
+"""Those that a fit uses where it trains the small encoder."""
 TAPS = ("block7", "block10", "block14")
 """Of efficientnet_lite0: chosen on one split of solar cells, confirmed on two."""
 SIZE, SMALL_SIZE = 128, 64
@@ -64,23 +68,22 @@ def fit_run(config: FitConfig, *, task: Task | None = None, quiet: bool = False)
     Raises:
         UserError: the directory already holds a run, images or weights are missing, or a setting does not fit.
     """
-    prepare(config)
     config = resolved(config, quiet)
     given = [] if task is None else ["task"]
-    task = task or load_task(config.data, fewest=1)
-    defects, calibration = _labelled(config, task), _calibrating(config, task)
-    model = model_to_fit(config, task)
-    run = RunDirectory.create(config, given, task.trained_on)
-    try:
-        with stopping_at_once(), run.claimed():
-            detector = _fitted(config, task, model, defects, calibration, (lambda line: None) if quiet else _say)
-            _save(detector, run, config)
-    except BaseException:
-        # A fit takes seconds and is not resumed: nothing half done is left behind.
-        if load_checkpoint(run.checkpoints, DETECTOR) is None:
-            for file in (run.config_file, run.given_file, run.split_file):
-                file.unlink(missing_ok=True)
-        raise
+    with prepared(config):
+        task = task or load_task(config.data, fewest=1)
+        defects, calibration = _labelled(config, task), _calibrating(config, task)
+        model = model_to_fit(config, task)
+        with stopping_at_once(), RunDirectory.created(config, given, task.trained_on) as run:
+            try:
+                detector = _fitted(config, task, model, defects, calibration, (lambda line: None) if quiet else _say)
+                _save(detector, run, config)
+            except BaseException:
+                # A fit takes seconds and is not resumed: nothing half done is left behind.
+                if load_checkpoint(run.checkpoints, DETECTOR) is None:
+                    for file in (run.config_file, run.given_file, run.split_file):
+                        file.unlink(missing_ok=True)
+                raise
     return run.path
 
 
@@ -110,16 +113,14 @@ def fit(
         >>> detector = fit("photos/good", alpha=0.01)
         >>> scores, p_values, verdicts, maps = detector(images)  # [B, C, H, W] uint8
     """
-    config = replace(config or FitConfig(), alpha=alpha)
-    prepare(config)
-    config = resolved(config, quiet=True)
+    config = resolved(replace(config or FitConfig(), alpha=alpha), quiet=True)
     if isinstance(images, (str, os.PathLike)):
         data = replace(config.data, dataset="folder", root=os.fspath(images))
         config = replace(config, data=replace(data, aligned=aligned if data.aligned is None else data.aligned))
         task = load_task(config.data, fewest=1)
         found, others = _labelled(config, task), _calibrating(config, task)
     else:
-        normal = _as_set(images, config.data)
+        normal = _as_set(images, config.data, "images")
         found, others = None, None
         empty = ResidentImages(torch.empty(0, normal.channels, *normal.size, dtype=torch.uint8))
         is_normal, nothing = torch.ones(len(normal), dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
@@ -127,10 +128,11 @@ def fit(
             "images", "normal", normal, is_normal, empty, [], nothing, aligned=aligned, any_test=True, fewest=1
         )
     if defects is not None:
-        found = _as_set(defects, config.data)
+        found = _as_trained_set(defects, config, task, "defects")
     if calibration is not None:
-        others = _as_set(calibration, config.data)
-    return _fitted(config, task, model_to_fit(config, task), found, others, lambda line: None)
+        others = _as_trained_set(calibration, config, task, "calibration")
+    with prepared(config):
+        return _fitted(config, task, model_to_fit(config, task), found, others, lambda line: None)
 
 
 def save_detector(detector: FittedDetector, path: str | os.PathLike[str]) -> None:
@@ -141,8 +143,7 @@ def save_detector(detector: FittedDetector, path: str | os.PathLike[str]) -> Non
     """
     config: FitConfig = detector.config
     config = replace(config, run=replace(config.run, directory=os.fspath(path)))
-    run = RunDirectory.create(config, ["task"])
-    with run.claimed():
+    with RunDirectory.created(config, ["task"]) as run:
         _save(detector, run, config)
 
 
@@ -161,7 +162,6 @@ def load_detector(path: str | os.PathLike[str], *, device: str | None = None) ->
     if checkpoint is None:
         raise UserError(f"the run {path} is not finished; delete it and fit again")
     require_provenance(run.checkpoints, DETECTOR, config, checkpoint.about)
-    prepare(config)
     source = run.checkpoints / f"{DETECTOR}.json"
     try:
         detector = shaped_detector(config, checkpoint.tensors, checkpoint.about)
@@ -229,7 +229,11 @@ def load_fitted_run(
 
 
 def resolved(config: FitConfig, quiet: bool = False) -> FitConfig:
-    """The settings with the encoder chosen, as a run keeps them."""
+    """The settings with the encoder chosen, as a run keeps them.
+
+    Raises:
+        ArgumentError: a setting of `run` that a fit does not use.
+    """
     if config.encoder == "auto":
         there = pretrained_available()
         if not there and not quiet:
@@ -238,6 +242,10 @@ def resolved(config: FitConfig, quiet: bool = False) -> FitConfig:
     if config.data.image_size is None and config.data.dataset == "folder":
         size = SMALL_SIZE if config.encoder == "small" else SIZE
         config = replace(config, data=replace(config.data, image_size=size))
+    unused = OF_TRAININGS if config.encoder == "small" else (*OF_TRAININGS, *OF_TRAINED_ENCODERS)
+    for name in unused:
+        default, value = getattr(RunConfig, name), getattr(config.run, name)
+        require(value == default, f"run.{name}", repr(default), value, "a fit does not use it")
     return config
 
 
@@ -313,21 +321,43 @@ def _files(folder: Path, data: DataConfig) -> Images:
     return StreamedImages(files, workers=0)
 
 
-def _as_set(images: Any, data: DataConfig) -> Images:
+def _as_trained_set(images: Any, config: FitConfig, task: Task, argument: str) -> Images:
+    """Images beside those of the task, of their size and channels."""
+    found = _as_set(images, _as_trained(config, task), argument, task.train.channels)
+    kind = task.train.channels, *task.train.size
+    received = found.channels, *found.size
+    require(received == kind, argument, lambda: f"images [C, H, W] of {kind}, as `images`", lambda: str(received))
+    return found
+
+
+def _as_set(images: Any, data: DataConfig, argument: str, channels: int | None = None) -> Images:
+    """Images as a set of the configured size; grey where that is configured.
+
+    Args:
+        images: as in `fit`.
+        data: how they are read.
+        argument: its name.
+        channels: of all of them; where None, grey images among coloured ones get three.
+    """
     size, letterbox = height_and_width(data.image_size or SIZE), data.letterbox
     if isinstance(images, (str, os.PathLike)):
         return _files(Path(images), data)
-    if isinstance(images, Tensor):
-        require(images.dim() == 4, "images", "a tensor [N, C, H, W]", images)
-        require(images.dtype == torch.uint8, "images", "uint8", images.dtype)
-        return ResidentImages(framed(images, size, letterbox))
     if hasattr(images, "batches"):
         found: Images = images
         return found
-    require(len(images) > 0, "images", "at least one", "none")
-    pixels = [framed(as_uint8(image, f"images[{i}]")[None], size, letterbox)[0] for i, image in enumerate(images)]
-    most = max(len(p) for p in pixels)  # grey images among coloured ones
-    return ResidentImages(torch.stack([p.expand(most, -1, -1) for p in pixels]))
+    if isinstance(images, Tensor):
+        require(images.dim() == 4, argument, "a tensor [N, C, H, W]", images)
+        require(images.dtype == torch.uint8, argument, "uint8", images.dtype)
+        pixels = [framed(images, size, letterbox)]
+    else:
+        require(len(images) > 0, argument, "at least one", "none")
+        given = (as_uint8(image, f"{argument}[{i}]", data.levels)[None] for i, image in enumerate(images))
+        pixels = [framed(image, size, letterbox) for image in given]
+    most = 1 if data.grey else channels or max(p.shape[1] for p in pixels)
+    pixels = [as_channels(p, most) for p in pixels]
+    counts = sorted({p.shape[1] for p in pixels})
+    require(len(counts) == 1, argument, "images of as many channels", lambda: " and ".join(map(str, counts)))
+    return ResidentImages(torch.cat(pixels))
 
 
 def _fitted(

@@ -18,7 +18,7 @@ from anomem.models import Encoder
 from anomem.train.config import TrainConfig, flat_settings
 from anomem.train.execution import settled
 from anomem.train.ranks import joined
-from anomem.train.run import model_for, prepare, require_batches
+from anomem.train.run import model_for, prepared, require_batches
 from anomem.train.rundir import default_directory
 from anomem.train.stage1 import train_stage1
 from anomem.validation import require_count
@@ -115,8 +115,7 @@ def profile_steps(
         UserError: as `train`.
     """
     require_count(steps, "profile", 1)
-    prepare(config)
-    with joined(config.run.device) as ranks:
+    with prepared(config), joined(config.run.device) as ranks:
         task = task or load_task(config.data)
         model = model_for(config, task, encoder)
         task = task.to(model.device)

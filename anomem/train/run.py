@@ -68,7 +68,6 @@ def train(
         >>> scorer = load_scorer(run)
         >>> scorer(images).scores["detector"]  # [B]
     """
-    prepare(config)
     if task is not None:
         exposed = not bool(task.train_is_normal.all())
         require(
@@ -79,7 +78,7 @@ def train(
             "make the task from `config.data`",
         )
     given = [name for name, value in (("task", task), ("encoder", encoder)) if value is not None]
-    with joined(config.run.device) as ranks:
+    with prepared(config), joined(config.run.device) as ranks:
         # Task and model first: where one of them cannot be made, no folder is left behind.
         task = task or load_task(config.data)
         model = model_for(config, task, encoder)
@@ -117,10 +116,10 @@ def resume(path: Path, *, task: Task | None = None, encoder: Encoder | None = No
         with _stoppable(run, ranks), _claimed(run, ranks):
             # Read again: the process that held the claim before may have finished the run.
             if not ranks.on_first(lambda: _finished(run, config)):
-                prepare(config)
-                task = task or load_task(config.data, run.split())
-                require_batches(config, len(task.train), ranks)
-                _complete(run, config, task, model_for(config, task, encoder), quiet, ranks)
+                with prepared(config):
+                    task = task or load_task(config.data, run.split())
+                    require_batches(config, len(task.train), ranks)
+                    _complete(run, config, task, model_for(config, task, encoder), quiet, ranks)
     return run.path
 
 
@@ -143,7 +142,6 @@ def load_scorer(path: Path, *, encoder: Encoder | None = None, device: str | Non
         raise UserError(f"the run {path} is not finished; continue it with `anomem train --resume {path}`")
     about, source = checkpoint.about, run.checkpoints / f"{SCORER}.json"
     require_provenance(run.checkpoints, SCORER, config, about)
-    prepare(config)
     try:
         channels, (height, width) = int(about["channels"]), about["image_size"]
     except (KeyError, TypeError, ValueError) as error:
@@ -184,16 +182,23 @@ def load_run(
     return run, config, task.to(device_of(config.run)), scorer
 
 
-def prepare(config: TrainConfig | FitConfig) -> None:
-    """Process-wide settings of a run, and a look for the packages it will need.
+@contextmanager
+def prepared(config: TrainConfig | FitConfig) -> Iterator[None]:
+    """Around a training or a fit: the process has the run's threads, and its own again afterwards.
 
     Raises:
-        UserError: a package is not installed.
+        UserError: a package that the run writes with is not installed.
     """
     if config.run.tensorboard:
         tensorboard_writer()
+    threads = torch.get_num_threads()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def device_named(path: Path) -> str:

@@ -52,7 +52,16 @@ class RunDirectory:
     def create(
         cls, config: TrainConfig | FitConfig, given: Sequence[str] = (), split: Split | None = None
     ) -> RunDirectory:
-        """Make a new folder and write the configuration into it.
+        """As `created`, without a claim afterwards."""
+        with cls.created(config, given, split) as run:
+            return run
+
+    @classmethod
+    @contextmanager
+    def created(
+        cls, config: TrainConfig | FitConfig, given: Sequence[str] = (), split: Split | None = None
+    ) -> Iterator[RunDirectory]:
+        """A new folder with the configuration in it, claimed until the end of the scope.
 
         Args:
             config: of the run.
@@ -86,7 +95,7 @@ class RunDirectory:
             if split is not None:
                 write_atomically(run.split_file, json.dumps(split._asdict(), indent=2).encode())
             write_atomically(run.config_file, json.dumps(to_dict(config), indent=2).encode())
-        return run
+            yield run
 
     @classmethod
     def open(

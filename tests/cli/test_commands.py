@@ -10,15 +10,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from anomem.cli.commands import Train
+from anomem.cli.main import _parse
 from anomem.data import ImageFiles
 from anomem.evaluate import auroc
+from anomem.train.config import Preset, preset
 from anomem.train.run import load_run, load_scorer
 
 Command = Callable[..., Any]
@@ -189,3 +192,10 @@ def test_plot(anomem: Command, finished: Path) -> None:
     for path in drawn:
         with Image.open(path) as picture:
             assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize("name", get_args(Preset))
+def test_training_starts_from_the_preset_that_is_named(name: str) -> None:
+    command = _parse(["train", "--preset", name])
+    assert isinstance(command, Train)
+    assert command.settings == preset(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -152,8 +153,35 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         ((photos / "good", "--run", run, "--watch", "--fdr", "0.1"), "neither --fdr nor --sheet"),
         ((picture, "--run", finished, "--maps", tmp_path / "maps", "--masks"), "expected a fitted run"),
         ((picture, "--run", run, "--device", "tpu9"), "expected a device of this machine"),
+        ((picture, "--run", run, "--max-megapixels", "0"), "`--max-megapixels`: expected an integer ≥ 1"),
+        ((picture, "--run", run, "--alpha", "0"), "`--alpha`"),
         ((picture, "--run", run, "--device", "mps"), "from the 'MPS' backend\n"),
     ):
         done = anomem("score", *arguments)
         assert (done.code, done.err.count("\n")) == (2, 1), (arguments, done.err)
         assert sentence in done.err, done.err
+
+
+def test_a_watched_folder_writes_over_no_other_file(anomem: Command, run: Path, photos: Path, tmp_path: Path) -> None:
+    """Before anything is scored; the name must be one of a table, too."""
+    thesis = tmp_path / "thesis.csv"
+    thesis.write_text("chapter,pages\n")
+    for output, sentence in ((thesis, "--output"), (tmp_path / "scores.txt", "expected a .csv or .json file")):
+        done = anomem("score", photos / "test" / "good", "--run", run, "--watch", "--output", output)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert sentence in done.err
+    assert thesis.read_text() == "chapter,pages\n"
+
+
+def test_folders_named_by_a_stream_are_searched_as_others(
+    anomem: Command, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "images" / "inner"
+    inner.mkdir(parents=True)
+    for file in (inner.parent / "a.png", inner / "b.png"):
+        Image.new("RGB", (40, 30), (90, 120, 60)).save(file)
+    for options, count in (((), 1), (("--recursive",), 2)):
+        names = io.TextIOWrapper(io.BytesIO(f"{inner.parent}\n".encode()))
+        monkeypatch.setattr(sys, "stdin", names)
+        done = anomem("score", "-", "--run", run, *options)
+        assert (done.code, len(done.out.splitlines())) == (0, count), done.err

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomem.data import Images, ResidentImages, StreamedImages
+from anomem.data import Images, ResidentImages, StreamedImages, convert
+from anomem.data.convert import read_image
 from anomem.data.images import channel_statistics, resident_or_streamed
 from anomem.errors import ArgumentError, UserError
 
@@ -126,3 +129,16 @@ def test_errors_arrive_as_one_sentence(workers: int) -> None:
     )
     with pytest.raises(ArgumentError, match=sentence):
         list(images.batches(torch.tensor([6, 5]), 3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_fork_opens_images_while_a_thread_of_its_parent_does(tmp_path: Path) -> None:
+    """A worker of a DataLoader: the lock around Pillow's limit was held for ever in it."""
+    file = tmp_path / "image.png"
+    Image.new("L", (4, 4), 7).save(file)
+    with convert._limit:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that hangs
+            os._exit(int(read_image(file, grey=True).sum()) - 16 * 7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -207,6 +207,13 @@ def test_a_learned_temperature_is_read_and_set() -> None:
         ("out1", lambda: ann.NTXentLoss()(draw(5, 4), draw(4, 4))),
         ("rows", lambda: ann.InfoNCELoss()(torch.empty(0, 4), draw(3, 4))),
         ("rows", lambda: ann.InfoNCELoss()(draw(5, 1, 4), draw(5, 1, 4))),
+        ("out0", lambda: ann.NTXentLoss(gather_distributed=True)(torch.empty(0, 4), torch.empty(0, 4))),
+        ("out0", lambda: ann.NTXentLoss(gather_distributed=True)(draw(5, 1, 4), draw(5, 1, 4))),
+        ("rows", lambda: ann.InfoNCELoss(gather_distributed=True)(draw(5, 1, 4), draw(5, 1, 4))),
+        (
+            "exclude",
+            lambda: ann.InfoNCELoss(gather_distributed=True)(draw(5, 4), draw(5, 4), exclude=torch.arange(5)),
+        ),
     ],
 )
 def test_a_call_that_could_only_be_a_mistake_is_refused(argument: str, call: Callable[[], object]) -> None:

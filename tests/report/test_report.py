@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import torch
 from PIL import Image
 
 from anomem.cli import main
+from anomem.cli.main import _parse
+from anomem.data import DataConfig
 from anomem.evaluate.metrics import auroc
 from anomem.report import alpha_at, bootstrap_interval, confusion, report_run, start_threshold
 from anomem.report.page import command_of
 from anomem.scoring import Calibration
-from anomem.train import preset
+from anomem.train import FitConfig, RunConfig, preset
 from anomem.train.fitting import load_fitted_run
 from tests.train.test_fitting import parts, write
 
@@ -113,6 +117,23 @@ def test_numbers_by_hand() -> None:
 
 def test_the_command_is_the_settings() -> None:
     assert command_of(preset("digits"), Path("runs/x")) == "anomem train --preset digits --run.directory runs/x"
+
+
+@pytest.mark.parametrize("aligned", [True, False, None])
+def test_the_command_gives_the_settings(aligned: bool | None) -> None:
+    """Flags, their opposites, values that may be None, and lists."""
+    data = DataConfig("folder", normal="", root="photos", letterbox=True, grey=True, aligned=aligned, levels=(0, 4095))
+    run = RunConfig(directory="runs/x", threads=2)
+    for config in (
+        FitConfig(data=data, run=run, scales=("block3", "block5")),
+        replace(preset("folder"), data=data, run=replace(run, cuda_graph=False, tensorboard=True)),
+        replace(preset("digits"), run=run, loss=replace(preset("digits").loss, symmetric=False)),
+    ):
+        command: Any = _parse(shlex.split(command_of(config, Path("runs/x")))[1:])
+        settings = command.settings
+        if isinstance(settings, FitConfig):  # its folder is an argument
+            settings = replace(settings, data=replace(settings.data, root=str(command.folder)))
+        assert settings == config
 
 
 def test_a_trained_run_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from anomem.data import DataConfig
+from anomem.data import DataConfig, ResidentImages
 from anomem.data.frame import framed, unframed
 from anomem.errors import ArgumentError, UserError
 from anomem.models import TiledEncoder
-from anomem.models.pretrained import pretrained_available
+from anomem.models.pretrained import LITE0, pretrained_available
 from anomem.scoring import FillConfig
 from anomem.train import FitConfig, RunConfig, fit, fit_run, fitting, load_detector, load_scorer, resume, save_detector
-from anomem.train.fitting import load_fitted_run, resolved
+from anomem.train.fitting import _as_set, load_fitted_run, resolved
 
 needs_labels = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 # Random weights: what is tested does not depend on them, and the package of weights may not be there.
@@ -388,3 +388,71 @@ def test_a_terminated_fit_leaves_nothing_to_clean(tmp_path: Path, monkeypatch: p
         fit_run(config, quiet=True)
     signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_lists_are_read_as_the_data_are_configured() -> None:
+    """White at 4095, in grey; defects and calibration images as the others."""
+    bright = [np.full((24, 24), value, np.uint16) for value in (1000, 2000, 3000)]
+    config = replace(CONFIG, data=replace(CONFIG.data, levels=(0, 4095)))
+    assert {float(x) for x in _as_set(bright, config.data, "images").images.unique()} == {62.0, 125.0, 187.0}
+    coloured = list(parts(2))
+    grey = _as_set(coloured, replace(config.data, grey=True, image_size=None), "images")
+    expected = Image.fromarray(coloured[0].permute(1, 2, 0).numpy()).convert("L").resize((128, 128))
+    assert grey.channels == 1
+    assert (grey.images[0, 0].float() - torch.from_numpy(np.asarray(expected).copy()).float()).abs().mean() < 2
+
+
+def test_images_beside_the_normal_ones_have_their_channels_or_are_named() -> None:
+    grey = [x[:1] for x in parts(40)]
+    detector = fit(grey, 0.1, config=CONFIG, calibration=list(parts(12, seed=3)))
+    assert detector.model.mean.numel() == 1
+    for name in ("defects", "calibration"):
+        with pytest.raises(ArgumentError, match=rf"`{name}`: expected images .* as `images`"):
+            fit(list(parts(40)), 0.1, config=CONFIG, **{name: ResidentImages(parts(4, seed=3)[:, :1])})
+        with pytest.raises(ArgumentError, match=rf"`{name}\[0\]`"):
+            fit(list(parts(40)), 0.1, config=CONFIG, **{name: [np.full((8, 8), np.nan)]})
+
+
+def test_a_detector_takes_pixels_alone() -> None:
+    images = parts(40)
+    detector = fit(images, 0.1, config=CONFIG)
+    with pytest.raises(ArgumentError, match="floating pixels from 0 to 1"):
+        detector(images[:2].float())
+    with pytest.raises(ArgumentError, match="alpha"):
+        detector(images[:2], alpha=0.0)
+
+
+@pytest.mark.parametrize("setting", [{"tensorboard": True}, {"precision": "float32"}, {"checkpoint_every": 5}])
+def test_a_setting_that_a_fit_does_not_use_is_named(setting: dict[str, object]) -> None:
+    config = FitConfig(encoder=LITE0, run=RunConfig(**setting))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=rf"`run.{next(iter(setting))}`: .*a fit does not use it"):
+        resolved(config)
+
+
+def test_threads_are_those_of_the_run_while_it_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    fitted = fitting._fitted
+    monkeypatch.setattr(fitting, "_fitted", lambda *given: seen.append(torch.get_num_threads()) or fitted(*given))
+    detector = fit(parts(40), 0.1, config=replace(CONFIG, run=replace(CONFIG.run, threads=before + 1)))
+    save_detector(detector, tmp_path / "run")
+    load_detector(tmp_path / "run")
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
+def test_a_fit_holds_its_folder_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another fit into it, at any time of the first, is refused and leaves its files alone."""
+    folder = write(tmp_path / "good", parts(20))
+    run = replace(CONFIG.run, directory=str(tmp_path / "run"))
+    config = replace(CONFIG, data=replace(CONFIG.data, dataset="folder", normal="", root=str(folder)), run=run)
+    fitted, refused = fitting._fitted, []
+
+    def meanwhile(*arguments: object) -> object:
+        with pytest.raises(UserError, match="by another process"):
+            fit_run(config, quiet=True)
+        refused.append((tmp_path / "run" / "config.json").exists())
+        return fitted(*arguments)
+
+    monkeypatch.setattr(fitting, "_fitted", meanwhile)
+    fit_run(config, quiet=True)
+    assert refused == [True]
+    load_detector(tmp_path / "run")
