@@ -137,7 +137,8 @@ def nearest_center_kernel(
             squares += tl.sum((here - there[None, :]) * (here - there[None, :]), axis=1)
         known = tl.load(distance + rows, mask=inside, other=float("-inf"))
         lowered = tl.where(squares < known, squares, known)
-        lowered = tl.where(squares == squares, lowered, -0.5)  # NaN is never the farthest
+        # NaN is never farther than another row that is not chosen.
+        lowered = tl.where(squares == squares, lowered, tl.minimum(known, -0.5))
         lowered = tl.where(rows == centre, -1.0, lowered)  # a centre is chosen once
         tl.store(distance + rows, lowered, mask=inside)
         lowered = tl.where(inside, lowered, float("-inf"))

@@ -76,8 +76,8 @@ def k_center(x: Tensor, count: int, first: int = 0) -> Tensor:
     chosen = [torch.full((), first, device=x.device)]
     for _ in range(count - 1):
         centre = x.index_select(0, chosen[-1][None])  # [1, d]
-        distance = torch.minimum(distance, (x - centre).square().sum(dim=1))
-        # Chosen once; NaN is never the farthest.
-        distance = distance.index_fill(0, chosen[-1][None], -1.0).nan_to_num(nan=-0.5, posinf=torch.inf)
+        # NaN is never farther than another row that is not chosen.
+        squares = (x - centre).square().sum(dim=1).nan_to_num(nan=-0.5, posinf=torch.inf)
+        distance = torch.minimum(distance, squares).index_fill(0, chosen[-1][None], -1.0)
         chosen.append(distance.argmax())
     return torch.stack(chosen)

@@ -15,6 +15,7 @@
 // of those. No matrix of all scores is kept: a tile of kCandidateRows × kCandidateColumns passes through the cache.
 #pragma once
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -70,6 +71,22 @@ constexpr bool kQuads = false;
 struct QuadPanels {};
 struct QuadRows {};
 #endif
+
+// |m|²/2 − x·m, half of what |x − m|² differs from |x|² by: the smallest is the nearest prototype's. In double: of a
+// row far longer than the prototypes all distances may round to one number.
+template <class T>
+inline double bracket(const T* x, const T* m, int64_t d) {
+  constexpr int64_t lanes = kLanes<double>;
+  vec<double> sums{};
+  int64_t p = 0;
+  for (; p + lanes <= d; p += lanes) {
+    const vec<double> of_m = load_double(m + p);
+    sums = multiply_add(of_m, of_m * 0.5 - load_double(x + p), sums);
+  }
+  double sum = sum_lanes<double>(sums);
+  for (; p < d; ++p) sum += static_cast<double>(m[p]) * (m[p] * 0.5 - x[p]);
+  return sum;
+}
 
 // The prototypes of a bank: normalised rows, the packed factors of their rough products, and the lengths of the bounds.
 template <class S>
@@ -177,7 +194,8 @@ class Offsets {
   T largest_ = 0;
 };
 
-// What a search looks for in each row: the k largest scores. It gives keys and columns of kCandidateRows rows.
+// What a search looks for in each row: the k largest scores, or the k nearest prototypes by their brackets. It gives
+// keys and columns of kCandidateRows rows: scores with their sign changed or, after `finish`, squared distances.
 template <class S>
 class Target {
  public:
@@ -191,7 +209,9 @@ class Target {
         key_(kCandidateRows * k),
         index_(kCandidateRows * k),
         count_(kCandidateRows),
-        new_key_(k + kCandidateColumns + 4),
+        new_key_(by_distance ? 0 : k + kCandidateColumns + 4),
+        bracket_(by_distance ? kCandidateRows * k : 0),
+        new_bracket_(by_distance ? k + kCandidateColumns : 0),
         new_index_(k + kCandidateColumns) {}
 
   int64_t k() const { return k_; }
@@ -211,37 +231,55 @@ class Target {
     count_[r] = 0;
   }
 
-  // Adds candidates of row r, at most kCandidateColumns, in ascending order of columns first + found[i]. Their keys are
-  // the squared distance, or the score with its sign changed.
+  // Adds candidates of row r, at most kCandidateColumns, in ascending order of columns first + found[i].
   void add(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t first, const int32_t* found,
            int64_t count) {
     const int64_t held = count_[r], d = panels.features(), all = held + count;
-    std::memcpy(new_key_.data(), key_.data() + r * k_, held * sizeof(T));
-    std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
     for (int64_t i = 0; i < count; ++i) new_index_[held + i] = first + found[i];
     if (by_distance_) {
-      for (int64_t i = held; i < all; ++i) new_key_[i] = squared_distance(x, panels[new_index_[i]], d);
-    } else {
-      for (int64_t i = held; i < all; i += 4) {
-        const auto column = [&](int64_t j) { return new_index_[i + j < all ? i + j : i]; };
-        four_dot_products<T>(x, {panels[column(0)], panels[column(1)], panels[column(2)], panels[column(3)]}, d,
-                             new_key_.data() + i);
-      }
-      for (int64_t i = held; i < all; ++i) new_key_[i] = -(new_key_[i] * scale() + (*offsets_)[new_index_[i]]);
+      for (int64_t i = held; i < all; ++i) new_bracket_[i] = bracket(x, panels[new_index_[i]], d);
+      return keep(r, all, bracket_.data() + r * k_, new_bracket_.data());
     }
-    keep_smallest(new_key_.data(), new_index_.data(), all, k_);
-    count_[r] = all < k_ ? all : k_;
-    std::memcpy(key_.data() + r * k_, new_key_.data(), count_[r] * sizeof(T));
-    std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
+    for (int64_t i = held; i < all; i += 4) {
+      const auto column = [&](int64_t j) { return new_index_[i + j < all ? i + j : i]; };
+      four_dot_products<T>(x, {panels[column(0)], panels[column(1)], panels[column(2)], panels[column(3)]}, d,
+                           new_key_.data() + i);
+    }
+    for (int64_t i = held; i < all; ++i) new_key_[i] = -(new_key_[i] * scale() + (*offsets_)[new_index_[i]]);
+    keep(r, all, key_.data() + r * k_, new_key_.data());
+  }
+
+  // After the last candidates of row r: the keys are its squared distances, in order, of equal ones the first column's
+  // first.
+  void finish(int64_t r, const T* x, const CandidatePanels<S>& panels) {
+    if (!by_distance_) return;
+    int64_t* const columns = index_.data() + r * k_;
+    T* const distances = key_.data() + r * k_;
+    std::sort(columns, columns + count_[r]);
+    for (int64_t i = 0; i < count_[r]; ++i) distances[i] = squared_distance(x, panels[columns[i]], panels.features());
+    keep_smallest(distances, columns, count_[r], count_[r]);
   }
 
  private:
+  // Keeps the k smallest of row r's keys and `all` − held new ones behind a copy of them.
+  template <class K>
+  void keep(int64_t r, int64_t all, K* keys, K* new_keys) {
+    const int64_t held = count_[r];
+    std::memcpy(new_keys, keys, held * sizeof(K));
+    std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
+    keep_smallest(new_keys, new_index_.data(), all, k_);
+    count_[r] = all < k_ ? all : k_;
+    std::memcpy(keys, new_keys, count_[r] * sizeof(K));
+    std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
+  }
+
   int64_t k_;
   const Offsets<T>* offsets_;
   bool by_distance_;
   Buffer<T> groups_, key_;
   Buffer<int64_t> index_, count_;
   Buffer<T> new_key_;
+  Buffer<double> bracket_, new_bracket_;
   Buffer<int64_t> new_index_;
 };
 
@@ -284,7 +322,10 @@ class CandidateSearch {
         for (int64_t r = 0; r < count; ++r)
           computed += collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
     }
-    for (int t = 0; t < targets_count; ++t) asked += count * targets[t]->k();
+    for (int t = 0; t < targets_count; ++t) {
+      for (int64_t r = 0; r < count; ++r) targets[t]->finish(r, x[r], panels_);
+      asked += count * targets[t]->k();
+    }
     // In cycles of a Zen 4 core: a candidate takes d/8 and 24, and quads save d/64 for each product.
     if (quads_ && (computed - asked) * (d / 8 + 24) > count * panels_.count() * d / 64) quads_.reset();
   }
@@ -351,6 +392,7 @@ inline void find_in(const CandidatePanels<S>& panels, Target<S>& target, int64_t
                                        target.k(), margin, target.groups(r), found);
     target.add(r, x, panels, first, found, candidates);
   }
+  target.finish(r, x, panels);
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA

@@ -22,7 +22,8 @@ struct KeptProducts {
   bool whole(int64_t group, int64_t tiles_of_group) const { return (group + 1) * tiles_of_group <= count; }
 };
 
-// In all of these: `library` says whether torch's library makes the products (library_product.h); `total` is left by
+// In all of these: `library` says whether torch's library makes the products (library_product.h), or in its place the
+// processor's tiles those of float32 (tile_product.h); `total` is left by
 // the forward pass for the backward pass, see finish_row in contrast_sums.h; `wave` is the number of groups that are
 // worked on together.
 

@@ -144,8 +144,8 @@ struct Tile {
   }
 };
 
-// The products of a tile by the library, if its rows are laid out for it; with `upper` those on and above the
-// diagonal. They must outlive the tile's use.
+// The products of a tile by the library or in the processor's tiles, if its rows are laid out for that; with `upper`
+// those on and above the diagonal. They must outlive the tile's use.
 template <class S, class T = accumulator_t<S>>
 inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stride = kTileStride) {
   if constexpr (kInLibrary<factor_t<S>>) {

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+
 #include "cpu/isa.h"
 #include "cpu/library_product.h"
 #include "cpu/operands.h"
@@ -37,6 +39,10 @@ Tensor gradient_of_weight(const Tensor& x, const Tensor& grad) {
   check_shape(grad, "grad", {shape.batch, Axis("K", 1), shape.height, shape.width});
   check_channels_last(grad, "grad");
   Tensor dweight = empty_map(grad.size(1), shape.channels, 3, 3, x.scalar_type());
+  if (x.numel() == 0 || grad.numel() == 0) {
+    std::memset(dweight.mutable_data_ptr(), 0, dweight.numel() * dweight.element_size());
+    return dweight;
+  }
   run(Conv3x3Weight{type, x.const_data_ptr(), shape, grad.const_data_ptr(), grad.size(1), is_direct(type),
                     dweight.mutable_data_ptr()});
   return dweight;

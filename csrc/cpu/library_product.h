@@ -12,8 +12,8 @@ namespace anomem::cpu {
 
 // Whether a read of `prototypes` rows of `features` elements by many queries makes its products with the library. It
 // does where they run, give right numbers (tried once per process) and are large enough. They are not part of torch's
-// stable ABI: the answer is false where a torch lacks them, where torch.backends.mkldnn is off and where ANOMEM_CPU
-// names an instruction set.
+// stable ABI: the answer is false where a torch lacks them, where ANOMEM_CPU names an instruction set and, of bfloat16,
+// where torch.backends.mkldnn is off. Off, torch makes those of float32 by another library.
 bool takes_library_products(Type type, int64_t queries, int64_t prototypes, int64_t features);
 
 // Whether they multiply pairs of bfloat16 in the processor's tiles (AMX): about ten times as fast as float32.

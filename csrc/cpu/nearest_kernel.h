@@ -74,9 +74,11 @@ class GreedyCenters {
 
   const S* row(int64_t i) const { return static_cast<const S*>(a_.x.data) + i * a_.x.stride; }
 
-  // A row that is no number is never the farthest.
+  // A row with a NaN is never farther than another that is not chosen.
+  static T or_near(T distance) { return distance == distance ? distance : T{-0.5}; }
+
   void lower(int64_t i, T distance) {
-    if (!(distance >= distance_[i])) distance_[i] = distance;
+    if (or_near(distance) < distance_[i]) distance_[i] = or_near(distance);
   }
 
   // A centre is chosen once.
@@ -140,8 +142,8 @@ class GreedyCenters {
       int64_t farthest = -1;
       for (int64_t p = 0; p < size; ++p) {
         if (!(distance[p] > floor)) continue;  // it cannot be the next any more
-        const T from_last = squared_distance(rows.data() + p * d_, centre.data(), d_);
-        if (!(from_last >= distance[p])) distance[p] = from_last;
+        const T from_last = or_near(squared_distance(rows.data() + p * d_, centre.data(), d_));
+        if (from_last < distance[p]) distance[p] = from_last;
         if (index[p] == last) distance[p] = -1;
         if (distance[p] > floor && (farthest < 0 || distance[p] > distance[farthest])) farthest = p;
       }

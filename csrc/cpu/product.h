@@ -180,8 +180,8 @@ inline void library_product_with(int64_t m, int64_t n, int64_t k, const F* a, in
   }
 }
 
-// C = A B or C += A B by the library, for A [m, k] of elements, `a_stride` between its rows, and B as `in_columns`
-// leaves a tile, k terms long.
+// C = A B or C += A B by the library, for A [m, k] of elements, `a_stride` between its rows, and B, k terms long, as
+// `in_columns` leaves a tile or as rows in one panel.
 template <class S>
 inline void library_product_of_tile(int64_t m, int64_t n, int64_t k, const factor_t<S>* a, int64_t a_stride,
                                     const factor_t<S>* tile, int64_t tile_stride, accumulator_t<S>* c, int64_t c_stride,

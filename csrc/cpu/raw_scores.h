@@ -23,6 +23,12 @@ inline accumulator_t<S> row_mean(const S* x, int64_t d) {
   return sum_lanes<T>(sum) / static_cast<T>(d);
 }
 
+// The mean that a normalisation subtracts from a row.
+template <class S>
+inline accumulator_t<S> subtracted_mean(const S* row, int64_t d, Normalize how) {
+  return how == Normalize::kLayer ? row_mean(row, d) : accumulator_t<S>{0};
+}
+
 // A memory's keys as they are, in panels of the library's products.
 template <class S>
 class RawKeys {
@@ -37,7 +43,6 @@ class RawKeys {
         factor_(usable_ ? padded_stride<T>(m_) : 0),
         mean_(usable_ ? padded_stride<T>(m_) : 0) {
     if (!usable_) return;
-    const bool layer = memory.normalize == Normalize::kLayer;
     Buffer<int64_t> keeps((m_ + kPrototypes - 1) / kPrototypes);
     const auto pack_block = [&](int64_t first, int64_t count, PackedBlock<S>& block) {
       const S* const keys = static_cast<const S*>(memory.keys) + first * d_;
@@ -45,7 +50,7 @@ class RawKeys {
       keeps_block = 1;
       for (int64_t j = 0; j < count; ++j) {
         const T factor = normalize_row(keys + j * d_, d_, memory.normalize, block.wide.data());
-        const T mean = layer ? row_mean(keys + j * d_, d_) : T{0};
+        const T mean = subtracted_mean(keys + j * d_, d_, memory.normalize);
         if (!keeps_digits(mean, factor)) keeps_block = 0;
         factor_[first + j] = factor;
         mean_[first + j] = static_cast<T>(d_) * mean * factor;
@@ -76,8 +81,8 @@ class RawQueries {
  public:
   using T = accumulator_t<S>;
 
-  RawQueries(int64_t rows, int64_t d, const RawKeys<S>& keys, bool layer)
-      : rows_(rows), d_(d), keys_(keys), layer_(layer), data_(keys.usable() ? rows : 0, d), mean_(rows) {}
+  RawQueries(int64_t rows, int64_t d, const RawKeys<S>& keys, Normalize how)
+      : rows_(rows), d_(d), keys_(keys), how_(how), data_(keys.usable() ? rows : 0, d), mean_(rows) {}
 
   // Whether the scores of these rows can be made so; `normalized` holds the same rows.
   bool take(const S* query, int64_t stride, int64_t count, const QueryRows<S>& normalized) {
@@ -85,7 +90,7 @@ class RawQueries {
     for (int64_t r = 0; r < rows_; ++r) {
       const S* row = query + (r < count ? r : 0) * stride;
       data_.set(r, row, T{1});
-      mean_[r] = layer_ ? row_mean(row, d_) : T{0};
+      mean_[r] = subtracted_mean(row, d_, how_);
       if (r < count && !keeps_digits(mean_[r], normalized.factor(r))) return false;
     }
     return true;
@@ -111,7 +116,7 @@ class RawQueries {
  private:
   int64_t rows_, d_;
   const RawKeys<S>& keys_;
-  bool layer_;
+  Normalize how_;
   FactorRows<S> data_;
   Buffer<T> mean_;
 };
@@ -133,7 +138,7 @@ inline bool all_are_raw(const RawKeys<S>& keys, const Queries& queries, const Me
       for (int64_t i = block * some; i < queries.count && i < (block + 1) * some; ++i) {
         const S* const row = static_cast<const S*>(queries.data) + i * queries.stride;
         const T factor = normalize_row(row, d, memory.normalize, normalized.data());
-        if (!keeps_digits(memory.normalize == Normalize::kLayer ? row_mean(row, d) : T{0}, factor)) keep[block] = 0;
+        if (!keeps_digits(subtracted_mean(row, d, memory.normalize), factor)) keep[block] = 0;
       }
     }
   });

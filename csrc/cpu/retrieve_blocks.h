@@ -153,7 +153,7 @@ class BackwardBlocks {
         stride_(padded_stride<T>(width_)),
         key_stride_(padded_stride<T>(a.memory.features)),
         query_(rows, a.memory.features, a.memory.normalize),
-        raw_(rows, a.memory.features, raw_keys, a.memory.normalize == Normalize::kLayer),
+        raw_(rows, a.memory.features, raw_keys, a.memory.normalize),
         dout_(rows, a.memory.value_features),
         scaled_query_(rows, a.memory.features),
         column_memory_(rows * (a.memory.value_features + a.memory.features)),

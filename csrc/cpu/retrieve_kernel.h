@@ -3,6 +3,8 @@
 // anomem/reference/retrieve.py.
 #pragma once
 
+#include <memory>
+
 #include "cpu/factors.h"
 #include "cpu/panels.h"
 #include "cpu/parallel.h"
@@ -51,8 +53,9 @@ void compute(const RetrieveForward& a) {
     const LibraryProducts library(a.memory.library, kInPairs<S>);
     ForwardBlocks<S> blocks(a, panels, in_blocks ? rows : 0);
     QueryRows<S> query(rows, d, a.memory.normalize);
-    RawQueries<S> raw(rows, d, raw_keys, a.memory.normalize == Normalize::kLayer);
-    Buffer<T> scores(rows * score_stride), retrieved(rows * out_stride), scale(rows);
+    RawQueries<S> raw(rows, d, raw_keys, a.memory.normalize);
+    std::unique_ptr<Buffer<T>> scores, retrieved;  // of chunks that are not read in blocks
+    Buffer<T> scale(rows);
     for (int64_t first = begin * rows; first < n && first < end * rows; first += rows) {
       const int64_t count = n - first < rows ? n - first : rows;
       // Weights are made where they are kept, unless they are converted, some rows of the chunk are not kept or
@@ -60,14 +63,18 @@ void compute(const RetrieveForward& a) {
       const int64_t left = kept_in_full - first, kept_rows = left < count ? left : count;
       S* const kept = left > 0 ? static_cast<S*>(a.kept.data) + first * kept_stride(m) : nullptr;
       const bool in_place = kept_rows == count && (!a.memory.library || count == rows);
-      T* tile = scores.data();
-      int64_t tile_stride = score_stride;
-      if constexpr (std::is_same_v<S, T>)
-        if (in_place) tile = kept, tile_stride = kept_stride(m);
       const S* const source = static_cast<const S*>(a.query.data) + first * a.query.stride;
       query.load(source, a.query.stride, count);
       const bool is_raw = raw.take(source, a.query.stride, count, query);
       if (in_blocks && blocks.run(first, count, query, raw, is_raw)) continue;
+      if (!scores) {
+        scores = std::make_unique<Buffer<T>>(rows * score_stride);
+        retrieved = std::make_unique<Buffer<T>>(rows * out_stride);
+      }
+      T* tile = scores->data();
+      int64_t tile_stride = score_stride;
+      if constexpr (std::is_same_v<S, T>)
+        if (in_place) tile = kept, tile_stride = kept_stride(m);
       const int64_t height = a.memory.library ? rows : count;
       if (is_raw) raw.scores(count, 0, m, query, tile, tile_stride);
       else
@@ -93,12 +100,12 @@ void compute(const RetrieveForward& a) {
       const LeftFactor<S> weights =
           in_rows<S>(tile, count, m, tile_stride, pairs_in_place ? reinterpret_cast<factor_t<S>*>(kept) : nullptr,
                      kept_stride(m) / 2);
-      if (kept != nullptr && !pairs_in_place && tile == scores.data())
+      if (kept != nullptr && !pairs_in_place && tile == scores->data())
         for (int64_t r = 0; r < kept_rows; ++r)
           keep_weights(reinterpret_cast<const kept_source_t<S>*>(weights.data + r * weights.row_stride), m,
                        kept + r * kept_stride(m));
       S* const out = static_cast<S*>(a.out) + first * dv;
-      T* read = retrieved.data();
+      T* read = retrieved->data();
       int64_t read_stride = out_stride;
       if constexpr (std::is_same_v<S, T>)
         if (height == count && dv == out_stride) read = out, read_stride = dv;  // whole panels
@@ -232,7 +239,7 @@ class BackwardChunk {
         score_stride_(padded_stride<T>(m_)),
         key_stride_(padded_stride<T>(d_)),
         query_(rows, d_, a.memory.normalize),
-        raw_(rows, d_, raw_keys, a.memory.normalize == Normalize::kLayer),
+        raw_(rows, d_, raw_keys, a.memory.normalize),
         scaled_query_(as_they_are() ? 0 : rows, d_),
         dout_(rows, dv_),
         dout_scale_(rows),
@@ -460,17 +467,22 @@ void compute(const RetrieveBackward& a) {
     } else {
       parallel_ranges(slots, [&](int64_t first_slot, int64_t last_slot) {
         const LibraryProducts library(a.memory.library, kInPairs<S>);
-        BackwardChunk<S> work(whole, panels, raw_keys, rows);  // large: one for all slots of a thread
+        // Large, and of chunks that are not read in blocks: one for all slots of a thread.
+        std::unique_ptr<BackwardChunk<S>> work;
+        std::unique_ptr<Buffer<T>> memory;
         BackwardBlocks<S> blocks(a, panels, raw_keys, in_blocks ? rows : 0);
-        Buffer<T> memory(plan.tiles);
-        const Tiles<S> tiles(memory.data(), plan, a.memory);
         for (int64_t slot = first_slot; slot < last_slot; ++slot) {
           T *const keys = dkeys + slot * plan.key_sums, *const values = tied ? keys : dvalues + slot * plan.value_sums;
           const int64_t begin = slot * chunks / slots, end = (slot + 1) * chunks / slots;
           for (int64_t chunk = begin; chunk < end; ++chunk) {
             if (in_blocks && blocks.run(chunk * rows, count_of(chunk), chunk == begin, keys, values)) continue;
-            const Summands<S> summands = work.run(chunk * rows, count_of(chunk), tiles, dbeta_of(slot));
-            work.add(summands, count_of(chunk), chunk == begin, keys, values);
+            if (!work) {
+              work = std::make_unique<BackwardChunk<S>>(whole, panels, raw_keys, rows);
+              memory = std::make_unique<Buffer<T>>(plan.tiles);
+            }
+            const Tiles<S> tiles(memory->data(), plan, a.memory);
+            const Summands<S> summands = work->run(chunk * rows, count_of(chunk), tiles, dbeta_of(slot));
+            work->add(summands, count_of(chunk), chunk == begin, keys, values);
           }
         }
       });

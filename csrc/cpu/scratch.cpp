@@ -114,6 +114,8 @@ void release(Header* block) {
 // Unused blocks, the oldest first. The lock is only tried: a child of fork may find it taken for ever.
 class Kept {
  public:
+  Kept() { blocks_.reserve(256); }
+
   // A block that is not much too large, or null.
   Header* take(int64_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -132,7 +134,8 @@ class Kept {
 
   void give(Header* block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block->bytes > kKeptScratch) return release(block);
+    // A longer list would have to be allocated, and blocks are given back while memory is short.
+    if (!lock || block->bytes > kKeptScratch || blocks_.size() == blocks_.capacity()) return release(block);
     blocks_.push_back(block);
     bytes_ += block->bytes;
     shrink(std::min(kKeptScratch, held.most()));

@@ -39,18 +39,18 @@ __device__ inline Affine affine_of(const Moments& m, int normalize) {
   return {0.0f, m.square <= kL2Eps * kL2Eps ? 0.0f : rsqrtf(m.square)};
 }
 
-// The normalisation of a row [d] whose squares overflow, by one warp, from the row times 2^-100. Its elements lie
-// `stride` apart. Beside its variance kLayerEps is nothing.
+// The normalisation of a row [d] whose squares overflow, by one warp, from the row times 2^-100. Beside its
+// variance kLayerEps is nothing.
 template <class T>
-__device__ inline Affine long_row_affine(const T* x, int64_t stride, int64_t features, int normalize, int lane) {
+__device__ inline Affine long_row_affine(const T* x, int64_t features, int normalize, int lane) {
   float mean = 0;
   if (normalize == kLayer) {
-    for (int64_t c = lane; c < features; c += kWarp) mean += widen(x[c * stride]) * kShrink;
+    for (int64_t c = lane; c < features; c += kWarp) mean += widen(x[c]) * kShrink;
     mean = warp_sum(mean) / features;
   }
   float square = 0;
   for (int64_t c = lane; c < features; c += kWarp) {
-    const float difference = widen(x[c * stride]) * kShrink - mean;
+    const float difference = widen(x[c]) * kShrink - mean;
     square += difference * difference;
   }
   square = warp_sum(square);
@@ -80,7 +80,7 @@ __device__ inline Affine row_affine(const T* x, int64_t features, int normalize,
     for (float value : v) square += (value - mean) * (value - mean);
   });
   square = warp_sum(square);
-  if (!(square <= FLT_MAX)) return long_row_affine(x, 1, features, normalize, lane);
+  if (!(square <= FLT_MAX)) return long_row_affine(x, features, normalize, lane);
   return affine_of({static_cast<float>(features), mean, square}, normalize);
 }
 

@@ -127,7 +127,8 @@ struct TakePlanes {
     }
   }
 
-  // Writes the normalisation of the warp's positions to shared memory, for all of its lanes.
+  // Writes the normalisation of the warp's positions to shared memory, for all of its lanes. A vector whose squares
+  // exceed float32 becomes zero: another read of its channels, as a row's in moments.cuh, cost registers in all others.
   __device__ static void settle(const Arguments& a, Shared& shared, const Moments (&moments)[kPerWarp]) {
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anomem.functional import (
+    conv3x3,
     deviation_map,
     gather_positions,
     hopfield_retrieve,
@@ -126,6 +127,16 @@ def test_deviation_map_of_no_positions(dtype: torch.dtype, shape: tuple[int, ...
         result = deviation_map(feature_map, prototypes, impl="native", **given)
         assert result.shape == (shape[0], *shape[2:])
         assert result.dtype == sums
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (1, 4, 3, 0), (1, 4, 0, 3)], ids=str)
+def test_the_gradient_of_a_convolution_over_no_pixels(shape: tuple[int, ...]) -> None:
+    """The function leaves such maps to torch; the operator divides by none of their sizes."""
+    conv3x3(draw(1, 8, 4, 4).to(memory_format=torch.channels_last), draw(8, 8, 3, 3), impl="native")
+    x, grad = (torch.zeros(shape[0], c, *shape[2:]).to(memory_format=torch.channels_last) for c in (shape[1], 6))
+    dweight = torch.ops.anomem.native_conv3x3_weight(x, grad)
+    assert dweight.shape == (6, shape[1], 3, 3)
+    assert not dweight.any()
 
 
 def test_the_operator_counts_no_queries() -> None:

@@ -150,16 +150,37 @@ except MemoryError as error:
 """
 
 
+THREADS = f"""
+import resource, torch
+from anomem.functional import memory_diagnostics
+torch.set_num_threads(2)
+memory, queries = torch.randn(100_000, 16), torch.randn(400, 16)
+memory_diagnostics(queries, memory[:200], impl="native")
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 40 * {MIB}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    memory_diagnostics(queries, memory, impl="native")
+except MemoryError as error:
+    print(str(error)[:23])
+"""
+
+
 @keeps
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_unused_memory_is_given_back_before_a_call_fails(library: None) -> None:
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [(SCARCE, ["True", f"anomem: out of memory, for {14 * 10 * MIB} bytes"]), (THREADS, ["anomem: out of memory, "])],
+    ids=["results", "scratch of threads"],
+)
+def test_unused_memory_is_given_back_before_a_call_fails(library: None, program: str, said: list[str]) -> None:
     """140 MiB where 60 are left beside the 100 that are kept; and an error that says how much was missing."""
     done = subprocess.run(
-        [sys.executable, "-c", SCARCE],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["True", f"anomem: out of memory, for {14 * 10 * MIB} bytes"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == said

@@ -101,3 +101,18 @@ def test_peak_does_not_depend_on_the_calls_before(library: None, one_thread: Non
     for prototypes in range(600, 340, -30):
         peak_of(prototypes)
     assert [peak_of(prototypes) for prototypes in range(320, 640, 64)] == small
+
+
+def test_a_memory_in_blocks_takes_no_scores_of_all_of_it(library: None, one_thread: None) -> None:
+    """Scores of a whole memory, 192 × 50,000 here, are for chunks that are not read in blocks."""
+    query, memory, peak = draw(192, 16), draw(50_000, 16, seed=1), torch.ops.anomem.native_scratch_peak
+    hopfield_retrieve(query, memory, normalize="none", impl="native")
+    if not torch.ops.anomem.native_retrieve_blocks(query, memory, None):
+        pytest.skip("this processor reads no memory in blocks")
+    for gradient in (False, True):
+        leaf = query.clone().requires_grad_(gradient)
+        peak(query)
+        out = hopfield_retrieve(leaf, memory, normalize="none", impl="native")
+        if gradient:
+            out.sum().backward()
+        assert peak(query) < 3 * memory.nbytes + 192 * 50_000 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -29,6 +30,16 @@ from tests.operators.contract import (
 )
 
 ALL = (REFERENCE, NATIVE, TRITON)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class TestNearest(Contract):
@@ -175,16 +186,39 @@ def test_k_center_of_equal_rows_is_distinct(impl: Impl) -> None:
     assert len(set(chosen)) == len(chosen)
 
 
+@cases("place, first", {one: [(0, 5), (3, 5), (3, 3)] for one in ALL})
+def test_a_row_with_a_nan_is_chosen_once_and_last(impl: Impl, place: int, first: int) -> None:
+    x = draw(20, 6)
+    x[place, 2] = torch.nan
+    chosen = k_center(x, 20, first=first, impl=impl).tolist()
+    assert sorted(chosen) == list(range(20))
+    assert place in (chosen[0], chosen[-1])
+    others = [i for i in range(20) if i != place]
+    if first != place:
+        expected = greedy(x[others], 19, others.index(first))
+        assert chosen[:-1] == [others[i] for i in expected]
+
+
+@cases("ratio", {NATIVE: [(1e2,), (1e4,), (1e6,)], REFERENCE: [(1e2,)]})
+def test_rows_far_longer_than_the_prototypes_find_the_nearest(impl: Impl, ratio: float) -> None:
+    """All their distances may round to one number; one prototype is longer than the others."""
+    x, prototypes = draw(252, 64) * ratio, draw(1500, 64, seed=1)
+    prototypes[7] *= 8
+    key = prototypes.double().square().sum(1) / 2 - x.double() @ prototypes.double().T
+    found = nearest(x, prototypes, k=1, impl=impl).indices
+    least = key.gather(1, found)[:, 0] - key.min(1).values
+    # A float32 product of 64 terms may be that far off; the kernel ranks in double.
+    assert (least <= (0 if impl == "native" else 64 * 6e-8) * ratio * 100).all()
+    with torch_threads(3):
+        assert torch.equal(nearest(x, prototypes, k=1, impl=impl).indices, found)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_results_do_not_depend_on_threads(threads: int) -> None:
     x, prototypes = draw(700, 20), draw(300, 20, seed=1)
     expected = *nearest(x, prototypes, k=4, impl="native"), k_center(x, 100, impl="native")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         found = *nearest(x, prototypes, k=4, impl="native"), k_center(x, 100, impl="native")
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
