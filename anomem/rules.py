@@ -256,7 +256,10 @@ AUTO: tuple[Rule, ...] = (
     Rule("downsample", "cpu", "native", _STRIDED, _FASTEST, _ROWS_ZEN4),
     Rule("conv3x3", "cpu", "native", _WINOGRAD, _FASTEST, _ROWS_ZEN4),
     Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=1024, columns=64, features=64), _FASTEST, _ROWS_AMX),
-    Rule("retrieve", "cpu", "native", Where(_MEASURED, rows=256, columns=2000, features=128), _FASTEST, _ROWS_AMX),
+    # In float32 a processor of this family was as fast with the reference (a trial, model 207): it is measured.
+    Rule(
+        "retrieve", "cpu", "native", Where((torch.bfloat16,), rows=256, columns=2000, features=128), _FASTEST, _ROWS_AMX
+    ),
     Rule("nt_xent", "cpu", "native", Where(_MEASURED, columns=64), _FASTEST, _ROWS_AMX),
     Rule("info_nce", "cpu", "native", Where(_MEASURED, scores=2**16, most_work=2**30), _FASTEST, _ROWS_AMX),
     Rule("shrink", "cpu", "native", Where(_MEASURED, rows=8192, columns=512, features=64), _FASTEST, _ROWS_AMX),
