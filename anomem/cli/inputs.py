@@ -36,7 +36,7 @@ def given_images(paths: Sequence[Path], scratch: Path, failures: list[str], recu
                 yield from (Given(str(f), f) for f in listed)
                 continue
             content = _read_stream(path)
-            image = scratch / f"stream{len(list(scratch.iterdir()))}"
+            image = scratch / f"stdin{len(list(scratch.iterdir())) or ''}"
             image.write_bytes(content)
             if _is_image(image, content):
                 yield Given(str(path), image)

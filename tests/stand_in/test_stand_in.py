@@ -59,5 +59,5 @@ def test_gpu_tests_reach_their_kernels(folder: str) -> None:
     library = {**os.environ, **build()}.get("ANOMEM_LIBRARY", "")
     if folder == "tests/cuda" and not Path(library, "_C_cuda.so").exists():
         pytest.skip("the CUDA module was not built here")
-    # float16 takes the path of bfloat16; its kernels are compiled ahead of time.
+    # launch_cases.py launches the kernels of float16.
     run("-m", "gpu", "-k", "not float16", "-p", "tests.stand_in.without_values", folder)
