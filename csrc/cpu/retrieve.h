@@ -125,9 +125,9 @@ struct BackwardPlan {
     const int64_t worthwhile = chunks / 8;                 // filling and adding them stays small beside the products
     const int64_t wanted = affordable < worthwhile ? affordable : worthwhile;
     slots = wanted < 16 ? 16 : wanted > 64 ? 64 : wanted;
-    if (in_blocks) {  // few sums, as each of them is large
+    if (in_blocks) {  // few sums, as each of them is large; of few chunks one each, so that threads share them
       const int64_t most = at_least(4, (int64_t{1} << 24) / sums);
-      slots = at_least(1, at_most(at_most(most, 16), chunks / 4));
+      slots = at_most(at_most(most, 16), at_least(at_most(chunks, 8), chunks / 4));
     }
     if (chunks < slots) slots = chunks;
     tiles = 2 * rows * padded(memory.prototypes) + padded(rows * (memory.features + memory.value_features));
