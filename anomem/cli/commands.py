@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,8 @@ def train(command: Train) -> None:
         path = run.resume(command.resume, quiet=command.quiet)
     if os.environ.get("RANK", "0") != "0":  # the first process of torchrun's speaks
         return
-    following = f"anomem evaluate {path}, or anomem score --run {path} FILES"
+    where = shlex.quote(str(path))
+    following = f"anomem evaluate {where}, or anomem score --run {where} FILES"
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
 
@@ -126,11 +128,13 @@ def fit(command: Fit) -> None:
     if command.folder is not None:
         if config.data.dataset != "folder":
             raise UserError(f"`--data.dataset`: {config.data.dataset} reads no folder; give one of both")
+        if config.data.root != FitConfig().data.root:
+            raise UserError(f"`--data.root`: the folder is {command.folder} already; give one of both")
         config = replace(config, data=replace(config.data, root=str(command.folder)))
     elif config.data == FitConfig().data:
         raise UserError("`folder`: expected a folder of good images, received none")
     path = fit_run(config, quiet=command.quiet)
-    following = f"anomem score --run {path} FILES"
+    following = f"anomem score --run {shlex.quote(str(path))} FILES"
     print(path if command.quiet else f"run written to {path}; next: {following}")
 
 

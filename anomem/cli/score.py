@@ -413,7 +413,7 @@ def _watch(command: Score) -> int:
     from anomem.train.ranks import joined
 
     if len(command.paths) != 1 or not os.path.isdir(command.paths[0]):
-        raise UserError("`--watch`: expected one folder")
+        raise UserError(f"`--watch`: expected one folder, received {', '.join(map(str, command.paths)) or 'none'}")
     if command.fdr is not None or command.sheet is not None:
         raise UserError("`--watch`: expected neither --fdr nor --sheet, which need all images at once")
     ready = _judge(command)

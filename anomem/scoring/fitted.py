@@ -126,7 +126,8 @@ class FittedDetector(nn.Module):
         require(right, "images", lambda: f"[B, {channels}, H, W], as it was fitted to", images)
         size = (images.shape[2], images.shape[3])
         require_pixels(images, "images")
-        images = framed(images.to(self.model.device), self.model.encoder.image_size, self.letterbox)
+        dtype = images.dtype if images.dtype == torch.uint8 else self.model.mean.dtype
+        images = framed(images.to(self.model.device, dtype), self.model.encoder.image_size, self.letterbox)
         return self.of_queries(self.model.queries(self.model(images)), size, alpha, by)
 
     @torch.no_grad()

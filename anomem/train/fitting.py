@@ -89,7 +89,7 @@ def fit_run(config: FitConfig, *, task: Task | None = None, quiet: bool = False)
 
 def fit(
     images: str | os.PathLike[str] | Tensor | Images | Sequence[Any],
-    alpha: float = 0.01,
+    alpha: float | None = None,
     *,
     defects: str | os.PathLike[str] | Tensor | Sequence[Any] | None = None,
     calibration: str | os.PathLike[str] | Tensor | Sequence[Any] | None = None,
@@ -100,10 +100,10 @@ def fit(
 
     Args:
         images: a folder; a tensor [N, C, H, W] uint8; a list of PIL images, arrays or tensors; or a set of images.
-        alpha: false-alarm rate of the verdict.
+        alpha: false-alarm rate of the verdict; that of `config`, 0.01, when None.
         defects: a few images with defects to learn from, as `images`; of a folder, those in its folder `anomalous`.
         calibration: other good images, as `images`, that set the false-alarm rate; a part of `images` when None.
-        aligned: whether a position means the same in every image.
+        aligned: whether a position means the same in every image; `data.aligned` of `config` says it too.
         config: all other settings.
 
     Raises:
@@ -113,20 +113,23 @@ def fit(
         >>> detector = fit("photos/good", alpha=0.01)
         >>> scores, p_values, verdicts, maps = detector(images)  # [B, C, H, W] uint8
     """
-    config = resolved(replace(config or FitConfig(), alpha=alpha), quiet=True)
+    config = config or FitConfig()
+    config = resolved(config if alpha is None else replace(config, alpha=alpha), quiet=True)
+    aligned = aligned if config.data.aligned is None else config.data.aligned
     if isinstance(images, (str, os.PathLike)):
-        data = replace(config.data, dataset="folder", root=os.fspath(images))
-        config = replace(config, data=replace(data, aligned=aligned if data.aligned is None else data.aligned))
+        data = replace(config.data, dataset="folder", root=os.fspath(images), aligned=aligned)
+        config = replace(config, data=data)
         task = load_task(config.data, fewest=1)
         found, others = _labelled(config, task), _calibrating(config, task)
     else:
         normal = _as_set(images, config.data, "images")
-        found, others = None, None
         empty = ResidentImages(torch.empty(0, normal.channels, *normal.size, dtype=torch.uint8))
         is_normal, nothing = torch.ones(len(normal), dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
         task = assemble(
             "images", "normal", normal, is_normal, empty, [], nothing, aligned=aligned, any_test=True, fewest=1
         )
+        found = None if config.labels is None else _labelled(config, task)
+        others = _calibrating(config, task)
     if defects is not None:
         found = _as_trained_set(defects, config, task, "defects")
     if calibration is not None:

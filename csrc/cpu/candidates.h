@@ -72,19 +72,22 @@ struct QuadPanels {};
 struct QuadRows {};
 #endif
 
-// |m|²/2 − x·m, half of what |x − m|² differs from |x|² by: the smallest is the nearest prototype's. In double: of a
-// row far longer than the prototypes all distances may round to one number.
+// (|x − m|² − |x − b|²) / 2 = (m − b)·((m + b)/2 − x), in double: exact where m and b are close to each other, and
+// where x is so far from both that their distances round to one number.
 template <class T>
-inline double bracket(const T* x, const T* m, int64_t d) {
+inline double beyond(const T* x, const T* m, const T* b, int64_t d) {
   constexpr int64_t lanes = kLanes<double>;
   vec<double> sums{};
   int64_t p = 0;
   for (; p + lanes <= d; p += lanes) {
-    const vec<double> of_m = load_double(m + p);
-    sums = multiply_add(of_m, of_m * 0.5 - load_double(x + p), sums);
+    const vec<double> of_m = load_double(m + p), of_b = load_double(b + p);
+    sums = multiply_add(of_m - of_b, (of_m + of_b) * 0.5 - load_double(x + p), sums);
   }
   double sum = sum_lanes<double>(sums);
-  for (; p < d; ++p) sum += static_cast<double>(m[p]) * (m[p] * 0.5 - x[p]);
+  for (; p < d; ++p) {
+    const double of_m = m[p], of_b = b[p];
+    sum += (of_m - of_b) * ((of_m + of_b) * 0.5 - x[p]);
+  }
   return sum;
 }
 
@@ -194,7 +197,7 @@ class Offsets {
   T largest_ = 0;
 };
 
-// What a search looks for in each row: the k largest scores, or the k nearest prototypes by their brackets. It gives
+// What a search looks for in each row: the k largest scores, or the k nearest prototypes. It gives
 // keys and columns of kCandidateRows rows: scores with their sign changed or, after `finish`, squared distances.
 template <class S>
 class Target {
@@ -209,9 +212,8 @@ class Target {
         key_(kCandidateRows * k),
         index_(kCandidateRows * k),
         count_(kCandidateRows),
-        new_key_(by_distance ? 0 : k + kCandidateColumns + 4),
-        bracket_(by_distance ? kCandidateRows * k : 0),
-        new_bracket_(by_distance ? k + kCandidateColumns : 0),
+        new_key_(k + kCandidateColumns + 4),
+        beyond_(by_distance ? k + kCandidateColumns : 0),
         new_index_(k + kCandidateColumns) {}
 
   int64_t k() const { return k_; }
@@ -235,18 +237,20 @@ class Target {
   void add(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t first, const int32_t* found,
            int64_t count) {
     const int64_t held = count_[r], d = panels.features(), all = held + count;
+    std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
     for (int64_t i = 0; i < count; ++i) new_index_[held + i] = first + found[i];
-    if (by_distance_) {
-      for (int64_t i = held; i < all; ++i) new_bracket_[i] = bracket(x, panels[new_index_[i]], d);
-      return keep(r, all, bracket_.data() + r * k_, new_bracket_.data());
-    }
+    if (by_distance_) return add_by_distance(r, x, panels, all);
+    std::memcpy(new_key_.data(), key_.data() + r * k_, held * sizeof(T));
     for (int64_t i = held; i < all; i += 4) {
       const auto column = [&](int64_t j) { return new_index_[i + j < all ? i + j : i]; };
       four_dot_products<T>(x, {panels[column(0)], panels[column(1)], panels[column(2)], panels[column(3)]}, d,
                            new_key_.data() + i);
     }
     for (int64_t i = held; i < all; ++i) new_key_[i] = -(new_key_[i] * scale() + (*offsets_)[new_index_[i]]);
-    keep(r, all, key_.data() + r * k_, new_key_.data());
+    keep_smallest(new_key_.data(), new_index_.data(), all, k_);
+    count_[r] = all < k_ ? all : k_;
+    std::memcpy(key_.data() + r * k_, new_key_.data(), count_[r] * sizeof(T));
+    std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
   }
 
   // After the last candidates of row r: the keys are its squared distances, in order, of equal ones the first column's
@@ -261,15 +265,21 @@ class Target {
   }
 
  private:
-  // Keeps the k smallest of row r's keys and `all` − held new ones behind a copy of them.
-  template <class K>
-  void keep(int64_t r, int64_t all, K* keys, K* new_keys) {
-    const int64_t held = count_[r];
-    std::memcpy(new_keys, keys, held * sizeof(K));
-    std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
-    keep_smallest(new_keys, new_index_.data(), all, k_);
+  // Keeps the k nearest of the `all` columns in `new_index_`: by what they lie beyond the one whose rounded distance is
+  // the least, or where no distance is finite by the distances.
+  void add_by_distance(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t all) {
+    const int64_t d = panels.features();
+    int64_t least = 0;
+    for (int64_t i = 0; i < all; ++i) {
+      new_key_[i] = squared_distance(x, panels[new_index_[i]], d);
+      if (new_key_[i] < new_key_[least] || new_key_[least] != new_key_[least]) least = i;
+    }
+    const bool finite = all > 0 && is_finite(new_key_[least]);
+    const T* const nearest = all > 0 ? panels[new_index_[least]] : nullptr;
+    for (int64_t i = 0; i < all; ++i)
+      beyond_[i] = finite ? beyond(x, panels[new_index_[i]], nearest, d) : static_cast<double>(new_key_[i]);
+    keep_smallest(beyond_.data(), new_index_.data(), all, k_);
     count_[r] = all < k_ ? all : k_;
-    std::memcpy(keys, new_keys, count_[r] * sizeof(K));
     std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
   }
 
@@ -279,7 +289,7 @@ class Target {
   Buffer<T> groups_, key_;
   Buffer<int64_t> index_, count_;
   Buffer<T> new_key_;
-  Buffer<double> bracket_, new_bracket_;
+  Buffer<double> beyond_;
   Buffer<int64_t> new_index_;
 };
 

@@ -170,6 +170,7 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         (("fit", picture), "which is a file"),
         (("fit", photos, "--run.directory", picture), "it is no folder"),
         (("fit", photos, "--data.dataset", "digits"), "reads no folder"),
+        (("fit", photos, "--data.root", photos), "`--data.root`: the folder is"),
         (("fit", photos, "--run.directory", run), "already holds a run"),
         (("fit", photos, "--alpha", "0"), "between 0 and 1"),
         (("fit", photos, "--encoder", "resnet_of_nobody"), "one of torchvision's"),

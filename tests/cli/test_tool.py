@@ -149,7 +149,7 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
     for arguments, sentence in (
         ((picture, "--run", run, "--overlays"), "`--overlays`: expected --maps"),
         ((picture, "--run", run, "--sheet", tmp_path / "sheet.jpg"), "expected a .png file"),
-        ((picture, "--run", run, "--watch"), "`--watch`: expected one folder"),
+        ((picture, "--run", run, "--watch"), f"`--watch`: expected one folder, received {picture}"),
         ((photos / "good", "--run", run, "--watch", "--fdr", "0.1"), "neither --fdr nor --sheet"),
         ((picture, "--run", finished, "--maps", tmp_path / "maps", "--masks"), "expected a fitted run"),
         ((picture, "--run", run, "--device", "tpu9"), "expected a device of this machine"),

@@ -208,9 +208,30 @@ def test_rows_far_longer_than_the_prototypes_find_the_nearest(impl: Impl, ratio:
     found = nearest(x, prototypes, k=1, impl=impl).indices
     least = key.gather(1, found)[:, 0] - key.min(1).values
     # A float32 product of 64 terms may be that far off; the kernel ranks in double.
-    assert (least <= (0 if impl == "native" else 64 * 6e-8) * ratio * 100).all()
+    assert (least <= (1e-13 if impl == "native" else 64 * 6e-8) * ratio * 100).all()
     with torch_threads(3):
         assert torch.equal(nearest(x, prototypes, k=1, impl=impl).indices, found)
+
+
+@cases("common, dtype", {NATIVE: product((1.0, 1e3, 1e5), (F32, F64))})
+def test_near_rows_with_much_in_common_find_the_nearest(impl: Impl, common: float, dtype: torch.dtype) -> None:
+    """Twins among the prototypes, close to the rows and far from the origin; a prototype is nearest to itself."""
+    half = draw(300, 16, seed=1, dtype=dtype)
+    prototypes = torch.cat([half, half + 1e-3 * draw(300, 16, seed=2, dtype=dtype)])
+    prototypes[:, 0] = common
+    x = torch.cat([prototypes[::3], prototypes[:100] + 1e-3 * draw(100, 16, seed=3, dtype=dtype)])
+    distances = torch.cdist(x.double(), prototypes.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    found = nearest(x, prototypes, k=2, impl=impl)
+    least = distances.topk(2, largest=False).values
+    torch.testing.assert_close(distances.gather(1, found.indices), least, rtol=1e-5, atol=1e-12)
+    assert torch.equal(found.indices[:200, 0], torch.arange(0, 600, 3))
+
+
+@each(NATIVE)
+def test_k_center_of_rows_with_much_in_common(impl: Impl) -> None:
+    x = draw(2000, 8) * 1e-2
+    x[:, 0] = 1e5
+    assert k_center(x, 400, impl=impl).tolist() == greedy(x, 400, 0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -456,3 +456,16 @@ def test_a_fit_holds_its_folder_to_the_end(tmp_path: Path, monkeypatch: pytest.M
     fit_run(config, quiet=True)
     assert refused == [True]
     load_detector(tmp_path / "run")
+
+
+def test_a_list_is_fitted_by_all_settings_of_the_configuration(tmp_path: Path) -> None:
+    images = parts(30)
+    config = replace(CONFIG, alpha=0.2, data=replace(CONFIG.data, aligned=False))
+    detector = fit(list(images), config=config)
+    assert (detector.alpha, detector.scorer.alignment) == (0.2, "pooled")
+    assert fit(list(images), 0.1, config=config).alpha == 0.1
+    double = detector(images[:2].double() / 255)
+    torch.testing.assert_close(double.scores["plain"], detector(images[:2].float() / 255).scores["plain"])
+    for name in ("labels", "calibration"):
+        with pytest.raises(UserError, match="nowhere"):
+            fit(list(images), config=replace(config, **{name: str(tmp_path / "nowhere")}))
