@@ -197,8 +197,8 @@ class Offsets {
   T largest_ = 0;
 };
 
-// What a search looks for in each row: the k largest scores, or the k nearest prototypes. It gives
-// keys and columns of kCandidateRows rows: scores with their sign changed or, after `finish`, squared distances.
+// What a search looks for in each row: the k largest scores, or the k nearest prototypes. It gives keys and columns of
+// kCandidateRows rows: scores with their sign changed, or squared distances; of equal ones the first column's first.
 template <class S>
 class Target {
  public:
@@ -213,7 +213,9 @@ class Target {
         index_(kCandidateRows * k),
         count_(kCandidateRows),
         new_key_(k + kCandidateColumns + 4),
+        same_key_(by_distance ? k + kCandidateColumns : 0),
         beyond_(by_distance ? k + kCandidateColumns : 0),
+        same_index_(by_distance ? k + kCandidateColumns : 0),
         new_index_(k + kCandidateColumns) {}
 
   int64_t k() const { return k_; }
@@ -239,7 +241,7 @@ class Target {
     const int64_t held = count_[r], d = panels.features(), all = held + count;
     std::memcpy(new_index_.data(), index_.data() + r * k_, held * sizeof(int64_t));
     for (int64_t i = 0; i < count; ++i) new_index_[held + i] = first + found[i];
-    if (by_distance_) return add_by_distance(r, x, panels, all);
+    if (by_distance_) return add_by_distance(r, x, panels, held, all);
     std::memcpy(new_key_.data(), key_.data() + r * k_, held * sizeof(T));
     for (int64_t i = held; i < all; i += 4) {
       const auto column = [&](int64_t j) { return new_index_[i + j < all ? i + j : i]; };
@@ -253,34 +255,37 @@ class Target {
     std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
   }
 
-  // After the last candidates of row r: the keys are its squared distances, in order, of equal ones the first column's
-  // first.
-  void finish(int64_t r, const T* x, const CandidatePanels<S>& panels) {
-    if (!by_distance_) return;
-    int64_t* const columns = index_.data() + r * k_;
-    T* const distances = key_.data() + r * k_;
-    std::sort(columns, columns + count_[r]);
-    for (int64_t i = 0; i < count_[r]; ++i) distances[i] = squared_distance(x, panels[columns[i]], panels.features());
-    keep_smallest(distances, columns, count_[r], count_[r]);
-  }
-
  private:
-  // Keeps the k nearest of the `all` columns in `new_index_`: by what they lie beyond the one whose rounded distance is
-  // the least, or where no distance is finite by the distances.
-  void add_by_distance(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t all) {
-    const int64_t d = panels.features();
-    int64_t least = 0;
-    for (int64_t i = 0; i < all; ++i) {
-      new_key_[i] = squared_distance(x, panels[new_index_[i]], d);
-      if (new_key_[i] < new_key_[least] || new_key_[least] != new_key_[least]) least = i;
+  // Keeps the k nearest of the `all` columns in `new_index_`, of which `held` have their distances in `key_`. Where
+  // more than k distances are as small as the k-th but for their rounding, by what they lie beyond the nearest.
+  void add_by_distance(int64_t r, const T* x, const CandidatePanels<S>& panels, int64_t held, int64_t all) {
+    const int64_t d = panels.features(), kept = all < k_ ? all : k_;
+    T* const keys = new_key_.data();
+    int64_t* const columns = new_index_.data();
+    std::memcpy(keys, key_.data() + r * k_, held * sizeof(T));
+    for (int64_t i = held; i < all; ++i) keys[i] = squared_distance(x, panels[columns[i]], d);
+    std::memcpy(same_key_.data(), keys, all * sizeof(T));
+    std::memcpy(same_index_.data(), columns, all * sizeof(int64_t));
+    keep_smallest(keys, columns, all, k_);
+    if (all > k_ && is_finite(keys[k_ - 1])) {
+      const T most = keys[k_ - 1] * (1 + kSlack<T>);
+      int64_t as_small = 0;
+      for (int64_t i = 0; i < all; ++i) as_small += same_key_[i] <= most;
+      if (as_small > k_) {
+        const T* const nearest = panels[columns[0]];
+        for (int64_t i = 0; i < all; ++i) beyond_[i] = beyond(x, panels[same_index_[i]], nearest, d);
+        keep_smallest(beyond_.data(), same_index_.data(), all, k_);
+        std::sort(same_index_.data(), same_index_.data() + k_);
+        for (int64_t i = 0; i < k_; ++i) {
+          columns[i] = same_index_[i];
+          keys[i] = squared_distance(x, panels[columns[i]], d);
+        }
+        keep_smallest(keys, columns, k_, k_);
+      }
     }
-    const bool finite = all > 0 && is_finite(new_key_[least]);
-    const T* const nearest = all > 0 ? panels[new_index_[least]] : nullptr;
-    for (int64_t i = 0; i < all; ++i)
-      beyond_[i] = finite ? beyond(x, panels[new_index_[i]], nearest, d) : static_cast<double>(new_key_[i]);
-    keep_smallest(beyond_.data(), new_index_.data(), all, k_);
-    count_[r] = all < k_ ? all : k_;
-    std::memcpy(index_.data() + r * k_, new_index_.data(), count_[r] * sizeof(int64_t));
+    count_[r] = kept;
+    std::memcpy(key_.data() + r * k_, keys, kept * sizeof(T));
+    std::memcpy(index_.data() + r * k_, columns, kept * sizeof(int64_t));
   }
 
   int64_t k_;
@@ -289,7 +294,9 @@ class Target {
   Buffer<T> groups_, key_;
   Buffer<int64_t> index_, count_;
   Buffer<T> new_key_;
+  Buffer<T> same_key_;
   Buffer<double> beyond_;
+  Buffer<int64_t> same_index_;
   Buffer<int64_t> new_index_;
 };
 
@@ -332,10 +339,7 @@ class CandidateSearch {
         for (int64_t r = 0; r < count; ++r)
           computed += collect_row(*targets[t], r, x[r], first, n, tile_.data() + r * tile_stride_);
     }
-    for (int t = 0; t < targets_count; ++t) {
-      for (int64_t r = 0; r < count; ++r) targets[t]->finish(r, x[r], panels_);
-      asked += count * targets[t]->k();
-    }
+    for (int t = 0; t < targets_count; ++t) asked += count * targets[t]->k();
     // In cycles of a Zen 4 core: a candidate takes d/8 and 24, and quads save d/64 for each product.
     if (quads_ && (computed - asked) * (d / 8 + 24) > count * panels_.count() * d / 64) quads_.reset();
   }
@@ -402,7 +406,6 @@ inline void find_in(const CandidatePanels<S>& panels, Target<S>& target, int64_t
                                        target.k(), margin, target.groups(r), found);
     target.add(r, x, panels, first, found, candidates);
   }
-  target.finish(r, x, panels);
 }
 
 }  // namespace anomem::cpu::ANOMEM_ISA
