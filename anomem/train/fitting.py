@@ -334,7 +334,7 @@ def _as_trained_set(images: Any, config: FitConfig, task: Task, argument: str) -
 
 
 def _as_set(images: Any, data: DataConfig, argument: str, channels: int | None = None) -> Images:
-    """Images as a set of the configured size; grey where that is configured.
+    """Images as a set [N, C, H, W] uint8 of the configured size; grey where that is configured.
 
     Args:
         images: as in `fit`.

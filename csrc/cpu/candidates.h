@@ -72,8 +72,8 @@ struct QuadPanels {};
 struct QuadRows {};
 #endif
 
-// (|x − m|² − |x − b|²) / 2 = (m − b)·((m + b)/2 − x), in double: exact where m and b are close to each other, and
-// where x is so far from both that their distances round to one number.
+// (|x − m|² − |x − b|²) / 2 = (m − b)·((m + b)/2 − x) of x, m and b [d], in double. It keeps its digits where m and b
+// are close to each other, and where x is so far from both that their distances round to one number.
 template <class T>
 inline double beyond(const T* x, const T* m, const T* b, int64_t d) {
   constexpr int64_t lanes = kLanes<double>;
@@ -294,8 +294,8 @@ class Target {
   Buffer<T> groups_, key_;
   Buffer<int64_t> index_, count_;
   Buffer<T> new_key_;
-  Buffer<T> same_key_;
-  Buffer<double> beyond_;
+  Buffer<T> same_key_;     // [held and new columns], as are the next two
+  Buffer<double> beyond_;  // half of what a distance exceeds the least one by
   Buffer<int64_t> same_index_;
   Buffer<int64_t> new_index_;
 };
