@@ -142,6 +142,8 @@ def _judge(command: Score) -> tuple[Judge, RunDirectory, TrainConfig | FitConfig
     """What scores the images, its run and its configuration."""
     from anomem.train.rundir import RunDirectory
 
+    if command.root is not None and not os.path.isdir(command.root):
+        raise UserError(f"`--data.root`: expected a folder, but {command.root} is not there")
     if RunDirectory(command.run).is_fitted():
         return _fitted_judge(command)
     from anomem.train.run import load_scorer
@@ -394,7 +396,7 @@ def _of_own_name(arrived: Sequence[Given], mapped: dict[Path, Given], failures: 
     own = []
     for image in arrived:
         first = mapped.setdefault(image.file.with_suffix(""), image)
-        if first is image:
+        if first == image:
             own.append(image)
         else:
             failures.append(f"{image.name}: expected a name of its own, but its map would be that of {first.name}")
@@ -404,7 +406,8 @@ def _of_own_name(arrived: Sequence[Given], mapped: dict[Path, Given], failures: 
 def _watch(command: Score) -> int:
     """Score what arrives in a folder until it is interrupted, and say when the stream drifts.
 
-    A file is scored when its size has not changed for a second, so that one that is still being written is left alone.
+    A file is scored when it has not changed for a second, so that one that is still being written is left alone; and
+    again when another image has taken its place.
 
     Returns:
         The exit code: 1 where some of the images could not be scored.
@@ -420,7 +423,7 @@ def _watch(command: Score) -> int:
     judge, run, _ = ready
     require_writable(command, [], run)
     p_of = None if judge.calibration is None else OnlinePValues(judge.calibration)
-    drift, sizes, done = Martingale(ignore=judge.alpha), dict[Given, int](), set[Given]()
+    drift, seen_as, done = Martingale(ignore=judge.alpha), dict[Given, Stamp](), dict[Given, Stamp]()
     mapped: dict[Path, Given] = {}
     rows: list[dict[str, Any]] = []
     """Those of the file."""
@@ -430,10 +433,10 @@ def _watch(command: Score) -> int:
             while True:
                 listed: list[str] = []
                 found = given_images(command.paths, Path(), listed, command.recursive)
-                now = {image: size for image in found if (size := _size(image))}
-                arrived = [g for g, size in now.items() if g not in done and sizes.get(g) == size]
-                sizes = now
-                done.update(arrived)
+                now = {image: stamp for image in found if (stamp := _stamp(image)) is not None}
+                arrived = [image for image, stamp in now.items() if done.get(image) != stamp == seen_as.get(image)]
+                seen_as = now
+                done.update((image, now[image]) for image in arrived)
                 failures: list[str] = []
                 if command.maps is not None:
                     arrived = _of_own_name(arrived, mapped, failures)
@@ -456,12 +459,23 @@ def _watch(command: Score) -> int:
     return 1 if failed else 0
 
 
-def _size(image: Given) -> int:
-    """Bytes of a file; 0 where it has gone."""
+class Stamp(NamedTuple):
+    """What changes with a file's content."""
+
+    size: int
+    changed: int
+    """Nanoseconds."""
+    number: int
+    """Of the file in its file system: another one, moved into place, may have the old one's time."""
+
+
+def _stamp(image: Given) -> Stamp | None:
+    """None where the file has gone or is empty."""
     try:
-        return os.stat(image.file).st_size
+        found = os.stat(image.file)
     except OSError:
-        return 0
+        return None
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino) if found.st_size else None
 
 
 def _print_row(row: Mapping[str, Any], shown: Sequence[str], as_json: bool = False) -> None:

@@ -23,6 +23,7 @@ from anomem.data.frame import box_of, framed, height_and_width
 from anomem.data.images import ResidentImages, resident_or_streamed
 from anomem.data.task import FLAT, Split, Task, assemble, generator, outlier_count, stratified_split
 from anomem.errors import ArgumentError, UserError
+from anomem.validation import require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,14 +90,18 @@ class Listing(NamedTuple):
     """Folder of the masks, one folder for each kind in it."""
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, setting: str = "data.root") -> list[Path]:
     """The image files of a folder in the order of their names; hidden ones (macOS `._*`) are skipped.
+
+    Args:
+        folder: of images.
+        setting: that names it.
 
     Raises:
         UserError: no such folder, one that cannot be listed, or no image in it.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `data.root`")
+        raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `{setting}`")
     entries = _entries(folder)
     found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
@@ -216,6 +221,9 @@ def _good_folder(root: Path) -> Path | None:
 def _flat(root: Path, config: DataConfig, trained_on: Split | None) -> Listing:
     good = _good_folder(root)
     normal = root.resolve().name if good is None else good.name
+    known = {"", "0", normal.casefold(), *(GOOD if good is not None else ())}
+    expected = f"{normal}, the only folder of images in {root.absolute()}" if good else f"{normal}, the folder itself"
+    require(config.normal.casefold() in known, "data.normal", expected, repr(config.normal))
     return _listing(root, normal, image_files(good or root))
 
 

@@ -40,6 +40,8 @@ more slowly than they are made (measured on AMD family 25).
 _LONG_ROWS = {torch.float32: 128, torch.float64: 128, torch.bfloat16: 256}
 _LEAST_KEPT_ROWS = 126
 _LEAST_KEPT_FEATURES = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 128}
+_LEAST_KEPT_SHARE = 1 / 8
+"""Of the tiles; fewer products save less than a thirtieth of a call."""
 _TILE = 128
 
 
@@ -357,7 +359,8 @@ def _kept(
     groups, _, features = inputs[0].shape
     tiles, elements = tiles_of(rows=rows, groups=groups)
     most = KEPT_BYTES if features >= _LONG_ROWS[inputs[0].dtype] else KEPT_BYTES // 2
-    return min(groups * tiles, most // (elements * accumulator(inputs[0]).itemsize))
+    kept = min(groups * tiles, most // (elements * accumulator(inputs[0]).itemsize))
+    return kept if kept >= _LEAST_KEPT_SHARE * groups * tiles else 0
 
 
 class _NTXent(autograd.Function):

@@ -299,12 +299,14 @@ def _labelled(config: FitConfig, task: Task) -> Images | None:
     folder = Path(config.labels) if config.labels is not None else Path(config.data.root) / "anomalous"
     if config.labels is None and (config.data.dataset != "folder" or not folder.is_dir()):
         return None
-    return _files(folder, _as_trained(config, task))
+    return _files(folder, _as_trained(config, task), "labels")
 
 
 def _calibrating(config: FitConfig, task: Task) -> Images | None:
     """The images of the folder that calibrates, if there is one."""
-    return None if config.calibration is None else _files(Path(config.calibration), _as_trained(config, task))
+    if config.calibration is None:
+        return None
+    return _files(Path(config.calibration), _as_trained(config, task), "calibration")
 
 
 def _as_trained(config: FitConfig, task: Task) -> DataConfig:
@@ -312,9 +314,9 @@ def _as_trained(config: FitConfig, task: Task) -> DataConfig:
     return replace(config.data, image_size=task.train.size, grey=task.train.channels == 1)
 
 
-def _files(folder: Path, data: DataConfig) -> Images:
+def _files(folder: Path, data: DataConfig, setting: str) -> Images:
     files = ImageFiles(
-        image_files(folder),
+        image_files(folder, setting),
         data.image_size or SIZE,
         data.grey,
         letterbox=data.letterbox,
@@ -344,7 +346,7 @@ def _as_set(images: Any, data: DataConfig, argument: str, channels: int | None =
     """
     size, letterbox = height_and_width(data.image_size or SIZE), data.letterbox
     if isinstance(images, (str, os.PathLike)):
-        return _files(Path(images), data)
+        return _files(Path(images), data, argument)
     if hasattr(images, "batches"):
         found: Images = images
         return found

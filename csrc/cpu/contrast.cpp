@@ -47,6 +47,12 @@ int64_t tiles_of(int64_t rows, int64_t groups) {
   return (rows + tile - 1) / tile;
 }
 
+// Items of a group of NT-Xent that run at once.
+int64_t nt_xent_items(int64_t rows, int64_t groups) {
+  const int64_t strip = strip_rows(rows, groups);
+  return (strip > 0 ? (rows + strip - 1) / strip : tiles_of(rows, groups)) / 2;
+}
+
 int64_t wave_of(int64_t groups, int64_t items_per_group) {
   return groups_in_a_wave(groups, items_per_group > 0 ? items_per_group : 1, thread_count());
 }
@@ -123,8 +129,8 @@ NtXentResult nt_xent(const Tensor& z, const Tensor& z_pair, const OptionalTensor
   const int64_t groups = views.groups, batch = views.count[0], rows = 2 * batch;
   const bool library = takes_library_products(views.type, rows, rows, views.features);
   Tensor loss = views.per_row(rows), total = views.per_row(rows), inv_norm = views.per_row(rows);
-  const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
-  Workspace workspace(wave * nt_xent_forward_workspace(rows, views.features, library), views.sums);
+  const int64_t wave = wave_of(groups, nt_xent_items(rows, groups));
+  Workspace workspace(wave * nt_xent_forward_workspace(rows, groups, views.features, library), views.sums);
   const int64_t tile = tile_rows(rows, groups);
   Tensor products = products_of(kept, groups * nt_xent_tiles(rows, groups), kept_elements(tile, tile), views.sums);
   run(NtXentForward{views.type,
@@ -157,11 +163,11 @@ Gradients nt_xent_gradients(const Tensor& drows, const Tensor& z, const Tensor& 
   views.check_per_row(total, "total", z, rows);
   const double value = value_of(temperature, tau);
   Tensor dz = views.gradient(0), dz_pair = views.gradient(1), tau_terms = views.per_row(rows);
-  const int64_t wave = wave_of(groups, tiles_of(rows, groups) / 2);
+  const int64_t wave = wave_of(groups, nt_xent_items(rows, groups));
   const int64_t tile = tile_rows(rows, groups), tiles = nt_xent_tiles(rows, groups);
   const auto kept = views.kept_products(products, z, groups * tiles, kept_elements(tile, tile));
   const bool all_kept = kept.whole(groups - 1, tiles);
-  Workspace workspace(wave * nt_xent_backward_workspace(rows, views.features, all_kept), views.sums);
+  Workspace workspace(wave * nt_xent_backward_workspace(rows, groups, views.features, all_kept), views.sums);
   run(NtXentBackward{views.type,
                      library,
                      groups,

@@ -105,10 +105,22 @@ inline int64_t forward_row(int64_t features, bool library, ProductSide side) {
   return packed + 1 + (library && side != ProductSide::kRight ? round_up(features, kFeaturePadding) : 0);
 }
 
-// Elements of the rows in a backward pass: as a right factor, their gradient, one number, and where products are made
-// again packed for those.
+// Elements of a row in a backward pass: as a right factor, one number, and where products are made again packed for
+// those.
 inline int64_t backward_row(int64_t features, bool all_kept) {
-  return 2 * round_up(features, kFeaturePadding) + 1 + (all_kept ? 0 : features);
+  return round_up(features, kFeaturePadding) + 1 + (all_kept ? 0 : features);
+}
+// Elements of its gradient.
+inline int64_t gradient_row(int64_t features) { return round_up(features, kFeaturePadding); }
+
+// Rows of a strip of NT-Xent, or 0 where groups are not cut into strips. The rows of a pair of strips are packed when
+// it is worked on: packing those of a group at once takes twice the memory of its gradient. The tiles of the pair then
+// come from a thread's own cache. A pair is one item; there are enough of them for 32 threads. Depends on sizes alone.
+inline int64_t strip_rows(int64_t rows, int64_t groups) {
+  constexpr int64_t fewest_rows = 16384, shortest = 512, longest = 2048;  // multiples of kLargestTile
+  const int64_t strip = rows * groups / 64 / kLargestTile * kLargestTile;
+  if (rows < fewest_rows || strip < shortest) return 0;
+  return strip < longest ? strip : longest;
 }
 
 // Tiles of products are kept with this row stride: a power of two would put a column of one into a few sets of a cache.
@@ -127,19 +139,21 @@ inline int64_t info_nce_tiles(int64_t rows, int64_t columns, int64_t groups) {
   return (rows + tile - 1) / tile * ((columns + kLargestTile - 1) / kLargestTile);
 }
 
-inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t features, bool library) {
-  return round_up(rows, kRowPadding) * (forward_row(features, library, ProductSide::kBoth) + 2);
+inline int64_t nt_xent_forward_workspace(int64_t rows, int64_t groups, int64_t features, bool library) {
+  const int64_t packed = strip_rows(rows, groups) > 0 ? 0 : forward_row(features, library, ProductSide::kBoth);
+  return round_up(rows, kRowPadding) * (packed + 2);
 }
-inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t features, bool all_kept) {
-  return round_up(rows, kRowPadding) * backward_row(features, all_kept) + 2 * round_up(rows, kRowPadding);
+inline int64_t nt_xent_backward_workspace(int64_t rows, int64_t groups, int64_t features, bool all_kept) {
+  const int64_t packed = strip_rows(rows, groups) > 0 ? 0 : backward_row(features, all_kept);
+  return round_up(rows, kRowPadding) * (gradient_row(features) + packed + 2);
 }
 inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t features, bool library) {
   return round_up(rows, kRowPadding) * forward_row(features, library, ProductSide::kLeft) +
          round_up(columns, kRowPadding) * forward_row(features, library, ProductSide::kRight);
 }
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features, bool all_kept) {
-  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * backward_row(features, all_kept) +
-         2 * round_up(rows, kRowPadding);
+  const int64_t row = gradient_row(features) + backward_row(features, all_kept);
+  return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * row + 2 * round_up(rows, kRowPadding);
 }
 
 // Groups worked on together: enough items in every round for all threads. More would need more workspace, which one

@@ -101,8 +101,8 @@ struct WeightPairs<Bfloat16> {
   WeightPairs(const Tile<Bfloat16>& tile, const float* w, int64_t rows) {
     for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < tile.columns; j += 2 * kLanes<float>) {
-        const float *at = w + i * kTileStride + j, *rest = tile.right.rest + tile.column + j;
-        const float* row_rest = tile.left.rest + tile.row + i;
+        const float *at = w + i * kTileStride + j, *rest = tile.right.rest + tile.right_row() + j;
+        const float* row_rest = tile.left.rest + tile.left_row() + i;
         const vec<float> column_rest[2] = {load(rest), load(rest + kLanes<float>)};
         const vec<float> first[2] = {load(at), load(at + kLanes<float>)};
         const vec<float> second[2] = {load(at + kTileStride), load(at + kTileStride + kLanes<float>)};

@@ -20,6 +20,7 @@
 #include "cpu/contrast_sums.h"
 #include "cpu/contrast_tile.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -37,7 +38,8 @@ struct NtXentForwardRun {
   using T = accumulator_t<S>;
   const NtXentForward& arguments;
   const Scale<T> scale;
-  const int64_t batch, rows, padded, features, tile, tiles;  // tiles of a group
+  // `tiles` of a group; rows of a `strip`, or 0; `stride` between the workspaces of two places.
+  const int64_t batch, rows, padded, features, tile, tiles, strip, stride;
 
   explicit NtXentForwardRun(const NtXentForward& a)
       : arguments(a),
@@ -47,40 +49,61 @@ struct NtXentForwardRun {
         padded(round_up(rows, kRowPadding)),
         features(a.features),
         tile(tile_rows(rows, a.groups)),
-        tiles(nt_xent_tiles(rows, a.groups)) {}
+        tiles(nt_xent_tiles(rows, a.groups)),
+        strip(strip_rows(rows, a.groups)),
+        stride(nt_xent_forward_workspace(rows, a.groups, features, a.library)) {}
 
-  // The workspace of one place: the rows (`forward_rows`), and twice [padded].
-  T* start(int64_t place) const {
-    return static_cast<T*>(arguments.workspace) + place * nt_xent_forward_workspace(rows, features, arguments.library);
-  }
-  T* sum(int64_t place) const {
-    return start(place) + padded * forward_row(features, arguments.library, ProductSide::kBoth);
-  }
+  // The workspace of one place: twice [padded], and without strips the rows (`forward_rows`).
+  T* sum(int64_t place) const { return static_cast<T*>(arguments.workspace) + place * stride; }
   T* peak(int64_t place) const { return sum(place) + padded; }
-  PackedRows<S> unit(int64_t place) const {
-    return forward_rows<S>(start(place), padded, features, arguments.library, ProductSide::kBoth);
+  int64_t packed_row() const { return forward_row(features, arguments.library, ProductSide::kBoth); }
+  // Rows of a group from `first` on, packed at `start`.
+  PackedRows<S> packed(T* start, int64_t first, int64_t count) const {
+    return forward_rows<S>(start, count, features, arguments.library, ProductSide::kBoth, first);
   }
+  PackedRows<S> unit(int64_t place) const { return packed(peak(place) + padded, 0, padded); }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T& inv_norm(int64_t group, int64_t i) const { return static_cast<T*>(arguments.inv_norm)[group * rows + i]; }
 
-  // Normalises kRowPadding rows and packs them.
+  // Normalises kRowPadding rows and, without strips, packs them.
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, kRowPadding, rows);
-    UnitBlock<S> block_rows(features);
-    for (int64_t i = 0; i < span.count; ++i) {
-      const S* row = x(group, span.first + i);
-      block_rows.set(i, row, inv_norm(group, span.first + i) = inverse_norm(row, features));
-    }
-    block_rows.pack(span.count, unit(place).from(span.first, features));
+    for (int64_t i = span.first; i < span.first + span.count; ++i)
+      inv_norm(group, i) = inverse_norm(x(group, i), features);
+    if (strip == 0) pack(group, span, unit(place));
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       sum(place)[i] = 0;
       peak(place)[i] = kNoPeak<T>;
     }
   }
 
-  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+  void pack(int64_t group, const Span& span, const PackedRows<S>& to) const {
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i)
+      block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
+    block_rows.pack(span.count, to.from(span.first, features));
+  }
+
+  void add_strips(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const bool same = first == second;
+    Scratch scratch((same ? 1 : 2) * strip * packed_row() * sizeof(T));
+    const auto packed_strip = [&](int64_t index, int64_t at) {
+      const PackedRows<S> to =
+          packed(static_cast<T*>(scratch.data()) + at * strip * packed_row(), index * strip, strip);
+      const Strips blocks{strip / kRowPadding, padded / kRowPadding};
+      for (int64_t block = blocks.begin(index); block < blocks.end(index); ++block)
+        pack(group, Span(block, kRowPadding, rows), to);
+      return to;
+    };
+    const PackedRows<S> left = packed_strip(first, 0), right = same ? left : packed_strip(second, 1);
+    for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
+                   [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+  }
+
+  void add_tile(int64_t group, int64_t place, const PackedRows<S>& left, const PackedRows<S>& right, int64_t first,
+                int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, tile, rows);
-    Tile<S> t{unit(place), unit(place), features, row_span, column_span};
+    Tile<S> t{left, right, features, row_span, column_span};
     const LibraryProducts library(arguments.library, kInPairs<S>);
     alignas(64) T products[kLargestTile * kTileStride];
     T* const kept = kept_tile<T>(arguments.kept, group * tiles + pair_index(first, second), tile, tile);
@@ -110,10 +133,14 @@ struct NtXentForwardRun {
   }
 
   void run() const {
+    const int64_t item = strip > 0 ? strip : tile;
     run_in_waves(
-        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + tile - 1) / tile},
+        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + item - 1) / item},
         [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
-        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) {
+          if (strip > 0) add_strips(group, place, first, second);
+          else add_tile(group, place, unit(place), unit(place), first, second);
+        },
         [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
   }
 };
@@ -123,7 +150,9 @@ struct NtXentBackwardRun {
   using T = accumulator_t<S>;
   const NtXentBackward& arguments;
   const Scale<T> scale;
-  const int64_t batch, rows, padded, features, padded_features, tile, tiles;  // tiles of a group
+  const int64_t batch, rows, padded, features, padded_features, tile, tiles, strip;  // as in the forward pass
+  const bool all_kept;
+  const int64_t stride;
 
   explicit NtXentBackwardRun(const NtXentBackward& a)
       : arguments(a),
@@ -134,18 +163,20 @@ struct NtXentBackwardRun {
         features(a.features),
         padded_features(round_up(features, kFeaturePadding)),
         tile(tile_rows(rows, a.groups)),
-        tiles(nt_xent_tiles(rows, a.groups)) {}
+        tiles(nt_xent_tiles(rows, a.groups)),
+        strip(strip_rows(rows, a.groups)),
+        all_kept(a.kept.whole(a.groups - 1, tiles)),
+        stride(nt_xent_backward_workspace(rows, a.groups, features, all_kept)) {}
 
-  // The workspace of one place: twice [padded], and the rows (`backward_side`).
-  T* start(int64_t place) const {
-    const bool all_kept = arguments.kept.whole(arguments.groups - 1, tiles);
-    return static_cast<T*>(arguments.workspace) + place * nt_xent_backward_workspace(rows, features, all_kept);
-  }
-  T* weight(int64_t place) const { return start(place); }
+  // The workspace of one place: twice [padded], the gradient, and without strips the rows (`backward_side`).
+  T* weight(int64_t place) const { return static_cast<T*>(arguments.workspace) + place * stride; }
   T* lse(int64_t place) const { return weight(place) + padded; }
-  Side<S> side(int64_t place) const {
-    return backward_side<S>(lse(place) + padded, padded, features, arguments.library);
+  T* gradient(int64_t place) const { return lse(place) + padded; }
+  // Rows of a group from `first` on, packed at `start`.
+  Side<S> packed(int64_t place, T* start, int64_t first, int64_t count) const {
+    return backward_side<S>(gradient(place), start, count, features, arguments.library, first);
   }
+  Side<S> side(int64_t place) const { return packed(place, gradient(place) + padded * padded_features, 0, padded); }
   const S* x(int64_t group, int64_t i) const { return row_of<S>(arguments.view, batch, group, i); }
   T inv_norm(int64_t group, int64_t i) const { return static_cast<const T*>(arguments.inv_norm)[group * rows + i]; }
   const T* dloss(int64_t group) const { return static_cast<const T*>(arguments.dloss) + group * rows; }
@@ -158,11 +189,8 @@ struct NtXentBackwardRun {
   void prepare(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, kRowPadding, rows);
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
-    const Side<S> both = side(place);
-    UnitBlock<S> block_rows(features);
-    for (int64_t i = 0; i < span.count; ++i)
-      block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
-    both.prepare(block_rows, span, features, arguments.kept.whole(group, tiles));
+    if (strip == 0) pack(group, span, side(place));
+    side(place).clear_gradient(span);
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {
       const bool real = i < rows;
       lse(place)[i] = real ? total_in[i] : T{0};
@@ -170,10 +198,33 @@ struct NtXentBackwardRun {
     }
   }
 
-  void add_tile(int64_t group, int64_t place, int64_t first, int64_t second) const {
+  void pack(int64_t group, const Span& span, const Side<S>& to) const {
+    UnitBlock<S> block_rows(features);
+    for (int64_t i = 0; i < span.count; ++i)
+      block_rows.set(i, x(group, span.first + i), inv_norm(group, span.first + i));
+    to.pack(block_rows, span, features, arguments.kept.whole(group, tiles));
+  }
+
+  void add_strips(int64_t group, int64_t place, int64_t first, int64_t second) const {
+    const bool same = first == second;
+    const int64_t packed_row = backward_row(features, all_kept);
+    Scratch scratch((same ? 1 : 2) * strip * packed_row * sizeof(T));
+    const auto packed_strip = [&](int64_t index, int64_t at) {
+      const Side<S> to = packed(place, static_cast<T*>(scratch.data()) + at * strip * packed_row, index * strip, strip);
+      const Strips blocks{strip / kRowPadding, padded / kRowPadding};
+      for (int64_t block = blocks.begin(index); block < blocks.end(index); ++block)
+        pack(group, Span(block, kRowPadding, rows), to);
+      return to;
+    };
+    const Side<S> left = packed_strip(first, 0), right = same ? left : packed_strip(second, 1);
+    for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
+                   [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+  }
+
+  void add_tile(int64_t group, int64_t place, const Side<S>& left, const Side<S>& right, int64_t first,
+                int64_t second) const {
     const Span row_span(first, tile, rows), column_span(second, tile, rows);
-    const Side<S> both = side(place);
-    Tile<S> t{both.unit, both.unit, features, row_span, column_span};
+    Tile<S> t{left.unit, right.unit, features, row_span, column_span};
     const LibraryProducts library(arguments.library, kInPairs<S>);
     const RowWeights<T> weights{weight(place), lse(place)};
     alignas(64) T w[kLargestTile * kTileStride];
@@ -190,7 +241,7 @@ struct NtXentBackwardRun {
       const int64_t j = positive - column_span.first;
       if (j >= 0 && j < column_span.count) w[i * kTileStride + j] = -pull(group, row) - pull(group, positive);
     }
-    add_gradients(t, w, both, both, !diagonal);
+    add_gradients(t, w, left, right, !diagonal);
   }
 
   // Fills the register blocks that `tile_weights` did not write.
@@ -204,20 +255,23 @@ struct NtXentBackwardRun {
   void finish(int64_t group, int64_t place, int64_t block) const {
     const Span span(block, kRowPadding, rows);
     T* tau_terms = static_cast<T*>(arguments.tau_terms) + group * rows;
-    const T* gradient = side(place).gradient;
     for (int64_t i = span.first; i < span.first + span.count; ++i) {
       const int side = i >= batch;
       S* dx = static_cast<S*>(arguments.dview[side]) + (group * batch + i - side * batch) * features;
-      tau_terms[i] = unnormalize_gradient(gradient + i * padded_features, static_cast<T>(1 / arguments.tau),
+      tau_terms[i] = unnormalize_gradient(gradient(place) + i * padded_features, static_cast<T>(1 / arguments.tau),
                                           x(group, i), inv_norm(group, i), features, dx);
     }
   }
 
   void run() const {
+    const int64_t item = strip > 0 ? strip : tile;
     run_in_waves(
-        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + tile - 1) / tile},
+        arguments.groups, arguments.wave, padded / kRowPadding, Tournament{(rows + item - 1) / item},
         [&](int64_t group, int64_t place, int64_t block) { prepare(group, place, block); },
-        [&](int64_t group, int64_t place, int64_t first, int64_t second) { add_tile(group, place, first, second); },
+        [&](int64_t group, int64_t place, int64_t first, int64_t second) {
+          if (strip > 0) add_strips(group, place, first, second);
+          else add_tile(group, place, side(place), side(place), first, second);
+        },
         [&](int64_t group, int64_t place, int64_t block) { finish(group, place, block); });
   }
 };
@@ -344,8 +398,9 @@ struct InfoNceBackwardRun {
            place * info_nce_backward_workspace(rows, columns, features, all_kept());
   }
   Side<S> side(int64_t place, int index) const {
-    T* const sides = lse(place) + padded[0];
-    return backward_side<S>(sides + index * padded[0] * backward_row(features, all_kept()), padded[index], features,
+    const int64_t row = padded_features + backward_row(features, all_kept());
+    T* const gradient = lse(place) + padded[0] + index * padded[0] * row;
+    return backward_side<S>(gradient, gradient + padded[index] * padded_features, padded[index], features,
                             arguments.library);
   }
   T* weight(int64_t place) const { return start(place); }
@@ -367,7 +422,8 @@ struct InfoNceBackwardRun {
     UnitBlock<S> block_rows(features);
     for (int64_t i = 0; i < span.count; ++i)
       block_rows.set(i, x(group, index, span.first + i), inv_norm(group, index, span.first + i));
-    side(place, index).prepare(block_rows, span, features, arguments.kept.whole(group, row_tiles * column_tiles));
+    side(place, index).pack(block_rows, span, features, arguments.kept.whole(group, row_tiles * column_tiles));
+    side(place, index).clear_gradient(span);
     if (index == 1) return;
     const T* total_in = static_cast<const T*>(arguments.total) + group * rows;
     for (int64_t i = span.first; i < span.first + kRowPadding; ++i) {

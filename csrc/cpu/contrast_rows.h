@@ -92,11 +92,17 @@ struct PackedRows {
   factor_t<S>* in_rows = nullptr;  // [rows, row_stride], on the left of the library's products only
   int64_t row_stride = 0;
   bool library = false;
+  int64_t first = 0;  // number of the first row in its group, a multiple of kRowPadding
 
+  // From this row of the group on.
   PackedRows from(int64_t row, int64_t features) const {
-    const int64_t terms = factors<S>(features);
-    return {columns == nullptr ? nullptr : columns + row * terms, rest + row,
-            in_rows == nullptr ? nullptr : in_rows + row * row_stride, row_stride, library};
+    const int64_t terms = factors<S>(features), own = row - first;
+    return {columns == nullptr ? nullptr : columns + own * terms,
+            rest + own,
+            in_rows == nullptr ? nullptr : in_rows + own * row_stride,
+            row_stride,
+            library,
+            row};
   }
 };
 
@@ -195,34 +201,40 @@ struct Side {
   using T = accumulator_t<S>;
   PackedRows<S> unit;
   factor_t<S>* rows;  // the same rows as a right factor, [padded_features / width, factors in `padded` terms, width]
-  T* gradient;        // [padded, padded_features]: dL/du without its factor 1/tau
+  T* gradient;        // of all rows of the group, [.., padded_features]: dL/du without its factor 1/tau
   int64_t padded, padded_features;
 
   // For the library's products all features are one panel.
   bool library() const { return unit.library; }
   int64_t panel_width() const { return library() ? padded_features : Block<T>::kWidth; }
   int64_t panel_stride() const { return factors<S>(padded) * Block<T>::kWidth; }
-  factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row) * panel_width(); }
+  factor_t<S>* rows_from(int64_t row) const { return rows + factors<S>(row - unit.first) * panel_width(); }
 
-  // Packs a block of rows and clears its gradient; with `kept` products it is packed as a right factor alone.
-  void prepare(const UnitBlock<S>& block, const Span& span, int64_t features, bool kept) const {
+  // Packs a block of rows; with `kept` products as a right factor alone.
+  void pack(const UnitBlock<S>& block, const Span& span, int64_t features, bool kept) const {
     if (!kept) block.pack(span.count, unit.from(span.first, features));
     else block.pack_kept(span.count, unit.from(span.first, features));
     if (!library()) block.pack_rows(span.count, rows_from(span.first), panel_stride());
     else if (kInPairs<S>) block.pair_rows(span.count, rows_from(span.first), padded_features);
+  }
+  void clear_gradient(const Span& span) const {
     std::memset(gradient + span.first * padded_features, 0, kRowPadding * padded_features * sizeof(T));
   }
 };
 
-// The rows of a forward pass at `start`, [padded, forward_row]: for the library's products as they are, packed, and
-// `rest`.
+// The rows of a forward pass from `first` on at `start`, [padded, forward_row]: for the library's products as they are,
+// packed, and `rest`.
 template <class S>
 inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64_t features, bool library,
-                                  ProductSide side) {
+                                  ProductSide side, int64_t first = 0) {
   accumulator_t<S>* const rest = start + padded * (forward_row(features, library, side) - 1);
-  if (!library) return {reinterpret_cast<factor_t<S>*>(start), rest};
   PackedRows<S> rows{nullptr, rest};
-  rows.library = true;
+  rows.first = first;
+  rows.library = library;
+  if (!library) {
+    rows.columns = reinterpret_cast<factor_t<S>*>(start);
+    return rows;
+  }
   if (side != ProductSide::kLeft) rows.columns = reinterpret_cast<factor_t<S>*>(rest - padded * features);
   if (side != ProductSide::kRight) {
     rows.in_rows = reinterpret_cast<factor_t<S>*>(start);
@@ -231,16 +243,17 @@ inline PackedRows<S> forward_rows(accumulator_t<S>* start, int64_t padded, int64
   return rows;
 }
 
-// One side of a backward pass at `start`, [padded, backward_row]: the rows as a right factor, their gradient, `rest`,
-// and unless all products are kept the rows packed for similarities. For the library's products a right factor is the
+// One side of a backward pass. Its rows from `first` on are at `start`, [padded, backward_row]: as a right factor,
+// `rest`, and unless all products are kept packed for similarities. For the library's products a right factor is the
 // rows as they are; of pairs it has both those and, in its first half, pairs of neighbouring rows.
 template <class S>
-inline Side<S> backward_side(accumulator_t<S>* start, int64_t padded, int64_t features, bool library) {
+inline Side<S> backward_side(accumulator_t<S>* gradient, accumulator_t<S>* start, int64_t padded, int64_t features,
+                             bool library, int64_t first = 0) {
   const int64_t padded_features = round_up(features, kFeaturePadding);
-  auto* const gradient = start + padded * padded_features;
-  auto* const rest = gradient + padded * padded_features;
+  auto* const rest = start + padded * padded_features;
   auto* const as_rows = reinterpret_cast<factor_t<S>*>(start);
   PackedRows<S> unit{reinterpret_cast<factor_t<S>*>(rest + padded), rest};
+  unit.first = first;
   unit.library = library;
   if (library) {
     unit.in_rows = kInPairs<S> ? as_rows + padded / 2 * padded_features : as_rows;

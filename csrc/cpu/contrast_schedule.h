@@ -47,9 +47,28 @@ struct Crossing {
   }
 };
 
+// Tiles or blocks of a group in strips of `length` each.
+struct Strips {
+  int64_t length, count;  // of a strip, of all
+  int64_t begin(int64_t strip) const { return strip * length; }
+  int64_t end(int64_t strip) const { return (strip + 1) * length < count ? (strip + 1) * length : count; }
+};
+
+// Calls f(row tile, column tile) for the pairs of two strips, or of one with itself, in blocks whose tiles a
+// second-level cache holds.
+template <class F>
+inline void for_tile_pairs(const Strips& tiles, int64_t first, int64_t second, const F& f) {
+  constexpr int64_t side = 4;
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  for (int64_t i = tiles.begin(first); i < tiles.end(first); i += side)
+    for (int64_t j = first == second ? i : tiles.begin(second); j < tiles.end(second); j += side)
+      for (int64_t a = i; a < least(i + side, tiles.end(first)); ++a)
+        for (int64_t b = i == j ? a : j; b < least(j + side, tiles.end(second)); ++b) f(a, b);
+}
+
 // Runs a contrast, `wave` groups at a time, each in its place of the workspace:
 // 1. prepare(group, place, block) for every block of rows,
-// 2. add(group, place, row tile, column tile) round by round,
+// 2. add(group, place, row tile or strip, column tile or strip) round by round,
 // 3. finish(group, place, block) for every block of rows.
 template <class Rounds, class Prepare, class Add, class Finish>
 void run_in_waves(int64_t groups, int64_t wave, int64_t blocks, const Rounds& schedule, const Prepare& prepare,

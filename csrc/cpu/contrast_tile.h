@@ -124,7 +124,7 @@ template <class S>
 struct Tile {
   PackedRows<S> left, right;
   int64_t features;
-  int64_t row, rows;
+  int64_t row, rows;  // `row` and `column` are numbers in the group
   int64_t column, columns;
   const accumulator_t<S>* computed = nullptr;  // [rows, computed_stride], products that were made before
   int64_t computed_stride = 0;
@@ -137,6 +137,10 @@ struct Tile {
         rows(rows.count),
         column(columns.first),
         columns(columns.count) {}
+
+  // Where the tile begins in the packed rows.
+  int64_t left_row() const { return row - left.first; }
+  int64_t right_row() const { return column - right.first; }
 
   void use(const accumulator_t<S>* products, int64_t stride) {
     computed = products;
@@ -152,12 +156,13 @@ inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stri
     if (!tile.left.library) return;
     constexpr int64_t width = kRowPadding, each = Factor<S>::kTerms;
     const int64_t terms = factors<S>(tile.features), rows = round_up(tile.rows, width);
-    const factor_t<S>* left = tile.left.in_rows + tile.row * tile.left.row_stride;
+    const factor_t<S>* left = tile.left.in_rows + tile.left_row() * tile.left.row_stride;
     if constexpr (kSplits && std::is_same_v<S, float>)
       if (splits_products()) {
         const int64_t step = upper ? width : tile.columns;
         for (int64_t j = 0; j < tile.columns; j += step) {
-          const Panels right{tile.right.columns + (tile.column + j) * terms, terms, width, nullptr, 0, terms, width};
+          const Panels right{
+              tile.right.columns + (tile.right_row() + j) * terms, terms, width, nullptr, 0, terms, width};
           product_in_tiles(upper ? at_most(j + width, rows) : rows, at_most(step, tile.columns - j), terms, left,
                            tile.left.row_stride, nullptr, right, to + j, to_stride, false);
         }
@@ -165,7 +170,7 @@ inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stri
       }
     for (int64_t j = 0; j < tile.columns; j += width)
       for (int64_t start = 0; start < terms; start += kChain) {
-        const factor_t<S>* right = tile.right.columns + (tile.column + j) * terms + start * width;
+        const factor_t<S>* right = tile.right.columns + (tile.right_row() + j) * terms + start * width;
         library_product(upper && j + width < rows ? j + width : rows, width,
                         each * (terms - start < kChain ? terms - start : kChain), library_elements(left + start),
                         each * tile.left.row_stride, library_elements(right), width, to + j, to_stride, start > 0);
@@ -178,7 +183,7 @@ inline void compute_by_library(Tile<S>& tile, bool upper, T* to, int64_t to_stri
 template <class S, class T = accumulator_t<S>>
 ANOMEM_INLINE void block_products(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
   constexpr int width = Block<T>::kWidth;
-  const int64_t row = tile.row + i, column = tile.column + j, terms = factors<S>(tile.features);
+  const int64_t row = tile.left_row() + i, column = tile.right_row() + j, terms = factors<S>(tile.features);
   const int64_t panel_stride = terms * width;
   if (tile.computed != nullptr) {
     const T* from = tile.computed + i * tile.computed_stride + j;
@@ -197,7 +202,7 @@ template <class S, class T = accumulator_t<S>>
 ANOMEM_INLINE void similarities(const Tile<S>& tile, int64_t i, int64_t j, vec<T> (&s)[Block<T>::kHeight][2]) {
   block_products(tile, i, j, s);
   if constexpr (kInPairs<S>) {
-    const int64_t row = tile.row + i, column = tile.column + j;
+    const int64_t row = tile.left_row() + i, column = tile.right_row() + j;
     const vec<T> rest[2] = {load(tile.right.rest + column), load(tile.right.rest + column + kLanes<T>)};
 #pragma GCC unroll 8
     for (int r = 0; r < Block<T>::kHeight; ++r)

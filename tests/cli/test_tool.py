@@ -134,13 +134,16 @@ def test_a_watched_folder(run: Path, photos: Path, tmp_path: Path) -> None:
     shutil.copy(photos / "test" / "spot" / "00.png", folder / "second.png")
     second = json.loads(process.stdout.readline())
     assert (Path(second["path"]).name, second["verdict"]) == ("second.png", "anomalous")
+    shutil.copy(photos / "test" / "spot" / "00.png", folder / "first.png")
+    again = json.loads(process.stdout.readline())
+    assert (Path(again["path"]).name, again["verdict"]) == ("first.png", "anomalous")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     assert "broken.png: expected a readable image" in said
     assert "first.PNG: expected a name of its own, but its map would be that of" in said
-    assert "2 images were scored, 2 could not be; no drift in 2 images" in said
+    assert "3 images were scored, 2 could not be; no drift in 3 images" in said
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["first.tiff", "second.tiff"]
 
 

@@ -25,7 +25,11 @@ MANY_TILES = [(1, 35, 128), (1, 6, 300), (1, 70, 16), (1, 70, 130)]  # and slice
     "dtype, tau, shape",
     {
         NATIVE: product((F32, BF16), TAUS, NATIVE_SHAPES),
-        TRITON: [*product(TRITON.dtypes, TAUS, TRITON_SHAPES), *product(TRITON.dtypes, (0.2,), MANY_TILES)],
+        TRITON: [
+            *product((F32,), TAUS, TRITON_SHAPES),
+            *product((BF16, F16), (0.022, 0.2), TRITON_SHAPES),  # with peaks, and with a fixed shift
+            *product((F32, BF16), (0.2,), MANY_TILES),
+        ],
     },
 )
 def test_nt_xent_within_budget(impl: Impl, dtype: torch.dtype, tau: float, shape: tuple[int, int, int]) -> None:
@@ -112,9 +116,11 @@ def test_bfloat16_rows_that_are_nearly_one_within_budget(impl: Impl, spread: flo
     check(impl, 0.1, [(common + spread * x.float()).bfloat16() for x in views(2, n, 33, seed=1)])
 
 
-@cases("batch, d", {NATIVE: [(4096, 8)], TRITON: [(128, 8)]})
+@cases("batch, d", {NATIVE: [(2048, 8)], TRITON: [(128, 8)]})
 def test_rounding_does_not_grow_with_the_batch(impl: Impl, batch: int, d: int) -> None:
-    """Of 8192 rows a gradient summed in one chain had three times plain PyTorch's error, growing with √B."""
+    """Of 8192 rows a gradient summed in one chain had three times plain PyTorch's error, growing with √B: of these
+    4096 twice.
+    """
     z, z_pair = draw(batch, d, seed=1), draw(batch, d, seed=2)
 
     def gradient(name: Impl, dtype: torch.dtype) -> Tensor:
@@ -166,7 +172,10 @@ RECTANGLES = {
     "dtype, tau, excluding, shape",
     {
         NATIVE: product((F32, BF16), (0.005, 0.03, 0.2, 10.0), (False, True), RECTANGLES[NATIVE]),
-        TRITON: product(TRITON.dtypes, (0.005, 0.022, 0.023, 10.0), (False, True), RECTANGLES[TRITON]),
+        TRITON: [
+            *product((F32,), (0.005, 0.022, 0.023, 10.0), (False, True), RECTANGLES[TRITON]),
+            *product((BF16, F16), (0.022, 10.0), (False, True), RECTANGLES[TRITON]),
+        ],
     },
 )
 def test_info_nce_within_budget(
