@@ -16,8 +16,9 @@ from benchmarks.harness import rows
 from benchmarks.harness.rows import Row
 
 FILE = Path(rules.__file__).with_name("gains.json")
-COMPILED = "torch.compile"
-"""Compiled as a whole, it is no rival of an eager call; the tables of docs/PERFORMANCE.md have it."""
+PLAIN = ("eager", "SDPA", "linear_cross_entropy")
+"""How the names of plain PyTorch's implementations begin. A single call can be no `torch.compile`, no loop in Python
+and no formula of another library, which in bfloat16 rounds scores; the tables of docs/PERFORMANCE.md have them."""
 Times = dict[str, float]
 
 
@@ -70,17 +71,19 @@ def problem_of(row: Row) -> Problem:
 
 
 def covered(rule: Rule, cases: list[Measured]) -> list[Measured]:
-    """The cases for which a rule holds, without the times of torch.compile."""
+    """The cases for which a rule holds, with the times of its implementation and of plain PyTorch."""
     processor = rule.processor.removesuffix("-BF16")  # the rows name no part of AVX512
     return [
-        case._replace(times={name: time for name, time in case.times.items() if name != COMPILED})
+        case._replace(
+            times={name: case.times[name] for name in case.times if name.startswith((rule.implementation, *PLAIN))}
+        )
         for case in cases
         if case.processor == processor and rule.holds(case.problem) and "eager" in case.times
     ]
 
 
 def table(results: Path) -> dict[str, list[float]]:
-    """Least and most gain over the fastest rival, the number of cases and of threads, by the key of a rule.
+    """Least and most gain over plain PyTorch at its fastest, the number of cases and of threads, by the key of a rule.
 
     Args:
         results: folder of rows.

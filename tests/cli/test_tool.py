@@ -158,6 +158,7 @@ def test_mistakes_are_one_sentence(anomem: Command, run: Path, finished: Path, p
         ((picture, "--run", run, "--device", "tpu9"), "expected a device of this machine"),
         ((picture, "--run", run, "--max-megapixels", "0"), "`--max-megapixels`: expected an integer ≥ 1"),
         ((picture, "--run", run, "--alpha", "0"), "`--alpha`"),
+        ((picture, "--run", run, "--data.root", tmp_path / "none"), "`--data.root`: expected a folder"),
         ((picture, "--run", run, "--device", "mps"), "from the 'MPS' backend\n"),
     ):
         done = anomem("score", *arguments)
