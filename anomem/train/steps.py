@@ -195,27 +195,36 @@ class Stage1Step:
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for pieces in self._pieces(scales):
-            held = pairs_of([scales[scale][positions].detach() for scale, positions in pieces])
-            pairs = [(self._leaf(z), self._leaf(z_pair)) for z, z_pair in held]
-            # Pieces of several scales are whole ones.
-            share = len(pairs[0][0]) / len(scales[pieces[0][0]])
-            ways = [(self.criterion, pairs)]
-            if self.one_way is not None and pairs[0][0].numel() >= PIECE // 2:
-                share /= 2
-                ways = [(self.one_way, pairs), (self.one_way, [(z_pair, z) for z, z_pair in pairs])]
-            for criterion, given in ways:
-                with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
-                    loss, found = self._loss(given, normal, part, [scale for scale, _ in pieces], criterion)
-                with record_function("anomem.backward"):
-                    (loss * (share / len(self.shares.parts))).backward()
-                losses.append(share * loss.detach())
+            for loss, found in self._contrasted_pieces(scales, pieces, normal, part):
+                losses.append(loss)
                 for name, term in found.items():
-                    terms[name] = share * term.detach() + terms.get(name, 0.0)
-            for views, leaves in zip(held, pairs, strict=True):
-                for view, leaf in zip(views, leaves, strict=True):
-                    assert leaf.grad is not None  # the loss depends on every vector
-                    view.copy_(leaf.grad)
+                    terms[name] = term + terms.get(name, 0.0)
         return sum(losses[1:], losses[0]), terms
+
+    def _contrasted_pieces(
+        self, scales: list[Tensor], pieces: list[tuple[int, slice]], normal: Tensor | None, part: int
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Likewise of one entry of `_pieces`: its summands of loss and terms. Nothing else of it stays in memory."""
+        held = pairs_of([scales[scale][positions].detach() for scale, positions in pieces])
+        pairs = [(self._leaf(z), self._leaf(z_pair)) for z, z_pair in held]
+        # Pieces of several scales are whole ones.
+        share = len(pairs[0][0]) / len(scales[pieces[0][0]])
+        ways = [(self.criterion, pairs)]
+        if self.one_way is not None and pairs[0][0].numel() >= PIECE // 2:
+            share /= 2
+            ways = [(self.one_way, pairs), (self.one_way, [(z_pair, z) for z, z_pair in pairs])]
+        summands = []
+        for criterion, given in ways:
+            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+                loss, found = self._loss(given, normal, part, [scale for scale, _ in pieces], criterion)
+            with record_function("anomem.backward"):
+                (loss * (share / len(self.shares.parts))).backward()
+            summands.append((share * loss.detach(), {name: share * term.detach() for name, term in found.items()}))
+        for views, leaves in zip(held, pairs, strict=True):
+            for view, leaf in zip(views, leaves, strict=True):
+                assert leaf.grad is not None  # the loss depends on every vector
+                view.copy_(leaf.grad)
+        return summands
 
     def _leaf(self, vectors: Tensor) -> Tensor:
         """The vectors [n, R, d] in the precision of the contrast, for their gradient."""
