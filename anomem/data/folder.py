@@ -101,12 +101,14 @@ def image_files(folder: Path, setting: str = "data.root") -> list[Path]:
         UserError: no such folder, one that cannot be listed, or no image in it.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"expected a folder of images at {folder}, which is not there; create it or set `{setting}`")
+        advice = f"create it or correct `{setting}`"
+        raise UserError(f"expected a folder of images at {folder}, which is not there; {advice}")
     entries = _entries(folder)
     found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
         unsearched = " (folders in it are not searched)" if any(map(os.path.isdir, entries)) else ""
-        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}; add some")
+        advice = "; add some, or search them with `anomem score --recursive`" if unsearched else "; add some"
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}{advice}")
     return found
 
 
@@ -153,7 +155,7 @@ def folder_task(config: DataConfig, trained_on: Split | None = None, fewest: int
     root, size = Path(config.root), height_and_width(128 if config.image_size is None else config.image_size)
     if not os.path.isdir(root):
         found = "which is a file" if root.is_file() else "which is not there"
-        raise UserError(f"expected a folder of images at {root}, {found}; create it or set `data.root`")
+        raise UserError(f"expected a folder of images at {root}, {found}; create it or correct `data.root`")
     layout = _visa if os.path.isdir(root / "Data" / "Images") else _flat if _is_flat(root) else _mvtec
     listing = layout(root, config, trained_on)
     train, labelled = _split(listing, root, config, trained_on)

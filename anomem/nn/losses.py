@@ -20,6 +20,7 @@ from anomem.validation import (
     require_choice,
     require_number,
     require_positive_number,
+    require_same_kind,
     require_tensor,
     require_views,
 )
@@ -117,6 +118,8 @@ class NTXentLoss(_Contrast):
     def forward(self, out0: Tensor, out1: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Mean loss over all rows of both views."""
         require_views(out0, "out0", out1, "out1")
+        if out0.dtype != out1.dtype and not torch.is_autocast_enabled(out0.device.type):
+            require_same_kind(out1, "out1", out0, "out0")
         if not self.gather_distributed or _alone(self.process_group):
             _require_a_batch(out0, "out0")
             return AF.nt_xent(out0, out1, temperature=self.temperature, impl=self.impl)

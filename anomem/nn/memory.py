@@ -126,7 +126,7 @@ class HopfieldMemory(nn.Module):
     def forward(self, query: Tensor) -> Tensor:
         """What the memory returns for each query: [..., d] -> [..., d] (or [..., dv])."""
         retrieved: Tensor = AF.hopfield_retrieve(
-            query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options()
+            self._checked(query), self.prototypes, shrink=self.shrink, impl=self.impl, **self._options()
         )
         return retrieved
 
@@ -134,18 +134,19 @@ class HopfieldMemory(nn.Module):
         """−lse/beta, the Hopfield energy up to terms in |q|²: [..., d] -> [...]."""
         # Without the values, on which the energy does not depend: they get no gradient, also from a compiled graph.
         options = {**self._options(), "values": None}
-        _, lse = AF.hopfield_retrieve(query, self.prototypes, return_lse=True, impl=self.impl, **options)
+        _, lse = AF.hopfield_retrieve(self._checked(query), self.prototypes, return_lse=True, impl=self.impl, **options)
         energy: Tensor = -lse / self.beta
         return energy
 
     def deviation(self, query: Tensor) -> Tensor:
         """norm(q) − HF(q): [..., d] -> [..., d]."""
+        query = self._checked(query)
         return AF.deviation(query, self.prototypes, shrink=self.shrink, impl=self.impl, **self._options())
 
     def diagnostics(self, query: Tensor) -> AF.MemoryDiagnostics:
         """Usage of the prototypes over a set of queries [..., d], in their first read and before any shrinkage."""
         return AF.memory_diagnostics(
-            query, self.prototypes, beta=self.beta, normalize=self.normalize, impl=self.impl, part=True
+            self._checked(query), self.prototypes, beta=self.beta, normalize=self.normalize, impl=self.impl, part=True
         )
 
     def extra_repr(self) -> str:
@@ -158,6 +159,13 @@ class HopfieldMemory(nn.Module):
         if self.shrink != 0:
             parts.append(f"shrink={float(self.shrink):.4g}")
         return ", ".join(parts if self.impl == "auto" else [*parts, f"impl={self.impl!r}"])
+
+    def _checked(self, query: Tensor) -> Tensor:
+        """Queries of the memory's features; what else they must be the functions check."""
+        features = self.prototypes.shape[1]
+        fits = not isinstance(query, Tensor) or query.dim() == 0 or query.shape[-1] == features
+        require(fits, "query", lambda: f"[..., {features}], the memory's features", query)
+        return query
 
     def _options(self) -> dict[str, Any]:
         return {"values": self.values, "beta": self.beta, "steps": self.steps, "normalize": self.normalize}

@@ -318,7 +318,7 @@ class FitConfig:
         if self.tile is not None:
             require_count(self.tile, "tile", 1)
             hint = "tiles are cut from images of that size"
-            require(self.data.image_size is not None, "data.image_size", "height and width", "none", hint)
+            require(self.data.image_size is not None, "tile", "a data.image_size: height and width", "none", hint)
 
 
 def preset(name: str) -> TrainConfig:

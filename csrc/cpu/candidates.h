@@ -81,12 +81,12 @@ inline double beyond(const T* x, const T* m, const T* b, int64_t d) {
   int64_t p = 0;
   for (; p + lanes <= d; p += lanes) {
     const vec<double> of_m = load_double(m + p), of_b = load_double(b + p);
-    sums = multiply_add(of_m - of_b, (of_m + of_b) * 0.5 - load_double(x + p), sums);
+    sums = multiply_add(of_m - of_b, of_m * 0.5 + of_b * 0.5 - load_double(x + p), sums);
   }
   double sum = sum_lanes<double>(sums);
   for (; p < d; ++p) {
     const double of_m = m[p], of_b = b[p];
-    sum += (of_m - of_b) * ((of_m + of_b) * 0.5 - x[p]);
+    sum += (of_m - of_b) * (of_m * 0.5 + of_b * 0.5 - x[p]);
   }
   return sum;
 }
@@ -167,10 +167,17 @@ class Offsets {
     for (int64_t j = panels.count(); j < padded(panels); ++j) set(j, -T{INFINITY});
   }
 
-  // −|m|²/2: the largest x·m − |m|²/2 is the nearest.
+  // −|m|²/2: the largest x·m − |m|²/2 is the nearest. NaN where the square of a finite row overflows: such a row may
+  // be the nearest, and a column of NaN is looked at.
   template <class S>
   void set_lengths(const CandidatePanels<S>& panels) {
-    for (int64_t j = 0; j < panels.count(); ++j) set(j, dot_product(panels[j], panels[j], panels.features()) / -2);
+    const int64_t d = panels.features();
+    for (int64_t j = 0; j < panels.count(); ++j) {
+      const auto* const row = panels[j];
+      const T offset = dot_product(row, row, d) / -2;
+      const bool overflows = offset == -T{INFINITY} && std::all_of(row, row + d, [](T x) { return is_finite(x); });
+      set(j, overflows ? T{NAN} : offset);
+    }
   }
 
   void set(int64_t j, T offset) {

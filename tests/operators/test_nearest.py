@@ -213,6 +213,17 @@ def test_rows_far_longer_than_the_prototypes_find_the_nearest(impl: Impl, ratio:
         assert torch.equal(nearest(x, prototypes, k=1, impl=impl).indices, found)
 
 
+@cases("size, dtype", {NATIVE: [*product((1.5e19, 1.9e19), (F32, BF16)), *((s, F64) for s in (1.5e154, 1.5e308))]})
+@pytest.mark.parametrize("count", [5, 40, 1100])
+def test_prototypes_whose_squares_overflow_are_found(impl: Impl, size: float, dtype: torch.dtype, count: int) -> None:
+    """Their distances do not."""
+    prototypes = torch.full((count, 2), 0.53 * size, dtype=dtype)
+    prototypes[-2:] = size
+    found = nearest(prototypes[-1:].expand(3, 2), prototypes, k=1, impl=impl)
+    assert (found.indices == count - 2).all()
+    assert (found.distance == 0).all()
+
+
 @cases("common, dtype", {NATIVE: product((1.0, 1e3, 1e5), (F32, F64))})
 def test_near_rows_with_much_in_common_find_the_nearest(impl: Impl, common: float, dtype: torch.dtype) -> None:
     """Twins among the prototypes, close to the rows and far from the origin; a prototype is nearest to itself."""
