@@ -107,8 +107,7 @@ def image_files(folder: Path, setting: str = "data.root") -> list[Path]:
     found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
         unsearched = " (folders in it are not searched)" if any(map(os.path.isdir, entries)) else ""
-        advice = "; add some, or search them with `anomem score --recursive`" if unsearched else "; add some"
-        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}{advice}")
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}; add some")
     return found
 
 

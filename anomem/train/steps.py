@@ -204,7 +204,10 @@ class Stage1Step:
     def _contrasted_pieces(
         self, scales: list[Tensor], pieces: list[tuple[int, slice]], normal: Tensor | None, part: int
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Likewise of one entry of `_pieces`: its summands of loss and terms. Nothing else of it stays in memory."""
+        """Summands of loss and terms, 0-dim each, of one entry of `_pieces`; gradients take the place of its vectors.
+
+        A call of its own, so that leaves and gradients [n, R, d_s] are gone before those of the next entry.
+        """
         held = pairs_of([scales[scale][positions].detach() for scale, positions in pieces])
         pairs = [(self._leaf(z), self._leaf(z_pair)) for z, z_pair in held]
         # Pieces of several scales are whole ones.
