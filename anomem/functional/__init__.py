@@ -13,6 +13,7 @@ preference, for one call of a larger computation: an operator without such a ker
 from anomem.functional.augment import augment
 from anomem.functional.batch_norm import batch_norm
 from anomem.functional.contrast import info_nce, nt_xent
+from anomem.functional.contrast_blocks import BlockwiseNTXent, contrasted_memory_backward
 from anomem.functional.conv3x3 import conv3x3
 from anomem.functional.deviation_map import deviation, deviation_map
 from anomem.functional.distributed import gather_rows, rows_per_process
@@ -33,6 +34,7 @@ from anomem.functional.usage import memory_diagnostics
 from anomem.reference import MemoryDiagnostics, MemoryRead, Nearest, ViewParameters
 
 __all__ = [
+    "BlockwiseNTXent",
     "MemoryDiagnostics",
     "MemoryRead",
     "Nearest",
@@ -40,6 +42,7 @@ __all__ = [
     "ViewParameters",
     "augment",
     "batch_norm",
+    "contrasted_memory_backward",
     "contrasted_memory_loss",
     "contrasted_memory_losses",
     "conv3x3",

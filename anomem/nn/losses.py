@@ -345,10 +345,7 @@ class ContrastedMemoryLoss(nn.Module):
         """The call for several scales (z, z_pair) of the same images; processes exchange all scales at once."""
         scales = []
         for (z, z_pair), memory in zip(vectors, memories, strict=True):
-            right = isinstance(memory, HopfieldMemory)
-            require(right, "memory", "a HopfieldMemory", lambda memory=memory: type(memory).__name__)
-            # A unit vector's coordinates have a standard deviation of at most 1/sqrt(d).
-            gamma = z.shape[-1] ** -0.5 if memory.normalize == "l2" else 1.0
+            gamma = _deviation_wanted(memory, z.shape[-1])
             scale = AF.ScaleVectors(z, z_pair, memory.prototypes, memory.values, variance_gamma=gamma)
             scales.append(
                 scale._replace(beta=memory.beta, steps=memory.steps, normalize=memory.normalize, shrink=memory.shrink)
@@ -367,7 +364,56 @@ class ContrastedMemoryLoss(nn.Module):
         )
         return [(contrast + self.variance_weight * variance, contrast, variance) for contrast, variance in terms]
 
+    def backward_by_blocks(
+        self,
+        z: Tensor,
+        z_pair: Tensor,
+        memory: HopfieldMemory,
+        is_normal: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The call for one position of a batch too large for its graph, with its backward pass.
+
+        The gradients of weight · loss take the place of the vectors; those of the memory are added to `.grad`. A way to
+        gradient caching: see `anomem.functional.contrasted_memory_backward`.
+
+        Args:
+            z: [B, d], overwritten.
+            z_pair: [B, d], overwritten.
+            memory: of this scale.
+            is_normal: [B] bool, None when all are.
+            weight: on the gradients.
+
+        Returns:
+            (total, L_COM, L_V), 0-dim and without a graph.
+
+        Raises:
+            ArgumentError: as in the call, or a loss whose negatives are not other images of this process.
+        """
+        require(self.negatives == "image", "negatives", '"image", for a contrast by blocks', self.negatives)
+        require(not self.gather_distributed, "gather_distributed", "False, for a contrast by blocks", True)
+        contrast, variance = AF.contrasted_memory_backward(
+            z,
+            z_pair,
+            memory,
+            is_normal=is_normal,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
+            variance_gamma=_deviation_wanted(memory, z.shape[-1]),
+            variance_weight=self.variance_weight,
+            weight=weight,
+            impl=self.impl,
+        )
+        return contrast + self.variance_weight * variance, contrast, variance
+
     def extra_repr(self) -> str:
         """The weights, and the options that are not the default, for `print(module)`."""
         terms = f"temperature={self.temperature}, variance_weight={self.variance_weight}"
         return f"{terms}, negatives={self.negatives!r}, symmetric={self.symmetric}{_options_of(self)}"
+
+
+def _deviation_wanted(memory: HopfieldMemory, features: int) -> float:
+    """Gamma of the variance term: a unit vector's coordinates have a standard deviation of at most 1/sqrt(d)."""
+    right = isinstance(memory, HopfieldMemory)
+    require(right, "memory", "a HopfieldMemory", lambda: type(memory).__name__)
+    return features**-0.5 if memory.normalize == "l2" else 1.0

@@ -13,12 +13,15 @@ from anomem.reference.batch_norm import batch_norm, joint_moments, merged_moment
 from anomem.reference.contrast import (
     Negatives,
     Weighting,
+    block_gradient,
+    block_log_sums,
     contrast_rows,
     contrasted_memory_loss,
     info_nce_rows,
     margin_loss,
     nt_xent_rows,
     scale_weights,
+    through_l2,
 )
 from anomem.reference.conv3x3 import conv3x3
 from anomem.reference.deviation_map import Distance, deviation, deviation_map, distance
@@ -53,6 +56,8 @@ __all__ = [
     "Weighting",
     "augment",
     "batch_norm",
+    "block_gradient",
+    "block_log_sums",
     "blur_radius",
     "contrast_rows",
     "contrasted_memory_loss",
@@ -82,6 +87,7 @@ __all__ = [
     "sample_positions",
     "scale_weights",
     "shrink_weights",
+    "through_l2",
     "update_running",
     "variance_hinge",
     "weights_entropy",

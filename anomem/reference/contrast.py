@@ -92,6 +92,68 @@ def contrast_rows(
     return loss if exclude is None else torch.where(positive == exclude, ratio, loss)
 
 
+def block_log_sums(block: Tensor, other: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """The part of NT-Xent's log-sums that two blocks of a batch have in common: of a batch whose rows are made block by
+    block.
+
+    lse_i = logsumexp_j(u_i·u_j / tau) over the rows j of the other block; in the block itself over its negatives, all
+    rows but i and its positive.
+
+    Args:
+        block: [R, d], rows [z; z_pair] of some pairs.
+        other: [C, d], those of other pairs; None for the block itself.
+        temperature: tau > 0.
+
+    Returns:
+        [R] and [C] float64, of the rows of both blocks; of the block itself [R] and [0].
+    """
+    similarity = _block_similarity(block, other, temperature)
+    sums = [torch.logsumexp(x, dim=-1).double() for x in (similarity, similarity.mT)]
+    return sums[0], sums[1][:0] if other is None else sums[1]
+
+
+def block_gradient(
+    block: Tensor, other: Tensor | None, lse: Tensor, other_lse: Tensor | None, temperature: float
+) -> Tensor:
+    """What the negatives in one block give to the gradient of Σ l_i at another block's rows.
+
+    du_i = (1/tau) Σ_j (exp(s_ij − lse_i) + exp(s_ij − lse_j)) u_j over the same j as in `block_log_sums`.
+
+    Args:
+        block: [R, d].
+        other: [C, d], or None for the block itself.
+        lse: [R] float64, log-sums of all that the rows see, positives included.
+        other_lse: [C] float64, with `other` only.
+        temperature: tau > 0.
+
+    Returns:
+        [R, d], the gradient of the rows before their normalisation.
+    """
+    similarity = _block_similarity(block, other, temperature).double()
+    columns_lse = lse if other_lse is None else other_lse
+    weights = (similarity - lse[:, None]).exp() + (similarity - columns_lse).exp()
+    columns = l2_normalize(block if other is None else other)
+    return through_l2(block, weights.to(block.dtype) @ columns / temperature)
+
+
+def through_l2(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at x [R, d] of one at `l2_normalize(x)`."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(l2_normalize(leaf), leaf, gradient)
+    return found
+
+
+def _block_similarity(block: Tensor, other: Tensor | None, temperature: float) -> Tensor:
+    """s [R, C]; −inf where the other block is the block itself and the column is no negative of the row."""
+    unit = l2_normalize(block)
+    similarity = unit @ (unit if other is None else l2_normalize(other)).mT / temperature
+    if other is not None:
+        return similarity
+    pairs = torch.eye(len(block) // 2, dtype=torch.bool, device=block.device)
+    return similarity.masked_fill(pairs.repeat(2, 2), -torch.inf)
+
+
 def _opposite(batch: int, device: torch.device) -> Tensor:
     """[2B] int64: i + B for the first view, i − B for the second."""
     return torch.arange(2 * batch, device=device).roll(batch)

@@ -161,6 +161,34 @@ def multi_scale_loss(
     return total, terms
 
 
+def scale_backward(
+    model: AnoMem,
+    criterion: ContrastedMemoryLoss,
+    scale: int,
+    pair: tuple[Tensor, Tensor],
+    is_normal: Tensor | None,
+    weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`multi_scale_loss` of one position of one scale, with its backward pass by blocks of the batch.
+
+    Args:
+        model: as in `multi_scale_loss`, and so are the criterion and is_normal.
+        criterion: contrasts images of one process.
+        scale: its index.
+        pair: the two views' vectors, [B, d_s] each; their gradients take their place.
+        is_normal: [B] bool, or None.
+        weight: on the gradients.
+
+    Returns:
+        The loss (0-dim) and its terms.
+    """
+    factor, name = model.scale_weights[scale], model.encoder.names[scale]
+    loss, contrast, variance = criterion.backward_by_blocks(
+        *pair, model.memories[scale], is_normal, weight=weight * factor
+    )
+    return factor * loss, {f"contrast/{name}": contrast, f"variance/{name}": variance}
+
+
 @torch.no_grad()
 def memory_figures(model: AnoMem, sampled: Sequence[Tensor]) -> dict[str, Tensor]:
     """How sampled vectors use the memories; the figures show a collapse.

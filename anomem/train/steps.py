@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,19 +18,26 @@ from torch.profiler import record_function
 
 from anomem.data import Images
 from anomem.models import AnoMem
-from anomem.nn import ContrastedMemoryLoss
 from anomem.train.batches import Batch
 from anomem.train.config import OptimizerConfig, TrainConfig
 from anomem.train.execution import autocast
 from anomem.train.network import Network, statistics_kept
-from anomem.train.objective import Views, draw_positions, fill_memories, multi_scale_loss, pairs_of, scale_criterion
+from anomem.train.objective import (
+    Views,
+    draw_positions,
+    fill_memories,
+    multi_scale_loss,
+    pairs_of,
+    scale_backward,
+    scale_criterion,
+)
 from anomem.train.ranks import Ranks
 from anomem.train.rows import FILL, POSITIONS, Draws, Rows, seed_of
 from anomem.validation import require
 
 PIECE = 1 << 20
-"""Numbers of the sampled vectors that gradient caching contrasts at once, where one position has no more: 4 MiB, and
-the contrast takes several times that."""
+"""Numbers of the sampled vectors that gradient caching contrasts at once: 4 MiB, and the contrast takes eleven times that.
+On a CPU a position that has more is contrasted by blocks."""
 
 
 class Loss(NamedTuple):
@@ -126,10 +132,6 @@ class Stage1Step:
         self.draws = Draws(model.device, config.run.seed)
         self.views_of = views(config, is_normal, self.draws)
         self.criterion = scale_criterion(config.loss, config.model.impl, ranks)
-        self.one_way: ContrastedMemoryLoss | None = None
-        """Contrasts one view with the answers to the other: half the memory of both ways, where ways are separate."""
-        if ranks.count == 1 and config.loss.symmetric and config.loss.negatives == "image":
-            self.one_way = scale_criterion(replace(config.loss, symmetric=False), config.model.impl)
         self.exact = model.device.type == "cpu"
         """Whether the contrast is in float32 under autocast: AUROC is then that of float32 (docs/PERFORMANCE.md). A
         GPU's kernels are made for bfloat16; not measured on a GPU yet."""
@@ -195,16 +197,17 @@ class Stage1Step:
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for pieces in self._pieces(scales):
-            for loss, found in self._contrasted_pieces(scales, pieces, normal, part):
-                losses.append(loss)
-                for name, term in found.items():
-                    terms[name] = term + terms.get(name, 0.0)
+            contrasted = self._contrasted_by_blocks if self._by_blocks(scales[pieces[0][0]]) else self._contrasted_pieces
+            loss, found = contrasted(scales, pieces, normal, part)
+            losses.append(loss)
+            for name, term in found.items():
+                terms[name] = term + terms.get(name, 0.0)
         return sum(losses[1:], losses[0]), terms
 
     def _contrasted_pieces(
         self, scales: list[Tensor], pieces: list[tuple[int, slice]], normal: Tensor | None, part: int
-    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Summands of loss and terms, 0-dim each, of one entry of `_pieces`; gradients take the place of its vectors.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of loss and terms, 0-dim each, of one entry of `_pieces`; gradients take the place of its vectors.
 
         A call of its own, so that leaves and gradients [n, R, d_s] are gone before those of the next entry.
         """
@@ -212,22 +215,39 @@ class Stage1Step:
         pairs = [(self._leaf(z), self._leaf(z_pair)) for z, z_pair in held]
         # Pieces of several scales are whole ones.
         share = len(pairs[0][0]) / len(scales[pieces[0][0]])
-        ways = [(self.criterion, pairs)]
-        if self.one_way is not None and pairs[0][0].numel() >= PIECE // 2:
-            share /= 2
-            ways = [(self.one_way, pairs), (self.one_way, [(z_pair, z) for z, z_pair in pairs])]
-        summands = []
-        for criterion, given in ways:
-            with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
-                loss, found = self._loss(given, normal, part, [scale for scale, _ in pieces], criterion)
-            with record_function("anomem.backward"):
-                (loss * (share / len(self.shares.parts))).backward()
-            summands.append((share * loss.detach(), {name: share * term.detach() for name, term in found.items()}))
+        with autocast(self.config.run, self.model.device), record_function("anomem.contrast"):
+            loss, found = self._loss(pairs, normal, part, [scale for scale, _ in pieces])
+        with record_function("anomem.backward"):
+            (loss * (share / len(self.shares.parts))).backward()
         for views, leaves in zip(held, pairs, strict=True):
             for view, leaf in zip(views, leaves, strict=True):
                 assert leaf.grad is not None  # the loss depends on every vector
                 view.copy_(leaf.grad)
-        return summands
+        return share * loss.detach(), {name: share * term.detach() for name, term in found.items()}
+
+    def _contrasted_by_blocks(
+        self, scales: list[Tensor], pieces: list[tuple[int, slice]], normal: Tensor | None, part: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of one position, in memory that the batch adds little to."""
+        ((scale, position),) = pieces
+        (vectors,) = scales[scale][position].detach()  # [2R, d_s]
+        z, z_pair = vectors.chunk(2)
+        share = 1 / len(scales[scale])
+        with record_function("anomem.contrast"), torch.autocast("cpu", enabled=False):
+            loss, found = scale_backward(
+                self.model,
+                self.criterion,
+                scale,
+                (z, z_pair),
+                self._contrasted_as_normal(normal, z),
+                share / len(self.shares.parts),
+            )
+        return share * loss, {name: share * term for name, term in found.items()}
+
+    def _by_blocks(self, vectors: Tensor) -> bool:
+        """Whether the positions of a scale [n, 2R, d] are contrasted by blocks."""
+        alone = self.ranks.count == 1 and self.config.loss.negatives == "image"
+        return self.exact and alone and vectors[0].numel() > PIECE
 
     def _leaf(self, vectors: Tensor) -> Tensor:
         """The vectors [n, R, d] in the precision of the contrast, for their gradient."""
@@ -271,16 +291,18 @@ class Stage1Step:
         normal: Tensor | None,
         part: int,
         scales: Sequence[int] | None = None,
-        criterion: ContrastedMemoryLoss | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the vectors of all scales or of those given, two views [n, R, d] each, by the step's criterion or
-        another.
-        """
-        if self.config.loss.positive == "view":  # none of them is answered by the memory
-            normal = torch.zeros(pairs[0][0].shape[1], dtype=torch.bool, device=pairs[0][0].device)
+        """The loss of the vectors of all scales or of those given, two views [n, R, d] each."""
+        normal = self._contrasted_as_normal(normal, pairs[0][0][0])
         counts = self.shares.counts[part] if self.ranks.count > 1 else None
         with torch.autocast("cpu", enabled=False) if self.exact else nullcontext():
-            return multi_scale_loss(self.model, criterion or self.criterion, pairs, normal, counts, scales)
+            return multi_scale_loss(self.model, self.criterion, pairs, normal, counts, scales)
+
+    def _contrasted_as_normal(self, normal: Tensor | None, vectors: Tensor) -> Tensor | None:
+        """[R] bool, the rows of these vectors [R, d] that the memory answers; None for all."""
+        if self.config.loss.positive == "view":
+            return torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+        return normal
 
     def _positions(self, part: int, rows: Rows) -> list[Tensor]:
         """The sampled positions of a part, of both views of these rows where each image has its own."""

@@ -85,6 +85,30 @@ struct InfoNceBackward {
   int64_t wave;
 };
 
+// Two blocks of the rows of one group of NT-Xent, each [z; z_pair] of some pairs of the batch: a batch so large that
+// its rows are made block by block. `same`: both are one block, in which a row sees neither itself nor its positive.
+
+struct ContrastBlockForward {
+  Type type;
+  bool library, same;
+  int64_t count[2], features;
+  double tau;
+  Rows block[2];    // S [1, R, d] and [1, C, d]
+  double* lse[2];   // [R] and [C], log-sums of the block's logits over rows and columns; of the same block the first
+  void* workspace;  // T [contrast_block_forward_workspace]
+};
+
+struct ContrastBlockBackward {
+  Type type;
+  bool library, same;
+  int64_t count[2], features;
+  double tau;
+  Rows block[2];         // S [1, R, d] and [1, C, d]
+  const double* lse[2];  // [R] and [C], of all that the rows see
+  void* gradient;        // S [R, d]
+  void* workspace;       // T [contrast_block_backward_workspace]
+};
+
 // Rows and features of a workspace are padded to multiples of these, so register blocks need no tails.
 constexpr int64_t kRowPadding = 64;
 constexpr int64_t kFeaturePadding = 32;
@@ -154,6 +178,18 @@ inline int64_t info_nce_forward_workspace(int64_t rows, int64_t columns, int64_t
 inline int64_t info_nce_backward_workspace(int64_t rows, int64_t columns, int64_t features, bool all_kept) {
   const int64_t row = gradient_row(features) + backward_row(features, all_kept);
   return (round_up(rows, kRowPadding) + round_up(columns, kRowPadding)) * row + 2 * round_up(rows, kRowPadding);
+}
+
+// Of the same block the second side has no rows of its own.
+inline int64_t contrast_block_forward_workspace(const int64_t (&count)[2], int64_t features, bool library, bool same) {
+  const int64_t left = forward_row(features, library, same ? ProductSide::kBoth : ProductSide::kLeft) + 2;
+  const int64_t right = forward_row(features, library, ProductSide::kRight) + 2;
+  return round_up(count[0], kRowPadding) * left + (same ? 0 : round_up(count[1], kRowPadding) * right);
+}
+inline int64_t contrast_block_backward_workspace(const int64_t (&count)[2], int64_t features, bool same) {
+  const int64_t row = backward_row(features, false) + 3;
+  const int64_t left = round_up(count[0], kRowPadding), right = same ? 0 : round_up(count[1], kRowPadding);
+  return (left + right) * row + left * gradient_row(features);
 }
 
 // Groups worked on together: enough items in every round for all threads. More would need more workspace, which one

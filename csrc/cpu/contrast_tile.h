@@ -119,6 +119,31 @@ struct Negatives {
   }
 };
 
+// Of the rows of two joined views: all but the row itself and its positive at a distance of count / 2.
+struct NegativesOfBlock {
+  int64_t count;
+  int64_t half() const { return count / 2; }
+  template <class T>
+  bool none(int64_t, int64_t) const {
+    return false;
+  }
+  template <class T>
+  bool all(int64_t row, int64_t column) const {
+    if (row + Block<T>::kHeight > count || column + Block<T>::kWidth > count) return false;
+    const auto meets = [&](int64_t other) {
+      return other < column + Block<T>::kWidth && column < other + Block<T>::kHeight;
+    };
+    return !meets(row) && !meets(row + half()) && !meets(row - half());
+  }
+  template <class T>
+  ANOMEM_INLINE typename Simd<T>::bits mask(int64_t row, typename Simd<T>::bits column) const {
+    typedef std::remove_reference_t<decltype(column[0])> index;
+    const index positive = static_cast<index>(row < half() ? row + half() : row - half());
+    return (column < static_cast<index>(row < count ? count : 0)) & (column != static_cast<index>(row)) &
+           (column != positive);
+  }
+};
+
 // A tile: `rows` × `columns` similarities from (row, column) on.
 template <class S>
 struct Tile {

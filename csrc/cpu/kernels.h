@@ -19,13 +19,15 @@
 // The backward pass of retrieval makes the scores again and multiplies five times (BackwardChunk in retrieve_kernel.h).
 // usage_kernel.h and deviation_map_kernel.h read a memory in the same way. contrast_kernel.h multiplies normalised rows
 // (contrast_rows.h) tile by tile (contrast_tile.h), in the order of contrast_schedule.h, and sums exponentials
-// (contrast_sums.h) or weighs rows (contrast_gradients.h). nearest_kernel.h and read_kernel.h find the largest scores
-// by a rough product and compute those again (candidates.h). augment_kernel.h passes over one image at a time.
-// conv3x3_kernel.h multiplies transformed tiles of a map (conv3x3_tile.h) by the blocks of product.h, and in bfloat16
-// on processors with AMX the map itself by the library (conv3x3_direct.h). sampling_kernel.h, batch_norm_kernel.h and
-// downsample_kernel.h need rows.h only.
+// (contrast_sums.h) or weighs rows (contrast_gradients.h); contrast_block_kernel.h does so with two blocks of a batch
+// that is never there as a whole. nearest_kernel.h and read_kernel.h find the largest scores by a rough product and
+// compute those again (candidates.h). augment_kernel.h passes over one image at a time. conv3x3_kernel.h multiplies
+// transformed tiles of a map (conv3x3_tile.h) by the blocks of product.h, and in bfloat16 on processors with AMX the
+// map itself by the library (conv3x3_direct.h). sampling_kernel.h, batch_norm_kernel.h and downsample_kernel.h need
+// rows.h only.
 #include "cpu/augment_kernel.h"
 #include "cpu/batch_norm_kernel.h"
+#include "cpu/contrast_block_kernel.h"
 #include "cpu/contrast_kernel.h"
 #include "cpu/conv3x3_kernel.h"
 #include "cpu/deviation_map_kernel.h"
@@ -66,6 +68,8 @@ template void run(const NtXentForward& arguments);
 template void run(const NtXentBackward& arguments);
 template void run(const InfoNceForward& arguments);
 template void run(const InfoNceBackward& arguments);
+template void run(const ContrastBlockForward& arguments);
+template void run(const ContrastBlockBackward& arguments);
 template void run(const Gather& arguments);
 template void run(const Scatter& arguments);
 template void run(const VarianceForward& arguments);
