@@ -1,4 +1,4 @@
-"""NT-Xent of a batch whose rows are made block by block: log-sums of two blocks, and what one gives to the other's gradient.
+"""NT-Xent of a batch whose rows are made block by block: log-sums of two blocks, and a gradient's part that one gives.
 
 `anomem.reference.contrast` has the formulas; there is no Triton kernel.
 """

@@ -35,9 +35,9 @@ from anomem.train.ranks import Ranks
 from anomem.train.rows import FILL, POSITIONS, Draws, Rows, seed_of
 from anomem.validation import require
 
-PIECE = 1 << 20
-"""Numbers of the sampled vectors that gradient caching contrasts at once: 4 MiB, and the contrast takes eleven times that.
-On a CPU a position that has more is contrasted by blocks."""
+PIECE = 3 << 18
+"""Numbers of the sampled vectors that gradient caching contrasts at once: 3 MiB in float32, and the contrast takes
+eleven times that. On a CPU a position that has more is contrasted by blocks."""
 
 
 class Loss(NamedTuple):
@@ -197,7 +197,8 @@ class Stage1Step:
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for pieces in self._pieces(scales):
-            contrasted = self._contrasted_by_blocks if self._by_blocks(scales[pieces[0][0]]) else self._contrasted_pieces
+            by_blocks = self._by_blocks(scales[pieces[0][0]])
+            contrasted = self._contrasted_by_blocks if by_blocks else self._contrasted_pieces
             loss, found = contrasted(scales, pieces, normal, part)
             losses.append(loss)
             for name, term in found.items():

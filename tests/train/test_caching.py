@@ -16,11 +16,12 @@ from anomem.augment import AugmentConfig
 from anomem.data import ResidentImages
 from anomem.models import AnoMem, ModelConfig, NetworkEncoder, build_model
 from anomem.ops import retrieve
-from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig, steps
+from anomem.train import LossConfig, OptimizerConfig, RunConfig, TrainConfig, objective, steps
 from anomem.train.batches import training_batches
 from anomem.train.network import Network, statistics_kept
 from anomem.train.objective import pairs_of
 from anomem.train.ranks import ONE
+from anomem.train.rows import Rows
 from anomem.train.steps import SampledVectors, Stage1Step
 from benchmarks.harness.measure import peak_bytes
 from tests.stand_in.calls import HAVE_NATIVE
@@ -107,24 +108,45 @@ def test_cached_gradients_are_those_of_the_graph(norm: bool, micro: int) -> None
         torch.testing.assert_close(dict(cached[2].named_buffers())[name], buffer, msg=name)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_positions_contrasted_apart(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches without end: so many of the three positions at once, where they are no negatives of each other, and each
-    view's contrast with the answers to the other by itself where the positions fill a piece."""
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (2, {}),
+        (1, {}),
+        (0, {}),
+        (0, {"positive": "view"}),
+        (0, {"symmetric": False}),
+    ],
+)
+def test_positions_contrasted_apart(count: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches without end: so many of the three positions at once, where they are no negatives of each other; each by
+    blocks of its rows where it fills a piece."""
     config = config_of(micro_batch=3)
-    config = replace(config, loss=replace(config.loss, negatives="image"), synthetic_outliers=0.0)
+    config = replace(config, loss=replace(config.loss, negatives="image", **changes))
     with_graphs = gradients(config, True, chunked=True)
-    calls = []
-    loss_of = Stage1Step._loss
+    calls, blockwise = [], []
+    loss_of, by_blocks = Stage1Step._loss, objective.scale_backward
 
     def counted(self: Stage1Step, pairs: list[tuple[Tensor, Tensor]], *rest: Any) -> Any:
         calls.append([len(z) for z, _ in pairs])
         return loss_of(self, pairs, *rest)
 
+    def counted_by_blocks(*given: Any) -> Any:
+        blockwise.append(given[2])
+        return by_blocks(*given)
+
     monkeypatch.setattr(Stage1Step, "_loss", counted)
-    monkeypatch.setattr(steps, "PIECE", count * 2 * config.optimizer.batch_size * 4)
-    assert_same(gradients(config, True), with_graphs)
-    assert calls == {1: [[1]] * 6 * 2, 2: [[2], [2], [1]] * 2}[count]
+    monkeypatch.setattr(steps, "scale_backward", counted_by_blocks)
+    rows = 2 * len(Rows.of(config.optimizer.batch_size, config.synthetic_outliers))
+    monkeypatch.setattr(steps, "PIECE", max(1, count * rows * 4))
+    found = gradients(config, True)
+    if "positive" in changes:  # no memory answers
+        for parameters in (found[1], with_graphs[1]):
+            memories = [name for name in parameters if name.startswith("memories.")]
+            assert not any(parameters.pop(name).any() for name in memories)
+    assert_same(found, with_graphs)
+    assert calls == {0: [], 1: [[1]] * 6, 2: [[2], [1]] * 2}[count]
+    assert blockwise == ([] if count else [0, 0, 0, 1, 1, 1])
 
 
 def test_sampled_vectors_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
