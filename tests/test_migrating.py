@@ -54,6 +54,16 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anomalib, "Patchcore", small)
 
 
+def test_a_cached_step_has_the_gradients_of_the_whole_batch(names: dict[str, Any]) -> None:
+    encode, images, others = torch.nn.Linear(5, 4), *torch.randn(2, 23, 5)
+    loss = names["cached_step"](encode, images, others, 0.3, block=7)
+    cached = [parameter.grad for parameter in encode.parameters()]
+    whole = names["ann"].NTXentLoss(0.3)(encode(images), encode(others))
+    torch.testing.assert_close(loss, whole.double(), check_dtype=False, rtol=1e-6, atol=0)
+    for mine, exact in zip(cached, torch.autograd.grad(whole, list(encode.parameters())), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-6)
+
+
 def test_a_bank_is_cross_entropy_over_its_logits(names: dict[str, Any]) -> None:
     """lightly's memory bank from its definition, for where lightly is not installed."""
     z0, z1 = torch.randn(2, 8, 32)

@@ -73,14 +73,16 @@ class BlockwiseNTXent:
         require_setting(temperature, "temperature")
         require_positive_number(temperature, "temperature")
         self._pairs, self._tau, self._batch = pairs, float(temperature), batch
-        features = pairs(slice(0, 1))[0].shape[1]
-        size = max(_FEWEST_PAIRS, BLOCK // max(1, features)) if block is None else block
+        row = pairs(slice(0, 1))[0]
+        features = row.shape[1]
+        size = min(batch, max(_FEWEST_PAIRS, BLOCK // max(1, features)) if block is None else block)
+        problem = rules.problem_of("nt_xent", row, features=features, rows=2 * size, columns=2 * size, groups=1)
+        self._native = row.device.type == "cpu" and backends.choose(problem, impl, part=True) == "native"
+        if block is None and not self._native:
+            size = _FEWEST_PAIRS  # plain PyTorch holds the similarities of two blocks
         require_count(size, "block", 1)
         self.blocks = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
-        rows = self._rows(self.blocks[0])
-        problem = rules.problem_of("nt_xent", rows, features=features, rows=len(rows), columns=len(rows), groups=1)
-        self._native = rows.device.type == "cpu" and backends.choose(problem, impl, part=True) == "native"
-        negatives, matched = self._sums(rows.device)
+        negatives, matched = self._sums(row.device)
         losses = torch.nn.functional.softplus(negatives - matched, threshold=40)  # [2, B]
         self.loss: Tensor = losses.mean()
         self._lse = matched + losses

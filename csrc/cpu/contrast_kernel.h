@@ -20,7 +20,6 @@
 #include "cpu/contrast_sums.h"
 #include "cpu/contrast_tile.h"
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -85,19 +84,14 @@ struct NtXentForwardRun {
   }
 
   void add_strips(int64_t group, int64_t place, int64_t first, int64_t second) const {
-    const bool same = first == second;
-    Scratch scratch((same ? 1 : 2) * strip * packed_row() * sizeof(T));
-    const auto packed_strip = [&](int64_t index, int64_t at) {
-      const PackedRows<S> to =
-          packed(static_cast<T*>(scratch.data()) + at * strip * packed_row(), index * strip, strip);
-      const Strips blocks{strip / kRowPadding, padded / kRowPadding};
-      for (int64_t block = blocks.begin(index); block < blocks.end(index); ++block)
-        pack(group, Span(block, kRowPadding, rows), to);
-      return to;
-    };
-    const PackedRows<S> left = packed_strip(first, 0), right = same ? left : packed_strip(second, 1);
-    for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
-                   [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+    with_packed_strips<T>(
+        Strips{strip / kRowPadding, padded / kRowPadding}, first, second, packed_row(),
+        [&](T* start, int64_t row) { return packed(start, row, strip); },
+        [&](int64_t block, const PackedRows<S>& to) { pack(group, Span(block, kRowPadding, rows), to); },
+        [&](const PackedRows<S>& left, const PackedRows<S>& right) {
+          for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
+                         [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+        });
   }
 
   void add_tile(int64_t group, int64_t place, const PackedRows<S>& left, const PackedRows<S>& right, int64_t first,
@@ -206,19 +200,14 @@ struct NtXentBackwardRun {
   }
 
   void add_strips(int64_t group, int64_t place, int64_t first, int64_t second) const {
-    const bool same = first == second;
-    const int64_t packed_row = backward_row(features, all_kept);
-    Scratch scratch((same ? 1 : 2) * strip * packed_row * sizeof(T));
-    const auto packed_strip = [&](int64_t index, int64_t at) {
-      const Side<S> to = packed(place, static_cast<T*>(scratch.data()) + at * strip * packed_row, index * strip, strip);
-      const Strips blocks{strip / kRowPadding, padded / kRowPadding};
-      for (int64_t block = blocks.begin(index); block < blocks.end(index); ++block)
-        pack(group, Span(block, kRowPadding, rows), to);
-      return to;
-    };
-    const Side<S> left = packed_strip(first, 0), right = same ? left : packed_strip(second, 1);
-    for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
-                   [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+    with_packed_strips<T>(
+        Strips{strip / kRowPadding, padded / kRowPadding}, first, second, backward_row(features, all_kept),
+        [&](T* start, int64_t row) { return packed(place, start, row, strip); },
+        [&](int64_t block, const Side<S>& to) { pack(group, Span(block, kRowPadding, rows), to); },
+        [&](const Side<S>& left, const Side<S>& right) {
+          for_tile_pairs(Strips{strip / tile, (rows + tile - 1) / tile}, first, second,
+                         [&](int64_t a, int64_t b) { add_tile(group, place, left, right, a, b); });
+        });
   }
 
   void add_tile(int64_t group, int64_t place, const Side<S>& left, const Side<S>& right, int64_t first,

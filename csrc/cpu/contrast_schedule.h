@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#include "cpu/contrast.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace anomem::cpu::ANOMEM_ISA {
 
@@ -64,6 +66,25 @@ inline void for_tile_pairs(const Strips& tiles, int64_t first, int64_t second, c
     for (int64_t j = first == second ? i : tiles.begin(second); j < tiles.end(second); j += side)
       for (int64_t a = i; a < least(i + side, tiles.end(first)); ++a)
         for (int64_t b = i == j ? a : j; b < least(j + side, tiles.end(second)); ++b) f(a, b);
+}
+
+// Packs two strips of rows, or one that meets itself, into scratch of `width` numbers T a row, and calls f(rows of the
+// first, rows of the second). place(start, row) are a strip's rows from `row` on, packed at `start`; pack(block, rows)
+// packs a block of them.
+template <class T, class Place, class Pack, class F>
+inline void with_packed_strips(const Strips& blocks, int64_t first, int64_t second, int64_t width, const Place& place,
+                               const Pack& pack, const F& f) {
+  const bool same = first == second;
+  const int64_t rows = blocks.length * kRowPadding;
+  Scratch scratch((same ? 1 : 2) * rows * width * static_cast<int64_t>(sizeof(T)));
+  T* const start = static_cast<T*>(scratch.data());
+  const auto packed = [&](int64_t strip, T* at) {
+    const auto to = place(at, strip * rows);
+    for (int64_t block = blocks.begin(strip); block < blocks.end(strip); ++block) pack(block, to);
+    return to;
+  };
+  const auto left = packed(first, start), right = same ? left : packed(second, start + rows * width);
+  f(left, right);
 }
 
 // Runs a contrast, `wave` groups at a time, each in its place of the workspace:

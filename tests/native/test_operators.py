@@ -75,6 +75,23 @@ def refused_contrasts() -> Iterator[Call]:
     )
 
 
+def refused_blocks() -> Iterator[Call]:
+    block, other = draw(6, 4), draw(5, 4, seed=1)
+    forward, backward = OPERATORS.native_contrast_block_fwd, OPERATORS.native_contrast_block_bwd
+    lse, other_lse = forward(block, other, 0.2)
+    yield forward, (block[None], None, 0.2), "block"
+    yield forward, (block[:5], None, 0.2), "expected an even number of rows"
+    yield forward, (block[:, :0], None, 0.2), "block"
+    yield forward, (block, other[:, :3], 0.2), "other"
+    yield forward, (block, other.double(), 0.2), "other"
+    yield forward, (block.T.contiguous().T, other, 0.2), "unit stride"
+    yield backward, (block, other, lse.float(), other_lse, 0.2), "lse"
+    yield backward, (block, other, lse[:5], other_lse, 0.2), "lse"
+    yield backward, (block, other, lse, other_lse[:4], 0.2), "other_lse"
+    yield backward, (block, other, lse, None, 0.2), "other_lse"
+    yield backward, (block, None, lse, other_lse, 0.2), "other_lse"
+
+
 def refused_samples() -> Iterator[Call]:
     feature_map, rows = draw(2, 5, 3, 4), draw(2, 6, 5)
     forward, backward = OPERATORS.native_gather_fwd, OPERATORS.native_gather_bwd
@@ -190,6 +207,7 @@ def refused_convolutions() -> Iterator[Call]:
     [
         refused_retrievals,
         refused_contrasts,
+        refused_blocks,
         refused_samples,
         refused_maps_and_usages,
         refused_augmentations,

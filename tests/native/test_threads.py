@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomem.functional import (
+    BlockwiseNTXent,
     ViewParameters,
     augment,
     batch_norm,
@@ -63,6 +64,19 @@ def test_nt_xent(shape: tuple[int, int, int]) -> None:
 def test_info_nce() -> None:
     sides = [draw(1, n, 20, seed=n) for n in (300, 500)]
     assert_same_bits(lambda: gradients(lambda a, b: info_nce(a, b, torch.arange(300), impl="native"), sides))
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.01])
+def test_a_contrast_by_blocks(tau: float) -> None:
+    views = [draw(500, 20, seed=seed) for seed in (1, 2)]
+
+    def run() -> list[Tensor]:
+        contrast = BlockwiseNTXent(
+            lambda some: (views[0][some], views[1][some]), 500, temperature=tau, block=300, impl="native"
+        )
+        return [contrast.loss, *contrast.gradients(0), *contrast.gradients(1)]
+
+    assert_same_bits(run)
 
 
 @pytest.mark.parametrize("per_image", [False, True])
