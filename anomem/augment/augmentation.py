@@ -145,7 +145,7 @@ class Geometry:
         crop_height: height of the crop over the image's.
         crop_x: centre of the crop, from −1 (left edge of the image) to 1.
         crop_y: centre of the crop, from −1 (top edge) to 1.
-        flip: −1 mirrors left and right, 1 does not.
+        flip: a negative number mirrors left and right, any other does not.
         zoom: magnification about the centre of the crop.
         angle: radians, clockwise as seen.
         shift_x: to the right, as a fraction of the width.
@@ -175,7 +175,7 @@ class Geometry:
             crop_height=height,
             crop_x=torch.addcmul(x, x, width, value=-1),
             crop_y=torch.addcmul(y, y, height, value=-1),
-            flip=torch.ones_like(flipped).copysign_(flipped),
+            flip=flipped,
             zoom=zoom,
             angle=angle,
             shift_x=shift_x,
@@ -191,17 +191,18 @@ class Geometry:
         """
         if self.in_place:
             rest = torch.zeros_like(self.flip)
-            rows = [self.crop_width * self.flip, rest, self.crop_x, rest, self.crop_height, self.crop_y]
+            rows = [self.crop_width.copysign(self.flip), rest, self.crop_x, rest, self.crop_height, self.crop_y]
             return torch.stack(rows, 1).view(-1, 2, 3)
+        flip = torch.ones_like(self.flip).copysign_(self.flip)
         cosine, sine = self.angle.cos() / self.zoom, self.angle.sin() / self.zoom
         aspect = width / height
         a, b, c, d = cosine, sine / aspect, -sine * aspect, cosine
         x, y = -2 * self.shift_x, -2 * self.shift_y
         rows = [
-            self.crop_width * a * self.flip,
+            self.crop_width * a * flip,
             self.crop_width * b,
             self.crop_width * (a * x + b * y) + self.crop_x,
-            self.crop_height * c * self.flip,
+            self.crop_height * c * flip,
             self.crop_height * d,
             self.crop_height * (c * x + d * y) + self.crop_y,
         ]

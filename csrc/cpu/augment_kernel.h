@@ -1,7 +1,8 @@
 // Augmentation: the passes over one view, on planes of float that stay in the second-level cache.
 //
 // AugmentedView::make is the order of the passes. An image is first packed with a rim of zeros, pixel by pixel, so that
-// the four neighbours of a place are read without a test; a view without a warp is read into its planes at once.
+// the four neighbours of a place are read without a test. A view that is neither turned nor sheared is sampled axis by
+// axis; one without a warp is read into its planes at once.
 #pragma once
 
 #include "cpu/augment.h"
@@ -15,10 +16,7 @@ namespace anomem::cpu::ANOMEM_ISA {
 // Pixels of the rim before and after a line: a place between −1 and the size reads one before it and two after it.
 constexpr int64_t kRimBefore = 1, kRim = 3;
 
-ANOMEM_INLINE vec<float> clamped(vec<float> x) {
-  x = x < vec<float>{} ? vec<float>{} : x;
-  return x > 1.0f ? broadcast(1.0f) : x;
-}
+ANOMEM_INLINE vec<float> clamped(vec<float> x) { return smaller(broadcast(1.0f), larger(vec<float>{}, x)); }
 
 // x ← f(x), vector by vector; returns the sum of the results, of short sums of float: rounding grows with their length.
 template <class F>
@@ -46,6 +44,14 @@ struct Places {
   Buffer<float> right, down;  // weight of the right and of the lower neighbours
 };
 
+// The same on one axis of an upright view, whose matrix mixes no axes: all lines share it.
+struct AxisPlaces {
+  explicit AxisPlaces(int64_t size) : before(size + kLanes<float>), weight(size + kLanes<float>) {}
+
+  Buffer<int32_t> before;  // the neighbour before
+  Buffer<float> weight;    // of the one after
+};
+
 // A place on a line of `size` pixels, brought to [−1, size] where the rim continues it.
 ANOMEM_INLINE vec<float> padded_place(vec<float> place, float size, Padding padding) {
   float low = 0, high = size - 1;
@@ -65,27 +71,59 @@ ANOMEM_INLINE vec<float> padded_place(vec<float> place, float size, Padding padd
   return place < high ? place : broadcast(high);
 }
 
-// The places of line y: the matrix maps centres of pixels in [−1, 1] coordinates; here it maps pixels.
+// The place before another on a line of `size` pixels, counted from the rim's first, and the weight of the one after.
+struct Between {
+  Between(vec<float> place, int64_t size, Padding padding) {
+    const vec<float> from_rim = padded_place(place, static_cast<float>(size), padding) + 1.0f;
+    before = __builtin_convertvector(from_rim, Simd<float>::bits);  // not negative: truncation is floor
+    weight = from_rim - __builtin_convertvector(before, vec<float>);
+  }
+
+  Simd<float>::bits before;
+  vec<float> weight;
+};
+
+// The place that a line's first pixel is read from: the matrix maps centres of pixels in [−1, 1] coordinates; here it
+// maps pixels.
+struct FirstPlace {
+  FirstPlace(const Augment& a, const float* matrix, int64_t line) {
+    const double w = static_cast<double>(a.images.width), h = static_cast<double>(a.images.height);
+    const double cx = 1 / w - 1, cy = (2 * static_cast<double>(line) + 1) / h - 1;
+    x = static_cast<float>(((matrix[0] * cx + matrix[1] * cy + matrix[2] + 1) * w - 1) / 2);
+    y = static_cast<float>(((matrix[3] * cx + matrix[4] * cy + matrix[5] + 1) * h - 1) / 2);
+  }
+
+  float x, y;
+};
+
+// The places of line y.
 inline void find_places(const Augment& a, const float* matrix, int64_t y, Places& places) {
-  const double w = static_cast<double>(a.images.width), h = static_cast<double>(a.images.height);
-  const double cx = 1 / w - 1, cy = (2 * static_cast<double>(y) + 1) / h - 1;  // of the line's first pixel
-  const double x0 = ((matrix[0] * cx + matrix[1] * cy + matrix[2] + 1) * w - 1) / 2;
-  const double y0 = ((matrix[3] * cx + matrix[4] * cy + matrix[5] + 1) * h - 1) / 2;
-  const float dx = matrix[0], dy = static_cast<float>(matrix[3] * h / w);
-  const float fx0 = static_cast<float>(x0), fy0 = static_cast<float>(y0);
-  const float width = static_cast<float>(a.images.width), height = static_cast<float>(a.images.height);
-  const int32_t stride = static_cast<int32_t>(a.images.width + kRim);
+  const int64_t width = a.images.width, height = a.images.height;
+  const FirstPlace first(a, matrix, y);
+  const float dx = matrix[0];
+  const float dy = static_cast<float>(matrix[3] * static_cast<double>(height) / static_cast<double>(width));
+  const int32_t stride = static_cast<int32_t>(width + kRim);
   const auto lane = lane_index<float>();
-  for (int64_t x = 0; x < a.images.width; x += kLanes<float>) {
+  for (int64_t x = 0; x < width; x += kLanes<float>) {
     const vec<float> step = __builtin_convertvector(lane + static_cast<int32_t>(x), vec<float>);
-    const vec<float> px = padded_place(multiply_add(step, broadcast(dx), broadcast(fx0)), width, a.padding) + 1.0f;
-    const vec<float> py = padded_place(multiply_add(step, broadcast(dy), broadcast(fy0)), height, a.padding) + 1.0f;
-    const auto column = __builtin_convertvector(px, typename Simd<float>::bits);  // not negative: truncation is floor
-    const auto row = __builtin_convertvector(py, typename Simd<float>::bits);
-    const auto at = row * stride + column;
+    const Between across(multiply_add(step, broadcast(dx), broadcast(first.x)), width, a.padding);
+    const Between along(multiply_add(step, broadcast(dy), broadcast(first.y)), height, a.padding);
+    const auto at = along.before * stride + across.before;
     std::memcpy(places.at.data() + x, &at, sizeof at);
-    store(places.right.data() + x, px - __builtin_convertvector(column, vec<float>));
-    store(places.down.data() + x, py - __builtin_convertvector(row, vec<float>));
+    store(places.right.data() + x, across.weight);
+    store(places.down.data() + x, along.weight);
+  }
+}
+
+// The places first, first + step, … on one axis; `unit` numbers lie between neighbours.
+inline void find_axis_places(float first, float step, int64_t size, Padding padding, int unit, AxisPlaces& places) {
+  const auto lane = lane_index<float>();
+  for (int64_t i = 0; i < size; i += kLanes<float>) {
+    const vec<float> number = __builtin_convertvector(lane + static_cast<int32_t>(i), vec<float>);
+    const Between between(multiply_add(number, broadcast(step), broadcast(first)), size, padding);
+    const auto before = between.before * unit;
+    std::memcpy(places.before.data() + i, &before, sizeof before);
+    store(places.weight.data() + i, between.weight);
   }
 }
 
@@ -119,6 +157,19 @@ inline void sample_pixels(const float* image, const Places& places, int64_t stri
   }
 }
 
+// A line of an image, sampled along itself; P is a float or a packed pixel.
+template <class P>
+inline void sample_along(const float* image, const AxisPlaces& places, int64_t width, float* line) {
+  const int32_t* before = places.before.data();
+  const float* weight = places.weight.data();
+  P* to = reinterpret_cast<P*>(line);
+#pragma GCC unroll 4
+  for (int64_t x = 0; x < width; ++x) {
+    const P* left = reinterpret_cast<const P*>(image + before[x]);
+    to[x] = left[0] + (left[1] - left[0]) * weight[x];
+  }
+}
+
 // Weights of one side of a Gaussian, weights[0] its middle. Returns how far it reaches: what follows is below rounding.
 inline int64_t gaussian(double sigma, int64_t radius, float* weights) {
   sigma = sigma < 1e-3 ? 1e-3 : sigma;
@@ -139,6 +190,8 @@ inline int64_t mirrored(int64_t i, int64_t size) {
   return i < size ? i : 2 * (size - 1) - i;
 }
 
+constexpr int64_t kBlurred = 8;  // lines that are blurred together
+
 // Makes views one after another in the same scratch. Views of one image that follow each other pack it once.
 template <class From>
 class AugmentedView {
@@ -152,9 +205,13 @@ class AugmentedView {
         packed_(a.matrices.given ? packed_bytes() / static_cast<int64_t>(sizeof(float)) : 0),
         lines_(round_up(w_, kLanes<float>) * kPacked),
         places_(a.matrices.given ? w_ : 0),
+        columns_(a.matrices.given ? w_ : 0),
+        rows_(a.matrices.given ? h_ : 0),
+        sampled_(a.matrices.given ? 2 * at_most(c_, kPacked) * w_ : 0),
         planes_(c_ * area_),
         blurred_(a.blur.given ? c_ * area_ : 0),
-        padded_(a.blur.given ? w_ + 2 * a.radius + kLanes<float> : 0),
+        padded_stride_(round_up(w_, kLanes<float>) + 2 * a.radius + kLanes<float>),
+        padded_(a.blur.given ? kBlurred * padded_stride_ : 0),
         weights_(a.radius + 1) {
     if (a.matrices.given) std::memset(packed_.data(), 0, packed_bytes());  // the rim stays zero
   }
@@ -192,24 +249,62 @@ class AugmentedView {
     const float* matrix = a_.matrices.data + view * 6;
     const bool packed = image == packed_image_ && c_ <= kPacked;
     packed_image_ = image;
-    if (c_ == 1) {
-      if (!packed) pack_plane(image);
-      for (int64_t y = 0; y < h_; ++y) {
-        fetch_part(y);
-        find_places(a_, matrix, y, places_);
-        sample_line(packed_.data(), places_, w_ + kRim, w_, x_ + y * w_);
-      }
-      return;
+    const bool upright = matrix[1] == 0 && matrix[3] == 0;
+    if (upright) {
+      const FirstPlace first(a_, matrix, 0);
+      find_axis_places(first.x, matrix[0], w_, a_.padding, c_ == 1 ? 1 : kPacked, columns_);
+      find_axis_places(first.y, matrix[4], h_, a_.padding, 1, rows_);
     }
     for (int64_t first = 0; first < c_; first += kPacked) {
-      const int64_t count = c_ - first < kPacked ? c_ - first : kPacked;
-      if (!packed) pack_pixels(image, first, count);
-      for (int64_t y = 0; y < h_; ++y) {
-        fetch_part(y);
-        find_places(a_, matrix, y, places_);
-        sample_pixels(packed_.data(), places_, w_ + kRim, w_, lines_.data());
-        unpack_pixels(lines_.data(), w_, static_cast<int>(count), x_ + first * area_ + y * w_, area_);
+      const int64_t count = at_most(kPacked, c_ - first);
+      if (!packed && c_ == 1) pack_plane(image);
+      else if (!packed) pack_pixels(image, first, count);
+      if (upright) sample_upright(count, x_ + first * area_);
+      else sample(matrix, count, x_ + first * area_);
+    }
+  }
+
+  // From the packed channels to as many planes.
+  void sample(const float* matrix, int64_t count, float* to) {
+    for (int64_t y = 0; y < h_; ++y) {
+      fetch_part(y);
+      find_places(a_, matrix, y, places_);
+      if (c_ == 1) {
+        sample_line(packed_.data(), places_, w_ + kRim, w_, to + y * w_);
+        continue;
       }
+      sample_pixels(packed_.data(), places_, w_ + kRim, w_, lines_.data());
+      unpack_pixels(lines_.data(), w_, static_cast<int>(count), to + y * w_, area_);
+    }
+  }
+
+  // The same for an upright view: first along each line of the image, then between two lines. The next line of the view
+  // mostly lies between the same ones or needs one more.
+  void sample_upright(int64_t count, float* to) {
+    const int64_t width = w_, area = area_;
+    int64_t held[2] = {-1, -1};  // lines of even and of odd number
+    const auto sampled = [&](int64_t row) {
+      float* line = sampled_.data() + row % 2 * count * width;
+      if (held[row % 2] == row) return line;
+      held[row % 2] = row;
+      const float* image = packed_.data() + row * (width + kRim) * (c_ == 1 ? 1 : kPacked);
+      if (c_ == 1) {
+        sample_along<float>(image, columns_, width, line);
+      } else {
+        sample_along<Pixel>(image, columns_, width, lines_.data());
+        unpack_pixels(lines_.data(), width, static_cast<int>(count), line, width);
+      }
+      return line;
+    };
+    for (int64_t y = 0; y < h_; ++y, to += width) {
+      fetch_part(y);
+      const float *upper = sampled(rows_.before[y]), *lower = sampled(rows_.before[y] + 1);
+      const float down = rows_.weight[y];
+      for (int64_t c = 0; c < count; ++c)
+        for_vectors<float>(width, [&](int64_t x, int64_t n) ANOMEM_ALWAYS {
+          const vec<float> above = load_some(upper + c * width + x, n), below = load_some(lower + c * width + x, n);
+          store_some(to + c * area + x, above + (below - above) * down, n);
+        });
     }
   }
 
@@ -313,46 +408,83 @@ class AugmentedView {
     });
   }
 
-  // Line by line: down the columns into a padded line, then along it.
+  // Some lines at a time: down the columns into padded lines, then along those. A line that was only just written would
+  // be waited for.
   void blur(float sigma) {
     const int64_t reach = gaussian(sigma, a_.radius, weights_.data());
     if (reach == 0) return;
-    float* line = padded_.data() + reach;
     for (int64_t c = 0; c < c_; ++c)
-      for (int64_t y = 0; y < h_; ++y) {
-        const float* plane = x_ + c * area_;
-        for_vectors<float>(w_, [&](int64_t x, int64_t count) {
-          vec<float> sum = load_some(plane + y * w_ + x, count) * weights_[0];
-          for (int64_t k = 1; k <= reach; ++k)
-            sum += (load_some(plane + mirrored(y - k, h_) * w_ + x, count) +
-                    load_some(plane + mirrored(y + k, h_) * w_ + x, count)) *
-                   weights_[k];
-          store_some(line + x, sum, count);
-        });
-        for (int64_t k = 1; k <= reach; ++k) {
-          line[-k] = line[mirrored(-k, w_)];
-          line[w_ - 1 + k] = line[mirrored(w_ - 1 + k, w_)];
+      for (int64_t start = 0; start < h_; start += kBlurred) {
+        const int64_t lines = at_most(kBlurred, h_ - start);
+        for (int64_t i = 0; i < lines; ++i) {
+          const float* from = x_ + c * area_;
+          const int64_t y = start + i, height = h_, width = w_;
+          const bool inside = y >= reach && y + reach < height;
+          float* line = padded_.data() + i * padded_stride_ + reach;
+          weigh(reach, line, [=](int64_t k) { return from + (inside ? y + k : mirrored(y + k, height)) * width; });
+          for (int64_t k = 1; k <= reach; ++k) {
+            line[-k] = line[mirrored(-k, width)];
+            line[width - 1 + k] = line[mirrored(width - 1 + k, width)];
+          }
         }
-        float* to = blurred_.data() + c * area_ + y * w_;
-        for_vectors<float>(w_, [&](int64_t x, int64_t count) {
-          vec<float> sum = load(line + x) * weights_[0];
-          for (int64_t k = 1; k <= reach; ++k) sum += (load(line + x - k) + load(line + x + k)) * weights_[k];
-          store_some(to + x, sum, count);
-        });
+        for (int64_t i = 0; i < lines; ++i) {
+          const float* line = padded_.data() + i * padded_stride_ + reach;
+          weigh(reach, blurred_.data() + c * area_ + (start + i) * w_, [=](int64_t k) { return line + k; });
+        }
       }
     x_ = blurred_.data();
   }
 
+  // A line: the weighted sum of lines −reach … reach. In whole vectors, of which the last may pass the end: what lies
+  // beyond is written before its own values are.
+  template <class Line>
+  ANOMEM_INLINE void weigh(int64_t reach, float* to, Line line) const {
+    constexpr int64_t L = kLanes<float>;
+    int64_t x = 0;
+    for (; x + 4 * L <= w_; x += 4 * L) weigh_vectors<4>(reach, x, to, line);
+    for (; x + 2 * L <= w_; x += 2 * L) weigh_vectors<2>(reach, x, to, line);
+    for (; x < w_; x += L) weigh_vectors<1>(reach, x, to, line);
+  }
+
+  template <int kVectors, class Line>
+  ANOMEM_INLINE void weigh_vectors(int64_t reach, int64_t x, float* to, Line line) const {
+    constexpr int64_t L = kLanes<float>;
+    const float* weights = weights_.data();
+    vec<float> sum[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] = load(line(0) + x + v * L) * weights[0];
+    for (int64_t k = 1; k <= reach; ++k) {
+      const float *before = line(-k) + x, *after = line(k) + x;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[v] += (load(before + v * L) + load(after + v * L)) * weights[k];
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + x + v * L, sum[v]);
+  }
+
   // Values i and i + ⌈n / 2⌉ have the two normal numbers of pair i.
   void add_noise(float sigma, int64_t key, float* to) {
+    constexpr int64_t L = kLanes<float>, together = kNormalVectors * L;
     const int64_t n = c_ * area_, half = (n + 1) / 2;
-    for_vectors<float>(half, [&](int64_t i, int64_t count) {
-      const NormalPair normal = normal_pairs(i, key);
-      store_some(to + i, clamped(multiply_add(normal.first, broadcast(sigma), load_some(x_ + i, count))), count);
-      const int64_t j = i + half, rest = n - j < count ? n - j : count;
-      if (rest > 0)
-        store_some(to + j, clamped(multiply_add(normal.second, broadcast(sigma), load_some(x_ + j, rest))), rest);
-    });
+    const float* from = x_;
+    const vec<float> spread = broadcast(sigma);
+    const auto add = [&](int64_t i, vec<float> normal, int64_t count) ANOMEM_ALWAYS {
+      store_some(to + i, clamped(multiply_add(normal, spread, load_some(from + i, count))), count);
+    };
+    int64_t i = 0;
+    for (; i + together <= n - half; i += together) {
+      const NormalPairs<kNormalVectors> normal(i, key);
+#pragma GCC unroll 4
+      for (int v = 0; v < kNormalVectors; ++v) {
+        add(i + v * L, normal.first[v], L);
+        add(i + half + v * L, normal.second[v], L);
+      }
+    }
+    for (; i < half; i += L) {
+      const NormalPairs<1> normal(i, key);
+      add(i, normal.first[0], at_most(half - i, L));
+      if (i + half < n) add(i + half, normal.second[0], at_most(n - half - i, L));
+    }
   }
 
   void interleave() const {
@@ -363,12 +495,15 @@ class AugmentedView {
 
   const Augment& a_;
   int64_t c_, h_, w_, area_;
-  Buffer<float> packed_;   // [H + 3, W + 3] pixels
-  Buffer<float> lines_;    // one line of pixels, or of four channels
-  Places places_;          // of one line
-  Buffer<float> planes_;   // [C, H, W]
-  Buffer<float> blurred_;  // [C, H, W]
-  Buffer<float> padded_;   // one line with a rim as wide as the filter reaches
+  Buffer<float> packed_;       // [H + 3, W + 3] pixels
+  Buffer<float> lines_;        // one line of pixels, or of four channels
+  Places places_;              // of one line
+  AxisPlaces columns_, rows_;  // of an upright view
+  Buffer<float> sampled_;      // two lines of its image, sampled along themselves: [2, C ≤ 4, W]
+  Buffer<float> planes_;       // [C, H, W]
+  Buffer<float> blurred_;      // [C, H, W]
+  int64_t padded_stride_;
+  Buffer<float> padded_;   // some lines, each with a rim as wide as the filter reaches
   Buffer<float> weights_;  // of the filter
   int64_t packed_image_ = -1;
   float* x_ = nullptr;    // the view so far, [C, H, W]

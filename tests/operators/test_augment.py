@@ -86,6 +86,22 @@ def test_augment_within_budget(impl: Impl, sizes: tuple[int, ...], padding: Padd
     assert 0 <= float(actual.min()) <= float(actual.max()) <= 1
 
 
+@cases("sizes, padding", {NATIVE: product(SIZES, PADDINGS)})
+def test_upright_views_within_budget(impl: Impl, sizes: tuple[int, ...], padding: Padding) -> None:
+    """Matrices that mix no axes have a kernel of their own; mirrored both ways, shrunk, enlarged and moved beyond."""
+    b, c, h, w, views = sizes
+    scale = torch.tensor([[-0.7, 0.6], [0.5, -1.7], [1.3, 0.9], [0.8, 1.0]]).repeat(2, 1)[:views]
+    matrices = torch.cat([scale.diag_embed(), draw(views, 2, 1, scale=0.4)], dim=2)
+    images, parameters = numbers(b, c, h, w, seed=1), given(views, matrices)
+    for changed in (parameters, ViewParameters(matrices)):
+        assert_within_budget(
+            *(
+                augment(x, changed, padding=padding, impl=name)
+                for name, x in ((impl, images), ("reference", images), ("reference", images.double()))
+            )
+        )
+
+
 PARTS = [name for name in ViewParameters._fields if name != "keys"]
 
 
