@@ -103,7 +103,7 @@ def require_same_kind(tensor: Tensor, argument: str, other: Tensor, other_argume
 
 def require_choice(value: object, argument: str, choices: Sequence[str]) -> None:
     """One of a few names."""
-    require(value in choices, argument, lambda: "one of " + ", ".join(repr(c) for c in choices), lambda: repr(value))
+    require(value in choices, argument, lambda: "one of " + ", ".join(repr(c) for c in choices), lambda: _shown(value))
 
 
 def require_positive_number(value: float | Tensor, argument: str) -> None:
@@ -121,18 +121,23 @@ def require_number(value: float | Tensor, argument: str) -> None:
         return
     # Comparisons rather than math.isfinite: under torch.compile the number may be symbolic.
     right = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
-    require(right, argument, "a finite number or a 0-dim tensor", lambda: repr(value))
+    require(right, argument, "a finite number or a 0-dim tensor", lambda: _shown(value))
+
+
+def _shown(value: object) -> str:
+    """As Python writes it; of a tensor, whose text has many lines, the shape."""
+    return f"a tensor of shape {shape_of(value)}" if isinstance(value, Tensor) else repr(value)
 
 
 def require_setting(value: object, argument: str) -> None:
     """A finite number of Python, as a configuration holds: neither a text nor a tensor."""
-    require(_is_setting(value), argument, "a finite number", lambda: repr(value))
+    require(_is_setting(value), argument, "a finite number", lambda: _shown(value))
 
 
 def require_pair(value: object, argument: str, expected: str) -> None:
     """Two finite numbers of Python."""
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_setting, value))
-    require(pair, argument, expected, lambda: repr(value))
+    require(pair, argument, expected, lambda: _shown(value))
 
 
 def _is_setting(value: object) -> bool:
@@ -169,9 +174,9 @@ def require_schedule(value: float | Tensor, argument: str) -> None:
 def require_count(value: object, argument: str, at_least: int, at_most: int | None = None) -> None:
     """An integer with a lower and, where given, an upper bound."""
     right = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    require(right, argument, lambda: f"an integer ≥ {at_least}", lambda: repr(value))
+    require(right, argument, lambda: f"an integer ≥ {at_least}", lambda: _shown(value))
     fits = at_most is None or (isinstance(value, int) and value <= at_most)
-    require(fits, argument, lambda: f"an integer from {at_least} to {at_most}", lambda: repr(value))
+    require(fits, argument, lambda: f"an integer from {at_least} to {at_most}", lambda: _shown(value))
 
 
 def require_mask(mask: object, argument: str, count: int) -> None:

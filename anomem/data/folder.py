@@ -106,8 +106,10 @@ def image_files(folder: Path, setting: str = "data.root") -> list[Path]:
     entries = _entries(folder)
     found = [path for path in entries if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
     if not found:
-        unsearched = " (folders in it are not searched)" if any(map(os.path.isdir, entries)) else ""
-        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{unsearched}; add some")
+        within = [path.name for path in entries if os.path.isdir(path)]
+        shown = ", ".join(within[:3]) + (", …" if len(within) > 3 else "")
+        rest = f" (folders in it are not searched); add some, or name one of these: {shown}" if within else "; add some"
+        raise UserError(f"{folder}: expected image files ({', '.join(SUFFIXES)}), found none{rest}")
     return found
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anomem import backends, reference, rules
 from anomem.functional._inputs import without_autocast
-from anomem.functional.sampling import require_hinge
 from anomem.ops.library import accumulator
 from anomem.rules import Impl
 from anomem.validation import (
@@ -41,25 +40,29 @@ _EPS = 1e-4
 class BlockwiseNTXent:
     """NT-Xent of B pairs that are made block by block: the mean over its 2B rows, and the gradients of each block.
 
-        contrast = BlockwiseNTXent(lambda some: (z[some].float(), z_pair[some].float()), len(z))
-        contrast.loss
-        torch.cat([contrast.gradients(number)[0] for number in range(len(contrast.blocks))])  # at z
+    For gradient caching: encode all pairs without a graph, then each block again with one, and pass its gradients on.
+    Nothing here has a graph.
+
+        contrast = BlockwiseNTXent(lambda some: (z[some], z_pair[some]), len(z))
+        for number, some in enumerate(contrast.blocks):
+            torch.autograd.backward([encode(x[some]), encode(x_pair[some])], contrast.gradients(number))
 
     Attributes:
         loss: 0-dim float64.
         blocks: slices of the batch.
 
     Args:
-        pairs: makes z and z_pair, [b, d] each, of a slice of the batch; the same each time.
-        batch: B ≥ 1.
-        temperature: tau > 0.
-        block: most pairs of a block; None for as many as a cache holds.
-        impl: "auto", "reference" or "native"; where it has no kernel for blocks, it chooses by "auto".
+        pairs: gives z and z_pair, [b, d] each, of a slice of the batch; the same each time it is called.
+        batch: B ≥ 1, all of the pairs.
+        temperature: tau > 0, a number; `nt_xent` takes a learned one.
+        block: most pairs of a block, 512 or more for speed; None for as many as a cache holds.
+        impl: "auto", "reference" or "native"; any other name that runs here chooses by "auto".
 
     Raises:
-        ArgumentError: a wrong number, or an implementation that cannot run here.
+        ArgumentError: a wrong number, other vectors than described, or an implementation that cannot run here.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         pairs: Callable[[slice], tuple[Tensor, Tensor]],
@@ -69,18 +72,21 @@ class BlockwiseNTXent:
         block: int | None = None,
         impl: Impl = "auto",
     ) -> None:
+        require(callable(pairs), "pairs", "a function of a slice", lambda: type(pairs).__name__)
         require_count(batch, "batch", 1)
         require_setting(temperature, "temperature")
         require_positive_number(temperature, "temperature")
+        if block is not None:
+            require_count(block, "block", 1)
         self._pairs, self._tau, self._batch = pairs, float(temperature), batch
-        row = pairs(slice(0, 1))[0]
-        features = row.shape[1]
-        size = min(batch, max(_FEWEST_PAIRS, BLOCK // max(1, features)) if block is None else block)
-        problem = rules.problem_of("nt_xent", row, features=features, rows=2 * size, columns=2 * size, groups=1)
+        row = self._checked(slice(0, 1))[0]
+        self._like = row.new_empty(0, row.shape[1])
+        size = min(batch, max(_FEWEST_PAIRS, BLOCK // row.shape[1]) if block is None else block)
+        rows = row.to(accumulator(row))
+        problem = rules.problem_of("nt_xent", rows, features=row.shape[1], rows=2 * size, columns=2 * size, groups=1)
         self._native = row.device.type == "cpu" and backends.choose(problem, impl, part=True) == "native"
         if block is None and not self._native:
             size = _FEWEST_PAIRS  # plain PyTorch holds the similarities of two blocks
-        require_count(size, "block", 1)
         self.blocks = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
         negatives, matched = self._sums(row.device)
         losses = torch.nn.functional.softplus(negatives - matched, threshold=40)  # [2, B]
@@ -88,8 +94,14 @@ class BlockwiseNTXent:
         self._lse = matched + losses
         self._missing = -torch.expm1(-losses)  # 1 − P of each row's positive
 
+    @torch.no_grad()
     def gradients(self, number: int) -> tuple[Tensor, Tensor]:
-        """Of the loss at z and z_pair, [b, d] each, of `blocks[number]`."""
+        """The gradients of the loss at z and z_pair of `blocks[number]`, [b, d] each, rounded once to their dtype.
+
+        Raises:
+            ArgumentError: no such block.
+        """
+        require_count(number, "number", 0, len(self.blocks) - 1)
         mine = self.blocks[number]
         x = self._rows(mine)
         lse = self._lse_of(mine)
@@ -100,7 +112,7 @@ class BlockwiseNTXent:
         for index, other in enumerate(self.blocks):
             y, theirs = (None, None) if index == number else (self._rows(other), self._lse_of(other))
             gradient += self._gradient(x, y, lse, theirs)
-        dz, dz_pair = (gradient / (2 * self._batch)).chunk(2)
+        dz, dz_pair = (gradient / (2 * self._batch)).to(self._like.dtype).chunk(2)
         return dz, dz_pair
 
     def _sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -122,9 +134,31 @@ class BlockwiseNTXent:
                 add(other, theirs)
         return negatives, matched
 
+    def _checked(self, some: slice) -> tuple[Tensor, Tensor]:
+        """The vectors of a slice, as `pairs` is asked for them."""
+        found, count = self._pairs(some), some.stop - some.start
+        two = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)
+        require(two, "pairs", "a function that gives two tensors", lambda: type(found).__name__)
+        z, z_pair = found
+        for x in (z, z_pair):
+            right = x.dim() == 2 and len(x) == count and x.shape[1] > 0 and x.is_floating_point()
+            alike = x.shape == z.shape and x.dtype == z.dtype and x.device == z.device
+            expected = f"two alike floating tensors [{count}, d] of slice({some.start}, {some.stop})"
+            received = " and ".join(f"{shape_of(y)} {y.dtype}" for y in (z, z_pair))
+            require(right and alike, "pairs", expected, received)
+        return z, z_pair
+
     def _rows(self, some: slice) -> Tensor:
-        """The rows [z; z_pair] of a block, [2b, d]."""
-        return torch.cat(self._pairs(some))
+        """The rows [z; z_pair] of a block, [2b, d], in the accumulation dtype."""
+        z, z_pair = self._checked(some)
+        fits = z.shape[1] == self._like.shape[1] and z.dtype == self._like.dtype
+        require(
+            fits,
+            "pairs",
+            lambda: f"[b, {self._like.shape[1]}] of {self._like.dtype} each time",
+            f"{shape_of(z)} {z.dtype}",
+        )
+        return torch.cat([z, z_pair]).to(accumulator(z))
 
     def _lse_of(self, some: slice) -> Tensor:
         """Of the rows of a block, [2b]; those of one pair are apart in memory."""
@@ -160,20 +194,26 @@ def contrasted_memory_backward(
     block: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`contrasted_memory_loss` of one position and its backward pass, in memory that the batch adds little to.
+    """`contrasted_memory_loss` of one position and its backward pass, which need little more than `z` and `z_pair` do.
 
     The gradients of weight · (L_COM + variance_weight · L_V) take the place of `z` and `z_pair`, rounded once to their
-    dtype; those of the memory's parameters are added to their `.grad`. The contrast is in float32 (float64).
+    dtype; those of the memory's parameters are added to their `.grad`. The contrast is in float32 (float64). After an
+    error in the memory the parameters may have parts of their gradients, and the vectors are unchanged.
+
+        memory = HopfieldMemory(64, 32)
+        contrasted_memory_backward(z, z_pair, memory)  # [B, 64] each: now gradients
+        for some in blocks:
+            torch.autograd.backward([encode(x[some]), encode(x_pair[some])], [z[some], z_pair[some]])
 
     Args:
         z: [B, d], the sampled vectors of one view, B ≥ 2; overwritten.
         z_pair: [B, d], those of the other view; overwritten.
-        memory: answers to queries, [b, d] -> [b, d].
+        memory: the answers to queries, [b, d] -> [b, d], with a graph.
         is_normal: [B] bool, y_k = 1; None when every image is normal.
         temperature: tau > 0.
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.
-        variance_gamma: gamma of `variance_hinge`.
-        variance_weight: lambda_V.
+        variance_gamma: gamma of `variance_hinge`; 1/sqrt(d) where answers have unit length.
+        variance_weight: lambda_V ≥ 0.
         weight: on the gradients.
         block: most pairs of a block; None for as many as a cache holds.
         impl: as of `BlockwiseNTXent`.
@@ -190,17 +230,33 @@ def contrasted_memory_backward(
     require(z.shape == z_pair.shape, "z_pair", lambda: f"the shape of `z`, {shape_of(z)}", z_pair)
     require_same_kind(z_pair, "z_pair", z, "z")
     for view, name in ((z, "z"), (z_pair, "z_pair")):
-        require(not view.requires_grad, name, "a tensor without requires_grad, for gradients in place", "one with it")
+        hint = "pass its detach()"
+        require(not view.requires_grad, name, "a tensor without requires_grad, to be overwritten", "one with it", hint)
+        apart = all(step > 0 or size == 1 for step, size in zip(view.stride(), view.shape, strict=True))
+        require(apart, name, "rows and columns apart in memory, to be overwritten", lambda view=view: view.stride())
+    own = z.data_ptr() != z_pair.data_ptr()
+    require(own, "z_pair", "memory of its own, to be overwritten", "that of `z`")
+    require(callable(memory), "memory", "a function [b, d] -> [b, d]", lambda: type(memory).__name__)
     if is_normal is not None:
         require_mask(is_normal, "is_normal", len(z))
         require_same_device(is_normal, "is_normal", z, "z")
-    require_hinge(variance_gamma, _EPS)
+    require_number(variance_gamma, "variance_gamma")
+    require(variance_gamma > 0, "variance_gamma", "a number > 0", variance_gamma)
     require_number(variance_weight, "variance_weight")
+    require(variance_weight >= 0, "variance_weight", "a number ≥ 0", variance_weight)
     require_number(weight, "weight")
     dtype = accumulator(z)
 
     def answered(queries: Tensor, some: slice) -> Tensor:
         found = memory(queries)
+        right = isinstance(found, Tensor) and found.shape == queries.shape and found.dtype == queries.dtype
+        expected = f"answers {shape_of(queries)} {queries.dtype}"
+        require(
+            right,
+            "memory",
+            expected,
+            lambda: f"{shape_of(found)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__,
+        )
         return found if is_normal is None else torch.where(is_normal[some, None], found, queries)
 
     def pairs_of(way: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
@@ -222,6 +278,7 @@ def contrasted_memory_backward(
                 with torch.enable_grad():
                     query = (z_pair, z)[way][some].to(dtype).requires_grad_()
                     answer = answered(query, some)
+                require(answer.requires_grad, "memory", "answers with a graph", "answers without one")
                 answer.backward(share * (of_answer + variance_weight * hinges[way].gradient(answer.detach())))
                 assert query.grad is not None  # every answer depends on its query
                 slopes[way] += share * of_view

@@ -372,15 +372,18 @@ class ContrastedMemoryLoss(nn.Module):
         is_normal: Tensor | None = None,
         weight: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The call for one position of a batch too large for its graph, with its backward pass.
+        """The call for one position of a batch too large for its graph, with its backward pass: for gradient caching.
 
-        The gradients of weight · loss take the place of the vectors; those of the memory are added to `.grad`. A way to
-        gradient caching: see `anomem.functional.contrasted_memory_backward`.
+        The gradients of weight · loss take the place of the vectors; those of the memory are added to `.grad`. Of n
+        positions the loss of the call is the mean: pass weight=1/n for each.
+
+            for view, other in zip(z, z_pair):  # [n, B, d] each, without a graph
+                criterion.backward_by_blocks(view, other, memory, weight=1 / len(z))
 
         Args:
             z: [B, d], overwritten.
             z_pair: [B, d], overwritten.
-            memory: of this scale.
+            memory: the scale's.
             is_normal: [B] bool, None when all are.
             weight: on the gradients.
 
@@ -388,10 +391,17 @@ class ContrastedMemoryLoss(nn.Module):
             (total, L_COM, L_V), 0-dim and without a graph.
 
         Raises:
-            ArgumentError: as in the call, or a loss whose negatives are not other images of this process.
+            ArgumentError: as `anomem.functional.contrasted_memory_backward`, or a loss with `gather_distributed` or
+                with other negatives than "image".
         """
-        require(self.negatives == "image", "negatives", '"image", for a contrast by blocks', self.negatives)
+        require(
+            self.negatives == "image", "negatives", "'image', for a contrast by blocks", lambda: repr(self.negatives)
+        )
         require(not self.gather_distributed, "gather_distributed", "False, for a contrast by blocks", True)
+        require_tensor(z, "z", (2,), "[B, d]")
+        gamma = _deviation_wanted(memory, z.shape[1])
+        width = memory.prototypes.shape[1]
+        require(z.shape[1] == width, "z", lambda: f"[B, {width}], the memory's features", z)
         contrast, variance = AF.contrasted_memory_backward(
             z,
             z_pair,
@@ -399,7 +409,7 @@ class ContrastedMemoryLoss(nn.Module):
             is_normal=is_normal,
             temperature=self.temperature,
             symmetric=self.symmetric,
-            variance_gamma=_deviation_wanted(memory, z.shape[-1]),
+            variance_gamma=gamma,
             variance_weight=self.variance_weight,
             weight=weight,
             impl=self.impl,

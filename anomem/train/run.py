@@ -372,6 +372,9 @@ def _say_what_costs(run: RunDirectory, config: TrainConfig, task: Task, model: A
         numbers = sum(p * d**2 for p, d in zip(positions, kept, strict=True))
         channels = "" if kept == model.features else f"; channels projected from {model.features} to {kept}"
         print(f"detector: one Gaussian per position, {numbers * BYTES / 1e9:.2g} GB while it is fitted{channels}")
+    images, batch = len(task.train), config.optimizer.batch_size
+    if config.optimizer.steps and batch > images:
+        print(f"batch: all {images} training images, fewer than optimizer.batch_size {batch}")
     stages = (
         f"{config.optimizer.steps} steps" if config.optimizer.steps else "none, memories are filled from all normals"
     )

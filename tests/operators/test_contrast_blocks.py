@@ -194,6 +194,24 @@ def test_vectors_in_bfloat16_get_gradients_that_are_rounded_once() -> None:
         assert torch.equal(mine, whole.to(BF16))
 
 
+@cases("dtype", {one: [(BF16,), (torch.float16,)] for one in ALL})
+def test_short_floats_are_summed_in_float32_and_rounded_once(impl: Impl, dtype: torch.dtype) -> None:
+    z, z_pair = (draw(300, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    loss, gradient = all_blocks(z, z_pair, 0.2, 7, impl)
+    wide_loss, wide = all_blocks(z.float(), z_pair.float(), 0.2, 7, impl)
+    assert gradient.dtype == dtype
+    assert torch.equal(loss, wide_loss)
+    assert torch.equal(gradient, wide.to(dtype))
+
+
+def test_nothing_has_a_graph() -> None:
+    """Though the vectors do: the second pass over the encoder has one of its own."""
+    encode, x = torch.nn.Linear(4, 3), draw(9, 4)
+    contrast = BlockwiseNTXent(lambda some: (encode(x[some]), encode(-x[some])), 9, block=4)
+    assert not contrast.loss.requires_grad
+    assert not any(gradient.requires_grad for gradient in contrast.gradients(1))
+
+
 @each(NATIVE)
 def test_memory_does_not_grow_with_the_batch(impl: Impl) -> None:
     """But for the gradients in the vectors' dtype and a few numbers for each row."""
@@ -210,6 +228,61 @@ def test_memory_does_not_grow_with_the_batch(impl: Impl) -> None:
     assert peaks[16384] - peaks[2048] < rows * (a_row_in_bfloat16 + 2 * numbers_of_a_row)
 
 
+def wrong_pairs() -> dict[str, Any]:
+    """What `pairs` may give by mistake."""
+    z, z_pair = draw(5, 4), draw(5, 4, seed=1)
+    return {
+        "a tensor": lambda some: z[some],
+        "one axis": lambda some: (z[some, 0], z_pair[some, 0]),
+        "three axes": lambda some: (z[some, None], z_pair[some, None]),
+        "other widths": lambda some: (z[some], z_pair[some, :3]),
+        "other dtypes": lambda some: (z[some], z_pair[some].double()),
+        "all of them": lambda some: (z, z_pair),
+        "integers": lambda some: (z[some].long(), z_pair[some].long()),
+        "arrays": lambda some: (z[some].numpy(), z_pair[some].numpy()),
+        "other widths later": lambda some: (z[some, : 4 - some.start], z_pair[some, : 4 - some.start]),
+    }
+
+
+@pytest.mark.parametrize("mistake", wrong_pairs())
+def test_other_vectors_than_described(mistake: str) -> None:
+    with pytest.raises(ArgumentError, match=r"`pairs`: expected .* received"):
+        BlockwiseNTXent(wrong_pairs()[mistake], 5, block=2)
+
+
+def test_wrong_numbers_of_a_contrast() -> None:
+    z, z_pair = draw(5, 4), draw(5, 4, seed=1)
+
+    def pairs(some: slice) -> tuple[Tensor, Tensor]:
+        return z[some], z_pair[some]
+
+    for given, options, message in (
+        ((z, z_pair), {}, "`pairs`: expected a function of a slice, received Tensor"),
+        ((pairs, z), {}, r"`batch`: expected an integer ≥ 1, received a tensor of shape \[5, 4\]"),
+        ((pairs, 6), {}, r"`pairs`: expected two alike floating tensors \[6, d\]"),
+        ((pairs, 5), {"block": "64"}, "`block`"),
+        ((pairs, 5), {"temperature": torch.nn.Parameter(torch.tensor(0.2))}, "`temperature`"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            BlockwiseNTXent(*given, **options)  # type: ignore[arg-type]
+    for number in (1, -1, slice(0, 2)):
+        with pytest.raises(ArgumentError, match="`number`"):
+            BlockwiseNTXent(pairs, 5).gradients(number)  # type: ignore[arg-type]
+
+
+def test_wrong_memories() -> None:
+    for memory, message in (
+        (draw(3, 4), "`memory`: expected a function"),
+        (lambda queries: queries[:, :2], r"`memory`: expected answers \[\d+, 4\]"),
+        (lambda queries: (queries, queries), "`memory`"),
+        (lambda queries: queries.detach(), "`memory`: expected answers with a graph"),
+    ):
+        z, z_pair = draw(5, 4), draw(5, 4, seed=1)
+        with pytest.raises(ArgumentError, match=message):
+            contrasted_memory_backward(z, z_pair, memory)  # type: ignore[arg-type]
+        assert torch.equal(z, draw(5, 4))
+
+
 def test_wrong_arguments() -> None:
     z, z_pair = draw(5, 4), draw(5, 4, seed=1)
     memory = memory_of(4, F32)
@@ -222,14 +295,19 @@ def test_wrong_arguments() -> None:
         ((z, z_pair), {"temperature": 0.0}, "temperature"),
         ((z, z_pair), {"temperature": torch.tensor(0.2)}, "temperature"),
         ((z, z_pair), {"block": 0}, "block"),
-        ((z, z_pair), {"variance_gamma": -1.0}, "gamma"),
+        ((z, z_pair), {"variance_gamma": 0.0}, "variance_gamma"),
+        ((z, z_pair), {"variance_weight": -1.0}, "variance_weight"),
+        ((z, z), {}, "z_pair"),
+        ((z[:1].expand(5, 4), z_pair), {}, "z"),
     ):
         with pytest.raises(ArgumentError, match=f"`{name}`"):
             contrasted_memory_backward(*arguments, memory, **options)  # type: ignore[arg-type]
     for criterion, name in (
         (ContrastedMemoryLoss(negatives="both"), "negatives"),
         (ContrastedMemoryLoss(), "memory"),
+        (ContrastedMemoryLoss(), "z"),
     ):
+        chosen = {"memory": torch.nn.Identity(), "z": memory_of(3, F32)}.get(name, memory)
         with pytest.raises(ArgumentError, match=f"`{name}`"):
-            criterion.backward_by_blocks(z, z_pair, memory if name != "memory" else torch.nn.Identity())  # type: ignore[arg-type]
+            criterion.backward_by_blocks(z, z_pair, chosen)  # type: ignore[arg-type]
     assert torch.equal(z, draw(5, 4))  # nothing was overwritten
