@@ -158,7 +158,7 @@ class BlockwiseNTXent:
             lambda: f"[b, {self._like.shape[1]}] of {self._like.dtype} each time",
             f"{shape_of(z)} {z.dtype}",
         )
-        return torch.cat([z, z_pair]).to(accumulator(z))
+        return torch.cat([z.to(accumulator(z)), z_pair.to(accumulator(z))])
 
     def _lse_of(self, some: slice) -> Tensor:
         """Of the rows of a block, [2b]; those of one pair are apart in memory."""
@@ -166,14 +166,16 @@ class BlockwiseNTXent:
 
     def _log_sums(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self._native:
-            return reference.block_log_sums(x, y, self._tau)
+            with without_autocast(x.device.type):
+                return reference.block_log_sums(x, y, self._tau)
         from anomem.ops import contrast_blocks
 
         return contrast_blocks.log_sums(x, y, self._tau)
 
     def _gradient(self, x: Tensor, y: Tensor | None, lse: Tensor, theirs: Tensor | None) -> Tensor:
         if not self._native:
-            return reference.block_gradient(x, y, lse, theirs, self._tau)
+            with without_autocast(x.device.type):
+                return reference.block_gradient(x, y, lse, theirs, self._tau)
         from anomem.ops import contrast_blocks
 
         return contrast_blocks.gradient(x, y, lse, theirs, self._tau)
@@ -208,7 +210,7 @@ def contrasted_memory_backward(
     Args:
         z: [B, d], the sampled vectors of one view, B ≥ 2; overwritten.
         z_pair: [B, d], those of the other view; overwritten.
-        memory: the answers to queries, [b, d] -> [b, d], with a graph.
+        memory: the answers to queries, [b, d] -> [b, d], with a graph: row by row and the same each time.
         is_normal: [B] bool, y_k = 1; None when every image is normal.
         temperature: tau > 0.
         symmetric: also contrast the second view with the memory's answer to the first, and take the mean.

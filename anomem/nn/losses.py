@@ -402,6 +402,9 @@ class ContrastedMemoryLoss(nn.Module):
         gamma = _deviation_wanted(memory, z.shape[1])
         width = memory.prototypes.shape[1]
         require(z.shape[1] == width, "z", lambda: f"[B, {width}], the memory's features", z)
+        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+        right = memory.prototypes.dtype == wide
+        require(right, "memory", lambda: f"in {wide}, as the contrast is", memory.prototypes.dtype)
         contrast, variance = AF.contrasted_memory_backward(
             z,
             z_pair,

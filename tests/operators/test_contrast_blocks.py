@@ -197,7 +197,8 @@ def test_vectors_in_bfloat16_get_gradients_that_are_rounded_once() -> None:
 @cases("dtype", {one: [(BF16,), (torch.float16,)] for one in ALL})
 def test_short_floats_are_summed_in_float32_and_rounded_once(impl: Impl, dtype: torch.dtype) -> None:
     z, z_pair = (draw(300, 16, dtype=dtype, seed=seed) for seed in (1, 2))
-    loss, gradient = all_blocks(z, z_pair, 0.2, 7, impl)
+    with torch.autocast("cpu", dtype=BF16):
+        loss, gradient = all_blocks(z, z_pair, 0.2, 7, impl)
     wide_loss, wide = all_blocks(z.float(), z_pair.float(), 0.2, 7, impl)
     assert gradient.dtype == dtype
     assert torch.equal(loss, wide_loss)
@@ -306,8 +307,10 @@ def test_wrong_arguments() -> None:
         (ContrastedMemoryLoss(negatives="both"), "negatives"),
         (ContrastedMemoryLoss(), "memory"),
         (ContrastedMemoryLoss(), "z"),
+        (ContrastedMemoryLoss(variance_weight=0.0), "memory"),
     ):
-        chosen = {"memory": torch.nn.Identity(), "z": memory_of(3, F32)}.get(name, memory)
+        wrong = torch.nn.Identity() if criterion.variance_weight else memory_of(4, BF16)
+        chosen = {"memory": wrong, "z": memory_of(3, F32)}.get(name, memory)
         with pytest.raises(ArgumentError, match=f"`{name}`"):
             criterion.backward_by_blocks(z, z_pair, chosen)  # type: ignore[arg-type]
     assert torch.equal(z, draw(5, 4))  # nothing was overwritten
