@@ -197,7 +197,7 @@ def test_vectors_in_bfloat16_get_gradients_that_are_rounded_once() -> None:
 @cases("dtype", {one: [(BF16,), (torch.float16,)] for one in ALL})
 def test_short_floats_are_summed_in_float32_and_rounded_once(impl: Impl, dtype: torch.dtype) -> None:
     z, z_pair = (draw(300, 16, dtype=dtype, seed=seed) for seed in (1, 2))
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast("cpu", dtype=dtype):
         loss, gradient = all_blocks(z, z_pair, 0.2, 7, impl)
     wide_loss, wide = all_blocks(z.float(), z_pair.float(), 0.2, 7, impl)
     assert gradient.dtype == dtype
