@@ -83,16 +83,18 @@ class Profile(NamedTuple):
     """Of a step, in all processes."""
     trace: Path
     """Chrome trace, for https://ui.perfetto.dev."""
+    setting: str
+    """Precision, layout and batch, in words."""
 
     def table(self) -> str:
-        """The phases as lines of text, and the total."""
+        """The setting, the phases and the total, as lines of text."""
         width = max(len(name) for name in (*self.phases, "step"))
         lines = [
             f"{name:<{width}} {1e3 * seconds:>9.2f} ms {seconds / self.seconds:>6.1%}"
             for name, seconds in self.phases.items()
         ]
         lines.append(f"{'step':<{width}} {1e3 * self.seconds:>9.2f} ms {self.images / self.seconds:>8.0f} images/s")
-        return "\n".join(lines)
+        return "\n".join([self.setting, *lines])
 
 
 def profile_steps(
@@ -143,4 +145,7 @@ def profile_steps(
         write_atomically(trace, gzip.compress(Path(scratch, "trace.json").read_bytes()))
     phases = seconds_of_phases(events, WARMUP, steps, on_gpu=on_gpu)
     images = min(config.optimizer.batch_size, len(task.train))
-    return Profile(phases, (ends[WARMUP + steps - 1] - ends[WARMUP - 1]) / steps / 1e6, images, trace)
+    micro = config.optimizer.micro_batch
+    parts = f"batch of {images}" + ("" if micro is None else f" in micro-batches of {micro}")
+    setting = ", ".join([config.run.precision, config.run.memory_format, parts])
+    return Profile(phases, (ends[WARMUP + steps - 1] - ends[WARMUP - 1]) / steps / 1e6, images, trace, setting)
