@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def test_a_profile_of_the_real_loop(
     assert os.environ["KINETO_LOG_LEVEL"] == "99"  # read once a process, so its silence cannot be seen here
     lines = capsys.readouterr().out.splitlines()
     phases = ["batch", "augment", "encode", "contrast", "backward", "optimizer", "step"]
-    assert [line.split()[0] for line in lines[:-1]] == phases
+    setting, *table = lines[:-1]
+    assert re.fullmatch(r"(float32|bf16), (contiguous|channels_last), batch of \d+", setting)
+    assert [line.split()[0] for line in table] == phases
     assert lines[-2].endswith("images/s")
     trace = tmp_path / "run-trace.json.gz"
     assert lines[-1] == f"trace of 2 steps in {trace}; open it in ui.perfetto.dev"
