@@ -165,6 +165,7 @@ class BlockwiseNTXent:
         return self._lse[:, some].flatten().contiguous()
 
     def _log_sums(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the rows of two blocks [2b, d], [2b] each; `reference.block_log_sums`."""
         if not self._native:
             with without_autocast(x.device.type):
                 return reference.block_log_sums(x, y, self._tau)
@@ -173,6 +174,7 @@ class BlockwiseNTXent:
         return contrast_blocks.log_sums(x, y, self._tau)
 
     def _gradient(self, x: Tensor, y: Tensor | None, lse: Tensor, theirs: Tensor | None) -> Tensor:
+        """What the rows y [2c, d] give to the gradient at x [2b, d]: [2b, d]; `reference.block_gradient`."""
         if not self._native:
             with without_autocast(x.device.type):
                 return reference.block_gradient(x, y, lse, theirs, self._tau)
@@ -313,5 +315,5 @@ class _Hinge:
         self._factor = 2 * slope / (count - 1)
 
     def gradient(self, x: Tensor) -> Tensor:
-        """At the answers to a block, [b, d]."""
+        """The gradient [b, d] at the answers x [b, d] to a block."""
         return (self._factor * (x - self._mean)).to(x.dtype)
